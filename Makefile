@@ -1,0 +1,35 @@
+# `make demo` and `make test` need nothing but a clone, Python >= 3.10 and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint bench clean
+
+help:  ## show the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "poetx needs Python >= 3.10; $$($(PYTHON) --version) is $$(command -v $(PYTHON)). Try: make install PYTHON=python3.11" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+install: $(STAMP)  ## make .venv with the project and its development extras
+
+demo: install  ## pre-train a small Llama on the built-in corpus and show what it learnt
+	$(BIN)/poetx train
+
+test: install  ## run the tests
+	$(BIN)/python -m pytest
+
+lint: install  ## ruff and pyright
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+bench: install  ## time one layer against nn.Linear on this machine
+	$(BIN)/python -m benchmarks.layer
+
+clean:  ## remove the environment and the caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache build src/*.egg-info

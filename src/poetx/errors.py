@@ -1,0 +1,20 @@
+"""The one exception type for the user's mistakes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in what the user asked for: one line that says what, where and what to do.
+
+    A subclass of ``ValueError`` so that library users need not import it; the command line turns exactly
+    this type (and ``OSError``) into a one-line message and a non-zero exit code, and nothing else.
+    """
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the choice closest to ``word``, or the empty string."""
+    match = difflib.get_close_matches(word, list(choices), n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""
