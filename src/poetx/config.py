@@ -1,0 +1,108 @@
+"""What to convert and how: one frozen dataclass that goes to and from JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from poetx.errors import UserError, nearest
+
+Mode = Literal["fast", "mem"]
+Init = Literal["keep", "normalized", "uniform"]
+NeumannOrder = Literal[3, 7, "exact"]
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "mode": ("fast", "mem"),
+    "init": ("keep", "normalized", "uniform"),
+    "neumann_order": (3, 7, "exact"),
+    "rotation_dtype": ("float32", "bfloat16", "float64"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoetConfig:
+    """Settings of :func:`poetx.convert_`.
+
+    Attributes:
+        block_size: width b of the orthogonal blocks, the one knob between memory and expressiveness. A side
+            shorter than b gets one block of its own length; a side that b does not divide gets a shorter last
+            block.
+        mode: ``"fast"`` keeps the product with the frozen weight for backward; ``"mem"`` keeps the layer's
+            input only and recomputes the rest.
+        init: ``"keep"`` leaves the weight, and so the model's function, alone (the only right choice for a
+            pretrained model). ``"normalized"`` draws a Gaussian and scales every row to norm ``init_scale``.
+            ``"uniform"`` makes all singular values ``init_scale``.
+        init_scale: factor on the freshly drawn weight; must be 1 with ``init="keep"``.
+        neumann_order: highest power k of the Neumann series in the Cayley–Neumann parametrisation, 3 (the
+            paper's) or 7, or ``"exact"`` for the Cayley transform itself.
+        target_modules: ``"all-linear"``, or names (a module matches when its dotted name equals or ends with
+            one), or one regular expression that must match the whole dotted name (PEFT's meaning).
+        exclude_modules: the same, for what to leave alone.
+        seed: with the layer's name and its merge count, decides every permutation and fresh weight.
+        rotation_dtype: dtype of the packed rotation parameters. float32 whatever the model's dtype, because
+            steps of 2.5e-4 vanish below half a unit in the last place of bfloat16.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    block_size: int = 256
+    mode: Mode = "fast"
+    init: Init = "keep"
+    init_scale: float = 1.0
+    neumann_order: NeumannOrder = 3
+    target_modules: str | tuple[str, ...] = "all-linear"
+    exclude_modules: str | tuple[str, ...] = ("lm_head",)
+    seed: int = 0
+    rotation_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 2:
+            raise UserError(
+                f"block_size={self.block_size!r}: must be a whole number of at least 2 (256 or 512 are usual)"
+            )
+        for field, choices in _CHOICES.items():
+            value = getattr(self, field)
+            if not any(value == choice and type(value) is type(choice) for choice in choices):
+                raise UserError(
+                    f"{field}={value!r}: must be one of {', '.join(map(repr, choices))}"
+                    + nearest(str(value), [str(choice) for choice in choices])
+                )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise UserError(f"seed={self.seed!r}: must be a whole number")
+        if not isinstance(self.init_scale, (int, float)) or not 0 < self.init_scale < float("inf"):
+            raise UserError(f"init_scale={self.init_scale!r}: must be a positive number")
+        if self.init == "keep" and self.init_scale != 1:
+            raise UserError(
+                f"init_scale={self.init_scale}: init='keep' leaves the weight alone; "
+                "use init='normalized' or init_scale=1"
+            )
+        for field in ("target_modules", "exclude_modules"):
+            value = getattr(self, field)
+            if isinstance(value, list):
+                object.__setattr__(self, field, tuple(value))
+            elif not isinstance(value, (str, tuple)):
+                raise UserError(f"{field}={value!r}: must be a string or a sequence of names")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, as :meth:`from_dict` takes them."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PoetConfig:
+        """The inverse of :meth:`to_dict`. Raises :class:`UserError` on an unknown key."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise UserError(f"PoetConfig: unknown key {key!r}{nearest(key, known)}")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> PoetConfig:
+        return cls.from_dict(json.loads(text))

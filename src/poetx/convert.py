@@ -1,0 +1,328 @@
+"""``convert_``: swap a model's linear layers for rotated ones, in place, and say what was not swapped and why."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from poetx.config import PoetConfig
+from poetx.errors import UserError, nearest
+from poetx.layer import PoetLinear
+
+#: Names that checkpoints in the wild give to several matrices held as one.
+_FUSED = re.compile(
+    r"(^|\.)(c_attn|qkv|qkv_proj|query_key_value|Wqkv|in_proj|gate_up_proj|kv_proj|q_attn)$"
+)
+
+
+@dataclass(frozen=True)
+class ConvertedLayer:
+    """One converted layer: its name, sizes, the block size each side got, and anything worth knowing."""
+
+    name: str
+    in_features: int
+    out_features: int
+    block_size_in: int
+    block_size_out: int
+    rotation_parameters: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class SkippedParameter:
+    """One matrix (or stack of matrices) that stays as it was, by parameter name, with the reason."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What :func:`convert_` did. ``print(report)`` is meant to be read.
+
+    Attributes:
+        rotation_parameters: degrees of freedom in all rotations (without padding of ragged blocks).
+        trainable_parameters: those plus every other parameter that requires a gradient, tied ones once.
+        total_parameters: parameters of the model before conversion, tied ones once.
+    """
+
+    converted: tuple[ConvertedLayer, ...]
+    skipped: tuple[SkippedParameter, ...]
+    rotation_parameters: int
+    trainable_parameters: int
+    total_parameters: int
+
+    def __str__(self) -> str:
+        lines = [
+            f"converted {len(self.converted)} layers: {self.trainable_parameters / 1e6:.2f}M of "
+            f"{self.total_parameters / 1e6:.2f}M parameters train, {self.rotation_parameters / 1e6:.2f}M of them "
+            "rotations"
+        ]
+        groups: dict[tuple, list[str]] = defaultdict(list)
+        for layer in self.converted:
+            key = (
+                _generic(layer.name),
+                layer.out_features,
+                layer.in_features,
+                layer.block_size_out,
+                layer.block_size_in,
+                layer.note,
+            )
+            groups[key].append(layer.name)
+        for (name, m, n, block_out, block_in, note), names in groups.items():
+            blocks = f"b={block_out}" if block_out == block_in else f"b={block_out} out, {block_in} in"
+            lines.append(f"  {name}  {m}x{n}  {blocks}  x{len(names)}" + (f"  ({note})" if note else ""))
+        if self.skipped:
+            lines.append("left as they are:")
+            skipped: dict[tuple, int] = defaultdict(int)
+            for item in self.skipped:
+                skipped[_generic(item.name), item.shape, item.reason] += 1
+            for (name, shape, reason), count in skipped.items():
+                lines.append(f"  {name}  {'x'.join(map(str, shape))}  x{count}: {reason}")
+        return "\n".join(lines)
+
+
+def _generic(name: str) -> str:
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
+
+
+def poet_layers(model: nn.Module) -> Iterator[tuple[str, PoetLinear]]:
+    """Every rotated layer of ``model`` once, with its dotted name."""
+    for name, module in model.named_modules():
+        if isinstance(module, PoetLinear):
+            yield name, module
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    # By name, so that a plain torch model needs no transformers import.
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def _matches(name: str, patterns: str | tuple[str, ...]) -> bool:
+    """PEFT's rule: one string is a regular expression for the whole name, several are names or endings."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+
+
+def _check_patterns(config: PoetConfig) -> None:
+    for field in ("target_modules", "exclude_modules"):
+        value = getattr(config, field)
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise UserError(f"{field}={value!r}: not a regular expression ({error})") from None
+
+
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    try:
+        return getter() if callable(getter) else None
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+def _refusal(name: str, module: nn.Module, config: PoetConfig, shared: set[int]) -> str | None:
+    """Why a linear layer that the patterns reach is left alone, or None if it is to be converted."""
+    weight = module.weight
+    if not isinstance(weight, nn.Parameter):
+        return "its weight is computed (a parametrization or pruning); remove that first"
+    if id(weight) in shared:
+        return "its weight is tied to another layer's"
+    if not weight.requires_grad:
+        return "frozen (requires_grad=False)"
+    if weight.numel() == 0:
+        return "it has no elements"
+    if hasattr(module, "parametrizations"):
+        return "parametrized; remove the parametrization first"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return "it has hooks, which conversion would lose; convert before registering them"
+    return None
+
+
+def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionReport:
+    """Replace the linear layers of ``model`` by :class:`PoetLinear`, in place.
+
+    Takes exact ``nn.Linear`` modules and ``transformers`` ``Conv1D``; everything else that holds a matrix is in
+    the report's ``skipped`` with the reason. Tied weights, frozen weights and the output layer of a
+    ``transformers`` model stay as they are. With ``config.init == "keep"`` the model's function is preserved.
+    Memory: one layer is copied at a time. Works on the meta device.
+
+    Raises:
+        UserError: nothing matches ``target_modules``; the model is already converted; a targeted layer is
+            float16. The model is then unchanged.
+    """
+    config = config or PoetConfig()
+    _check_patterns(config)
+    if isinstance(model, nn.Linear) or _is_conv1d(model):
+        raise UserError(
+            "convert_ replaces layers inside a model; for a single layer use PoetLinear.from_linear, or wrap it "
+            "in nn.Sequential"
+        )
+    if next(poet_layers(model), None) is not None:
+        raise UserError("the model is already converted; poetx.to_dense_(model) undoes that")
+
+    total = sum(p.numel() for p in model.parameters())
+    places: dict[nn.Module, list[str]] = defaultdict(list)
+    owners: dict[int, set[int]] = defaultdict(set)
+    for name, module in model.named_modules(remove_duplicate=False):
+        places[module].append(name)
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)].add(id(module))
+    shared = {parameter for parameter, modules in owners.items() if len(modules) > 1}
+    head = _output_layer(model)
+
+    reasons: dict[int, str] = {}
+    targets: list[nn.Module] = []
+    linears = [m for m in places if type(m) is nn.Linear or _is_conv1d(m)]
+    matched = False
+    for module in linears:
+        name = places[module][0]
+        wanted = config.target_modules == "all-linear" or _matches(name, config.target_modules)
+        if not wanted:
+            reason = "not in target_modules"
+        elif module is head and config.target_modules == "all-linear":
+            reason = "the output layer"
+        elif _matches(name, config.exclude_modules):
+            reason = "in exclude_modules"
+        else:
+            matched = True
+            reason = _refusal(name, module, config, shared)
+        if reason is None:
+            if module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+                raise UserError(
+                    f"{name}: {module.weight.dtype} is not supported (its range needs loss scaling); convert the "
+                    "model to bfloat16 or float32 first"
+                )
+            targets.append(module)
+        else:
+            reasons[id(module.weight)] = reason
+    if not targets:
+        _raise_no_match(config, [places[m][0] for m in linears], matched, reasons, linears)
+
+    converted = []
+    for module in targets:
+        name = places[module][0]
+        layer = PoetLinear.from_linear(module, config=config, name=name)
+        for place in places[module]:
+            parent, _, child = place.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer)
+        note = "one matrix holding several: its output blocks mix them" if _FUSED.search(name) else ""
+        converted.append(
+            ConvertedLayer(
+                name,
+                layer.in_features,
+                layer.out_features,
+                layer.block_size_in,
+                layer.block_size_out,
+                layer.rotation_count,
+                note,
+            )
+        )
+    rotations = sum(layer.rotation_parameters for layer in converted)
+    return ConversionReport(
+        converted=tuple(converted),
+        skipped=tuple(_skipped(model, reasons)),
+        rotation_parameters=rotations,
+        trainable_parameters=rotations + sum(p.numel() for p in _trainable_base(model)),
+        total_parameters=total,
+    )
+
+
+def _trainable_base(model: nn.Module) -> Iterator[nn.Parameter]:
+    rotations = {id(p) for _, layer in poet_layers(model) for p in layer.rotations}
+    return (p for p in model.parameters() if p.requires_grad and id(p) not in rotations)
+
+
+def _raise_no_match(
+    config: PoetConfig, names: list[str], matched: bool, reasons: dict[int, str], linears: list[nn.Module]
+) -> None:
+    if not names:
+        raise UserError("the model has no nn.Linear (or Conv1D) layer to convert")
+    if matched:
+        raise UserError(
+            f"target_modules={config.target_modules!r}: every layer it matches must stay as it is, the first, "
+            f"{names[0]}, because: {reasons[id(linears[0].weight)]}"
+        )
+    wanted = config.target_modules
+    word = wanted if isinstance(wanted, str) else ", ".join(wanted)
+    endings = sorted({name.rpartition(".")[2] for name in names})
+    raise UserError(
+        f"target_modules={wanted!r}: matches no linear layer outside exclude_modules={config.exclude_modules!r}"
+        f"{nearest(word, endings)}; the model's linear layers end in {', '.join(endings)}"
+    )
+
+
+def _skipped(model: nn.Module, reasons: dict[int, str]) -> Iterator[SkippedParameter]:
+    """Every parameter with two or more dimensions outside the converted layers."""
+    for module_name, module in model.named_modules():
+        if isinstance(module, PoetLinear):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim < 2:
+                continue
+            yield SkippedParameter(
+                f"{module_name}.{name}".lstrip("."),
+                tuple(parameter.shape),
+                reasons.get(id(parameter)) or _why_not(module, parameter),
+            )
+
+
+def _why_not(module: nn.Module, parameter: nn.Parameter) -> str:
+    kind = type(module).__name__
+    if isinstance(module, nn.Embedding):
+        return "an embedding"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "a convolution"
+    if isinstance(module, nn.Linear):
+        return f"{kind}, a subclass of nn.Linear whose forward may differ"
+    if parameter.ndim >= 3:
+        return f"a {parameter.ndim}-D stack of matrices in {kind}, which is not a linear layer (experts?)"
+    return f"a matrix in {kind}, which is not a linear layer"
+
+
+@torch.no_grad()
+def to_dense_(model: nn.Module) -> nn.Module:
+    """Replace every :class:`PoetLinear` by the plain layer it came from, with the same function, in place.
+
+    ``nn.Linear``, or ``Conv1D`` where the layer came from one. The weight is rounded to the stored dtype once;
+    it requires a gradient again. A model that is not converted is returned unchanged. Returns ``model``.
+
+    Raises:
+        UserError: ``model`` itself is a layer, which cannot be replaced in place.
+    """
+    if isinstance(model, PoetLinear):
+        raise UserError("to_dense_ replaces layers inside a model; wrap the layer in nn.Sequential")
+    places: dict[PoetLinear, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PoetLinear):
+            places[module].append(name)
+    for layer, names in places.items():
+        dense = _dense_layer(layer)
+        for place in names:
+            parent, _, child = place.rpartition(".")
+            setattr(model.get_submodule(parent), child, dense)
+    return model
+
+
+def _dense_layer(layer: PoetLinear) -> nn.Module:
+    weight = layer.dense_weight().to(layer.base_weight.dtype)
+    if layer.transposed:
+        from transformers.pytorch_utils import Conv1D
+
+        with torch.device("meta"):
+            dense: nn.Module = Conv1D(layer.out_features, layer.in_features)
+        weight = weight.T.contiguous()
+    else:
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    dense.weight = nn.Parameter(weight)
+    dense.bias = layer.bias
+    return dense.train(layer.training)

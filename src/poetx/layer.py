@@ -1,0 +1,290 @@
+"""``PoetLinear``: a linear layer whose weight is R · W0 · P with learned orthogonal R and P."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from poetx.config import PoetConfig
+from poetx.errors import UserError
+from poetx.ops.cayley import packed_size
+from poetx.ops.fold import fold, stochastic_round_
+from poetx.ops.linear import poet_linear
+from poetx.ops.reference import EXACT
+
+_ORDERS = {3: 3, 7: 7, "exact": EXACT}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def stream(seed: int, name: str, count: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on its arguments alone, so that every rank and every resumed run draws the same."""
+    digest = hashlib.sha256(f"{seed}/{name}/{count}/{purpose}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+class PoetLinear(nn.Module):
+    """``y = x · P · W0ᵀ · R + bias`` in the memory of its packed rotations.
+
+    Parameters and buffers (m = out_features, n = in_features, b = block size of the side):
+        base_weight [m, n]: frozen, ``W0[perm_out][:, perm_in]``: what is stored is *permuted*, hence the name.
+        skew_in [⌈n/b⌉, b(b−1)/2], skew_out [⌈m/b⌉, b(b−1)/2]: packed rotations, ``config.rotation_dtype``; where b
+            does not divide the side, the last row's entries beyond the shorter last block stay zero.
+        bias [m] or None: outside the rotation, trained as usual.
+        perm_in [n], perm_out [m]: int32. merge_count: int64 scalar.
+
+    Args:
+        in_features, out_features: sizes, at least 1.
+        config: see :class:`poetx.PoetConfig`.
+        name: with ``config.seed`` decides the permutations; give the dotted name in the model.
+        transposed: the layer came from a ``transformers`` ``Conv1D``, which :func:`poetx.to_dense_` gives back.
+
+    Raises:
+        UserError: a dtype other than float32, bfloat16 or float64.
+    """
+
+    perm_in: Tensor
+    perm_out: Tensor
+    merge_count: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        config: PoetConfig | None = None,
+        name: str = "",
+        transposed: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config = config or PoetConfig(init="normalized")
+        dtype = dtype or torch.get_default_dtype()
+        if dtype not in _DTYPES:
+            raise UserError(
+                f"{name or 'PoetLinear'}: {str(dtype).removeprefix('torch.')} is not supported (its range needs "
+                "loss scaling); use bfloat16 or float32"
+            )
+        self.in_features, self.out_features = in_features, out_features
+        self.block_size_in = min(config.block_size, in_features)
+        self.block_size_out = min(config.block_size, out_features)
+        self.name, self.transposed = name, transposed
+        self.base_weight = nn.Parameter(
+            torch.empty(out_features, in_features, device=device, dtype=dtype), requires_grad=False
+        )
+        self.skew_in = self._new_skew(in_features, self.block_size_in)
+        self.skew_out = self._new_skew(out_features, self.block_size_out)
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        for side, size in (("perm_in", in_features), ("perm_out", out_features)):
+            self.register_buffer(side, torch.empty(size, dtype=torch.int32, device=device))
+        self.register_buffer("merge_count", torch.empty((), dtype=torch.int64, device=device))
+        self.reset_parameters()
+
+    def _new_skew(self, size: int, block_size: int) -> nn.Parameter:
+        weight, dtype = self.base_weight, getattr(torch, self.config.rotation_dtype)
+        if weight.dtype == torch.float64:
+            dtype = torch.float64
+        shape = (-(-size // block_size), packed_size(block_size))
+        return nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw everything anew from (seed, name): also what ``to_empty`` needs after the meta device.
+
+        The weight is drawn as ``config.init`` says, ``"keep"`` counting as ``"normalized"`` here, where there is
+        nothing to keep. Does nothing on the meta device.
+        """
+        if self.base_weight.is_meta:
+            return
+        self._reset_rotations()
+        weight = fresh_weight(self.config, self.out_features, self.in_features, self.name)
+        self._store(weight.to(self.base_weight.device))
+        if self.bias is not None:
+            self.bias.zero_()
+
+    def _reset_rotations(self) -> None:
+        self.skew_in.zero_()
+        self.skew_out.zero_()
+        self.merge_count.zero_()
+        for perm, fresh in zip((self.perm_in, self.perm_out), self._draw_permutations(0), strict=True):
+            perm.copy_(fresh)
+
+    def _draw_permutations(self, merge_count: int) -> tuple[Tensor, Tensor]:
+        return tuple(
+            torch.randperm(size, generator=stream(self.config.seed, self.name, merge_count, side))
+            for side, size in (("in", self.in_features), ("out", self.out_features))
+        )  # type: ignore[return-value]
+
+    def _store(self, native_weight: Tensor) -> None:
+        """Write a weight [m, n] given in the native frame into ``base_weight``."""
+        self.base_weight.copy_(_permuted(native_weight, self.perm_out, self.perm_in))
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, *, config: PoetConfig, name: str = "") -> PoetLinear:
+        """Convert an ``nn.Linear`` or ``transformers`` ``Conv1D``; ``init="keep"`` preserves its function.
+
+        The bias keeps its ``nn.Parameter`` object, so an optimizer that already holds it stays right.
+        """
+        transposed = not isinstance(linear, nn.Linear)
+        source: Tensor = linear.weight.detach()  # type: ignore[assignment]
+        native = source.T if transposed else source
+        layer = cls(
+            native.shape[1],
+            native.shape[0],
+            bias=False,
+            config=config,
+            name=name,
+            transposed=transposed,
+            device="meta",
+            dtype=native.dtype,
+        )
+        if not native.is_meta:
+            layer.to_empty(device=native.device)
+            with torch.no_grad():
+                layer._reset_rotations()
+                if config.init != "keep":
+                    native = fresh_weight(config, layer.out_features, layer.in_features, name).to(native.device)
+                layer._store(native)
+        layer.bias = linear.bias  # type: ignore[assignment]
+        return layer.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] → y [..., out_features], in autocast's dtype if that is on, else in x's."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        elif x.dtype != self.base_weight.dtype:
+            raise RuntimeError(
+                f"{self.name or 'PoetLinear'}: input is {x.dtype}, weight is {self.base_weight.dtype}; "
+                "cast one of them or use torch.autocast"
+            )
+        if x.dtype not in _DTYPES:
+            raise UserError(
+                f"{self.name or 'PoetLinear'}: {x.dtype} autocast is not supported; use bfloat16"
+            )
+        return poet_linear(
+            x,
+            self.base_weight,
+            self.skew_in,
+            self.skew_out,
+            self.perm_in,
+            self.perm_out,
+            block_size_in=self.block_size_in,
+            block_size_out=self.block_size_out,
+            order=self.order,
+            mode=self.config.mode,
+            bias=self.bias,
+        )
+
+    @property
+    def order(self) -> int:
+        """Neumann order of the parametrisation, as the operators take it."""
+        return _ORDERS[self.config.neumann_order]
+
+    @property
+    def rotations(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """The packed parameters of both sides, ``(skew_in, skew_out)``."""
+        return self.skew_in, self.skew_out
+
+    @property
+    def rotation_count(self) -> int:
+        """Degrees of freedom in the rotations: their parameters less the unused entries of ragged blocks."""
+        total = 0
+        for size, block_size in (
+            (self.in_features, self.block_size_in),
+            (self.out_features, self.block_size_out),
+        ):
+            full, rest = divmod(size, block_size)
+            total += full * packed_size(block_size) + packed_size(rest)
+        return total
+
+    def dense_weight(self) -> Tensor:
+        """The weight [out_features, in_features] that forward acts with, float32 (float64 if stored so).
+
+        Differentiable in the rotations. Costs 2mn(b_in + b_out) multiply-adds: for export, not for the step.
+        """
+        return _permuted(self._folded(self.order), _inverse(self.perm_out), _inverse(self.perm_in))
+
+    @property
+    def weight(self) -> Tensor:
+        """:meth:`dense_weight` in the stored dtype, for code that reads ``layer.weight``; slow."""
+        return self.dense_weight().to(self.base_weight.dtype)
+
+    def _folded(self, order: int) -> Tensor:
+        return fold(
+            self.base_weight,
+            self.skew_in,
+            self.skew_out,
+            block_size_in=self.block_size_in,
+            block_size_out=self.block_size_out,
+            order=order,
+        )
+
+    @torch.no_grad()
+    def merge_(self) -> None:
+        """Fold the rotations into the weight, set them to zero, draw new permutations, count one merge.
+
+        The rotation is the exact Cayley transform in float32, whatever the training order, so singular values
+        stay; a bfloat16 weight is rounded stochastically. Everything is written in place. This is the layer's
+        half of a merge: :func:`poetx.merge_` also resets the optimizer's state.
+        """
+        count = int(self.merge_count) + 1
+        weight = self._folded(EXACT)
+        moves = []
+        for perm, fresh in zip((self.perm_in, self.perm_out), self._draw_permutations(count), strict=True):
+            moves.append(_inverse(perm)[fresh.to(perm.device)])
+            perm.copy_(fresh)
+        noise = stream(self.config.seed, self.name, count, "rounding", self.base_weight.device)
+        stochastic_round_(self.base_weight, _permuted(weight, moves[1], moves[0]), noise)
+        self.skew_in.zero_()
+        self.skew_out.zero_()
+        self.merge_count.fill_(count)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PoetLinear:
+        """``.to()``, ``.bfloat16()`` and the like: the rotations move, but are never narrowed below their dtype."""
+        before = [skew.data for skew in self.rotations]
+        super()._apply(fn, recurse)
+        floor = getattr(torch, self.config.rotation_dtype)
+        for skew, value in zip(self.rotations, before, strict=True):
+            if torch.promote_types(skew.dtype, floor) != skew.dtype:
+                skew.data = value.to(skew.device)
+        if self.base_weight.dtype not in _DTYPES:
+            raise UserError(
+                f"{self.name or 'PoetLinear'}: {self.base_weight.dtype} is not supported; use bfloat16"
+            )
+        return self
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, block_size={(self.block_size_in, self.block_size_out)}, mode={self.config.mode!r}"
+
+
+def _inverse(perm: Tensor) -> Tensor:
+    return perm.long().argsort()
+
+
+def _permuted(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """``weight[rows][:, columns]`` in one copy."""
+    return weight[rows.long()[:, None], columns.long()]
+
+
+def fresh_weight(config: PoetConfig, out_features: int, in_features: int, name: str) -> Tensor:
+    """A new weight [m, n] in the native frame, float32 on the CPU, from (seed, name) alone.
+
+    Gaussian with every row scaled to norm ``init_scale``; for ``init="uniform"`` its orthogonal polar-like factor
+    instead (QR with the signs fixed), all min(m, n) singular values ``init_scale``.
+    """
+    generator = stream(config.seed, name, 0, "weight")
+    weight = torch.randn(out_features, in_features, generator=generator)
+    if config.init == "uniform":
+        tall = weight if out_features >= in_features else weight.T
+        factor, triangle = torch.linalg.qr(tall)
+        factor = factor * triangle.diagonal().sign()
+        weight = factor if out_features >= in_features else factor.T
+    else:
+        weight = weight / weight.norm(dim=1, keepdim=True)
+    return weight * config.init_scale

@@ -1,0 +1,1 @@
+"""The mathematics: a plain-torch reference, and the operators that training uses."""

@@ -1,0 +1,163 @@
+"""Packed Q → G, the Cayley–Neumann parametrisation (CNP), and its gradient.
+
+With S = Q² (symmetric) the series factors, because Σ_{i<4} Qⁱ = (I + Q)(I + S) and
+Σ_{i<8} Qⁱ = (I + Q)(I + S)(I + S²):
+
+    order 3:  G = (I + S)(I + 2Q + S)              two products forward, three backward
+    order 7:  G = (I + 2Q + S)(I + S)(I + S²)      four products forward, six backward
+    exact:    G = 2(I − Q)⁻¹ − I                   one batched inverse, two products backward
+
+Accuracy: G Gᵀ = (I − Q⁴)² for order 3, (I − Q⁸)² for order 7, so an eigenvalue pair ±iθ of Q gives singular
+values 1 − θ⁴ or 1 − θ⁸.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from poetx.ops._library import register_op
+from poetx.ops.reference import EXACT
+
+
+def packed_size(block_size: int) -> int:
+    """Entries in the strict upper triangle of one block."""
+    return block_size * (block_size - 1) // 2
+
+
+_TRIANGLES: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+
+
+def _triangle(block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Flat positions [P] of the strict upper triangle, row by row, and of its mirror image.
+
+    One pair per (size, device) for the whole process: per-layer index buffers are 0.9 GB at 8B and b=1024.
+    """
+    key = (block_size, device)
+    if key not in _TRIANGLES:
+        with torch.inference_mode(False):
+            rows, cols = torch.triu_indices(block_size, block_size, 1, device=device)
+            pair = rows * block_size + cols, cols * block_size + rows
+        if type(rows) is not Tensor or rows.is_meta:  # a fake tensor must not outlive its mode
+            return pair
+        _TRIANGLES[key] = pair
+    return _TRIANGLES[key]
+
+
+def unpack_skew(q_KP: Tensor, block_size: int) -> Tensor:
+    """Q [K, B, B] from its strict upper triangle q [K, P], in q's dtype."""
+    upper, lower = _triangle(block_size, q_KP.device)
+    Q_KF = q_KP.new_zeros(q_KP.shape[0], block_size * block_size)
+    Q_KF.index_copy_(1, upper, q_KP)
+    Q_KF.index_copy_(1, lower, -q_KP)
+    return Q_KF.view(-1, block_size, block_size)
+
+
+def pack_skew(M_KBB: Tensor) -> Tensor:
+    """Strict upper triangle [K, P] of ``M − Mᵀ``: the gradient of q when M is that of Q."""
+    upper, lower = _triangle(M_KBB.shape[-1], M_KBB.device)
+    M_KF = M_KBB.reshape(M_KBB.shape[0], -1)
+    return M_KF.index_select(1, upper) - M_KF.index_select(1, lower)
+
+
+def _add_identity_(M_KBB: Tensor) -> Tensor:
+    M_KBB.diagonal(dim1=1, dim2=2).add_(1)
+    return M_KBB
+
+
+def _compute_dtype(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def cayley_forward(q_KP: Tensor, block_size: int, order: int) -> Tensor:
+    """G [K, B, B] from q [K, P], computed and returned in float32 (float64 for float64 q)."""
+    Q = unpack_skew(q_KP.to(_compute_dtype(q_KP)), block_size)
+    if order == EXACT:
+        G = torch.linalg.inv(_add_identity_(-Q)).mul_(2)
+        G.diagonal(dim1=1, dim2=2).sub_(1)
+        return G
+    S = torch.bmm(Q, Q)
+    A = _add_identity_(S.clone())
+    B = Q.mul_(2).add_(A)
+    if order == 3:
+        return torch.bmm(A, B)
+    A = torch.baddbmm(A, torch.bmm(S, S), A)  # (I + S²)(I + S)
+    return torch.bmm(B, A)
+
+
+def cayley_backward(grad_G_KBB: Tensor, q_KP: Tensor, block_size: int, order: int) -> Tensor:
+    """∂L/∂q [K, P] in q's dtype from Γ = ∂L/∂G; rebuilds Q and S from q, so that nobody need keep them."""
+    dtype = _compute_dtype(q_KP)
+    Gamma, Q = grad_G_KBB.to(dtype), unpack_skew(q_KP.to(dtype), block_size)
+    if order == EXACT:
+        Xt = torch.linalg.inv(_add_identity_(-Q)).transpose(1, 2)
+        return pack_skew(torch.bmm(Xt, torch.bmm(Gamma, Xt)).mul_(2)).to(q_KP.dtype)
+    S = torch.bmm(Q, Q)
+    A = _add_identity_(S.clone())
+    Bt = A - 2 * Q  # (I + 2Q + S)ᵀ
+    if order == 3:
+        dB = torch.bmm(A, Gamma)
+        dS = torch.baddbmm(dB, Gamma, Bt)  # dB + dA
+    else:
+        C = _add_identity_(torch.bmm(S, S))
+        dB = torch.bmm(torch.bmm(Gamma, A), C)
+        dH = torch.bmm(Bt, Gamma)
+        dC = torch.bmm(A, dH)
+        dC = dC + dC.transpose(1, 2)  # C = I + S² and only the symmetric part of ∂L/∂S counts
+        dS = torch.baddbmm(dB, dH, C).baddbmm_(dC, S)
+    T = dS + dS.transpose(1, 2)
+    return pack_skew(torch.baddbmm(dB, Q, T, beta=2, alpha=-1)).to(q_KP.dtype)
+
+
+def _fake_cayley(q_KP: Tensor, block_size: int, order: int) -> Tensor:
+    return q_KP.new_empty((q_KP.shape[0], block_size, block_size), dtype=_compute_dtype(q_KP))
+
+
+def _fake_cayley_backward(grad_G_KBB: Tensor, q_KP: Tensor, block_size: int, order: int) -> Tensor:
+    return torch.empty_like(q_KP)
+
+
+_cayley_op = register_op("cayley(Tensor q, int block_size, int order) -> Tensor", _fake_cayley)(cayley_forward)
+_cayley_backward_op = register_op(
+    "cayley_backward(Tensor grad_G, Tensor q, int block_size, int order) -> Tensor", _fake_cayley_backward
+)(cayley_backward)
+
+
+class _Cayley(torch.autograd.Function):
+    """Saves the packed q, nothing else."""
+
+    @staticmethod
+    def forward(ctx, q_KP, block_size, order):
+        ctx.save_for_backward(q_KP)
+        ctx.block_size, ctx.order = block_size, order
+        return _cayley_op(q_KP, block_size, order)
+
+    @staticmethod
+    def backward(ctx, grad_G):
+        (q_KP,) = ctx.saved_tensors
+        return _cayley_backward_op(grad_G, q_KP, ctx.block_size, ctx.order), None, None
+
+
+def cayley(q_KP: Tensor, *, block_size: int, order: int) -> Tensor:
+    """Orthogonal blocks G [K, B, B] (float32, or float64) of packed q [K, P]; differentiable, saves q only.
+
+    Args:
+        order: 3 or 7, the truncation of the Neumann series, or :data:`EXACT`.
+    """
+    return _Cayley.apply(q_KP, block_size, order)
+
+
+def cayley_delta(q_KP: Tensor, *, block_size: int, order: int = EXACT) -> Tensor:
+    """E = G − I [K, B, B], without the rounding that forming G first would cost: what a fold adds to a weight.
+
+    Exact: E = 2Q(I − Q)⁻¹. Series: E = 2Q + 2S + 2QS + S² for order 3. Float32, or float64 for float64 q.
+    """
+    Q = unpack_skew(q_KP.to(_compute_dtype(q_KP)), block_size)
+    if order == EXACT:
+        return torch.linalg.solve(_add_identity_(-Q), 2 * Q)
+    S = torch.bmm(Q, Q)
+    E = torch.baddbmm(2 * (Q + S), S, 2 * Q + S)
+    if order == 7:  # (I + E₃)(I + S²) − I
+        F = torch.bmm(S, S)
+        E = torch.baddbmm(E + F, E, F)
+    return E

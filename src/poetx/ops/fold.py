@@ -1,0 +1,75 @@
+"""Folding rotations into a weight without losing its spectrum.
+
+R = I + E is applied as ``W + E·W`` in float32 (float64 for float64), never with R itself in a narrow dtype: in
+bfloat16 the diagonal 1 − 2‖q‖² rounds to 1 and the weight's norm drifts by +19 % or −32 % in 300 merges.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from poetx.ops.cayley import cayley_delta
+from poetx.ops.reference import EXACT
+
+
+@contextlib.contextmanager
+def full_precision_products() -> Iterator[None]:
+    """Products of float32 in float32, whatever ``set_float32_matmul_precision`` and autocast say."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def _left_rotate(W_FC: Tensor, E_KBB: Tensor) -> Tensor:
+    """``W + Diag(E_1 … E_K)ᵀ · W`` along the rows of W [F, C]; the last block is cut where F ends."""
+    block_size = E_KBB.shape[-1]
+    full = W_FC.shape[0] // block_size
+    head = W_FC[: full * block_size].unflatten(0, (full, block_size))
+    head = torch.baddbmm(head, E_KBB[:full].transpose(1, 2), head).flatten(0, 1)
+    rest = W_FC[full * block_size :]
+    if not rest.shape[0]:
+        return head
+    E = E_KBB[-1, : rest.shape[0], : rest.shape[0]]
+    return torch.cat([head, torch.addmm(rest, E.T, rest)])
+
+
+def fold(
+    weight: Tensor, q_in: Tensor, q_out: Tensor, *, block_size_in: int, block_size_out: int, order: int = EXACT
+) -> Tensor:
+    """``G_outᵀ · W' · G_inᵀ`` [m, n] in float32, or float64 if the weight or a q is; differentiable in q.
+
+    Args:
+        weight: W' [m, n], with the permutations already in it.
+        order: of the parametrisation. Merging takes :data:`EXACT`, whose factors are orthogonal to the last bit
+            but a few; the training order gives the weight that forward acts with.
+    """
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, q_in.dtype), torch.float32)
+    with full_precision_products():
+        E_in = cayley_delta(q_in.to(dtype), block_size=block_size_in, order=order)
+        W = _left_rotate(weight.to(dtype).T, E_in.transpose(1, 2)).T
+        del E_in
+        return _left_rotate(W, cayley_delta(q_out.to(dtype), block_size=block_size_out, order=order))
+
+
+def stochastic_round_(target: Tensor, value: Tensor, generator: torch.Generator) -> Tensor:
+    """Write ``value`` (float32) into ``target``, rounding up or down at random in proportion to the distance.
+
+    Unbiased, so that moves smaller than half a unit in the last place are not lost on the way. ``target`` of
+    float32 or float64 takes the plain value; bfloat16 is rounded by its low 16 bits; float16 is not supported.
+    """
+    if target.dtype != torch.bfloat16:
+        return target.copy_(value)
+    bits = value.float().contiguous().view(torch.int32)
+    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
+    # Adding to the magnitude's low half carries into the kept half with the right probability; the mask then
+    # truncates. Works for either sign, because the sign bit stands apart from the magnitude.
+    rounded = bits.add(noise).bitwise_and_(-(1 << 16)).view(torch.float32)
+    return target.copy_(torch.where(value.isfinite(), rounded, value))

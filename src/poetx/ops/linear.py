@@ -1,0 +1,220 @@
+"""The layer's autograd, *fast* and *mem*, from the input to the output before anybody else sees it.
+
+With W' = W[perm_out][:, perm_in] and rows as tokens (method, section 2):
+
+    x' = x[:, perm_in];  a = x' · G_in;  b = a · W'ᵀ;  z' = b · G_out;  y[:, perm_out] = z';  y += bias
+
+    g' = g[:, perm_out];  dG_out = b_kᵀ g'_k;  db = g' · G_outᵀ;  da = db · W'
+    dG_in = x'_kᵀ da_k;   dx' = da · G_inᵀ;    dx[:, perm_in] = dx'
+
+There is no product of size tokens × out_features × in_features for a weight gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from poetx.ops._library import register_op
+from poetx.ops.cayley import cayley, cayley_backward, cayley_forward
+from poetx.ops.rotate import block_outer, gather, rotate, scatter
+
+
+def _product(x: Tensor, weight: Tensor, G_in: Tensor, perm_in: Tensor) -> Tensor:
+    """b = gather(x) · G_in · W'ᵀ, [N, m] in x's dtype."""
+    return rotate(gather(x, perm_in), G_in) @ weight.to(x.dtype).T
+
+
+def _output(b: Tensor, G_out: Tensor, perm_out: Tensor, bias: Tensor | None) -> Tensor:
+    y = scatter(rotate(b, G_out), perm_out)
+    return y if bias is None else y.add_(bias)
+
+
+def _backward(
+    g: Tensor,
+    x: Tensor,
+    b: Tensor,
+    weight: Tensor,
+    G_in: Tensor,
+    G_out: Tensor,
+    perm_in: Tensor,
+    perm_out: Tensor,
+    needs_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dG_in, dG_out); dx is empty when nobody needs it."""
+    g = gather(g, perm_out)
+    dG_out = block_outer(b, g, G_out.shape[-1])
+    da = rotate(g, G_out, transpose=True) @ weight.to(g.dtype)
+    dG_in = block_outer(gather(x, perm_in), da, G_in.shape[-1])
+    dx = scatter(rotate(da, G_in, transpose=True), perm_in) if needs_dx else da.new_empty(0)
+    return dx, dG_in, dG_out
+
+
+def _fast_forward(x, weight, G_in, G_out, perm_in, perm_out, bias):
+    b = _product(x, weight, G_in, perm_in)
+    return _output(b, G_out, perm_out, bias), b
+
+
+def _fake_fast_forward(x, weight, G_in, G_out, perm_in, perm_out, bias):
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    return y, torch.empty_like(y)
+
+
+def _fake_fast_backward(g, x, b, weight, G_in, G_out, perm_in, perm_out, needs_dx):
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    dx = x.new_empty(x.shape if needs_dx else (0,))
+    return dx, torch.empty_like(G_in, dtype=dtype), torch.empty_like(G_out, dtype=dtype)
+
+
+_fast_forward_op = register_op(
+    "linear_fast(Tensor x, Tensor weight, Tensor G_in, Tensor G_out, Tensor perm_in, Tensor perm_out, "
+    "Tensor? bias) -> (Tensor, Tensor)",
+    _fake_fast_forward,
+)(_fast_forward)
+_fast_backward_op = register_op(
+    "linear_fast_backward(Tensor g, Tensor x, Tensor b, Tensor weight, Tensor G_in, Tensor G_out, "
+    "Tensor perm_in, Tensor perm_out, bool needs_dx) -> (Tensor, Tensor, Tensor)",
+    _fake_fast_backward,
+)(_backward)
+
+
+def _mem_forward(
+    x, weight, q_in, q_out, perm_in, perm_out, bias, block_size_in: int, block_size_out: int, order: int
+):
+    b = _product(x, weight, cayley_forward(q_in, block_size_in, order).to(x.dtype), perm_in)
+    return _output(b, cayley_forward(q_out, block_size_out, order).to(x.dtype), perm_out, bias)
+
+
+def _mem_backward(
+    g,
+    x,
+    weight,
+    q_in,
+    q_out,
+    perm_in,
+    perm_out,
+    block_size_in: int,
+    block_size_out: int,
+    order: int,
+    needs_dx: bool,
+):
+    G_in = cayley_forward(q_in, block_size_in, order).to(x.dtype)
+    G_out = cayley_forward(q_out, block_size_out, order).to(x.dtype)
+    b = _product(x, weight, G_in, perm_in)
+    dx, dG_in, dG_out = _backward(g, x, b, weight, G_in, G_out, perm_in, perm_out, needs_dx)
+    dq_in = cayley_backward(dG_in, q_in, block_size_in, order)
+    return dx, dq_in, cayley_backward(dG_out, q_out, block_size_out, order)
+
+
+def _fake_mem_forward(
+    x, weight, q_in, q_out, perm_in, perm_out, bias, block_size_in: int, block_size_out: int, order: int
+):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _fake_mem_backward(
+    g,
+    x,
+    weight,
+    q_in,
+    q_out,
+    perm_in,
+    perm_out,
+    block_size_in: int,
+    block_size_out: int,
+    order: int,
+    needs_dx: bool,
+):
+    return x.new_empty(x.shape if needs_dx else (0,)), torch.empty_like(q_in), torch.empty_like(q_out)
+
+
+_mem_forward_op = register_op(
+    "linear_mem(Tensor x, Tensor weight, Tensor q_in, Tensor q_out, Tensor perm_in, Tensor perm_out, "
+    "Tensor? bias, int block_size_in, int block_size_out, int order) -> Tensor",
+    _fake_mem_forward,
+)(_mem_forward)
+_mem_backward_op = register_op(
+    "linear_mem_backward(Tensor g, Tensor x, Tensor weight, Tensor q_in, Tensor q_out, Tensor perm_in, "
+    "Tensor perm_out, int block_size_in, int block_size_out, int order, bool needs_dx) "
+    "-> (Tensor, Tensor, Tensor)",
+    _fake_mem_backward,
+)(_mem_backward)
+
+
+class _FastLinear(torch.autograd.Function):
+    """Saves x, b = a · W'ᵀ [N, m], G_in and G_out in x's dtype; weight and permutations are kept anyway."""
+
+    @staticmethod
+    def forward(ctx, x, weight, G_in, G_out, perm_in, perm_out, bias):
+        y, b = _fast_forward_op(x, weight, G_in, G_out, perm_in, perm_out, bias)
+        ctx.save_for_backward(x, b, weight, G_in, G_out, perm_in, perm_out)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        x, b, weight, G_in, G_out, perm_in, perm_out = ctx.saved_tensors
+        dx, dG_in, dG_out = _fast_backward_op(
+            g, x, b, weight, G_in, G_out, perm_in, perm_out, ctx.needs_input_grad[0]
+        )
+        dbias = g.sum(0) if ctx.needs_input_grad[6] else None
+        dx = dx if ctx.needs_input_grad[0] else None
+        return dx, None, dG_in.to(G_in.dtype), dG_out.to(G_out.dtype), None, None, dbias
+
+
+class _MemLinear(torch.autograd.Function):
+    """Saves x and the packed parameters; weight and permutations are kept anyway. Rebuilds G, a and b."""
+
+    @staticmethod
+    def forward(ctx, x, weight, q_in, q_out, perm_in, perm_out, bias, block_size_in, block_size_out, order):
+        ctx.save_for_backward(x, weight, q_in, q_out, perm_in, perm_out)
+        ctx.settings = (block_size_in, block_size_out, order)
+        return _mem_forward_op(
+            x, weight, q_in, q_out, perm_in, perm_out, bias, block_size_in, block_size_out, order
+        )
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, q_in, q_out, perm_in, perm_out = ctx.saved_tensors
+        dx, dq_in, dq_out = _mem_backward_op(
+            g, x, weight, q_in, q_out, perm_in, perm_out, *ctx.settings, ctx.needs_input_grad[0]
+        )
+        dbias = g.sum(0) if ctx.needs_input_grad[6] else None
+        dx = dx if ctx.needs_input_grad[0] else None
+        return dx, None, dq_in, dq_out, None, None, dbias, None, None, None
+
+
+def poet_linear(
+    x: Tensor,
+    weight: Tensor,
+    q_in: Tensor,
+    q_out: Tensor,
+    perm_in: Tensor,
+    perm_out: Tensor,
+    *,
+    block_size_in: int,
+    block_size_out: int,
+    order: int,
+    mode: str,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y [..., m] of x [..., n] through the rotated weight; differentiable in x, q_in, q_out and bias.
+
+    Args:
+        x: float32, bfloat16 or float64; every product but those of the CNP runs in this dtype.
+        weight: W' = W[perm_out][:, perm_in], [m, n], frozen; cast to x's dtype where it differs.
+        q_in, q_out: packed skew blocks, [⌈n / block_size_in⌉, P] and [⌈m / block_size_out⌉, P].
+        perm_in, perm_out: int32 permutations [n] and [m].
+        order: 3, 7, or :data:`poetx.ops.reference.EXACT`.
+        mode: ``"fast"`` saves x, b [N, m] and the blocks G; ``"mem"`` saves x and the packed parameters.
+    """
+    x_NF = x.reshape(-1, x.shape[-1])
+    bias = None if bias is None else bias.to(x.dtype)
+    if mode == "mem":
+        y = _MemLinear.apply(
+            x_NF, weight, q_in, q_out, perm_in, perm_out, bias, block_size_in, block_size_out, order
+        )
+    else:
+        G_in = cayley(q_in, block_size=block_size_in, order=order).to(x.dtype)
+        G_out = cayley(q_out, block_size=block_size_out, order=order).to(x.dtype)
+        y = _FastLinear.apply(x_NF, weight, G_in, G_out, perm_in, perm_out, bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
