@@ -13,6 +13,8 @@ values 1 − θ⁴ or 1 − θ⁸.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -25,39 +27,54 @@ def packed_size(block_size: int) -> int:
     return block_size * (block_size - 1) // 2
 
 
-_TRIANGLES: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+@dataclass(frozen=True)
+class _Triangle:
+    """Where things are in one B × B block, for one device.
 
-
-def _triangle(block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Flat positions [P] of the strict upper triangle, row by row, and of its mirror image.
-
-    One pair per (size, device) for the whole process: per-layer index buffers are 0.9 GB at 8B and b=1024.
+    upper [P]: flat positions of the strict upper triangle, row by row. source [B·B]: for every flat position the
+    packed entry it comes from. sign [B, B]: +1 above the diagonal, −1 below, 0 on it.
     """
+
+    upper: Tensor
+    source: Tensor
+    sign: Tensor
+
+
+_TRIANGLES: dict[tuple[int, torch.device], _Triangle] = {}
+
+
+def _triangle(block_size: int, device: torch.device) -> _Triangle:
+    # One per (size, device) for the whole process: per-layer index buffers are 0.9 GB at 8B and b=1024.
     key = (block_size, device)
     if key not in _TRIANGLES:
         with torch.inference_mode(False):
             rows, cols = torch.triu_indices(block_size, block_size, 1, device=device)
-            pair = rows * block_size + cols, cols * block_size + rows
+            entry = torch.zeros(block_size, block_size, dtype=torch.int64, device=device)
+            entry[rows, cols] = entry[cols, rows] = torch.arange(rows.numel(), device=device)
+            sign = torch.ones(block_size, block_size, device=device).triu(1)
+            triangle = _Triangle(rows * block_size + cols, entry.flatten(), sign - sign.T)
         if type(rows) is not Tensor or rows.is_meta:  # a fake tensor must not outlive its mode
-            return pair
-        _TRIANGLES[key] = pair
+            return triangle
+        _TRIANGLES[key] = triangle
     return _TRIANGLES[key]
 
 
 def unpack_skew(q_KP: Tensor, block_size: int) -> Tensor:
     """Q [K, B, B] from its strict upper triangle q [K, P], in q's dtype."""
-    upper, lower = _triangle(block_size, q_KP.device)
-    Q_KF = q_KP.new_zeros(q_KP.shape[0], block_size * block_size)
-    Q_KF.index_copy_(1, upper, q_KP)
-    Q_KF.index_copy_(1, lower, -q_KP)
-    return Q_KF.view(-1, block_size, block_size)
+    if block_size == 1:
+        return q_KP.new_zeros(q_KP.shape[0], 1, 1)
+    triangle = _triangle(block_size, q_KP.device)
+    Q_KBB = q_KP.index_select(1, triangle.source).view(-1, block_size, block_size)
+    return Q_KBB * triangle.sign.to(q_KP.dtype)
 
 
 def pack_skew(M_KBB: Tensor) -> Tensor:
     """Strict upper triangle [K, P] of ``M − Mᵀ``: the gradient of q when M is that of Q."""
-    upper, lower = _triangle(M_KBB.shape[-1], M_KBB.device)
-    M_KF = M_KBB.reshape(M_KBB.shape[0], -1)
-    return M_KF.index_select(1, upper) - M_KF.index_select(1, lower)
+    block_size = M_KBB.shape[-1]
+    difference = M_KBB - M_KBB.transpose(1, 2)
+    return difference.view(-1, block_size * block_size).index_select(
+        1, _triangle(block_size, M_KBB.device).upper
+    )
 
 
 def _add_identity_(M_KBB: Tensor) -> Tensor:

@@ -17,16 +17,21 @@ from torch import Tensor
 
 from poetx.ops._library import register_op
 from poetx.ops.cayley import cayley, cayley_backward, cayley_forward
-from poetx.ops.rotate import block_outer, gather, rotate, scatter
+from poetx.ops.rotate import (
+    gather_rotate,
+    gather_rotate_backward,
+    rotate_scatter,
+    rotate_scatter_backward,
+)
 
 
 def _product(x: Tensor, weight: Tensor, G_in: Tensor, perm_in: Tensor) -> Tensor:
-    """b = gather(x) · G_in · W'ᵀ, [N, m] in x's dtype."""
-    return rotate(gather(x, perm_in), G_in) @ weight.to(x.dtype).T
+    """b = x[:, perm_in] · G_in · W'ᵀ, [N, m] in x's dtype."""
+    return gather_rotate(x, perm_in, G_in) @ weight.to(x.dtype).T
 
 
 def _output(b: Tensor, G_out: Tensor, perm_out: Tensor, bias: Tensor | None) -> Tensor:
-    y = scatter(rotate(b, G_out), perm_out)
+    y = rotate_scatter(b, G_out, perm_out)
     return y if bias is None else y.add_(bias)
 
 
@@ -42,11 +47,10 @@ def _backward(
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dG_in, dG_out); dx is empty when nobody needs it."""
-    g = gather(g, perm_out)
-    dG_out = block_outer(b, g, G_out.shape[-1])
-    da = rotate(g, G_out, transpose=True) @ weight.to(g.dtype)
-    dG_in = block_outer(gather(x, perm_in), da, G_in.shape[-1])
-    dx = scatter(rotate(da, G_in, transpose=True), perm_in) if needs_dx else da.new_empty(0)
+    db, dG_out = rotate_scatter_backward(b, G_out, perm_out, g)
+    da = db @ weight.to(g.dtype)
+    del db
+    dx, dG_in = gather_rotate_backward(x, perm_in, G_in, da, needs_dx)
     return dx, dG_in, dG_out
 
 

@@ -1,12 +1,25 @@
-"""Permutations of features and block-diagonal products: the two moves between which the big product sits.
+"""Permutations of features and block-diagonal products: the moves on either side of the big product.
 
-Everything here writes into plain [tokens, features] tensors, so that no block-major copy is ever made.
+Every function goes over the tokens in slices that fit a cache (or, on an accelerator, bound the temporary), so
+that no permuted copy of a whole activation exists and each slice is still near when its next use comes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+#: Bytes of one slice of activations. 2 MiB is the L2 cache of one current server core.
+_SLICE_BYTES = {"cpu": 2 << 20}
+_SLICE_BYTES_ELSEWHERE = 256 << 20
+
+
+def _slices(x_NF: Tensor) -> Iterator[slice]:
+    budget = _SLICE_BYTES.get(x_NF.device.type, _SLICE_BYTES_ELSEWHERE)
+    rows = max(64, budget // max(1, x_NF.shape[1] * x_NF.element_size()))
+    return (slice(start, start + rows) for start in range(0, x_NF.shape[0], rows))
 
 
 def gather(x_NF: Tensor, perm: Tensor) -> Tensor:
@@ -17,11 +30,11 @@ def gather(x_NF: Tensor, perm: Tensor) -> Tensor:
     return x_NF.index_select(1, perm)
 
 
-def scatter(x_NF: Tensor, perm: Tensor) -> Tensor:
-    """The inverse of :func:`gather`: y with ``y[:, perm] = x``, contiguous."""
-    inverse = torch.empty_like(perm)
-    inverse[perm.long()] = torch.arange(perm.numel(), dtype=perm.dtype, device=perm.device)
-    return gather(x_NF, inverse)
+def inverse(perm: Tensor) -> Tensor:
+    """The permutation that undoes ``perm``, same dtype."""
+    result = torch.empty_like(perm)
+    result[perm.long()] = torch.arange(perm.numel(), dtype=perm.dtype, device=perm.device)
+    return result
 
 
 def _split(x_NF: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -31,11 +44,9 @@ def _split(x_NF: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     return head, x_NF[:, full * block_size :]
 
 
-def rotate(x_NF: Tensor, G_KBB: Tensor, *, transpose: bool = False) -> Tensor:
-    """``x · Diag(G_1 … G_K)``, or with every G transposed. x [N, F], (K−1)·B < F ≤ K·B → [N, F]."""
-    if transpose:
-        G_KBB = G_KBB.transpose(1, 2)
-    out = torch.empty_like(x_NF, memory_format=torch.contiguous_format)
+def rotate(x_NF: Tensor, G_KBB: Tensor, out: Tensor | None = None) -> Tensor:
+    """``x · Diag(G_1 … G_K)``. x [N, F], (K−1)·B < F ≤ K·B → [N, F]; the last block is cut where F ends."""
+    out = torch.empty_like(x_NF, memory_format=torch.contiguous_format) if out is None else out
     block_size = G_KBB.shape[-1]
     head, tail = _split(x_NF, block_size)
     head_out, tail_out = _split(out, block_size)
@@ -46,29 +57,77 @@ def rotate(x_NF: Tensor, G_KBB: Tensor, *, transpose: bool = False) -> Tensor:
     return out
 
 
-def block_outer(x_NF: Tensor, y_NF: Tensor, block_size: int) -> Tensor:
-    """``x_kᵀ · y_k`` for every block k: the gradient of the blocks of ``y = x · Diag(G)``, [K, B, B].
+def add_block_outer_(total_KBB: Tensor, x_NF: Tensor, y_NF: Tensor) -> None:
+    """``total_k += x_kᵀ · y_k`` for every block k: the gradient of the blocks in ``y = x · Diag(G)``.
 
-    Float32 for float32 and narrower inputs: the antisymmetric part that is used of it is a small difference.
-    A ragged last block is filled up with zeros.
+    ``total`` is float32 (float64 for float64) and so is the accumulation: the antisymmetric part that is used of
+    it is a small difference. Where F ends within the last block, the rest of that block is left as it was.
     """
-    blocks = -(-x_NF.shape[1] // block_size)
-    dtype = torch.promote_types(x_NF.dtype, torch.float32)
-    out = x_NF.new_empty((blocks, block_size, block_size), dtype=dtype)
+    block_size = total_KBB.shape[-1]
     head_x, tail_x = _split(x_NF, block_size)
     head_y, tail_y = _split(y_NF, block_size)
     if full := head_x.shape[0]:
-        _matmul_into(out[:full], head_x.transpose(1, 2), head_y)
+        _add_matmul_(total_KBB[:full], head_x.transpose(1, 2), head_y)
     if rest := tail_x.shape[1]:
-        out[-1].zero_()
-        _matmul_into(out[-1:, :rest, :rest], tail_x.T[None], tail_y[None])
+        _add_matmul_(total_KBB[-1:, :rest, :rest], tail_x.T[None], tail_y[None])
+
+
+def _add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if a.dtype == total.dtype:
+        total.baddbmm_(a, b)
+    elif a.is_cuda:
+        total.add_(torch.bmm(a, b, out_dtype=total.dtype))
+    else:
+        total.baddbmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def gather_rotate(x_NF: Tensor, perm: Tensor, G_KBB: Tensor) -> Tensor:
+    """``x[:, perm] · Diag(G)``, [N, F]."""
+    out = torch.empty_like(x_NF, memory_format=torch.contiguous_format)
+    for rows in _slices(x_NF):
+        rotate(gather(x_NF[rows], perm), G_KBB, out=out[rows])
     return out
 
 
-def _matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == out.dtype:
-        torch.bmm(a, b, out=out)
-    elif a.is_cuda:
-        out.copy_(torch.bmm(a, b, out_dtype=out.dtype))
-    else:
-        torch.bmm(a.to(out.dtype), b.to(out.dtype), out=out)
+def rotate_scatter(x_NF: Tensor, G_KBB: Tensor, perm: Tensor) -> Tensor:
+    """y with ``y[:, perm] = x · Diag(G)``, [N, F]."""
+    out = torch.empty_like(x_NF, memory_format=torch.contiguous_format)
+    back = inverse(perm)
+    for rows in _slices(x_NF):
+        out[rows] = gather(rotate(x_NF[rows], G_KBB), back)
+    return out
+
+
+def gather_rotate_backward(
+    x_NF: Tensor, perm: Tensor, G_KBB: Tensor, grad_NF: Tensor, needs_dx: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients (dx, dG) of :func:`gather_rotate` from its input and its output's gradient.
+
+    dG is float32 or float64; dx is empty if not needed.
+    """
+    dG = _zeros(G_KBB)
+    dx = torch.empty_like(x_NF, memory_format=torch.contiguous_format) if needs_dx else x_NF.new_empty(0)
+    back, Gt = inverse(perm), G_KBB.transpose(1, 2)
+    for rows in _slices(x_NF):
+        add_block_outer_(dG, gather(x_NF[rows], perm), grad_NF[rows])
+        if needs_dx:
+            dx[rows] = gather(rotate(grad_NF[rows], Gt), back)
+    return dx, dG
+
+
+def rotate_scatter_backward(
+    x_NF: Tensor, G_KBB: Tensor, perm: Tensor, grad_NF: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients (dx, dG) of :func:`rotate_scatter` from its input and its output's gradient."""
+    dG = _zeros(G_KBB)
+    dx = torch.empty_like(x_NF, memory_format=torch.contiguous_format)
+    Gt = G_KBB.transpose(1, 2)
+    for rows in _slices(x_NF):
+        grad = gather(grad_NF[rows], perm)
+        add_block_outer_(dG, x_NF[rows], grad)
+        rotate(grad, Gt, out=dx[rows])
+    return dx, dG
+
+
+def _zeros(G_KBB: Tensor) -> Tensor:
+    return torch.zeros_like(G_KBB, dtype=torch.promote_types(G_KBB.dtype, torch.float32))
