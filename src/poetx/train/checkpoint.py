@@ -1,0 +1,342 @@
+"""Checkpoints: a directory that is either whole or not there, and never a pickle.
+
+    checkpoints/step-00000123/model.safetensors      the model's state_dict, tied tensors once
+                              optimizer.safetensors  tensors of the optimizer state, "<parameter name>//<key>"
+                              rng.safetensors        states of torch's generators
+                              state.json             step, counters, parameter-group options, aliases of tied tensors
+                              recipe.yaml            the resolved recipe
+                              manifest.json          format version, size and sha256 of every file above
+
+Everything is written to a hidden directory, synced to disk and renamed. Loading checks the manifest first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from poetx.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{8,})$")
+_SEPARATOR = "//"  # cannot occur in a dotted parameter name
+
+
+@dataclass
+class TrainState:
+    """What the loop must remember besides model and optimizer. Plain JSON values."""
+
+    step: int = 0
+    skipped_steps: int = 0
+    bad_steps_in_a_row: int = 0
+    data_fingerprint: str = ""
+    aliases: dict[str, str] = field(default_factory=dict)  # tied tensors: name -> the name that is stored
+
+
+class BrokenCheckpoint(Exception):
+    """A checkpoint directory whose files do not match its manifest. The message is one line."""
+
+
+def checkpoint_dir(run_dir: Path) -> Path:
+    """Where the checkpoints of a run lie."""
+    return run_dir / "checkpoints"
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Checkpoint directories of a run, oldest first, whole or not."""
+    found = [path for path in checkpoint_dir(run_dir).glob("step-*") if _NAME.search(path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint directory's name."""
+    match = _NAME.search(path.name)
+    assert match, path
+    return int(match.group(1))
+
+
+def save_checkpoint(
+    run_dir: Path,
+    *,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    recipe_yaml: str,
+    keep: int,
+) -> Path:
+    """Write ``step-<state.step>`` and remove all but the newest ``keep``.
+
+    Raises:
+        UserError: the disk is full or not writable; earlier checkpoints are as they were.
+    """
+    from safetensors import SafetensorError
+
+    parent = checkpoint_dir(run_dir)
+    final = parent / f"step-{state.step:08d}"
+    temporary = parent / f".{final.name}.tmp"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        _write_files(temporary, model, optimizer, state, recipe_yaml)
+        _write_manifest(temporary)
+        if final.exists():  # a broken one that a resumed run has passed again
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        _sync_directory(parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = (
+            error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        )
+        raise UserError(
+            f"{final}: the checkpoint could not be written ({reason}); earlier checkpoints are untouched: "
+            "free some space, then continue with --resume"
+        ) from None
+    for old in checkpoints(run_dir)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def find_checkpoint(run_dir: Path) -> tuple[Path, list[str]]:
+    """The newest whole checkpoint, and one line about every newer one that is broken.
+
+    Raises:
+        UserError: there is none, none is whole, or one was written by a newer version of poetx.
+    """
+    problems: list[str] = []
+    for path in reversed(checkpoints(run_dir)):
+        try:
+            verify(path)
+        except BrokenCheckpoint as error:
+            problems.append(str(error))
+            continue
+        return path, problems
+    if problems:
+        raise UserError(f"no whole checkpoint in {checkpoint_dir(run_dir)}: {problems[0]}")
+    raise UserError(f"{run_dir}: no checkpoints to resume from; start it without --resume")
+
+
+def verify(path: Path) -> None:
+    """Check every file against the manifest.
+
+    Raises:
+        BrokenCheckpoint: a file is missing, has another size, or other bytes.
+        UserError: the format is newer than this version of poetx reads.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        version, files = manifest["format"], manifest["files"]
+        newer = version > FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        raise BrokenCheckpoint(f"{path / MANIFEST}: missing or unreadable") from None
+    if newer:
+        raise UserError(f"{path}: checkpoint format {version}, this poetx reads up to {FORMAT}; update poetx")
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            raise BrokenCheckpoint(f"{file}: missing")
+        size = file.stat().st_size
+        if size != expected["size"]:
+            raise BrokenCheckpoint(f"{file}: {size} bytes instead of {expected['size']}")
+        if _sha256(file) != expected["sha256"]:
+            raise BrokenCheckpoint(f"{file}: its contents have changed (sha256 differs)")
+
+
+def read_state(path: Path) -> TrainState:
+    """The loop's own state in a verified checkpoint."""
+    return TrainState(**_read_json(path / "state.json")["train"])
+
+
+def load_model(path: Path, model: torch.nn.Module) -> None:
+    """Restore the model's state in place from a verified checkpoint.
+
+    Raises:
+        UserError: names or shapes differ from the model's.
+    """
+    from safetensors.torch import load_file
+
+    tensors = load_file(path / "model.safetensors")
+    for alias, stored in read_state(path).aliases.items():
+        tensors[alias] = tensors[stored]
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(
+            f"{path}: does not fit the model of this recipe: {' '.join(str(error).split())}"
+        ) from None
+
+
+def load_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Restore optimizer state and group options. Whatever hooks keep state there must be registered already.
+
+    Raises:
+        UserError: the parameter groups differ.
+    """
+    from safetensors.torch import load_file
+
+    saved = _read_json(path / "state.json")["optimizer"]
+    current = optimizer.state_dict()
+    groups = current["param_groups"]
+    names = _names_by_index(model, optimizer)
+    if [group["names"] for group in saved["groups"]] != [
+        [names[i] for i in group["params"]] for group in groups
+    ]:
+        raise UserError(f"{path}: the optimizer's parameter groups differ from this recipe's")
+    state: dict[int, dict[str, Any]] = {}
+    index_of = {name: index for index, name in names.items()}
+    for key, tensor in load_file(path / "optimizer.safetensors").items():
+        name, _, entry = key.rpartition(_SEPARATOR)
+        state.setdefault(index_of[name], {})[entry] = tensor
+    for name, entries in saved["values"].items():
+        state.setdefault(index_of[name], {}).update(entries)
+    for group, stored in zip(groups, saved["groups"], strict=True):
+        group.update({key: _untuple(value, group.get(key)) for key, value in stored["options"].items()})
+    optimizer.load_state_dict({**current, **saved["extra"], "state": state, "param_groups": groups})
+
+
+def load_rng(path: Path) -> None:
+    """Restore torch's CPU generator, and those of the CUDA devices that are still there."""
+    import torch
+    from safetensors.torch import load_file
+
+    for name, value in load_file(path / "rng.safetensors").items():
+        kind, _, index = name.partition(":")
+        if kind == "cpu":
+            torch.set_rng_state(value)
+        elif torch.cuda.is_available() and int(index) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(value, int(index))
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove what a killed process left half-written."""
+    for path in checkpoint_dir(run_dir).glob(".step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _write_files(
+    directory: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    recipe_yaml: str,
+) -> None:
+    from safetensors.torch import save_file
+
+    tensors, state.aliases = _without_aliases(model.state_dict())
+    save_file(tensors, directory / "model.safetensors")
+    optimizer_tensors, optimizer_json = _split_optimizer(model, optimizer)
+    save_file(optimizer_tensors, directory / "optimizer.safetensors")
+    save_file(_rng_states(), directory / "rng.safetensors")
+    document = {"train": vars(state), "optimizer": optimizer_json}
+    (directory / "state.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    (directory / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
+
+
+def _write_manifest(directory: Path) -> None:
+    files = {}
+    for file in sorted(directory.iterdir()):
+        files[file.name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
+        _sync_file(file)
+    manifest = directory / MANIFEST
+    manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
+    _sync_file(manifest)
+    _sync_directory(directory)
+
+
+def _without_aliases(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors that are the very same memory once only, and name -> stored name for the others."""
+    stored: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    owner: dict[tuple[Any, ...], str] = {}
+    for name, tensor in tensors.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and place in owner:
+            aliases[name] = owner[place]
+            continue
+        owner[place] = name
+        stored[name] = tensor.detach().contiguous()
+    return stored, aliases
+
+
+def _split_optimizer(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The optimizer's state_dict as tensors by name and everything else as JSON."""
+    import torch
+
+    whole = optimizer.state_dict()
+    names = _names_by_index(model, optimizer)
+    tensors: dict[str, torch.Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for index, entries in whole["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{names[index]}{_SEPARATOR}{key}"] = value.detach().contiguous()
+            else:
+                values.setdefault(names[index], {})[key] = value
+    groups = [
+        {
+            "names": [names[index] for index in group["params"]],
+            "options": {key: value for key, value in group.items() if key != "params"},
+        }
+        for group in whole["param_groups"]
+    ]
+    extra = {key: value for key, value in whole.items() if key not in ("state", "param_groups")}
+    return tensors, {"groups": groups, "values": values, "extra": extra}
+
+
+def _names_by_index(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[int, str]:
+    """state_dict() numbers parameters in the order of the groups; this gives their names in the model."""
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {index: name_of[id(parameter)] for index, parameter in enumerate(ordered)}
+
+
+def _rng_states() -> dict[str, torch.Tensor]:
+    import torch
+
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states.update({f"cuda:{i}": torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())})
+    return states
+
+
+def _untuple(value: Any, current: Any) -> Any:
+    """JSON has no tuples: give an option back the type it has in the fresh optimizer."""
+    return tuple(value) if isinstance(current, tuple) and isinstance(value, list) else value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,161 @@
+"""From a run to a plain Hugging Face model, and back from either to a model that generates."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from poetx.errors import UserError
+from poetx.train.checkpoint import find_checkpoint, load_model
+from poetx.train.model import build_model, convert_model, resolve_device, resolve_dtype
+from poetx.train.recipe import Recipe, load_recipe
+from poetx.train.schema import one_line
+from poetx.train.tokenizer import fast_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+TOKENIZER_DIR = "tokenizer"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A dense model in eval mode with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    device: torch.device
+    recipe: Recipe | None  # None for an exported directory
+    notes: list[str]  # one line about every broken checkpoint that was passed over
+
+
+def save_tokenizer(file: Path, end_of_text: str, source: str | None, directory: Path) -> None:
+    """Write the tokenizer as transformers reads it.
+
+    Args:
+        file: its ``tokenizer.json``.
+        source: where the user's own tokenizer came from; a directory there is copied with all its settings.
+    """
+    from transformers import AutoTokenizer
+
+    if source is not None and Path(source).expanduser().is_dir():
+        tokenizer = AutoTokenizer.from_pretrained(Path(source).expanduser(), local_files_only=True)
+    else:
+        tokenizer = fast_tokenizer(file, end_of_text)
+    tokenizer.save_pretrained(directory)
+
+
+def export_model(model: PreTrainedModel, tokenizer_dir: Path, directory: Path) -> None:
+    """Fold ``model`` to plain linears **in place** and write it with its tokenizer to ``directory``.
+
+    The directory is replaced as a whole: written beside itself, then renamed.
+    """
+    from poetx import poet_layers, to_dense_
+
+    if poet_layers(model):
+        to_dense_(model)
+    model.config.use_cache = True
+    temporary = directory.parent / f".{directory.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model.save_pretrained(temporary)
+        for file in tokenizer_dir.iterdir():
+            shutil.copyfile(file, temporary / file.name)
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(temporary, directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def load_run(run: str, *, device: str = "auto") -> LoadedModel:
+    """The dense model of a run directory (newest whole checkpoint) or of an exported directory.
+
+    Raises:
+        UserError: the directory is neither, or has no whole checkpoint.
+    """
+    path, target = Path(run), resolve_device(device)
+    if (path / "recipe.yaml").is_file():
+        return _load_checkpoint(path, target)
+    if (path / "config.json").is_file():
+        return _load_exported(path, target)
+    what = (
+        "neither a run (recipe.yaml) nor an exported model (config.json)"
+        if path.is_dir()
+        else "no such directory"
+    )
+    raise UserError(f"{run}: {what}")
+
+
+def _load_checkpoint(run_dir: Path, device: torch.device) -> LoadedModel:
+    from transformers import AutoTokenizer
+
+    from poetx import poet_layers, to_dense_
+
+    checkpoint, notes = find_checkpoint(run_dir)
+    recipe = load_recipe(str(checkpoint))
+    train = dataclasses.replace(recipe.train, dtype=resolve_dtype(recipe.train.dtype, device))
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / TOKENIZER_DIR, local_files_only=True)
+    model = build_model(
+        dataclasses.replace(recipe, train=train),
+        vocab_size=len(tokenizer),
+        end_of_text_id=tokenizer.eos_token_id,
+        device=device,
+    )
+    convert_model(model, recipe)
+    load_model(checkpoint, model)
+    if poet_layers(model):
+        to_dense_(model)
+    return LoadedModel(model.eval(), tokenizer, device, recipe, notes)
+
+
+def _load_exported(path: Path, device: torch.device) -> LoadedModel:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"{path}: {one_line(error)}") from None
+    return LoadedModel(model.to(device).eval(), tokenizer, device, None, [])
+
+
+def generate_text(
+    loaded: LoadedModel,
+    prompt: str,
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+) -> str:
+    """The continuation of ``prompt``, without it. ``temperature=0`` takes the likeliest token each time."""
+    import torch
+
+    inputs = loaded.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
+    if inputs.numel() == 0:
+        inputs = torch.tensor([[loaded.tokenizer.eos_token_id]])
+    inputs = inputs.to(device=loaded.device, dtype=torch.long)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": 1.0}
+    with (
+        torch.random.fork_rng(devices=[loaded.device] if loaded.device.type == "cuda" else []),
+        torch.no_grad(),
+    ):
+        torch.manual_seed(seed)
+        output = loaded.model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=loaded.tokenizer.eos_token_id,
+            use_cache=True,
+            **sampling,
+        )
+    return loaded.tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True)

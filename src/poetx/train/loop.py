@@ -1,0 +1,280 @@
+"""The training loop: accumulate, clip, step, evaluate, checkpoint. Data and schedules are functions of the step."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from poetx.errors import UserError
+from poetx.train.checkpoint import TrainState, checkpoints, load_rng, save_checkpoint
+from poetx.train.data import PreparedData, TokenWindows
+from poetx.train.environment import peak_memory_gib
+from poetx.train.metrics import MetricsWriter, perplexity
+from poetx.train.progress import Reporter
+from poetx.train.recipe import Recipe
+from poetx.train.sampler import batch_windows, evenly_spread
+from poetx.train.schedule import clip_value, lr_factor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+class MergeHandle(Protocol):
+    """What the loop reads of the object that :func:`poetx.merge_every` returns."""
+
+    steps_since_merge: int
+    merges: int
+
+
+class StopRequest:
+    """Set by Ctrl-C or SIGTERM; the loop looks at it after every step."""
+
+    signum: int | None = None
+
+
+@dataclass
+class Trainer:
+    """Everything one run needs while it trains."""
+
+    recipe: Recipe
+    run_dir: Path
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    peak_lrs: list[float]  # one for each parameter group
+    merges: MergeHandle | None
+    data: PreparedData
+    device: torch.device
+    state: TrainState
+    metrics: MetricsWriter
+    reporter: Reporter
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Loss and gradient norm of one optimizer step, and what became of it."""
+
+    loss: float  # mean over the tokens of the batch, nats
+    grad_norm: float  # before clipping
+    clip: float | None
+    merged: bool
+    skipped: bool
+
+
+def fit(trainer: Trainer, *, resume_from: Path | None = None) -> StopRequest:
+    """Train from ``trainer.state.step`` to the recipe's last step, or until a signal asks to stop.
+
+    The global random generators are seeded for the duration (dropout of pretrained models draws from them) and put
+    back afterwards.
+
+    Args:
+        resume_from: checkpoint whose generator states to continue with.
+
+    Raises:
+        UserError: ``train.max_bad_steps`` non-finite steps in a row, or a checkpoint that cannot be written.
+    """
+    cuda_devices = [trainer.device] if trainer.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda_devices), stop_signals() as stop:
+        torch.manual_seed(trainer.recipe.train.seed)
+        if resume_from is not None:
+            load_rng(resume_from)
+        _run(trainer, stop)
+    return stop
+
+
+def _run(trainer: Trainer, stop: StopRequest) -> None:
+    settings, state = trainer.recipe.train, trainer.state
+    forward = torch.compile(trainer.model) if settings.compile else trainer.model
+    started = time.perf_counter()
+    if state.step == 0:
+        _validate(trainer, forward, started)
+    while state.step < settings.steps and stop.signum is None:
+        step_started = time.perf_counter()
+        result = train_step(trainer, forward)
+        state.step += 1
+        now = time.perf_counter()
+        _record_step(trainer, result, seconds=now - started, step_seconds=now - step_started)
+        last = state.step == settings.steps
+        if last or state.step % settings.eval_every == 0:
+            _validate(trainer, forward, started)
+        # During a streak of bad steps the weights themselves may be broken; keep the checkpoint before it.
+        due = last or state.step % settings.checkpoint_every == 0 or stop.signum is not None
+        if due and state.bad_steps_in_a_row == 0:
+            save(trainer)
+
+
+def train_step(trainer: Trainer, forward: Any) -> StepResult:
+    """One optimizer step on the batch of 0-based step ``trainer.state.step``; skipped when it is not finite.
+
+    The gradient is that of the mean loss over all tokens of the batch, however it is cut into micro-batches.
+    """
+    recipe, state, optimizer = trainer.recipe, trainer.state, trainer.optimizer
+    settings, merges = recipe.train, trainer.merges
+    factor = lr_factor(
+        state.step,
+        steps=settings.steps,
+        warmup_steps=recipe.optimizer.warmup_steps,
+        min_ratio=recipe.optimizer.min_lr_ratio,
+    )
+    for group, peak in zip(optimizer.param_groups, trainer.peak_lrs, strict=True):
+        group["lr"] = peak * factor
+    clip = clip_value(
+        recipe.optimizer,
+        step=state.step,
+        merges=merges.merges if merges else 0,
+        steps_since_merge=merges.steps_since_merge if merges else 0,
+    )
+    loss = _accumulate_gradients(trainer, forward)
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    grad_norm = torch.nn.utils.get_total_norm(gradients)
+    norm = float(grad_norm)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        optimizer.zero_grad()
+        _count_bad_step(trainer, loss, norm)
+        return StepResult(loss, norm, clip, merged=False, skipped=True)
+    if clip is not None and norm > clip:
+        torch._foreach_mul_(gradients, clip / norm)
+    merges_before = merges.merges if merges else 0
+    optimizer.step()
+    optimizer.zero_grad()
+    state.bad_steps_in_a_row = 0
+    merged = merges is not None and merges.merges > merges_before
+    return StepResult(loss, norm, clip, merged=merged, skipped=False)
+
+
+def _accumulate_gradients(trainer: Trainer, forward: Any) -> float:
+    """Backward over the micro-batches of the current step; the mean loss over all its tokens."""
+    settings, train = trainer.recipe.train, trainer.data.train
+    windows = batch_windows(
+        trainer.state.step, batch_size=settings.batch_size, windows=len(train), seed=settings.seed
+    )
+    tokens = settings.batch_size * train.seq_len
+    trainer.model.train()
+    total = torch.zeros((), dtype=torch.float32, device=trainer.device)
+    for start in range(0, settings.batch_size, settings.micro_batch):
+        inputs, labels = train.batch(windows[start : start + settings.micro_batch])
+        loss = summed_loss(forward, inputs.to(trainer.device), labels.to(trainer.device)) / tokens
+        loss.backward()
+        total += loss.detach()
+    return float(total)
+
+
+def summed_loss(forward: Any, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross entropy in nats, summed over all tokens, in float32. ``inputs``, ``labels``: ``[sequences, tokens]``."""
+    logits = forward(input_ids=inputs, use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any, data: TokenWindows, windows: list[int], *, batch_size: int, device: torch.device
+) -> float:
+    """Mean loss in nats a token over these windows, the model in eval mode for the duration."""
+    was_training = model.training
+    model.eval()
+    total = 0.0
+    for start in range(0, len(windows), batch_size):
+        inputs, labels = data.batch(windows[start : start + batch_size])
+        total += float(summed_loss(model, inputs.to(device), labels.to(device)))
+    model.train(was_training)
+    return total / (len(windows) * data.seq_len)
+
+
+def save(trainer: Trainer) -> Path:
+    """Write a checkpoint of the current step."""
+    path = save_checkpoint(
+        trainer.run_dir,
+        model=trainer.model,
+        optimizer=trainer.optimizer,
+        state=trainer.state,
+        recipe_yaml=trainer.recipe.to_yaml(),
+        keep=trainer.recipe.train.keep_checkpoints,
+    )
+    trainer.reporter.checkpoint(path)
+    return path
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[StopRequest]:
+    """Turn SIGINT and SIGTERM into a request; a second one acts as usual. Only possible in the main thread."""
+    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        stop.signum = number
+        for number_, handler_ in previous.items():
+            signal.signal(number_, handler_)
+
+    for number in previous:
+        signal.signal(number, handler)
+    try:
+        yield stop
+    finally:
+        for number, handler_ in previous.items():
+            signal.signal(number, handler_)
+
+
+def _validate(trainer: Trainer, forward: Any, started: float) -> None:
+    settings, data = trainer.recipe.train, trainer.data.validation
+    windows = evenly_spread(settings.eval_windows, len(data))
+    loss = evaluate(forward, data, windows, batch_size=settings.micro_batch, device=trainer.device)
+    entry = trainer.metrics.write(
+        "validation",
+        trainer.state.step,
+        loss=loss,
+        perplexity=perplexity(loss),
+        tokens=len(windows) * data.seq_len,
+        seconds=round(time.perf_counter() - started, 3),
+    )
+    trainer.reporter.validation(entry)
+
+
+def _record_step(trainer: Trainer, result: StepResult, *, seconds: float, step_seconds: float) -> None:
+    recipe = trainer.recipe
+    lrs = {f"lr_{group['name']}": group["lr"] for group in trainer.optimizer.param_groups}
+    entry = trainer.metrics.write(
+        "train",
+        trainer.state.step,
+        loss=result.loss,
+        grad_norm=result.grad_norm,
+        clip=result.clip,
+        **lrs,
+        merged=result.merged,
+        skipped=result.skipped,
+        tokens_per_second=round(recipe.train.batch_size * recipe.data.seq_len / step_seconds, 1),
+        seconds=round(seconds, 3),
+        peak_memory_gib=round(peak_memory_gib(trainer.device), 3),
+    )
+    trainer.reporter.step(entry)
+
+
+def _count_bad_step(trainer: Trainer, loss: float, norm: float) -> None:
+    state, limit = trainer.state, trainer.recipe.train.max_bad_steps
+    state.skipped_steps += 1
+    state.bad_steps_in_a_row += 1
+    what = f"step {state.step + 1}: loss {loss}, gradient norm {norm}"
+    logger.warning("%s: step skipped", what)
+    trainer.reporter.note(f"{what}: step skipped")
+    if state.bad_steps_in_a_row >= limit:
+        saved = checkpoints(trainer.run_dir)
+        where = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+        raise UserError(
+            f"{what}: {limit} non-finite steps in a row (train.max_bad_steps), stopped; {where}; "
+            "try lower learning rates (optimizer.lr, optimizer.poet_lr) or a longer optimizer.warmup_steps"
+        )

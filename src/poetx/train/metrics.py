@@ -1,0 +1,67 @@
+"""``metrics.jsonl``: one line for every step and every evaluation, a single curve however often the run is resumed.
+
+    {"event": "train", "step": 12, "loss": …, "lr": …, "grad_norm": …, "clip": …, "merged": false, "skipped": false,
+     "tokens_per_second": …, "seconds": …, "peak_memory_gib": …}
+    {"event": "validation", "step": 100, "loss": …, "perplexity": …, "seconds": …}
+
+``step`` counts finished optimizer steps; ``seconds`` is wall time since the process started training.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import IO, Any
+
+TIMING_KEYS = ("seconds", "tokens_per_second", "peak_memory_gib")  # differ from run to run
+
+
+class MetricsWriter:
+    """Appends to ``metrics.jsonl``; lines later than ``step`` are cut first, so that a resumed curve is clean."""
+
+    def __init__(self, path: Path, *, step: int) -> None:
+        kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(_line(entry) for entry in kept), encoding="utf-8")
+        os.replace(temporary, path)
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    def write(self, event: str, step: int, **values: Any) -> dict[str, Any]:
+        """Append one line and hand it back. A number that is not finite becomes null: JSON has none."""
+        entry = {"event": event, "step": step, **{key: _finite(value) for key, value in values.items()}}
+        self._file.write(_line(entry))
+        self._file.flush()
+        return entry
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, a torn last line (a killed process) left out; nothing when there is no file."""
+    if not path.exists():
+        return []
+    entries = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            entries.append(entry)
+    return entries
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry) + "\n"

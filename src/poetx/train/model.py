@@ -1,0 +1,146 @@
+"""The model of a recipe: a Llama shape, a Hugging Face config, or a pretrained checkpoint; then its conversion."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from poetx.errors import UserError
+from poetx.train.recipe import Recipe
+from poetx.train.schema import one_line
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from poetx.convert import ConversionReport
+
+
+def resolve_device(device: str) -> torch.device:
+    """``"auto"`` is cuda where there is one, else the CPU. Raises :class:`UserError` on a device that is not there."""
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"train.device={device}: {one_line(error).split('. ')[0]}") from None
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"train.device={device}: this torch ({torch.__version__}) sees no CUDA device; use cpu or auto"
+        )
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"train.device={device}: there are only {torch.cuda.device_count()} CUDA devices")
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> str:
+    """``"auto"`` is bfloat16 on cuda, else float32; anything else stays."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
+def build_model(
+    recipe: Recipe, *, vocab_size: int, end_of_text_id: int, device: torch.device
+) -> PreTrainedModel:
+    """The dense model of the recipe on ``device`` in the recipe's dtype (which must be resolved already).
+
+    Fresh weights depend on ``train.seed`` only; the global random generators are left as they were.
+
+    Args:
+        vocab_size: tokens of the tokenizer. A Llama shape gets exactly this many; a config or checkpoint must
+            have at least this many.
+
+    Raises:
+        UserError: a config or checkpoint that cannot be read or has too small a vocabulary.
+    """
+    import torch
+
+    dtype = getattr(torch, recipe.train.dtype)
+    cuda_devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda_devices):
+        torch.manual_seed(recipe.train.seed)
+        if recipe.model.pretrained:
+            model = _pretrained(recipe.model.pretrained, dtype)
+        else:
+            model = _fresh(recipe, vocab_size, end_of_text_id, device, dtype)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < vocab_size:
+        raise UserError(
+            f"the model has {rows} embeddings but the tokenizer {vocab_size} tokens; "
+            + ("use its own tokenizer" if recipe.model.pretrained else "raise vocab_size in model.config")
+            + f" or give data.vocab_size={rows} or less"
+        )
+    model.config.use_cache = False
+    if recipe.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model.to(device)
+
+
+def convert_model(model: PreTrainedModel, recipe: Recipe) -> ConversionReport | None:
+    """Convert in place as the recipe says; None for the dense baseline. Errors name the ``poet`` section."""
+    if recipe.poet is None:
+        return None
+    from poetx import convert_
+
+    return convert_(model, recipe.poet.config)
+
+
+def _fresh(
+    recipe: Recipe, vocab_size: int, end_of_text_id: int, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+    shape = recipe.model
+    if shape.config:
+        config = _read_config(shape.config, AutoConfig)
+    else:
+        config = LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.intermediate_size,
+            num_hidden_layers=shape.num_layers,
+            num_attention_heads=shape.num_heads,
+            num_key_value_heads=shape.num_key_value_heads or shape.num_heads,
+            max_position_embeddings=recipe.data.seq_len,
+            tie_word_embeddings=shape.tie_embeddings,
+            bos_token_id=end_of_text_id,
+            eos_token_id=end_of_text_id,
+            pad_token_id=None,  # a padding id would zero that row of the embedding, and it is the end of text
+        )
+    try:
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"model.config={shape.config}: {one_line(error)}") from None
+
+
+def _read_config(source: str, auto_config: Any) -> Any:
+    path = Path(source).expanduser()
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"model.config={source}: no config.json there")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return auto_config.for_model(values.pop("model_type"), **values)
+    except KeyError:
+        raise UserError(f'model.config={source}: no "model_type" in it') from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"model.config={source}: {one_line(error)}") from None
+
+
+def _pretrained(source: str, dtype: torch.dtype) -> PreTrainedModel:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    path = Path(source).expanduser()
+    if not (path / "config.json").is_file():
+        raise UserError(f"model.pretrained={source}: not a checkpoint directory (no config.json in it)")
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"model.pretrained={source}: {one_line(error)}") from None

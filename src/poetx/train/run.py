@@ -1,0 +1,285 @@
+"""One run from recipe to export: check everything, then write the run directory, train, export.
+
+<run_dir>/recipe.yaml        the resolved recipe
+          environment.json   versions and devices
+          conversion.txt     what was converted, what was not and why
+          tokenizer/         as transformers reads it
+          metrics.jsonl      one line for every step and evaluation
+          checkpoints/       see poetx.train.checkpoint
+          export/            the trained model as a plain Hugging Face model
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import torch
+
+from poetx import merge_every, param_groups
+from poetx.errors import UserError
+from poetx.train import checkpoint as ckpt
+from poetx.train.data import PreparedData, prepare_data
+from poetx.train.environment import describe, peak_memory_gib
+from poetx.train.export import TOKENIZER_DIR, export_model, save_tokenizer
+from poetx.train.loop import Trainer, fit
+from poetx.train.metrics import MetricsWriter, read_metrics
+from poetx.train.model import build_model, convert_model, resolve_device, resolve_dtype
+from poetx.train.progress import Reporter, RunInfo
+from poetx.train.recipe import OptimizerRecipe, Recipe, differing_keys, load_recipe
+
+if TYPE_CHECKING:
+
+    from poetx.convert import ConversionReport
+
+# What a run writes: exactly this is deleted by overwrite=True, whatever else lies in the directory.
+_OWN_FILES = ("recipe.yaml", "environment.json", "conversion.txt", "metrics.jsonl")
+_OWN_DIRS = (TOKENIZER_DIR, "checkpoints", "export")
+_LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        signum: the signal that stopped it early, or None when it reached its last step.
+        first_perplexity, last_perplexity: of the validation text, before training and at the last evaluation.
+        seconds: wall time of training in this process, evaluation included.
+    """
+
+    run_dir: Path
+    step: int
+    steps: int
+    signum: int | None
+    first_perplexity: float | None
+    last_perplexity: float | None
+    seconds: float
+    peak_memory_gib: float
+    skipped_steps: int
+    export_dir: Path | None
+    checkpoint: Path | None
+
+
+def train(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, reporter: Reporter | None = None
+) -> RunResult:
+    """Train as the recipe says. Nothing is written to the run directory before everything has been checked.
+
+    Args:
+        resume: continue from the newest whole checkpoint of the run directory.
+        overwrite: delete what an earlier run left in the run directory.
+        reporter: told what happens; says nothing by default.
+
+    Raises:
+        UserError: anything wrong with recipe, data, model, run directory or checkpoint.
+        OSError: a file that cannot be written.
+    """
+    reporter = reporter or Reporter()
+    recipe.validate()
+    run_dir = recipe.directory
+    device = resolve_device(recipe.train.device)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"run_dir={run_dir}: is a file")
+    start: Path | None = None
+    if resume:
+        start, recipe = _resume_point(recipe, reporter)
+    elif ckpt.checkpoints(run_dir) and not overwrite:
+        raise UserError(
+            f"{run_dir}: already has checkpoints; continue it with --resume, choose another with run_dir=PATH, "
+            "or delete it with --overwrite"
+        )
+    dtype = resolve_dtype(recipe.train.dtype, device)
+    recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, dtype=dtype))
+
+    data = prepare_data(recipe, progress=reporter.stage)
+    reporter.stage("Building the model")
+    model = build_model(
+        recipe, vocab_size=data.meta.vocab_size, end_of_text_id=data.meta.end_of_text_id, device=device
+    )
+    report = convert_model(model, recipe)
+    optimizer = build_optimizer(model, recipe.optimizer)
+    peak_lrs = [group["lr"] for group in optimizer.param_groups]
+    merges = None
+    if recipe.poet is not None and recipe.poet.merge_every is not None:
+        merges = merge_every(optimizer, model, steps=recipe.poet.merge_every)
+    state = ckpt.TrainState(data_fingerprint=data.meta.fingerprint)
+    if start is not None:
+        state = _restore(start, model, optimizer, data)
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with _locked(run_dir):
+        _write_run_files(run_dir, recipe, data, report, device, fresh=start is None)
+        trainer = Trainer(
+            recipe=recipe,
+            run_dir=run_dir,
+            model=model,
+            optimizer=optimizer,
+            peak_lrs=peak_lrs,
+            merges=merges,
+            data=data,
+            device=device,
+            state=state,
+            metrics=MetricsWriter(run_dir / "metrics.jsonl", step=state.step),
+            reporter=reporter,
+        )
+        return _train_and_export(trainer, start, report)
+
+
+def build_optimizer(model: torch.nn.Module, recipe: OptimizerRecipe) -> torch.optim.Optimizer:
+    """The recipe's optimizer over :func:`poetx.param_groups` of ``model``."""
+    poet_options = {"betas": recipe.poet_betas, "eps": recipe.poet_eps} if recipe.name == "adamw" else {}
+    groups = param_groups(
+        model, lr=recipe.lr, poet_lr=recipe.poet_lr, weight_decay=recipe.weight_decay, **poet_options
+    )
+    if recipe.name == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)
+    if recipe.name == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
+    return torch.optim.Adafactor(groups, lr=recipe.lr)
+
+
+def _resume_point(recipe: Recipe, reporter: Reporter) -> tuple[Path, Recipe]:
+    """The checkpoint to continue from, and the recipe with ``dtype: auto`` settled as it was then."""
+    ckpt.remove_leftovers(recipe.directory)
+    start, problems = ckpt.find_checkpoint(recipe.directory)
+    for problem in problems:
+        reporter.note(f"broken checkpoint passed over: {problem}")
+    saved = load_recipe(str(start))
+    if recipe.train.dtype == "auto":
+        recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, dtype=saved.train.dtype))
+    changed = differing_keys(saved, recipe)
+    if changed:
+        old, new = _flat(saved), _flat(recipe)
+        shown = ", ".join(f"{key} ({old.get(key)} -> {new.get(key)})" for key in changed[:4])
+        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+        raise UserError(
+            f"{start}: was trained with another recipe: {shown}{more}; "
+            "resume with the same recipe, or start anew with another run_dir"
+        )
+    reporter.note(f"continuing from {start}")
+    return start, recipe
+
+
+def _restore(
+    start: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, data: PreparedData
+) -> ckpt.TrainState:
+    state = ckpt.read_state(start)
+    if state.data_fingerprint != data.meta.fingerprint:
+        raise UserError(
+            f"{start}: was trained on other text (the files of data.train or the tokenizer have changed since); "
+            "bring them back, or start anew with another run_dir"
+        )
+    ckpt.load_model(start, model)
+    ckpt.load_optimizer(start, model, optimizer)
+    return state
+
+
+def _write_run_files(
+    run_dir: Path,
+    recipe: Recipe,
+    data: PreparedData,
+    report: ConversionReport | None,
+    device: torch.device,
+    *,
+    fresh: bool,
+) -> None:
+    if fresh:
+        for name in _OWN_DIRS:
+            shutil.rmtree(run_dir / name, ignore_errors=True)
+        for name in _OWN_FILES:
+            (run_dir / name).unlink(missing_ok=True)
+    (run_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    (run_dir / "environment.json").write_text(json.dumps(describe(device), indent=2), encoding="utf-8")
+    text = "dense baseline: nothing was converted (poet: null)" if report is None else str(report)
+    (run_dir / "conversion.txt").write_text(text + "\n", encoding="utf-8")
+    source = recipe.data.tokenizer or recipe.model.pretrained
+    save_tokenizer(data.tokenizer_file, data.meta.end_of_text, source, run_dir / TOKENIZER_DIR)
+
+
+def _train_and_export(trainer: Trainer, start: Path | None, report: ConversionReport | None) -> RunResult:
+    recipe, run_dir, reporter = trainer.recipe, trainer.run_dir, trainer.reporter
+    reporter.start(
+        RunInfo(
+            title=_title(trainer, report),
+            steps=recipe.train.steps,
+            first_step=trainer.state.step,
+            log_every=recipe.train.log_every,
+        )
+    )
+    started = time.perf_counter()
+    try:
+        stop = fit(trainer, resume_from=start)
+    finally:
+        reporter.stop()
+        trainer.metrics.close()
+    seconds = time.perf_counter() - started
+    finished = trainer.state.step == recipe.train.steps
+    export_dir = run_dir / "export" if finished and recipe.train.export else None
+    if export_dir is not None:
+        reporter.stage("Exporting the model")
+        export_model(trainer.model, run_dir / TOKENIZER_DIR, export_dir)
+    saved = ckpt.checkpoints(run_dir)
+    validation = [
+        entry for entry in read_metrics(run_dir / "metrics.jsonl") if entry["event"] == "validation"
+    ]
+    return RunResult(
+        run_dir=run_dir,
+        step=trainer.state.step,
+        steps=recipe.train.steps,
+        signum=None if finished else stop.signum,
+        first_perplexity=validation[0]["perplexity"] if validation else None,
+        last_perplexity=validation[-1]["perplexity"] if validation else None,
+        seconds=seconds,
+        peak_memory_gib=peak_memory_gib(trainer.device),
+        skipped_steps=trainer.state.skipped_steps,
+        export_dir=export_dir,
+        checkpoint=saved[-1] if saved else None,
+    )
+
+
+def _title(trainer: Trainer, report: ConversionReport | None) -> str:
+    recipe, data = trainer.recipe, trainer.data
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    if report is None:
+        method = "dense baseline"
+    else:
+        assert recipe.poet is not None
+        config = recipe.poet.config
+        method = f"POET-X {config.mode} b={config.block_size}, {len(report.converted)} layers converted"
+    return (
+        f"{recipe.name}: {parameters / 1e6:.2f}M parameters ({trainable / 1e6:.2f}M trainable), {method}; "
+        f"{data.meta.train_tokens / 1e6:.2f}M tokens, {recipe.train.steps} steps of "
+        f"{recipe.train.batch_size} x {recipe.data.seq_len} tokens; {trainer.device}, {recipe.train.dtype}"
+    )
+
+
+@contextlib.contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory. Released by the system when the process ends, in whatever way."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: no lock
+        yield
+        return
+    file: IO[str]
+    with (run_dir / _LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{run_dir}: another process is training there") from None
+        yield
+
+
+def _flat(recipe: Recipe) -> dict[str, object]:
+    from poetx.train.schema import flatten
+
+    return flatten(recipe.to_dict())

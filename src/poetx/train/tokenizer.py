@@ -1,0 +1,91 @@
+"""Byte-level BPE: trained on the run's own text, or an existing Hugging Face tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from poetx.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+# Tokens that known tokenizers put between documents, most specific first.
+_USUAL_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, end_of_text: str = END_OF_TEXT) -> Tokenizer:
+    """A byte-level BPE of at most ``vocab_size`` tokens, the same for the same texts and size."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[end_of_text],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def tokenizer_file(source: str) -> Path:
+    """The ``tokenizer.json`` meant by a file or directory. Raises :class:`UserError` when there is none."""
+    path = Path(source).expanduser()
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"data.tokenizer={source}: no tokenizer.json there")
+    return file.resolve()
+
+
+def read_tokenizer(file: Path) -> Tokenizer:
+    """Read a ``tokenizer.json``. Raises :class:`UserError` when it is not one."""
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"{file}: not a tokenizer ({' '.join(str(error).split())})") from None
+
+
+def find_end_of_text(tokenizer: Tokenizer, wanted: str | None, *, file: Path) -> str:
+    """The token between documents: ``wanted``, or the one named beside ``file``, or a usual name.
+
+    Raises:
+        UserError: the tokenizer has no such token.
+    """
+    vocab = tokenizer.get_vocab()
+    if wanted is not None:
+        if wanted not in vocab:
+            raise UserError(f"data.end_of_text={wanted}: not a token of {file}{nearest(wanted, _USUAL_ENDS)}")
+        return wanted
+    for candidate in (*_declared_end(file.parent / "tokenizer_config.json"), *_USUAL_ENDS):
+        if candidate in vocab:
+            return candidate
+    raise UserError(f"{file}: no end-of-text token found; name one with data.end_of_text=TOKEN")
+
+
+def fast_tokenizer(file: Path, end_of_text: str) -> PreTrainedTokenizerFast:
+    """The transformers tokenizer around a ``tokenizer.json``, as saved into an export."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(file), bos_token=end_of_text, eos_token=end_of_text, pad_token=end_of_text
+    )
+
+
+def _declared_end(config: Path) -> list[str]:
+    """``eos_token`` of a ``tokenizer_config.json``, where there is one: a string, or a dict with ``content``."""
+    try:
+        token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+    except (OSError, ValueError, AttributeError):
+        return []
+    if isinstance(token, dict):
+        token = token.get("content")
+    return [token] if isinstance(token, str) else []
