@@ -15,9 +15,7 @@ from poetx.errors import UserError, nearest
 from poetx.layer import PoetLinear
 
 #: Names that checkpoints in the wild give to several matrices held as one.
-_FUSED = re.compile(
-    r"(^|\.)(c_attn|qkv|qkv_proj|query_key_value|Wqkv|in_proj|gate_up_proj|kv_proj|q_attn)$"
-)
+_FUSED = re.compile(r"(^|\.)(c_attn|qkv|qkv_proj|query_key_value|Wqkv|in_proj|gate_up_proj|kv_proj|q_attn)$")
 
 
 @dataclass(frozen=True)
@@ -180,7 +178,7 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
     shared = {parameter for parameter, modules in owners.items() if len(modules) > 1}
     head = _output_layer(model)
 
-    reasons: dict[int, str] = {}
+    reasons: dict[nn.Module, str] = {}
     targets: list[nn.Module] = []
     linears = [m for m in places if type(m) is nn.Linear or _is_conv1d(m)]
     matched = False
@@ -204,9 +202,11 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
                 )
             targets.append(module)
         else:
-            reasons[id(module.weight)] = reason
+            reasons[module] = reason
     if not targets:
-        _raise_no_match(config, [places[m][0] for m in linears], matched, reasons, linears)
+        _raise_no_match(
+            config, [places[m][0] for m in linears], [reasons[m] for m in linears] if matched else []
+        )
 
     converted = []
     for module in targets:
@@ -242,15 +242,13 @@ def _trainable_base(model: nn.Module) -> Iterator[nn.Parameter]:
     return (p for p in model.parameters() if p.requires_grad and id(p) not in rotations)
 
 
-def _raise_no_match(
-    config: PoetConfig, names: list[str], matched: bool, reasons: dict[int, str], linears: list[nn.Module]
-) -> None:
+def _raise_no_match(config: PoetConfig, names: list[str], reasons: list[str]) -> None:
     if not names:
         raise UserError("the model has no nn.Linear (or Conv1D) layer to convert")
-    if matched:
+    if reasons:
+        why = "; ".join(f"{name} is {reason}" for name, reason in list(zip(names, reasons, strict=True))[:3])
         raise UserError(
-            f"target_modules={config.target_modules!r}: every layer it matches must stay as it is, the first, "
-            f"{names[0]}, because: {reasons[id(linears[0].weight)]}"
+            f"target_modules={config.target_modules!r}: every layer it matches must stay as it is: {why}"
         )
     wanted = config.target_modules
     word = wanted if isinstance(wanted, str) else ", ".join(wanted)
@@ -261,7 +259,7 @@ def _raise_no_match(
     )
 
 
-def _skipped(model: nn.Module, reasons: dict[int, str]) -> Iterator[SkippedParameter]:
+def _skipped(model: nn.Module, reasons: dict[nn.Module, str]) -> Iterator[SkippedParameter]:
     """Every parameter with two or more dimensions outside the converted layers."""
     for module_name, module in model.named_modules():
         if isinstance(module, PoetLinear):
@@ -272,7 +270,7 @@ def _skipped(model: nn.Module, reasons: dict[int, str]) -> Iterator[SkippedParam
             yield SkippedParameter(
                 f"{module_name}.{name}".lstrip("."),
                 tuple(parameter.shape),
-                reasons.get(id(parameter)) or _why_not(module, parameter),
+                (name == "weight" and reasons.get(module)) or _why_not(module, parameter),
             )
 
 

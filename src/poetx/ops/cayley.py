@@ -134,7 +134,9 @@ def _fake_cayley_backward(grad_G_KBB: Tensor, q_KP: Tensor, block_size: int, ord
     return torch.empty_like(q_KP)
 
 
-_cayley_op = register_op("cayley(Tensor q, int block_size, int order) -> Tensor", _fake_cayley)(cayley_forward)
+_cayley_op = register_op("cayley(Tensor q, int block_size, int order) -> Tensor", _fake_cayley)(
+    cayley_forward
+)
 _cayley_backward_op = register_op(
     "cayley_backward(Tensor grad_G, Tensor q, int block_size, int order) -> Tensor", _fake_cayley_backward
 )(cayley_backward)

@@ -42,7 +42,13 @@ def _left_rotate(W_FC: Tensor, E_KBB: Tensor) -> Tensor:
 
 
 def fold(
-    weight: Tensor, q_in: Tensor, q_out: Tensor, *, block_size_in: int, block_size_out: int, order: int = EXACT
+    weight: Tensor,
+    q_in: Tensor,
+    q_out: Tensor,
+    *,
+    block_size_in: int,
+    block_size_out: int,
+    order: int = EXACT,
 ) -> Tensor:
     """``G_outᵀ · W' · G_inᵀ`` [m, n] in float32, or float64 if the weight or a q is; differentiable in q.
 

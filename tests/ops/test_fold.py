@@ -1,0 +1,59 @@
+"""Folding: the function, the spectrum over hundreds of merges, unbiased rounding."""
+
+import pytest
+import torch
+
+from conftest import TOLERANCE, random_skew, relative_error
+from poetx.ops import reference
+from poetx.ops.fold import fold, full_precision_products, stochastic_round_
+from poetx.ops.reference import EXACT
+
+
+@pytest.mark.parametrize("order", [3, 7, EXACT])
+@pytest.mark.parametrize(("m", "n", "block_out", "block_in"), [(12, 8, 4, 4), (7, 13, 3, 5), (5, 1, 5, 1)])
+def test_fold_is_the_product_of_the_rotations(m, n, block_out, block_in, order):
+    weight = torch.randn(m, n, dtype=torch.float64)
+    q_in, q_out = random_skew(n, block_in, seed=1), random_skew(m, block_out, seed=2)
+    got = fold(weight, q_in, q_out, block_size_in=block_in, block_size_out=block_out, order=order)
+    identity_in, identity_out = torch.arange(n), torch.arange(m)
+    P = reference.rotation_matrix(q_in, identity_in, block_in, order)
+    R = reference.rotation_matrix(q_out, identity_out, block_out, order)
+    assert relative_error(got, (P @ weight.T @ R).T) < TOLERANCE[torch.float64]
+
+
+def test_fold_is_float32_for_narrow_weights_and_leaves_settings_alone():
+    torch.set_float32_matmul_precision("medium")
+    try:
+        weight = torch.randn(8, 8).bfloat16()
+        q = random_skew(8, 4, dtype=torch.float32)
+        assert fold(weight, q, q, block_size_in=4, block_size_out=4).dtype == torch.float32
+        assert torch.get_float32_matmul_precision() == "medium"
+        with full_precision_products():
+            assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_stochastic_rounding_is_unbiased_and_lands_on_neighbours():
+    value = torch.tensor([1.001, -1.001, 3e-3, -255.3, 1e-40, 0.0])
+    target = torch.empty(20000, 6, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    stochastic_round_(target, value.expand(20000, 6), generator)
+    gap = value.abs().bfloat16().float() * 2**-7
+    assert ((target.float() - value).abs() <= gap + 1e-37).all()
+    # mean of 20000 draws: standard error gap/2/141, five of them allowed
+    assert ((target.float().mean(0) - value).abs() <= 5 * gap / 2 / 141 + 1e-39).all()
+    exact = torch.tensor([1.0, -0.5, 0.0]).bfloat16()
+    assert torch.equal(stochastic_round_(torch.empty_like(exact), exact.float(), generator), exact)
+
+
+def test_stochastic_rounding_keeps_infinities_and_nan():
+    value = torch.tensor([float("inf"), float("-inf"), float("nan")])
+    got = stochastic_round_(torch.empty(3, dtype=torch.bfloat16), value, torch.Generator().manual_seed(0))
+    assert got.isinf().tolist() == [True, True, False]
+    assert got.isnan().tolist() == [False, False, True]
+
+
+def test_plain_copy_in_float32():
+    value = torch.randn(5)
+    assert torch.equal(stochastic_round_(torch.empty(5), value, torch.Generator()), value)

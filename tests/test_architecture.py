@@ -1,0 +1,55 @@
+"""Imports point one way, and importing does nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import poetx
+
+ROOT = Path(poetx.__file__).parent
+#: Lower may not import higher.
+LEVELS = {"errors": 0, "config": 1, "ops": 2, "layer": 3, "convert": 4, "merge": 5, "optim": 5, "spectrum": 5}
+LEVELS |= {"train": 6, "report": 7, "cli": 8}
+
+
+def level(parts):
+    return LEVELS[parts[0].removesuffix(".py")]
+
+
+def test_imports_point_one_way():
+    checked = 0
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT).parts
+        if parts[0] in ("__init__.py", "__main__.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}: relative import"
+                names = [node.module or ""]
+                if node.module == "poetx":
+                    names = [f"poetx.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            for name in names:
+                target = name.split(".")
+                if target[0] == "poetx" and len(target) > 1 and target[1] in LEVELS:
+                    checked += 1
+                    assert level(target[1:]) <= level(parts), f"{path} imports {name}"
+    assert checked > 20
+
+
+def test_import_is_silent_and_leaves_torch_alone():
+    code = (
+        "import torch; before = torch.get_rng_state(), torch.get_default_dtype(); import poetx, sys;"
+        "assert torch.equal(before[0], torch.get_rng_state()) and before[1] == torch.get_default_dtype();"
+        "assert 'transformers' not in sys.modules and 'triton' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_files_stay_readable():
+    for path in ROOT.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 420, f"{path} is too long to see at once"

@@ -1,0 +1,37 @@
+"""PoetConfig: round trips, and one clear line for every bad value."""
+
+import pytest
+
+from poetx import PoetConfig, UserError
+
+
+def test_json_round_trip():
+    config = PoetConfig(block_size=64, mode="mem", target_modules=["q_proj"], neumann_order="exact", seed=3)
+    assert PoetConfig.from_json(config.to_json()) == config
+    assert config.target_modules == ("q_proj",)
+    assert hash(config) == hash(PoetConfig.from_dict(config.to_dict()))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"block_size": 0}, "block_size=0: must be"),
+        ({"block_size": -4}, "block_size=-4: must be"),
+        ({"block_size": 1}, "block_size=1: must be"),
+        ({"block_size": 2.0}, "block_size=2.0: must be"),
+        ({"block_size": True}, "block_size=True: must be"),
+        ({"mode": "memory"}, "mode='memory': must be one of 'fast', 'mem'; did you mean 'mem'"),
+        ({"neumann_order": 5}, "neumann_order=5: must be one of 3, 7, 'exact'"),
+        ({"neumann_order": 3.0}, "neumann_order=3.0: must be"),
+        ({"init": "normal"}, "did you mean 'normalized'"),
+        ({"init_scale": 2.0}, "init='keep' leaves the weight alone"),
+        ({"init": "uniform", "init_scale": 0}, "init_scale=0: must be a positive"),
+        ({"rotation_dtype": "float16"}, "rotation_dtype='float16': must be one of"),
+        ({"seed": "x"}, "seed='x': must be"),
+        ({"target_modules": 3}, "target_modules=3: must be"),
+        ({"blocksize": 3}, "unknown key 'blocksize'; did you mean 'block_size'"),
+    ],
+)
+def test_bad_values(values, message):
+    with pytest.raises(UserError, match="(?s)" + __import__("re").escape(message)):
+        PoetConfig.from_dict(values)

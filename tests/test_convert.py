@@ -1,0 +1,291 @@
+"""convert_ and to_dense_: the function stays, and everything left out is named."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from conftest import TOLERANCE, relative_error
+from poetx import PoetConfig, PoetLinear, UserError, convert_, poet_layers, to_dense_
+
+
+def llama(**settings):
+    defaults = {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 104,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(defaults | settings))).eval()
+
+
+def gpt2():
+    config = GPT2Config(
+        vocab_size=97, n_positions=32, n_embd=48, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(11, 20), nn.GELU(), nn.Linear(20, 13), nn.GELU(), nn.Linear(13, 7))
+
+
+def function(model, dtype):
+    with torch.no_grad():
+        if isinstance(model, nn.Sequential):
+            return model(torch.randn(5, 11, generator=torch.Generator().manual_seed(0)).to(dtype))
+        ids = torch.randint(0, 97, (2, 16), generator=torch.Generator().manual_seed(0))
+        return model(input_ids=ids).logits
+
+
+MODELS = [llama, gpt2, mlp]
+
+
+def turn(model, angle=0.3):
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for _, layer in poet_layers(model):
+            for skew in layer.rotations:
+                noise = torch.randn(skew.shape, generator=generator) * angle / 10
+                skew.copy_(noise)
+            _zero_ragged(layer)
+
+
+def _zero_ragged(layer):
+    for skew, size, block in (
+        (layer.skew_in, layer.in_features, layer.block_size_in),
+        (layer.skew_out, layer.out_features, layer.block_size_out),
+    ):
+        rows, cols = torch.triu_indices(block, block, 1)
+        rest = size - (skew.shape[0] - 1) * block
+        skew[-1, (rows >= rest) | (cols >= rest)] = 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mode", ["fast", "mem"])
+@pytest.mark.parametrize("build", MODELS)
+def test_keep_preserves_the_function(build, mode, dtype):
+    model = build().to(dtype)
+    before = function(model, dtype)
+    report = convert_(model, PoetConfig(block_size=16, mode=mode))
+    assert relative_error(function(model, dtype), before) < TOLERANCE[dtype]
+    assert len(report.converted) == len(list(poet_layers(model))) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("build", MODELS)
+def test_to_dense_preserves_the_turned_function_and_the_layer_types(build, dtype):
+    model = build().to(dtype)
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    keys = set(model.state_dict())
+    convert_(model, PoetConfig(block_size=16))
+    start = function(model, dtype)
+    turn(model)
+    turned = function(model, dtype)
+    assert relative_error(turned, start) > 1e-2, "the rotations did nothing"
+    assert to_dense_(model) is model
+    assert relative_error(function(model, dtype), turned) < TOLERANCE[dtype]
+    assert {name: type(module) for name, module in model.named_modules()} == kinds
+    assert set(model.state_dict()) == keys
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_exported_model_loads_in_transformers(build, tmp_path):
+    model = build()
+    convert_(model, PoetConfig(block_size=16))
+    turn(model)
+    want = function(model, torch.float32)
+    to_dense_(model).save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert relative_error(function(loaded.eval(), torch.float32), want) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("block_size", "millions"),
+    [(256, 366.64), (512, 570.06)],
+)
+def test_published_trainable_parameter_counts_of_llama_3b(block_size, millions):
+    with torch.device("meta"):
+        model = llama(
+            vocab_size=32000,
+            hidden_size=2560,
+            intermediate_size=7168,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=32,
+        )
+    report = convert_(model, PoetConfig(block_size=block_size))
+    assert round(report.total_parameters / 1e6, 2) == 2764.47
+    assert round(report.trainable_parameters / 1e6, 2) == millions
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == report.trainable_parameters
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_sizes_that_the_block_does_not_divide_are_converted_and_counted():
+    model = nn.Sequential(nn.Linear(2736, 31, bias=False))
+    report = convert_(model, PoetConfig(block_size=256))
+    (layer,) = report.converted
+    assert (layer.block_size_in, layer.block_size_out) == (256, 31)
+    assert layer.rotation_parameters == 10 * (256 * 255 // 2) + 176 * 175 // 2 + 31 * 30 // 2
+    assert "b=31 out, 256 in" in str(report)
+
+
+def test_tied_embeddings_stay_tied_and_are_named():
+    model = llama(tie_word_embeddings=True)
+    report = convert_(model, PoetConfig(block_size=16))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    reasons = {item.name: item.reason for item in report.skipped}
+    assert reasons == {
+        "model.embed_tokens.weight": "an embedding",
+        "lm_head.weight": "the output layer",
+    }
+    assert report.total_parameters == llama(tie_word_embeddings=True).num_parameters()
+
+
+def test_linears_tied_to_each_other_are_left_tied():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
+    model["b"].weight = model["a"].weight
+    report = convert_(model, PoetConfig(block_size=2))
+    assert [layer.name for layer in report.converted] == ["c"]
+    assert model["b"].weight is model["a"].weight
+    assert {item.reason for item in report.skipped} == {"its weight is tied to another layer's"}
+
+
+def test_a_layer_used_in_two_places_is_converted_once_and_stays_shared():
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    x = torch.randn(3, 4)
+    before = model(x)
+    assert len(convert_(model, PoetConfig(block_size=2)).converted) == 1
+    assert model[0] is model[2]
+    torch.testing.assert_close(model(x), before)
+    to_dense_(model)
+    assert model[0] is model[2]
+    assert type(model[0]) is nn.Linear
+
+
+def test_everything_left_out_is_named_with_its_reason():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.zeros(3, 4, 8))
+            self.router = nn.Parameter(torch.zeros(3, 4))
+
+    frozen = nn.Linear(4, 4).requires_grad_(False)
+    hooked = nn.Linear(4, 4)
+    hooked.register_forward_hook(lambda *_: None)
+    model = nn.ModuleDict(
+        {
+            "experts": Experts(),
+            "attention": nn.MultiheadAttention(4, 2),
+            "convolution": nn.Conv1d(4, 4, 3),
+            "frozen": frozen,
+            "hooked": hooked,
+            "normed": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+            "qkv_proj": nn.Linear(4, 12),
+            "excluded": nn.Linear(4, 4),
+        }
+    )
+    report = convert_(model, PoetConfig(block_size=2, exclude_modules=("excluded",)))
+    assert [layer.name for layer in report.converted] == ["qkv_proj"]
+    assert "mix" in report.converted[0].note
+    reasons = {item.name: item.reason for item in report.skipped}
+    for name, words in {
+        "experts.gate_up_proj": "3-D stack",
+        "experts.router": "not a linear layer",
+        "attention.in_proj_weight": "not a linear layer",
+        "attention.out_proj.weight": "subclass of nn.Linear",
+        "convolution.weight": "a convolution",
+        "frozen.weight": "frozen",
+        "hooked.weight": "hooks",
+        "excluded.weight": "in exclude_modules",
+    }.items():
+        assert words in reasons.pop(name), name
+    assert all(name.startswith("normed.") for name in reasons)
+    for name in ("experts.gate_up_proj", "3-D stack", "qkv_proj"):
+        assert name in str(report)
+
+
+@pytest.mark.parametrize(
+    ("target", "count"),
+    [
+        (("q_proj", "v_proj"), 4),
+        (("mlp.up_proj",), 2),
+        (r".*layers\.0\..*_proj", 7),
+        (r"model\.layers\.1\.mlp\.down_proj", 1),
+    ],
+)
+def test_target_modules_as_in_peft(target, count):
+    assert len(convert_(llama(), PoetConfig(block_size=16, target_modules=target)).converted) == count
+
+
+def test_names_match_whole_components_only():
+    with pytest.raises(
+        UserError, match=r"matches no linear layer.*did you mean '._proj'.*end in .*down_proj"
+    ):
+        convert_(llama(), PoetConfig(target_modules=("_proj",)))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"target_modules": ("qproj",)}, "did you mean 'q_proj'"),
+        ({"target_modules": "q_proj"}, "matches no linear layer"),
+        ({"target_modules": "(("}, "not a regular expression"),
+        ({"target_modules": ("lm_head",)}, "must stay as it is.*in exclude_modules|matches no linear layer"),
+    ],
+)
+def test_patterns_that_match_nothing_leave_the_model_unchanged(config, message):
+    model = llama()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UserError, match=message):
+        convert_(model, PoetConfig(**config))
+    assert list(before) == list(model.state_dict())
+
+
+def test_refusals():
+    with pytest.raises(UserError, match="no nn.Linear"):
+        convert_(nn.Sequential(nn.ReLU()))
+    with pytest.raises(UserError, match=r"0: torch.float16 is not supported"):
+        convert_(nn.Sequential(nn.Linear(4, 4).half()))
+    with pytest.raises(UserError, match="inside a model"):
+        convert_(nn.Linear(4, 4))
+    model = mlp()
+    convert_(model)
+    with pytest.raises(UserError, match="already converted"):
+        convert_(model)
+    with pytest.raises(UserError, match="inside a model"):
+        to_dense_(model[0])
+
+
+def test_conversion_keeps_biases_as_the_same_parameters_and_the_training_flag():
+    model = mlp().eval()
+    bias = model[0].bias
+    convert_(model, PoetConfig(block_size=4))
+    assert model[0].bias is bias
+    assert not model[0].training
+    to_dense_(model)
+    assert model[0].bias is bias
+
+
+def test_fresh_weights_do_not_depend_on_what_was_there():
+    config = PoetConfig(block_size=4, init="normalized", init_scale=2.0)
+    first, second = mlp(), mlp()
+    convert_(first, config)
+    convert_(second, config)
+    assert torch.equal(first[0].base_weight, second[0].base_weight)
+    torch.testing.assert_close(first[0].dense_weight().norm(dim=1), torch.full((20,), 2.0))
+    assert isinstance(first[0], PoetLinear)

@@ -1,0 +1,232 @@
+"""Merging through the optimizer: one door, one counter, every torch optimizer."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from conftest import TOLERANCE, relative_error
+from poetx import PoetConfig, UserError, convert_, merge_, merge_every, param_groups, poet_layers, spectrum
+from test_convert import function, gpt2, llama, mlp, turn
+
+OPTIMIZERS = {
+    "adamw": lambda groups: torch.optim.AdamW(groups),
+    "adamw-foreach": lambda groups: torch.optim.AdamW(groups, foreach=True),
+    "adamw-fused": lambda groups: torch.optim.AdamW(groups, fused=True),
+    "sgd-momentum": lambda groups: torch.optim.SGD(groups, momentum=0.9),
+    "adafactor": lambda groups: torch.optim.Adafactor(groups),
+}
+
+
+def converted(**config):
+    model = mlp()
+    convert_(model, PoetConfig(**({"block_size": 4} | config)))
+    return model
+
+
+def optimizer_for(model, name="adamw"):
+    return OPTIMIZERS[name](param_groups(model, lr=1e-3, poet_lr=1e-2))
+
+
+def step(model, optimizer, seed=0):
+    x = torch.randn(8, 11, generator=torch.Generator().manual_seed(seed)).to(model[0].base_weight.dtype)
+    loss = model(x).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+@pytest.mark.parametrize("build", [llama, gpt2, mlp])
+def test_merge_preserves_the_function_in_float64(build):
+    model = build().double()
+    convert_(model, PoetConfig(block_size=16, neumann_order="exact"))
+    turn(model)
+    before = function(model, torch.float64)
+    merge_(model)
+    assert relative_error(function(model, torch.float64), before) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_merge_resets_what_was_folded_and_nothing_else(name):
+    model = converted()
+    optimizer = optimizer_for(model, name)
+    handle = merge_every(optimizer, model, steps=3)
+    skew, bias = model[0].skew_in, model[0].bias
+    for k in range(3):
+        assert handle.steps_since_merge == k
+        step(model, optimizer, seed=k)
+        if k < 2:
+            assert skew in optimizer.state
+    assert handle.merges == 1
+    assert handle.steps_since_merge == 0
+    assert skew not in optimizer.state
+    assert skew.eq(0).all()
+    assert bias in optimizer.state
+    step(model, optimizer)
+    if "step" in optimizer.state[bias]:
+        assert float(optimizer.state[skew]["step"]) == 1
+        assert float(optimizer.state[bias]["step"]) == 4
+    assert skew.ne(0).any()
+
+
+def test_first_step_after_a_merge_is_the_first_step_of_a_new_optimizer():
+    model = converted(neumann_order="exact")
+    optimizer = optimizer_for(model)
+    merge_every(optimizer, model, steps=3)
+    for k in range(3):
+        step(model, optimizer, seed=k)
+    twin = copy.deepcopy(model)
+    fresh = torch.optim.AdamW([p for _, layer in poet_layers(twin) for p in layer.rotations], lr=1e-2)
+    fresh.param_groups[0]["weight_decay"] = 0.0
+    step(model, optimizer, seed=9)
+    step(twin, fresh, seed=9)
+    for a, b in zip(poet_layers(model), poet_layers(twin), strict=True):
+        assert torch.equal(a[1].skew_in, b[1].skew_in)
+        assert torch.equal(a[1].skew_out, b[1].skew_out)
+
+
+def test_stale_gradients_are_dropped():
+    model = converted()
+    optimizer = optimizer_for(model)
+    model(torch.randn(3, 11)).sum().backward()
+    merge_(model, optimizer)
+    assert model[0].skew_in.grad is None
+    assert model[0].bias.grad is not None
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_stop_and_resume_across_a_merge_is_bitwise_the_same(name):
+    def start():
+        torch.manual_seed(0)
+        model = converted(init="normalized")
+        optimizer = optimizer_for(model, name)
+        return model, optimizer, merge_every(optimizer, model, steps=4)
+
+    model, optimizer, _ = start()
+    want = [step(model, optimizer, seed=k) for k in range(11)]
+
+    for stop in (3, 4, 7):
+        model, optimizer, _ = start()
+        got = [step(model, optimizer, seed=k) for k in range(stop)]
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        model, optimizer, handle = start()
+        model.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+        assert handle.steps_since_merge == stop % 4
+        assert handle.merges == stop // 4
+        got += [step(model, optimizer, seed=k) for k in range(stop, 11)]
+        assert got == want, stop
+        for (_, a), (_, b) in zip(saved[0].items(), model.state_dict().items(), strict=True):
+            assert a.shape == b.shape
+
+
+def test_optimizer_state_without_the_counter_is_refused():
+    model = converted()
+    optimizer = optimizer_for(model)
+    state = optimizer.state_dict()
+    merge_every(optimizer, model, steps=3)
+    with pytest.raises(UserError, match=r"saved without poetx\.merge_every"):
+        optimizer.load_state_dict(state)
+
+
+def test_removed_handle_merges_no_more():
+    model = converted()
+    optimizer = optimizer_for(model)
+    handle = merge_every(optimizer, model, steps=1)
+    handle.remove()
+    step(model, optimizer)
+    assert model[0].merge_count.item() == 0
+    assert "poetx" not in optimizer.state_dict()
+    merge_every(optimizer, model, steps=1)
+
+
+def test_refusals():
+    model = converted()
+    optimizer = optimizer_for(model)
+    for steps in (0, -1, 2.5, True):
+        with pytest.raises(UserError, match="must be a whole number"):
+            merge_every(optimizer, model, steps=steps)
+    with pytest.raises(UserError, match=r"0\.skew_in is not in this optimizer"):
+        merge_every(torch.optim.SGD([model[0].bias], lr=1.0), model, steps=3)
+    with pytest.raises(UserError, match="no PoetLinear"):
+        merge_(mlp())
+    with pytest.raises(UserError, match="no PoetLinear"):
+        merge_every(optimizer, mlp(), steps=3)
+    merge_every(optimizer, model, steps=3)
+    with pytest.raises(UserError, match="already registered"):
+        merge_every(optimizer, model, steps=3)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_param_groups_cover_every_parameter_once(weight_decay):
+    model = llama(tie_word_embeddings=True)
+    convert_(model, PoetConfig(block_size=16))
+    groups = {g["name"]: g for g in param_groups(model, lr=1e-3, poet_lr=2e-3, weight_decay=weight_decay)}
+    assert len(groups["rotations"]["params"]) == 2 * 14
+    assert groups["rotations"]["lr"] == 2e-3
+    assert groups["rotations"]["weight_decay"] == groups["no_decay"]["weight_decay"] == 0
+    assert groups["decay"]["weight_decay"] == weight_decay
+    assert [p.shape for p in groups["decay"]["params"]] == [(97, 48)]
+    ids = [id(p) for group in groups.values() for p in group["params"]]
+    assert sorted(ids) == sorted({id(p) for p in model.parameters() if p.requires_grad})
+
+
+def test_param_groups_take_options_and_plain_models():
+    model = converted()
+    rotations = param_groups(model, lr=1e-3, poet_lr=1e-3, eps=1e-6, betas=(0.9, 0.99))[0]
+    assert (rotations["eps"], rotations["betas"]) == (1e-6, (0.9, 0.99))
+    assert [g["name"] for g in param_groups(mlp(), lr=1e-3, poet_lr=1e-3)] == ["decay", "no_decay"]
+    model[0].requires_grad_(False)
+    covered = [p for g in param_groups(model, lr=1e-3, poet_lr=1e-3) for p in g["params"]]
+    assert all(p is not model[0].skew_in for p in covered)
+    with pytest.raises(UserError, match="poet_lr=0: must be positive"):
+        param_groups(model, lr=1e-3, poet_lr=0)
+    with pytest.raises(UserError, match="no parameter that requires"):
+        param_groups(mlp().requires_grad_(False), lr=1e-3, poet_lr=1e-3)
+
+
+def test_requires_grad_false_freezes_and_still_merges():
+    model = converted()
+    optimizer = optimizer_for(model)
+    model[0].requires_grad_(False)
+    merge_every(optimizer, model, steps=1)
+    step(model, optimizer)
+    assert model[0].skew_in.grad is None
+
+
+def test_gradient_scaler_that_skips_a_step_does_not_count_it():
+    model = converted()
+    optimizer = optimizer_for(model)
+    handle = merge_every(optimizer, model, steps=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for bad in (True, False):
+        loss = model(torch.randn(4, 11)).sum()
+        scaler.scale(loss * (math.inf if bad else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert handle.steps_since_merge == 1
+
+
+def test_spectrum_reports_drift_against_a_reference():
+    model = converted(init="normalized", neumann_order="exact").double()
+    start = spectrum(model)
+    turn(model, angle=1.0)
+    merge_(model)
+    after = spectrum(model, start)
+    assert set(after) == {"0", "2", "4"}
+    for layer in after.values():
+        assert layer.drift_max < 1e-12
+        assert abs(layer.norm_ratio - 1) < 1e-12
+        assert 0 < layer.entropy <= 1
+    with torch.no_grad():
+        model[0].base_weight.mul_(1.5)
+    moved = spectrum(model, start)["0"]
+    assert moved.drift_median == pytest.approx(0.5)
+    assert moved.norm_ratio == pytest.approx(1.5)
+    with pytest.raises(UserError, match="no PoetLinear"):
+        spectrum(mlp())
+    with pytest.raises(UserError, match="no such layer"):
+        spectrum(model, {})
