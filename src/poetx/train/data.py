@@ -136,7 +136,7 @@ def open_data(directory: Path, *, seq_len: int) -> PreparedData:
     return PreparedData(directory, meta, parts["train"], parts["validation"])
 
 
-def encode_file(source: str, tokenizer: Tokenizer, end_of_text_id: int, *, key: str) -> np.ndarray:
+def encode_corpus(source: str, tokenizer: Tokenizer, end_of_text_id: int, *, key: str) -> np.ndarray:
     """All tokens of a corpus as one int64 array, for evaluation on other text than the run's own."""
     corpus = open_corpus(source, key=key)
     chunks = [ids for ids, _ in _encode(corpus, tokenizer, end_of_text_id, lambda index: False)]

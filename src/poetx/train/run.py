@@ -53,6 +53,8 @@ class RunResult:
         signum: the signal that stopped it early, or None when it reached its last step.
         first_perplexity, last_perplexity: of the validation text, before training and at the last evaluation.
         seconds: wall time of training in this process, evaluation included.
+        model: dense after an export, else still converted.
+        first_validation_tokens: a prompt from the validation text.
     """
 
     run_dir: Path
@@ -66,6 +68,8 @@ class RunResult:
     skipped_steps: int
     export_dir: Path | None
     checkpoint: Path | None
+    model: PreTrainedModel
+    first_validation_tokens: list[int]
 
 
 def train(
@@ -242,6 +246,8 @@ def _train_and_export(trainer: Trainer, start: Path | None, report: ConversionRe
         skipped_steps=trainer.state.skipped_steps,
         export_dir=export_dir,
         checkpoint=saved[-1] if saved else None,
+        model=trainer.model,
+        first_validation_tokens=trainer.data.validation.tokens[:16].tolist(),
     )
 
 

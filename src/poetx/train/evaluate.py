@@ -1,0 +1,61 @@
+"""Loss and perplexity of a run or an exported model on its validation text or on other text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from poetx.errors import UserError
+from poetx.train.data import TokenWindows, encode_corpus, prepare_data, window_count
+from poetx.train.export import LoadedModel, load_run
+from poetx.train.loop import evaluate
+from poetx.train.metrics import perplexity
+
+DEFAULT_SEQ_LEN = 256  # for an exported model, which does not say what it was trained with
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss in nats over ``tokens`` predicted tokens of ``source``."""
+
+    loss: float
+    perplexity: float
+    tokens: int
+    seq_len: int
+    source: str
+    notes: list[str]
+
+
+def evaluate_run(
+    run: str, *, data: str | None, batch_size: int = 8, seq_len: int | None = None, device: str = "auto"
+) -> Evaluation:
+    """Evaluate ``run`` (run or exported directory) on ``data``, or on all of the run's own validation text.
+
+    Raises:
+        UserError: no such run, no text, or less than one window of it.
+    """
+    loaded = load_run(run, device=device)
+    if data is None and loaded.recipe is None:
+        raise UserError(f"{run}: an exported model has no validation text of its own; give --data PATH")
+    length = seq_len or (loaded.recipe.data.seq_len if loaded.recipe else DEFAULT_SEQ_LEN)
+    windows = _own_windows(loaded, length) if data is None else _other_windows(loaded, data, length)
+    loss = evaluate(
+        loaded.model, windows, list(range(len(windows))), batch_size=batch_size, device=loaded.device
+    )
+    source = data or "the run's validation text"
+    return Evaluation(loss, perplexity(loss), len(windows) * length, length, source, loaded.notes)
+
+
+def _own_windows(loaded: LoadedModel, seq_len: int) -> TokenWindows:
+    assert loaded.recipe is not None
+    return TokenWindows(prepare_data(loaded.recipe).validation.tokens, seq_len=seq_len)
+
+
+def _other_windows(loaded: LoadedModel, data: str, seq_len: int) -> TokenWindows:
+    tokens = encode_corpus(
+        data, loaded.tokenizer.backend_tokenizer, loaded.tokenizer.eos_token_id, key="--data"
+    )
+    if window_count(len(tokens), seq_len) == 0:
+        raise UserError(
+            f"--data={data}: {len(tokens)} tokens, fewer than one window of {seq_len} + 1; lower --seq-len"
+        )
+    return TokenWindows(tokens, seq_len=seq_len)
