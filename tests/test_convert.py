@@ -233,9 +233,7 @@ def test_target_modules_as_in_peft(target, count):
 
 
 def test_names_match_whole_components_only():
-    with pytest.raises(
-        UserError, match=r"matches no linear layer.*did you mean '._proj'.*end in .*down_proj"
-    ):
+    with pytest.raises(UserError, match=r"matches no linear layer.*did you mean '._proj'.*end in .*down_proj"):
         convert_(llama(), PoetConfig(target_modules=("_proj",)))
 
 

@@ -162,9 +162,7 @@ def test_autocast_runs_in_bfloat16_and_gives_float32_gradients(mode):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
-    for a, b in zip(
-        torch.autograd.grad(y.float().sum(), [x, layer.bias, *layer.rotations]), want, strict=True
-    ):
+    for a, b in zip(torch.autograd.grad(y.float().sum(), [x, layer.bias, *layer.rotations]), want, strict=True):
         assert a.dtype == torch.float32
         assert relative_error(a, b) < 2 * TOLERANCE[torch.bfloat16]
 

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -120,8 +121,8 @@ def _check_patterns(config: PoetConfig) -> None:
                 raise UserError(f"{field}={value!r}: not a regular expression ({error})") from None
 
 
-def _output_layer(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
+def _output_layer(model: nn.Module) -> Any:
+    getter: Any = getattr(model, "get_output_embeddings", None)
     try:
         return getter() if callable(getter) else None
     except (NotImplementedError, AttributeError):
@@ -204,9 +205,7 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
         else:
             reasons[module] = reason
     if not targets:
-        _raise_no_match(
-            config, [places[m][0] for m in linears], [reasons[m] for m in linears] if matched else []
-        )
+        _raise_no_match(config, [places[m][0] for m in linears], [reasons[m] for m in linears] if matched else [])
 
     converted = []
     for module in targets:
@@ -317,7 +316,7 @@ def _dense_layer(layer: PoetLinear) -> nn.Module:
         from transformers.pytorch_utils import Conv1D
 
         with torch.device("meta"):
-            dense: nn.Module = Conv1D(layer.out_features, layer.in_features)
+            dense: Any = Conv1D(layer.out_features, layer.in_features)
         weight = weight.T.contiguous()
     else:
         dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")

@@ -20,9 +20,7 @@ _ORDERS = {3: 3, 7: 7, "exact": EXACT}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
-def stream(
-    seed: int, name: str, count: int, purpose: str, device: torch.device | str = "cpu"
-) -> torch.Generator:
+def stream(seed: int, name: str, count: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator that depends on its arguments alone, so that every rank and every resumed run draws the same."""
     digest = hashlib.sha256(f"{seed}/{name}/{count}/{purpose}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
@@ -150,9 +148,7 @@ class PoetLinear(nn.Module):
             with torch.no_grad():
                 layer._reset_rotations()
                 if config.init != "keep":
-                    native = fresh_weight(config, layer.out_features, layer.in_features, name).to(
-                        native.device
-                    )
+                    native = fresh_weight(config, layer.out_features, layer.in_features, name).to(native.device)
                 layer._store(native)
         layer.bias = linear.bias  # type: ignore[assignment]
         return layer.train(linear.training)
@@ -247,7 +243,7 @@ class PoetLinear(nn.Module):
         self.merge_count.fill_(count)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PoetLinear:
-        """``.to()``, ``.bfloat16()`` and the like: the rotations move, but are never narrowed below their dtype."""
+        """``.to()``, ``.bfloat16()`` and the like: the rotations move, but are never narrowed."""
         before = [skew.data for skew in self.rotations]
         super()._apply(fn, recurse)
         floor = getattr(torch, self.config.rotation_dtype)
@@ -261,9 +257,7 @@ class PoetLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        sizes = (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        )
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{sizes}, block_size={(self.block_size_in, self.block_size_out)}, mode={self.config.mode!r}"
 
 

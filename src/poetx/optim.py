@@ -27,9 +27,7 @@ def param_groups(
     """
     for name, value in (("lr", lr), ("poet_lr", poet_lr)):
         if not value > 0:
-            raise UserError(
-                f"{name}={value!r}: must be positive; freeze parameters with requires_grad_(False)"
-            )
+            raise UserError(f"{name}={value!r}: must be positive; freeze parameters with requires_grad_(False)")
     rotations = {id(p): p for _, layer in poet_layers(model) for p in layer.rotations if p.requires_grad}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in rotations]
     groups = [

@@ -33,9 +33,7 @@ class LayerSpectrum:
 
 
 @torch.no_grad()
-def spectrum(
-    model: nn.Module, reference: Mapping[str, LayerSpectrum] | None = None
-) -> dict[str, LayerSpectrum]:
+def spectrum(model: nn.Module, reference: Mapping[str, LayerSpectrum] | None = None) -> dict[str, LayerSpectrum]:
     """Spectrum of every rotated layer by name, and its drift against an earlier call's result.
 
     Takes the weight that forward acts with, rotations included, in float64: minutes for a large model, on its

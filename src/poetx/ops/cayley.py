@@ -72,9 +72,7 @@ def pack_skew(M_KBB: Tensor) -> Tensor:
     """Strict upper triangle [K, P] of ``M − Mᵀ``: the gradient of q when M is that of Q."""
     block_size = M_KBB.shape[-1]
     difference = M_KBB - M_KBB.transpose(1, 2)
-    return difference.view(-1, block_size * block_size).index_select(
-        1, _triangle(block_size, M_KBB.device).upper
-    )
+    return difference.view(-1, block_size * block_size).index_select(1, _triangle(block_size, M_KBB.device).upper)
 
 
 def _add_identity_(M_KBB: Tensor) -> Tensor:
@@ -134,9 +132,7 @@ def _fake_cayley_backward(grad_G_KBB: Tensor, q_KP: Tensor, block_size: int, ord
     return torch.empty_like(q_KP)
 
 
-_cayley_op = register_op("cayley(Tensor q, int block_size, int order) -> Tensor", _fake_cayley)(
-    cayley_forward
-)
+_cayley_op = register_op("cayley(Tensor q, int block_size, int order) -> Tensor", _fake_cayley)(cayley_forward)
 _cayley_backward_op = register_op(
     "cayley_backward(Tensor grad_G, Tensor q, int block_size, int order) -> Tensor", _fake_cayley_backward
 )(cayley_backward)

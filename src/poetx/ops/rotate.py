@@ -115,9 +115,7 @@ def gather_rotate_backward(
     return dx, dG
 
 
-def rotate_scatter_backward(
-    x_NF: Tensor, G_KBB: Tensor, perm: Tensor, grad_NF: Tensor
-) -> tuple[Tensor, Tensor]:
+def rotate_scatter_backward(x_NF: Tensor, G_KBB: Tensor, perm: Tensor, grad_NF: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients (dx, dG) of :func:`rotate_scatter` from its input and its output's gradient."""
     dG = _zeros(G_KBB)
     dx = torch.empty_like(x_NF, memory_format=torch.contiguous_format)
