@@ -213,11 +213,10 @@ def _place_demo(recipe: Recipe, *, resume: bool) -> Recipe:
 
 
 def _stopped_text(result: RunResult) -> str:
-    name = signal.Signals(result.signum or 0).name
-    return (
-        f"stopped by {name} after step {result.step} of {result.steps}; saved {result.checkpoint}\n"
-        f"continue with: poetx train {result.run_dir} --resume"
-    )
+    stopped = f"stopped by {signal.Signals(result.signum or 0).name} after step {result.step} of {result.steps}"
+    if result.checkpoint is None:
+        return f"{stopped}; there was nothing to save yet"
+    return f"{stopped}; saved {result.checkpoint}\ncontinue with: poetx train {result.run_dir} --resume"
 
 
 def _show_result(console: Console, recipe: Recipe, result: RunResult) -> None:
