@@ -58,17 +58,6 @@ def turn(model, angle=0.3):
             for skew in layer.rotations:
                 noise = torch.randn(skew.shape, generator=generator) * angle / 10
                 skew.copy_(noise)
-            _zero_ragged(layer)
-
-
-def _zero_ragged(layer):
-    for skew, size, block in (
-        (layer.skew_in, layer.in_features, layer.block_size_in),
-        (layer.skew_out, layer.out_features, layer.block_size_out),
-    ):
-        rows, cols = torch.triu_indices(block, block, 1)
-        rest = size - (skew.shape[0] - 1) * block
-        skew[-1, (rows >= rest) | (cols >= rest)] = 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -230,3 +230,17 @@ def test_spectrum_reports_drift_against_a_reference():
         spectrum(mlp())
     with pytest.raises(UserError, match="no such layer"):
         spectrum(model, {})
+
+
+def test_merge_reports_the_angle_and_warns_where_the_series_fails(caplog):
+    model = converted()
+    assert merge_(model).angle == 0
+    with torch.no_grad():
+        model[2].skew_in[0, 0] = 0.5  # one pair of eigenvalues ±0.5i
+    with caplog.at_level("WARNING", logger="poetx.merge"):
+        report = merge_(model)
+    assert report.angle == pytest.approx(0.5, rel=1e-3)
+    assert report.angle_layer == "2"
+    assert report.series_error == pytest.approx(0.5**4, rel=1e-2)
+    assert report.norm_drift < 1e-5
+    assert "2: rotations reached an angle of 0.50" in caplog.text

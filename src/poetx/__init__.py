@@ -4,7 +4,7 @@ from poetx.config import PoetConfig
 from poetx.convert import ConversionReport, convert_, poet_layers, to_dense_
 from poetx.errors import UserError
 from poetx.layer import PoetLinear
-from poetx.merge import MergeHandle, merge_, merge_every
+from poetx.merge import MergeHandle, MergeReport, merge_, merge_every
 from poetx.optim import param_groups
 from poetx.spectrum import LayerSpectrum, spectrum
 
@@ -14,6 +14,7 @@ __all__ = [
     "ConversionReport",
     "LayerSpectrum",
     "MergeHandle",
+    "MergeReport",
     "PoetConfig",
     "PoetLinear",
     "UserError",

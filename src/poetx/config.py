@@ -44,6 +44,8 @@ class PoetConfig:
         seed: with the layer's name and its merge count, decides every permutation and fresh weight.
         rotation_dtype: dtype of the packed rotation parameters. float32 whatever the model's dtype, because
             steps of 2.5e-4 vanish below half a unit in the last place of bfloat16.
+        weight_residual: keep 8 more bits of a bfloat16 weight in an int8 tensor (3 bytes a weight in all), which
+            only merging reads and writes: ten times less rounding noise in the spectrum of a long run.
 
     Raises:
         UserError: a value outside its range.
@@ -58,6 +60,7 @@ class PoetConfig:
     exclude_modules: str | tuple[str, ...] = ("lm_head",)
     seed: int = 0
     rotation_dtype: str = "float32"
+    weight_residual: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 2:
@@ -80,6 +83,8 @@ class PoetConfig:
                 f"init_scale={self.init_scale}: init='keep' leaves the weight alone; "
                 "use init='normalized' or init_scale=1"
             )
+        if not isinstance(self.weight_residual, bool):
+            raise UserError(f"weight_residual={self.weight_residual!r}: must be true or false")
         for field in ("target_modules", "exclude_modules"):
             value = getattr(self, field)
             if isinstance(value, list):

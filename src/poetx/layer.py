@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from poetx.config import PoetConfig
 from poetx.errors import UserError
 from poetx.ops.cayley import packed_size
-from poetx.ops.fold import fold, stochastic_round_
+from poetx.ops.fold import fold, join_bits, largest_angle, split_bits, stochastic_round_
 from poetx.ops.linear import poet_linear
 from poetx.ops.reference import EXACT
 
@@ -26,15 +26,24 @@ def stream(seed: int, name: str, count: int, purpose: str, device: torch.device 
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
 
 
+class FoldStats(NamedTuple):
+    """One layer's merge in two float32 scalars: the largest rotation angle θ (radians, as |eigenvalue| of Q) that
+    was folded, and ‖W‖ after the fold over ‖W0‖, before that ratio was corrected to 1."""
+
+    angle: Tensor
+    norm_ratio: Tensor
+
+
 class PoetLinear(nn.Module):
     """``y = x · P · W0ᵀ · R + bias`` in the memory of its packed rotations.
 
     Parameters and buffers (m = out_features, n = in_features, b = block size of the side):
         base_weight [m, n]: frozen, ``W0[perm_out][:, perm_in]``: what is stored is *permuted*, hence the name.
         skew_in [⌈n/b⌉, b(b−1)/2], skew_out [⌈m/b⌉, b(b−1)/2]: packed rotations, ``config.rotation_dtype``; where b
-            does not divide the side, the last row's entries beyond the shorter last block stay zero.
+            does not divide the side, the last row's entries beyond the shorter last block have no effect.
         bias [m] or None: outside the rotation, trained as usual.
-        perm_in [n], perm_out [m]: int32. merge_count: int64 scalar.
+        perm_in [n], perm_out [m]: int32. merge_count: int64 scalar. base_norm: ‖W0‖, float64 scalar.
+        residual [m, n]: int8, only with ``config.weight_residual`` and a bfloat16 weight.
 
     Args:
         in_features, out_features: sizes, at least 1.
@@ -49,6 +58,8 @@ class PoetLinear(nn.Module):
     perm_in: Tensor
     perm_out: Tensor
     merge_count: Tensor
+    base_norm: Tensor
+    residual: Tensor | None
 
     def __init__(
         self,
@@ -83,6 +94,12 @@ class PoetLinear(nn.Module):
         for side, size in (("perm_in", in_features), ("perm_out", out_features)):
             self.register_buffer(side, torch.empty(size, dtype=torch.int32, device=device))
         self.register_buffer("merge_count", torch.empty((), dtype=torch.int64, device=device))
+        self.register_buffer("base_norm", torch.empty((), dtype=torch.float64, device=device))
+        keeps_residual = config.weight_residual and dtype == torch.bfloat16
+        shape = (out_features, in_features)
+        self.register_buffer(
+            "residual", torch.empty(shape, dtype=torch.int8, device=device) if keeps_residual else None
+        )
         self.reset_parameters()
 
     def _new_skew(self, size: int, block_size: int) -> nn.Parameter:
@@ -121,8 +138,26 @@ class PoetLinear(nn.Module):
         )  # type: ignore[return-value]
 
     def _store(self, native_weight: Tensor) -> None:
-        """Write a weight [m, n] given in the native frame into ``base_weight``."""
-        self.base_weight.copy_(_permuted(native_weight, self.perm_out, self.perm_in))
+        """Write a weight [m, n] given in the native frame into ``base_weight``, and note its norm."""
+        self._write(_permuted(native_weight, self.perm_out, self.perm_in), noise=None)
+        self.base_norm.copy_(torch.linalg.vector_norm(self._precise_weight(), dtype=torch.float64))
+
+    def _write(self, weight: Tensor, *, noise: torch.Generator | None) -> None:
+        """Round a weight [m, n], permuted already, to the stored precision: to nearest without ``noise``."""
+        if self.residual is not None and self.base_weight.dtype == torch.bfloat16:
+            high, low = split_bits(weight)
+            self.base_weight.copy_(high)
+            self.residual.copy_(low)
+        elif noise is None:
+            self.base_weight.copy_(weight)
+        else:
+            stochastic_round_(self.base_weight, weight, noise)
+
+    def _precise_weight(self) -> Tensor:
+        """``base_weight`` with every bit there is of it."""
+        if self.residual is not None and self.base_weight.dtype == torch.bfloat16:
+            return join_bits(self.base_weight, self.residual)
+        return self.base_weight
 
     @classmethod
     def from_linear(cls, linear: nn.Module, *, config: PoetConfig, name: str = "") -> PoetLinear:
@@ -205,16 +240,18 @@ class PoetLinear(nn.Module):
 
         Differentiable in the rotations. Costs 2mn(b_in + b_out) multiply-adds: for export, not for the step.
         """
-        return _permuted(self._folded(self.order), _inverse(self.perm_out), _inverse(self.perm_in))
+        return _permuted(
+            self._folded(self.order, self.base_weight), _inverse(self.perm_out), _inverse(self.perm_in)
+        )
 
     @property
     def weight(self) -> Tensor:
         """:meth:`dense_weight` in the stored dtype, for code that reads ``layer.weight``; slow."""
         return self.dense_weight().to(self.base_weight.dtype)
 
-    def _folded(self, order: int) -> Tensor:
+    def _folded(self, order: int, weight: Tensor) -> Tensor:
         return fold(
-            self.base_weight,
+            weight,
             self.skew_in,
             self.skew_out,
             block_size_in=self.block_size_in,
@@ -223,29 +260,39 @@ class PoetLinear(nn.Module):
         )
 
     @torch.no_grad()
-    def merge_(self) -> None:
+    def merge_(self) -> FoldStats:
         """Fold the rotations into the weight, set them to zero, draw new permutations, count one merge.
 
         The rotation is the exact Cayley transform in float32, whatever the training order, so singular values
-        stay; a bfloat16 weight is rounded stochastically. Everything is written in place. This is the layer's
-        half of a merge: :func:`poetx.merge_` also resets the optimizer's state.
+        stay. Rounding to bfloat16 is stochastic, and since its noise adds a little to ‖W‖ each time, the folded
+        weight is scaled back to ‖W0‖ first. Everything is written in place. This is the layer's half of a merge:
+        :func:`poetx.merge_` also resets the optimizer's state.
         """
         count = int(self.merge_count) + 1
-        weight = self._folded(EXACT)
+        weight = self._folded(EXACT, self._precise_weight())
+        ratio = torch.linalg.vector_norm(weight, dtype=torch.float64) / self.base_norm
+        weight /= torch.where(ratio > 0, ratio, 1.0)
+        angles = (
+            largest_angle(self.skew_in, size=self.in_features, block_size=self.block_size_in),
+            largest_angle(self.skew_out, size=self.out_features, block_size=self.block_size_out),
+        )
         moves = []
         for perm, fresh in zip((self.perm_in, self.perm_out), self._draw_permutations(count), strict=True):
             moves.append(_inverse(perm)[fresh.to(perm.device)])
             perm.copy_(fresh)
         noise = stream(self.config.seed, self.name, count, "rounding", self.base_weight.device)
-        stochastic_round_(self.base_weight, _permuted(weight, moves[1], moves[0]), noise)
+        self._write(_permuted(weight, moves[1], moves[0]), noise=noise)
         self.skew_in.zero_()
         self.skew_out.zero_()
         self.merge_count.fill_(count)
+        return FoldStats(torch.maximum(*angles), ratio.float())
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PoetLinear:
-        """``.to()``, ``.bfloat16()`` and the like: the rotations move, but are never narrowed."""
-        before = [skew.data for skew in self.rotations]
+        """``.to()``, ``.bfloat16()`` and the like: the rotations and ‖W0‖ move, but are never narrowed."""
+        before, norm = [skew.data for skew in self.rotations], self.base_norm
         super()._apply(fn, recurse)
+        if self.base_norm.dtype != norm.dtype:
+            self.base_norm = norm.to(self.base_norm.device)
         floor = getattr(torch, self.config.rotation_dtype)
         for skew, value in zip(self.rotations, before, strict=True):
             if torch.promote_types(skew.dtype, floor) != skew.dtype:

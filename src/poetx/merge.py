@@ -6,7 +6,9 @@ together here, under one counter, because keeping them apart is where public cod
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,29 +16,82 @@ from torch import nn
 
 from poetx.convert import poet_layers
 from poetx.errors import UserError
+from poetx.layer import FoldStats, PoetLinear
+from poetx.ops.reference import EXACT
+
+logger = logging.getLogger(__name__)
 
 _KEY = "poetx"
+#: Warn where the truncated series that trained a layer is off by more than this, relative.
+_SERIES_ERROR = 0.01
 
 
-def merge_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+@dataclass(frozen=True)
+class MergeReport:
+    """What one merge folded, worst layer first in mind.
+
+    Attributes:
+        angle: largest rotation angle θ folded, radians, and ``angle_layer``, whose it was.
+        series_error: θ^(k+1) there, the relative error of the training order k; 0 for ``"exact"``.
+        norm_drift: largest |‖W‖/‖W0‖ − 1| that the merge found (and corrected), and ``norm_layer``.
+    """
+
+    angle: float
+    angle_layer: str
+    series_error: float
+    norm_drift: float
+    norm_layer: str
+
+
+def merge_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> MergeReport:
     """Fold every rotation of ``model`` into its weight, in place, and start the rotations anew.
 
     The rotations become zero, their gradients None (they belonged to the old frame), and their entries in
     ``optimizer.state`` are dropped, so that first moment, second moment and step count all start again. The
     model's function is preserved up to the training order's own error (θ⁴ for order 3) and the weight's dtype.
+    Where that error passes 1 %, a warning is logged.
 
     Raises:
         UserError: the model has no rotated layer.
     """
-    layers = [layer for _, layer in poet_layers(model)]
+    layers = dict(poet_layers(model))
     if not layers:
         raise UserError("the model has no PoetLinear layer to merge; call poetx.convert_ first")
-    for layer in layers:
-        layer.merge_()
+    stats = []
+    for layer in layers.values():
+        stats.append(layer.merge_())
         for parameter in layer.rotations:
             parameter.grad = None
             if optimizer is not None:
                 optimizer.state.pop(parameter, None)
+    return _report(layers, stats)
+
+
+def _report(layers: Mapping[str, PoetLinear], stats: list[FoldStats]) -> MergeReport:
+    names = list(layers)
+    angles, ratios = (torch.stack(list(column)).cpu() for column in zip(*stats, strict=True))
+    orders = [layer.order for layer in layers.values()]
+    errors = torch.tensor(
+        [0.0 if k == EXACT else angle ** (k + 1) for k, angle in zip(orders, angles.tolist(), strict=True)]
+    )
+    worst, moved = int(errors.argmax()), int((ratios - 1).abs().argmax())
+    largest = int(angles.argmax())
+    if errors[worst] > _SERIES_ERROR:
+        logger.warning(
+            "%s: rotations reached an angle of %.2f, where the order-%d series is off by %.1f %%; merge more "
+            "often, lower poet_lr, or use neumann_order=7",
+            names[worst],
+            angles[worst],
+            orders[worst],
+            100 * errors[worst],
+        )
+    return MergeReport(
+        angle=float(angles[largest]),
+        angle_layer=names[largest],
+        series_error=float(errors[worst]),
+        norm_drift=float((ratios[moved] - 1).abs()),
+        norm_layer=names[moved],
+    )
 
 
 class MergeHandle:
@@ -46,10 +101,12 @@ class MergeHandle:
         steps: optimizer steps between merges.
         steps_since_merge: steps taken since the last one, 0 … steps − 1.
         merges: merges done through this handle, counted over resumes.
+        report: of the last merge in this process, or None.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, steps: int) -> None:
         self.steps, self.steps_since_merge, self.merges = steps, 0, 0
+        self.report: MergeReport | None = None
         self._model = model
         self._hooks = [
             optimizer.register_step_post_hook(self._after_step),
@@ -65,7 +122,7 @@ class MergeHandle:
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.steps_since_merge += 1
         if self.steps_since_merge >= self.steps:
-            merge_(self._model, optimizer)
+            self.report = merge_(self._model, optimizer)
             self.steps_since_merge = 0
             self.merges += 1
 

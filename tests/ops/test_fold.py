@@ -5,7 +5,14 @@ import torch
 
 from conftest import TOLERANCE, random_skew, relative_error
 from poetx.ops import reference
-from poetx.ops.fold import fold, full_precision_products, stochastic_round_
+from poetx.ops.fold import (
+    fold,
+    full_precision_products,
+    join_bits,
+    largest_angle,
+    split_bits,
+    stochastic_round_,
+)
 from poetx.ops.reference import EXACT
 
 
@@ -57,3 +64,27 @@ def test_stochastic_rounding_keeps_infinities_and_nan():
 def test_plain_copy_in_float32():
     value = torch.randn(5)
     assert torch.equal(stochastic_round_(torch.empty(5), value, torch.Generator()), value)
+
+
+def test_split_bits_is_a_stable_three_byte_float():
+    value = torch.cat(
+        [torch.randn(10000) * 10.0 ** torch.randint(-6, 6, (10000,)), torch.tensor([0.0, -0.0, 1.0])]
+    )
+    high, low = split_bits(value)
+    assert high.dtype == torch.bfloat16
+    assert low.dtype == torch.int8
+    joined = join_bits(high, low)
+    assert ((joined - value).abs() <= value.abs() * 2**-16 + 1e-40).all()
+    assert ((high.float() - value).abs() <= value.abs() * 2**-8).all()
+    again = split_bits(joined)
+    assert torch.equal(again[0], high)
+    assert torch.equal(again[1], low)
+
+
+@pytest.mark.parametrize("size", [2, 16, 48])
+def test_largest_angle_is_the_spectral_norm(size):
+    q = random_skew(3 * size, size, angle=0.3, dtype=torch.float32)
+    want = torch.linalg.matrix_norm(reference.unpack_skew(q, size), ord=2).max()
+    got = largest_angle(q, size=3 * size, block_size=size)
+    assert 0.95 * want < got < 1.0001 * want
+    assert largest_angle(torch.zeros_like(q), size=3 * size, block_size=size) == 0

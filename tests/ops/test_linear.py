@@ -174,6 +174,6 @@ def test_fast_saves_what_it_says():
 
 def test_autocast_does_not_reach_the_parametrisation():
     q = random_skew(16, 8, dtype=torch.float32)
-    expected = cayley(q, block_size=8, order=3)
+    expected = cayley(q, size=16, block_size=8, order=3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(cayley(q, block_size=8, order=3), expected)
+        assert torch.equal(cayley(q, size=16, block_size=8, order=3), expected)

@@ -59,19 +59,31 @@ def _triangle(block_size: int, device: torch.device) -> _Triangle:
     return _TRIANGLES[key]
 
 
-def unpack_skew(q_KP: Tensor, block_size: int) -> Tensor:
-    """Q [K, B, B] from its strict upper triangle q [K, P], in q's dtype."""
+def unpack_skew(q_KP: Tensor, size: int, block_size: int) -> Tensor:
+    """Q [K, B, B] from its strict upper triangle q [K, P], in q's dtype.
+
+    Args:
+        size: features that the K blocks rotate. Where B does not divide it, what q holds for the last block beyond
+            its end is taken as zero, whatever it is: a rotation must not reach features that are not there.
+    """
     if block_size == 1:
         return q_KP.new_zeros(q_KP.shape[0], 1, 1)
     triangle = _triangle(block_size, q_KP.device)
-    Q_KBB = q_KP.index_select(1, triangle.source).view(-1, block_size, block_size)
-    return Q_KBB * triangle.sign.to(q_KP.dtype)
+    Q_KBB = q_KP.index_select(1, triangle.source).view(-1, block_size, block_size) * triangle.sign.to(q_KP.dtype)
+    return _cut_(Q_KBB, size)
 
 
-def pack_skew(M_KBB: Tensor) -> Tensor:
+def _cut_(M_KBB: Tensor, size: int) -> Tensor:
+    if rest := size % M_KBB.shape[-1]:
+        M_KBB[-1, rest:] = 0
+        M_KBB[-1, :, rest:] = 0
+    return M_KBB
+
+
+def pack_skew(M_KBB: Tensor, size: int) -> Tensor:
     """Strict upper triangle [K, P] of ``M − Mᵀ``: the gradient of q when M is that of Q."""
     block_size = M_KBB.shape[-1]
-    difference = M_KBB - M_KBB.transpose(1, 2)
+    difference = _cut_(M_KBB - M_KBB.transpose(1, 2), size)
     return difference.view(-1, block_size * block_size).index_select(1, _triangle(block_size, M_KBB.device).upper)
 
 
@@ -84,9 +96,9 @@ def _compute_dtype(q: Tensor) -> torch.dtype:
     return torch.promote_types(q.dtype, torch.float32)
 
 
-def cayley_forward(q_KP: Tensor, block_size: int, order: int) -> Tensor:
+def cayley_forward(q_KP: Tensor, size: int, block_size: int, order: int) -> Tensor:
     """G [K, B, B] from q [K, P], computed and returned in float32 (float64 for float64 q)."""
-    Q = unpack_skew(q_KP.to(_compute_dtype(q_KP)), block_size)
+    Q = unpack_skew(q_KP.to(_compute_dtype(q_KP)), size, block_size)
     if order == EXACT:
         G = torch.linalg.inv(_add_identity_(-Q)).mul_(2)
         G.diagonal(dim1=1, dim2=2).sub_(1)
@@ -100,13 +112,13 @@ def cayley_forward(q_KP: Tensor, block_size: int, order: int) -> Tensor:
     return torch.bmm(B, A)
 
 
-def cayley_backward(grad_G_KBB: Tensor, q_KP: Tensor, block_size: int, order: int) -> Tensor:
+def cayley_backward(grad_G_KBB: Tensor, q_KP: Tensor, size: int, block_size: int, order: int) -> Tensor:
     """∂L/∂q [K, P] in q's dtype from Γ = ∂L/∂G; rebuilds Q and S from q, so that nobody need keep them."""
     dtype = _compute_dtype(q_KP)
-    Gamma, Q = grad_G_KBB.to(dtype), unpack_skew(q_KP.to(dtype), block_size)
+    Gamma, Q = grad_G_KBB.to(dtype), unpack_skew(q_KP.to(dtype), size, block_size)
     if order == EXACT:
         Xt = torch.linalg.inv(_add_identity_(-Q)).transpose(1, 2)
-        return pack_skew(torch.bmm(Xt, torch.bmm(Gamma, Xt)).mul_(2)).to(q_KP.dtype)
+        return pack_skew(torch.bmm(Xt, torch.bmm(Gamma, Xt)).mul_(2), size).to(q_KP.dtype)
     S = torch.bmm(Q, Q)
     A = _add_identity_(S.clone())
     Bt = A - 2 * Q  # (I + 2Q + S)ᵀ
@@ -121,20 +133,23 @@ def cayley_backward(grad_G_KBB: Tensor, q_KP: Tensor, block_size: int, order: in
         dC = dC + dC.transpose(1, 2)  # C = I + S² and only the symmetric part of ∂L/∂S counts
         dS = torch.baddbmm(dB, dH, C).baddbmm_(dC, S)
     T = dS + dS.transpose(1, 2)
-    return pack_skew(torch.baddbmm(dB, Q, T, beta=2, alpha=-1)).to(q_KP.dtype)
+    return pack_skew(torch.baddbmm(dB, Q, T, beta=2, alpha=-1), size).to(q_KP.dtype)
 
 
-def _fake_cayley(q_KP: Tensor, block_size: int, order: int) -> Tensor:
+def _fake_cayley(q_KP: Tensor, size: int, block_size: int, order: int) -> Tensor:
     return q_KP.new_empty((q_KP.shape[0], block_size, block_size), dtype=_compute_dtype(q_KP))
 
 
-def _fake_cayley_backward(grad_G_KBB: Tensor, q_KP: Tensor, block_size: int, order: int) -> Tensor:
+def _fake_cayley_backward(grad_G_KBB: Tensor, q_KP: Tensor, size: int, block_size: int, order: int) -> Tensor:
     return torch.empty_like(q_KP)
 
 
-_cayley_op = register_op("cayley(Tensor q, int block_size, int order) -> Tensor", _fake_cayley)(cayley_forward)
+_cayley_op = register_op("cayley(Tensor q, int size, int block_size, int order) -> Tensor", _fake_cayley)(
+    cayley_forward
+)
 _cayley_backward_op = register_op(
-    "cayley_backward(Tensor grad_G, Tensor q, int block_size, int order) -> Tensor", _fake_cayley_backward
+    "cayley_backward(Tensor grad_G, Tensor q, int size, int block_size, int order) -> Tensor",
+    _fake_cayley_backward,
 )(cayley_backward)
 
 
@@ -142,32 +157,33 @@ class _Cayley(torch.autograd.Function):
     """Saves the packed q, nothing else."""
 
     @staticmethod
-    def forward(ctx, q_KP, block_size, order):
+    def forward(ctx, q_KP, size, block_size, order):
         ctx.save_for_backward(q_KP)
-        ctx.block_size, ctx.order = block_size, order
-        return _cayley_op(q_KP, block_size, order)
+        ctx.settings = (size, block_size, order)
+        return _cayley_op(q_KP, size, block_size, order)
 
     @staticmethod
     def backward(ctx, grad_G):
         (q_KP,) = ctx.saved_tensors
-        return _cayley_backward_op(grad_G, q_KP, ctx.block_size, ctx.order), None, None
+        return _cayley_backward_op(grad_G, q_KP, *ctx.settings), None, None, None
 
 
-def cayley(q_KP: Tensor, *, block_size: int, order: int) -> Tensor:
+def cayley(q_KP: Tensor, *, size: int, block_size: int, order: int) -> Tensor:
     """Orthogonal blocks G [K, B, B] (float32, or float64) of packed q [K, P]; differentiable, saves q only.
 
     Args:
+        size: features that the blocks rotate, (K−1)·B < size ≤ K·B.
         order: 3 or 7, the truncation of the Neumann series, or :data:`EXACT`.
     """
-    return _Cayley.apply(q_KP, block_size, order)
+    return _Cayley.apply(q_KP, size, block_size, order)
 
 
-def cayley_delta(q_KP: Tensor, *, block_size: int, order: int = EXACT) -> Tensor:
+def cayley_delta(q_KP: Tensor, *, size: int, block_size: int, order: int = EXACT) -> Tensor:
     """E = G − I [K, B, B], without the rounding that forming G first would cost: what a fold adds to a weight.
 
     Exact: E = 2Q(I − Q)⁻¹. Series: E = 2Q + 2S + 2QS + S² for order 3. Float32, or float64 for float64 q.
     """
-    Q = unpack_skew(q_KP.to(_compute_dtype(q_KP)), block_size)
+    Q = unpack_skew(q_KP.to(_compute_dtype(q_KP)), size, block_size)
     if order == EXACT:
         return torch.linalg.solve(_add_identity_(-Q), 2 * Q)
     S = torch.bmm(Q, Q)

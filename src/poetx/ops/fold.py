@@ -7,12 +7,13 @@ bfloat16 the diagonal 1 − 2‖q‖² rounds to 1 and the weight's norm drifts 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from poetx.ops.cayley import cayley_delta
+from poetx.ops.cayley import cayley_delta, unpack_skew
 from poetx.ops.reference import EXACT
 
 
@@ -59,10 +60,11 @@ def fold(
     """
     dtype = torch.promote_types(torch.promote_types(weight.dtype, q_in.dtype), torch.float32)
     with full_precision_products():
-        E_in = cayley_delta(q_in.to(dtype), block_size=block_size_in, order=order)
+        m, n = weight.shape
+        E_in = cayley_delta(q_in.to(dtype), size=n, block_size=block_size_in, order=order)
         W = _left_rotate(weight.to(dtype).T, E_in.transpose(1, 2)).T
         del E_in
-        return _left_rotate(W, cayley_delta(q_out.to(dtype), block_size=block_size_out, order=order))
+        return _left_rotate(W, cayley_delta(q_out.to(dtype), size=m, block_size=block_size_out, order=order))
 
 
 def stochastic_round_(target: Tensor, value: Tensor, generator: torch.Generator) -> Tensor:
@@ -79,3 +81,38 @@ def stochastic_round_(target: Tensor, value: Tensor, generator: torch.Generator)
     # truncates. Works for either sign, because the sign bit stands apart from the magnitude.
     rounded = bits.add(noise).bitwise_and_(-(1 << 16)).view(torch.float32)
     return target.copy_(torch.where(value.isfinite(), rounded, value))
+
+
+def largest_angle(q_KP: Tensor, *, size: int, block_size: int, iterations: int = 16) -> Tensor:
+    """θ, the largest |eigenvalue| over all blocks of Q: 16 power iterations on QᵀQ, float32 scalar.
+
+    A lower bound, in practice within a few per cent, for the price of a few matrix-vector products: a spectral
+    decomposition of every block would take longer than the merge it watches over.
+    """
+    Q = unpack_skew(q_KP.float(), size, block_size)
+    # Any fixed vector will do that is not by construction orthogonal to the leading pair.
+    v = torch.arange(1, block_size + 1, dtype=Q.dtype, device=Q.device).mul_(math.e).frac_().sub_(0.5)
+    v = v.expand(Q.shape[0], -1).unsqueeze(2)
+    theta = Q.new_zeros(Q.shape[0])
+    for _ in range(iterations):
+        v = torch.bmm(Q, v / v.norm(dim=1, keepdim=True).clamp_min(1e-30))
+        theta = v.norm(dim=1).squeeze(1)
+    return theta.max()
+
+
+def split_bits(value: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 → (bfloat16 rounded to nearest, int8 residual): the upper 24 bits in 3 bytes.
+
+    The residual counts steps of 2⁻⁸ of a bfloat16 unit in the last place, so that :func:`join_bits` is within 2⁻¹⁶
+    of the value, relative, and splitting what it returns gives the same pair again.
+    """
+    bits = value.float().contiguous().view(torch.int32)
+    high = bits.add(1 << 15) >> 16
+    low = (bits - (high << 16)) >> 8
+    return (high << 16).view(torch.float32).bfloat16(), low.to(torch.int8)
+
+
+def join_bits(high: Tensor, low: Tensor) -> Tensor:
+    """The float32 that :func:`split_bits` took apart, up to its last byte, which becomes its middle."""
+    bits = high.float().contiguous().view(torch.int32)
+    return (bits + (low.to(torch.int32) << 8) + (1 << 7)).view(torch.float32)

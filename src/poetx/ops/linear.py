@@ -85,8 +85,8 @@ _fast_backward_op = register_op(
 def _mem_forward(
     x, weight, q_in, q_out, perm_in, perm_out, bias, block_size_in: int, block_size_out: int, order: int
 ):
-    b = _product(x, weight, cayley_forward(q_in, block_size_in, order).to(x.dtype), perm_in)
-    return _output(b, cayley_forward(q_out, block_size_out, order).to(x.dtype), perm_out, bias)
+    b = _product(x, weight, cayley_forward(q_in, weight.shape[1], block_size_in, order).to(x.dtype), perm_in)
+    return _output(b, cayley_forward(q_out, weight.shape[0], block_size_out, order).to(x.dtype), perm_out, bias)
 
 
 def _mem_backward(
@@ -102,12 +102,12 @@ def _mem_backward(
     order: int,
     needs_dx: bool,
 ):
-    G_in = cayley_forward(q_in, block_size_in, order).to(x.dtype)
-    G_out = cayley_forward(q_out, block_size_out, order).to(x.dtype)
+    G_in = cayley_forward(q_in, weight.shape[1], block_size_in, order).to(x.dtype)
+    G_out = cayley_forward(q_out, weight.shape[0], block_size_out, order).to(x.dtype)
     b = _product(x, weight, G_in, perm_in)
     dx, dG_in, dG_out = _backward(g, x, b, weight, G_in, G_out, perm_in, perm_out, needs_dx)
-    dq_in = cayley_backward(dG_in, q_in, block_size_in, order)
-    return dx, dq_in, cayley_backward(dG_out, q_out, block_size_out, order)
+    dq_in = cayley_backward(dG_in, q_in, weight.shape[1], block_size_in, order)
+    return dx, dq_in, cayley_backward(dG_out, q_out, weight.shape[0], block_size_out, order)
 
 
 def _fake_mem_forward(
@@ -218,7 +218,8 @@ def poet_linear(
             x_NF, weight, q_in, q_out, perm_in, perm_out, bias, block_size_in, block_size_out, order
         )
     else:
-        G_in = cayley(q_in, block_size=block_size_in, order=order).to(x.dtype)
-        G_out = cayley(q_out, block_size=block_size_out, order=order).to(x.dtype)
+        m, n = weight.shape
+        G_in = cayley(q_in, size=n, block_size=block_size_in, order=order).to(x.dtype)
+        G_out = cayley(q_out, size=m, block_size=block_size_out, order=order).to(x.dtype)
         y = _FastLinear.apply(x_NF, weight, G_in, G_out, perm_in, perm_out, bias)
     return y.view(*x.shape[:-1], weight.shape[0])

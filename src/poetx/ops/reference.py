@@ -41,7 +41,12 @@ def block_diagonal(G_KBB: Tensor, size: int) -> Tensor:
 def rotation_matrix(q_KP: Tensor, perm: Tensor, block_size: int, order: int) -> Tensor:
     """``Πᵀ Diag(G_1 … G_K) Π``, acting on a row from the right, with Π given by ``x' = x[:, perm]``."""
     size = perm.numel()
-    D = block_diagonal(cayley_neumann(unpack_skew(q_KP, block_size), order), size)
+    Q = unpack_skew(q_KP, block_size)
+    if rest := size % block_size:  # the last block ends there
+        inside = torch.ones(Q.shape, dtype=torch.bool, device=Q.device)
+        inside[-1, rest:], inside[-1, :, rest:] = False, False
+        Q = Q * inside
+    D = block_diagonal(cayley_neumann(Q, order), size)
     Pi = torch.eye(size, dtype=D.dtype, device=D.device)[perm.long()]
     return Pi.T @ D @ Pi
 
