@@ -1,26 +1,43 @@
 """Registration of the project's operators with ``torch.library``: opaque to compilers, so one graph stays one.
 
-An operator that a compiler cannot look into is also what keeps *mem* honest: a traced recompute would be
-merged with the forward by common-subexpression elimination, and its result kept after all.
+An operator that a compiler cannot look into is also what keeps *mem* honest: a traced recompute would be merged with
+the forward by common-subexpression elimination, and its result kept after all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("poetx", "DEF")
+_transparent = False
+
+
+@contextlib.contextmanager
+def transparent_operators() -> Iterator[None]:
+    """Run the operators as the plain functions they wrap, so that a dispatch mode sees every tensor they make.
+
+    For measuring memory on fake tensors, where an opaque operator shows its outputs only. Not for training: not
+    thread-safe, and a compiler would look inside.
+    """
+    global _transparent
+    before, _transparent = _transparent, True
+    try:
+        yield
+    finally:
+        _transparent = before
 
 
 def register_op(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: define ``poetx::<schema>`` with the decorated function on every device.
 
-    The implementation runs without autocast: it decides itself which product runs in which dtype. ``fake`` gives
-    the outputs' shapes and dtypes. Returns the registered operator.
+    The implementation runs without autocast: it decides itself which product runs in which dtype. ``fake`` gives the
+    outputs' shapes and dtypes. Returns a function that calls the registered operator.
     """
     name = schema.split("(")[0]
 
@@ -36,6 +53,11 @@ def register_op(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[...
         _LIBRARY.define(schema)
         _LIBRARY.impl(name, without_autocast, "CompositeExplicitAutograd")
         torch.library.register_fake(f"poetx::{name}", fake, lib=_LIBRARY)
-        return getattr(torch.ops.poetx, name).default
+        operator = getattr(torch.ops.poetx, name).default
+
+        def call(*args: Any) -> Any:
+            return without_autocast(*args) if _transparent else operator(*args)
+
+        return call
 
     return decorate

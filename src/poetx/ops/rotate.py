@@ -22,12 +22,12 @@ def _slices(x_NF: Tensor) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, x_NF.shape[0], rows))
 
 
-def gather(x_NF: Tensor, perm: Tensor) -> Tensor:
-    """``x[:, perm]``, contiguous."""
+def gather(x_NF: Tensor, perm: Tensor, out: Tensor | None = None) -> Tensor:
+    """``x[:, perm]``, contiguous, or written into ``out``."""
     if x_NF.is_cpu:
         # 4x faster than index_select in bfloat16, 15 % in float32 (2 cores, 1024 x 1024).
-        return torch.gather(x_NF, 1, perm.long().expand(x_NF.shape[0], -1))
-    return x_NF.index_select(1, perm)
+        return torch.gather(x_NF, 1, perm.long().expand(x_NF.shape[0], -1), out=out)
+    return torch.index_select(x_NF, 1, perm, out=out)
 
 
 def inverse(perm: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def rotate_scatter(x_NF: Tensor, G_KBB: Tensor, perm: Tensor) -> Tensor:
     out = torch.empty_like(x_NF, memory_format=torch.contiguous_format)
     back = inverse(perm)
     for rows in _slices(x_NF):
-        out[rows] = gather(rotate(x_NF[rows], G_KBB), back)
+        gather(rotate(x_NF[rows], G_KBB), back, out=out[rows])
     return out
 
 
@@ -111,7 +111,7 @@ def gather_rotate_backward(
     for rows in _slices(x_NF):
         add_block_outer_(dG, gather(x_NF[rows], perm), grad_NF[rows])
         if needs_dx:
-            dx[rows] = gather(rotate(grad_NF[rows], Gt), back)
+            gather(rotate(grad_NF[rows], Gt), back, out=dx[rows])
     return dx, dG
 
 
