@@ -81,9 +81,7 @@ def main() -> None:
 
         return call
 
-    times = interleaved(
-        {name: candidate(layer) for name, layer in layers.items()}, repeats=args.repeats, device=device
-    )
+    times = interleaved({name: candidate(layer) for name, layer in layers.items()}, repeats=args.repeats, device=device)
     base = median(times["linear"])
     origin = provenance(device)
     rows = []

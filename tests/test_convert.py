@@ -30,9 +30,7 @@ def llama(**settings):
 
 
 def gpt2():
-    config = GPT2Config(
-        vocab_size=97, n_positions=32, n_embd=48, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
-    )
+    config = GPT2Config(vocab_size=97, n_positions=32, n_embd=48, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
     return GPT2LMHeadModel(config).eval()
 
 

@@ -246,9 +246,7 @@ def _raise_no_match(config: PoetConfig, names: list[str], reasons: list[str]) ->
         raise UserError("the model has no nn.Linear (or Conv1D) layer to convert")
     if reasons:
         why = "; ".join(f"{name} is {reason}" for name, reason in list(zip(names, reasons, strict=True))[:3])
-        raise UserError(
-            f"target_modules={config.target_modules!r}: every layer it matches must stay as it is: {why}"
-        )
+        raise UserError(f"target_modules={config.target_modules!r}: every layer it matches must stay as it is: {why}")
     wanted = config.target_modules
     word = wanted if isinstance(wanted, str) else ", ".join(wanted)
     endings = sorted({name.rpartition(".")[2] for name in names})

@@ -240,9 +240,7 @@ class PoetLinear(nn.Module):
 
         Differentiable in the rotations. Costs 2mn(b_in + b_out) multiply-adds: for export, not for the step.
         """
-        return _permuted(
-            self._folded(self.order, self.base_weight), _inverse(self.perm_out), _inverse(self.perm_in)
-        )
+        return _permuted(self._folded(self.order, self.base_weight), _inverse(self.perm_out), _inverse(self.perm_in))
 
     @property
     def weight(self) -> Tensor:
@@ -298,9 +296,7 @@ class PoetLinear(nn.Module):
             if torch.promote_types(skew.dtype, floor) != skew.dtype:
                 skew.data = value.to(skew.device)
         if self.base_weight.dtype not in _DTYPES:
-            raise UserError(
-                f"{self.name or 'PoetLinear'}: {self.base_weight.dtype} is not supported; use bfloat16"
-            )
+            raise UserError(f"{self.name or 'PoetLinear'}: {self.base_weight.dtype} is not supported; use bfloat16")
         return self
 
     def extra_repr(self) -> str:

@@ -67,9 +67,7 @@ def test_plain_copy_in_float32():
 
 
 def test_split_bits_is_a_stable_three_byte_float():
-    value = torch.cat(
-        [torch.randn(10000) * 10.0 ** torch.randint(-6, 6, (10000,)), torch.tensor([0.0, -0.0, 1.0])]
-    )
+    value = torch.cat([torch.randn(10000) * 10.0 ** torch.randint(-6, 6, (10000,)), torch.tensor([0.0, -0.0, 1.0])])
     high, low = split_bits(value)
     assert high.dtype == torch.bfloat16
     assert low.dtype == torch.int8

@@ -1,9 +1,9 @@
 """Opaque by default, transparent for measuring."""
 
 import torch
-from conftest import random_skew
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conftest import random_skew
 from poetx.ops._library import transparent_operators
 from poetx.ops.cayley import cayley
 

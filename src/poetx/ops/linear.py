@@ -82,9 +82,7 @@ _fast_backward_op = register_op(
 )(_backward)
 
 
-def _mem_forward(
-    x, weight, q_in, q_out, perm_in, perm_out, bias, block_size_in: int, block_size_out: int, order: int
-):
+def _mem_forward(x, weight, q_in, q_out, perm_in, perm_out, bias, block_size_in: int, block_size_out: int, order: int):
     b = _product(x, weight, cayley_forward(q_in, weight.shape[1], block_size_in, order).to(x.dtype), perm_in)
     return _output(b, cayley_forward(q_out, weight.shape[0], block_size_out, order).to(x.dtype), perm_out, bias)
 
@@ -157,9 +155,7 @@ class _FastLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, b, weight, G_in, G_out, perm_in, perm_out = ctx.saved_tensors
-        dx, dG_in, dG_out = _fast_backward_op(
-            g, x, b, weight, G_in, G_out, perm_in, perm_out, ctx.needs_input_grad[0]
-        )
+        dx, dG_in, dG_out = _fast_backward_op(g, x, b, weight, G_in, G_out, perm_in, perm_out, ctx.needs_input_grad[0])
         dbias = g.sum(0) if ctx.needs_input_grad[6] else None
         dx = dx if ctx.needs_input_grad[0] else None
         return dx, None, dG_in.to(G_in.dtype), dG_out.to(G_out.dtype), None, None, dbias
@@ -172,9 +168,7 @@ class _MemLinear(torch.autograd.Function):
     def forward(ctx, x, weight, q_in, q_out, perm_in, perm_out, bias, block_size_in, block_size_out, order):
         ctx.save_for_backward(x, weight, q_in, q_out, perm_in, perm_out)
         ctx.settings = (block_size_in, block_size_out, order)
-        return _mem_forward_op(
-            x, weight, q_in, q_out, perm_in, perm_out, bias, block_size_in, block_size_out, order
-        )
+        return _mem_forward_op(x, weight, q_in, q_out, perm_in, perm_out, bias, block_size_in, block_size_out, order)
 
     @staticmethod
     def backward(ctx, g):
@@ -214,9 +208,7 @@ def poet_linear(
     x_NF = x.reshape(-1, x.shape[-1])
     bias = None if bias is None else bias.to(x.dtype)
     if mode == "mem":
-        y = _MemLinear.apply(
-            x_NF, weight, q_in, q_out, perm_in, perm_out, bias, block_size_in, block_size_out, order
-        )
+        y = _MemLinear.apply(x_NF, weight, q_in, q_out, perm_in, perm_out, bias, block_size_in, block_size_out, order)
     else:
         m, n = weight.shape
         G_in = cayley(q_in, size=n, block_size=block_size_in, order=order).to(x.dtype)
