@@ -1,6 +1,6 @@
 """What hundreds of merges do to a weight's spectrum, at every storage precision, beside the naive fold.
 
-    python -m benchmarks.merges --merges 300 --out benchmarks/results/merges.jsonl
+    python -m benchmarks.merges --merges 3000 --out benchmarks/results/merges.jsonl --plot docs/merges.png
 
 512×512, b = 128, fresh permutations and fresh random rotations at each merge. *residual* is bfloat16 with 8 more
 bits in an int8 tensor. *naive* is the fold of public code: the blocks by the order-3 series, blocks and weight in
@@ -10,7 +10,9 @@ bfloat16, rounded to nearest.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,50 +44,84 @@ def _naive_merge(layer: PoetLinear) -> None:
     layer.merge_()
 
 
-def run(kind: str, angle: float, merges: int, seed: int) -> dict[str, float]:
-    """Relative singular-value change (median, largest) and norm ratio after ``merges`` merges."""
+def run(kind: str, angle: float, merges: int, seed: int, every: int) -> Iterator[dict[str, float]]:
+    """Relative singular-value change (median, largest) and norm ratio after every ``every``-th merge."""
     dtype = torch.float32 if kind == "float32" else torch.bfloat16
     config = PoetConfig(block_size=BLOCK, init="normalized", seed=seed, weight_residual=kind == "residual")
     layer = PoetLinear(SIZE, SIZE, bias=False, config=config, name="merges", dtype=dtype)
     start: Tensor = torch.linalg.svdvals(layer._precise_weight().detach().double())
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(merges):
+    for merge in range(1, merges + 1):
         _draw(layer, angle, generator)
         _naive_merge(layer) if kind == "naive" else layer.merge_()
-    end = torch.linalg.svdvals(layer._precise_weight().detach().double())
-    change = (end - start).abs() / start
-    return {
-        "median_change": float(change.median()),
-        "largest_change": float(change.max()),
-        "norm_ratio": float(end.norm() / start.norm()),
-    }
+        if merge % every and merge != merges:
+            continue
+        end = torch.linalg.svdvals(layer._precise_weight().detach().double())
+        change = (end - start).abs() / start
+        yield {
+            "merges": merge,
+            "median_change": float(change.median()),
+            "largest_change": float(change.max()),
+            "norm_ratio": float(end.norm() / start.norm()),
+        }
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Median singular-value change and norm drift over merges, one line a kind, one column an angle."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    angles = sorted({row["angle"] for row in rows})
+    figure, axes = plt.subplots(
+        2, len(angles), figsize=(4.5 * len(angles), 6), sharex=True, sharey="row", squeeze=False
+    )
+    for column, angle in enumerate(angles):
+        for kind in dict.fromkeys(row["kind"] for row in rows):
+            mine = [row for row in rows if row["kind"] == kind and row["angle"] == angle]
+            merges = [row["merges"] for row in mine]
+            axes[0, column].plot(merges, [row["median_change"] for row in mine], label=kind)
+            axes[1, column].plot(merges, [abs(row["norm_ratio"] - 1) for row in mine], label=kind)
+        axes[0, column].set_title(f"largest angle {angle:g}")
+        axes[1, column].set_xlabel("merges")
+        for axis in axes[:, column]:
+            axis.set_yscale("log")
+            axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("median relative change\nof singular values")
+    axes[1, 0].set_ylabel("| norm / norm at start - 1 |")
+    axes[0, 0].legend()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--merges", type=int, default=300)
+    parser.add_argument("--every", type=int, default=100, help="measure after so many merges")
     parser.add_argument("--angles", type=float, nargs="+", default=[0.1, 0.3])
     parser.add_argument("--kinds", nargs="+", default=["float32", "bfloat16", "residual", "naive"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="append JSON lines here")
+    parser.add_argument("--plot", type=Path, help="write a plot here")
     args = parser.parse_args()
     rows = []
     for angle in args.angles:
         for kind in args.kinds:
-            result = run(kind, angle, args.merges, args.seed)
-            rows.append(
-                {"benchmark": "merges", "kind": kind, "angle": angle, "merges": args.merges, "seed": args.seed}
-                | {"size": SIZE, "block_size": BLOCK}
-                | result
-                | provenance(torch.device("cpu"))
-            )
+            setting = {"benchmark": "merges", "kind": kind, "angle": angle, "seed": args.seed}
+            setting |= {"size": SIZE, "block_size": BLOCK}
+            for result in run(kind, angle, args.merges, args.seed, args.every):
+                rows.append(setting | result | provenance(torch.device("cpu")))
             print(
-                f"{kind:10} theta {angle:.2f}  median change {result['median_change']:.1e}  "
+                f"{kind:10} angle {angle:.2f}  median change {result['median_change']:.1e}  "
                 f"largest {result['largest_change']:.1e}  norm ratio {result['norm_ratio']:.7f}",
                 flush=True,
             )
     if args.out:
         append(args.out, rows)
+    if args.plot:
+        plot(rows, args.plot)
 
 
 if __name__ == "__main__":
