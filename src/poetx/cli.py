@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +17,7 @@ from poetx.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from poetx.train.progress import Reporter
     from poetx.train.recipe import Recipe
     from poetx.train.run import RunResult
 
@@ -34,7 +37,6 @@ _RUN = Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or expo
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit code. A user's mistake is one line on stderr and exit code 2."""
-    logging.getLogger("poetx").addHandler(logging.NullHandler())  # the reporter shows what the library logs
     try:
         app(args=argv)
     except SystemExit as exit_:
@@ -75,9 +77,7 @@ def train(
         typer.Argument(metavar="KEY=VALUE", help="Recipe settings, for example train.steps=500 poet=null."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete an earlier run in the same place.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in the same place.")] = False,
 ) -> None:
     """Train a model from a recipe. With no recipe: a demo of a few minutes, with nothing to download."""
     overrides = list(overrides or [])
@@ -101,7 +101,8 @@ def train(
     _quiet_transformers()
     console = Console()
     reporter = LiveReporter(console) if console.is_terminal else PlainReporter(console)
-    result = run_training(loaded, resume=resume, overwrite=overwrite, reporter=reporter)
+    with _library_warnings_to(reporter):
+        result = run_training(loaded, resume=resume, overwrite=overwrite, reporter=reporter)
     if result.signum is not None:
         console.print(_stopped_text(result), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(128 + result.signum)
@@ -144,9 +145,7 @@ def generate(
     _quiet_transformers()
     loaded = load_run(run, device=device)
     _show_notes(loaded.notes)
-    text = generate_text(
-        loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
-    )
+    text = generate_text(loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
     print(prompt + text)
 
 
@@ -220,8 +219,8 @@ def _stopped_text(result: RunResult) -> str:
 
 
 def _show_result(console: Console, recipe: Recipe, result: RunResult) -> None:
-    def say(text: str = "", **style: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True, **style)
+    def say(text: str = "", style: str | None = None) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True, style=style)
 
     minutes, seconds = divmod(round(result.seconds), 60)
     say()
@@ -262,6 +261,19 @@ def _sample(recipe: Recipe, result: RunResult) -> tuple[str, str]:
 def _show_notes(notes: list[str]) -> None:
     for note in notes:
         print(f"note: broken checkpoint passed over: {note}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _library_warnings_to(reporter: Reporter) -> Iterator[None]:
+    """Show what the library logs as notes, so that it does not tear the live display."""
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: reporter.note(record.getMessage())
+    logger = logging.getLogger("poetx")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _quiet_transformers() -> None:

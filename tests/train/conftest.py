@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,20 @@ model: {hidden_size: 32, intermediate_size: 48, num_layers: 1, num_heads: 2}
 data: {vocab_size: 320, seq_len: 16, validation_fraction: 0.25}
 poet: {block_size: 16, init: normalized, merge_every: 5}
 optimizer: {lr: 3.0e-3, poet_lr: 2.0e-3, clip: 1.0, warmup_steps: 3}
-train: {steps: 12, batch_size: 4, eval_every: 6, eval_windows: 4, checkpoint_every: 6, keep_checkpoints: 3, device: cpu}
+train: {steps: 12, batch_size: 4, eval_every: 6, eval_windows: 4, checkpoint_every: 6, keep_checkpoints: 3,
+        device: cpu}
 """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices this small are slower on two threads, and a child process can be given the same number."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -31,9 +31,18 @@ def test_big_recipes_ask_for_text(name: str) -> None:
 def test_big_recipes_are_the_published_ones(name: str) -> None:
     recipe = load_recipe(name, ["data.train=x"])
     assert recipe.poet is not None
-    assert (recipe.poet.merge_every, recipe.poet.config.block_size, recipe.poet.config.init) == (200, 256, "normalized")
+    assert (recipe.poet.merge_every, recipe.poet.config.block_size, recipe.poet.config.init) == (
+        200,
+        256,
+        "normalized",
+    )
     optimizer = recipe.optimizer
-    assert (optimizer.lr, optimizer.poet_lr, optimizer.poet_eps, optimizer.weight_decay) == (1e-3, 2.5e-4, 1e-6, 0.0)
+    assert (optimizer.lr, optimizer.poet_lr, optimizer.poet_eps, optimizer.weight_decay) == (
+        1e-3,
+        2.5e-4,
+        1e-6,
+        0.0,
+    )
     assert (optimizer.clip, optimizer.clip_ramp_until, optimizer.clip_ramp_steps) == (0.1, 2000, 10)
     assert (optimizer.warmup_steps, recipe.train.steps, optimizer.min_lr_ratio) == (5000, 600_000, 0.01)
     assert (recipe.data.seq_len, recipe.train.batch_size, recipe.train.dtype) == (256, 512, "auto")
@@ -41,7 +50,7 @@ def test_big_recipes_are_the_published_ones(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "billions"), [("llama-3b", 2.76447), ("llama-8b", 8.05), ("llama-13b", 13.0)])
 def test_big_recipes_have_the_published_number_of_parameters(name: str, billions: float) -> None:
-    """Counted from the shape: 2 x vocabulary x hidden for the embeddings, 4 h² + 3 h m + 2 h a layer, and a norm."""
+    """Counted from the shape: embedding and head, 4 h² + 3 h m + 2 h a layer, and a norm."""
     model = load_recipe(name, ["data.train=x"]).model
     assert model.hidden_size
     assert model.intermediate_size
@@ -125,7 +134,11 @@ def test_only_cadence_and_places_may_differ_on_resume() -> None:
     free = ["run_dir=elsewhere", "train.eval_every=7", "train.checkpoint_every=9", "train.device=cpu"]
     assert differing_keys(old, load_recipe("demo", free)) == []
     changed = ["train.steps=7", "poet.block_size=32", "optimizer.lr=0.5"]
-    assert set(differing_keys(old, load_recipe("demo", changed))) == {"train.steps", "poet.block_size", "optimizer.lr"}
+    assert set(differing_keys(old, load_recipe("demo", changed))) == {
+        "train.steps",
+        "poet.block_size",
+        "optimizer.lr",
+    }
     assert "poet.block_size" in differing_keys(old, load_recipe("demo", ["poet=null"]))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from poetx.train.recipe import OptimizerRecipe
@@ -12,7 +14,7 @@ def test_warmup_climbs_to_the_peak_and_the_cosine_ends_at_the_ratio() -> None:
     factors = [lr_factor(step, steps=100, warmup_steps=10, min_ratio=0.01) for step in range(100)]
     assert factors[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
     assert factors[9] == max(factors) == 1
-    assert all(a > b for a, b in zip(factors[9:], factors[10:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(factors[9:]))
     assert factors[-1] == pytest.approx(0.01)
     assert factors[54] == pytest.approx(0.505, abs=0.01)  # half-way down
 

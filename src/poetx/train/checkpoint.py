@@ -3,7 +3,7 @@
     checkpoints/step-00000123/model.safetensors      the model's state_dict, tied tensors once
                               optimizer.safetensors  tensors of the optimizer state, "<parameter name>//<key>"
                               rng.safetensors        states of torch's generators
-                              state.json             step, counters, parameter-group options, aliases of tied tensors
+                              state.json             step, counters, group options, aliases of tied tensors
                               recipe.yaml            the resolved recipe
                               manifest.json          format version, size and sha256 of every file above
 
@@ -92,13 +92,11 @@ def save_checkpoint(
         _write_manifest(temporary)
         if final.exists():  # a broken one that a resumed run has passed again
             shutil.rmtree(final)
-        os.replace(temporary, final)
+        temporary.replace(final)
         _sync_directory(parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = (
-            error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-        )
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         raise UserError(
             f"{final}: the checkpoint could not be written ({reason}); earlier checkpoints are untouched: "
             "free some space, then continue with --resume"
@@ -172,9 +170,7 @@ def load_model(path: Path, model: torch.nn.Module) -> None:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise UserError(
-            f"{path}: does not fit the model of this recipe: {' '.join(str(error).split())}"
-        ) from None
+        raise UserError(f"{path}: does not fit the model of this recipe: {' '.join(str(error).split())}") from None
 
 
 def load_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -189,9 +185,7 @@ def load_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.Op
     current = optimizer.state_dict()
     groups = current["param_groups"]
     names = _names_by_index(model, optimizer)
-    if [group["names"] for group in saved["groups"]] != [
-        [names[i] for i in group["params"]] for group in groups
-    ]:
+    if [group["names"] for group in saved["groups"]] != [[names[i] for i in group["params"]] for group in groups]:
         raise UserError(f"{path}: the optimizer's parameter groups differ from this recipe's")
     state: dict[int, dict[str, Any]] = {}
     index_of = {name: index for index, name in names.items()}

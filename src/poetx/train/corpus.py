@@ -173,9 +173,7 @@ def _lines(path: Path) -> Iterator[str]:
             while line := file.readline(SECTION):
                 yield line
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 text ({error.reason} near byte {error.start} of a block)"
-        ) from None
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} near byte {error.start} of a block)") from None
 
 
 def _jsonl_documents(path: Path) -> Iterator[Document]:

@@ -55,9 +55,7 @@ class DataMeta:
     end_of_text_id: int
     train_tokens: int
     validation_tokens: int
-    fingerprint: (
-        str  # sha256 of both token streams: the identity of the data, whatever its path and time stamps
-    )
+    fingerprint: str  # sha256 of both token streams: the identity of the data, whatever its path and time stamps
 
 
 class TokenWindows:
@@ -209,6 +207,7 @@ def _write_tokens(
 ) -> DataMeta:
     vocab_size = tokenizer.get_vocab_size()
     end_id = tokenizer.token_to_id(end_of_text)
+    assert end_id is not None
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
     counts = {"train": 0, "validation": 0}
     digests = {name: hashlib.sha256() for name in counts}
@@ -261,7 +260,7 @@ def _encode(
 
 
 def _marked_pieces(corpus: Corpus, is_held_out: Callable[[int], bool]) -> Iterator[tuple[str, bool, bool]]:
-    """Pieces with (held out, end of a document). Sections of one file form one document while they stay together."""
+    """Pieces with (held out, end of a document). Neighbouring sections of one file stay together."""
     waiting: tuple[str, bool] | None = None
     for index, document in enumerate(corpus.documents()):
         held = is_held_out(index)

@@ -38,9 +38,7 @@ def evaluate_run(
         raise UserError(f"{run}: an exported model has no validation text of its own; give --data PATH")
     length = seq_len or (loaded.recipe.data.seq_len if loaded.recipe else DEFAULT_SEQ_LEN)
     windows = _own_windows(loaded, length) if data is None else _other_windows(loaded, data, length)
-    loss = evaluate(
-        loaded.model, windows, list(range(len(windows))), batch_size=batch_size, device=loaded.device
-    )
+    loss = evaluate(loaded.model, windows, list(range(len(windows))), batch_size=batch_size, device=loaded.device)
     source = data or "the run's validation text"
     return Evaluation(loss, perplexity(loss), len(windows) * length, length, source, loaded.notes)
 
@@ -51,11 +49,7 @@ def _own_windows(loaded: LoadedModel, seq_len: int) -> TokenWindows:
 
 
 def _other_windows(loaded: LoadedModel, data: str, seq_len: int) -> TokenWindows:
-    tokens = encode_corpus(
-        data, loaded.tokenizer.backend_tokenizer, loaded.tokenizer.eos_token_id, key="--data"
-    )
+    tokens = encode_corpus(data, loaded.tokenizer.backend_tokenizer, loaded.tokenizer.eos_token_id, key="--data")
     if window_count(len(tokens), seq_len) == 0:
-        raise UserError(
-            f"--data={data}: {len(tokens)} tokens, fewer than one window of {seq_len} + 1; lower --seq-len"
-        )
+        raise UserError(f"--data={data}: {len(tokens)} tokens, fewer than one window of {seq_len} + 1; lower --seq-len")
     return TokenWindows(tokens, seq_len=seq_len)

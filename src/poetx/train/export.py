@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from poetx.errors import UserError
 from poetx.train.checkpoint import find_checkpoint, load_model
@@ -67,7 +66,7 @@ def export_model(model: PreTrainedModel, tokenizer_dir: Path, directory: Path) -
         for file in tokenizer_dir.iterdir():
             shutil.copyfile(file, temporary / file.name)
         shutil.rmtree(directory, ignore_errors=True)
-        os.replace(temporary, directory)
+        temporary.replace(directory)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -84,11 +83,7 @@ def load_run(run: str, *, device: str = "auto") -> LoadedModel:
         return _load_checkpoint(path, target)
     if (path / "config.json").is_file():
         return _load_exported(path, target)
-    what = (
-        "neither a run (recipe.yaml) nor an exported model (config.json)"
-        if path.is_dir()
-        else "no such directory"
-    )
+    what = "neither a run (recipe.yaml) nor an exported model (config.json)" if path.is_dir() else "no such directory"
     raise UserError(f"{run}: {what}")
 
 
@@ -123,7 +118,7 @@ def _load_exported(path: Path, device: torch.device) -> LoadedModel:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{path}: {one_line(error)}") from None
-    return LoadedModel(model.to(device).eval(), tokenizer, device, None, [])
+    return LoadedModel(cast(Any, model).to(device).eval(), tokenizer, device, None, [])
 
 
 def generate_text(
@@ -150,7 +145,7 @@ def generate_text(
         torch.no_grad(),
     ):
         torch.manual_seed(seed)
-        output = loaded.model.generate(
+        output = cast(Any, loaded.model).generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
             max_new_tokens=max_new_tokens,

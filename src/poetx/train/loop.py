@@ -1,9 +1,8 @@
-"""The training loop: accumulate, clip, step, evaluate, checkpoint. Data and schedules are functions of the step."""
+"""The training loop: accumulate, clip, step, evaluate, checkpoint. Data and schedule depend on the step alone."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import signal
 import threading
@@ -30,7 +29,7 @@ from poetx.train.schedule import clip_value, lr_factor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-logger = logging.getLogger(__name__)
+    from poetx.merge import MergeReport
 
 
 class MergeHandle(Protocol):
@@ -38,6 +37,7 @@ class MergeHandle(Protocol):
 
     steps_since_merge: int
     merges: int
+    report: MergeReport | None
 
 
 class StopRequest:
@@ -138,15 +138,15 @@ def train_step(trainer: Trainer, forward: Any) -> StepResult:
         steps_since_merge=merges.steps_since_merge if merges else 0,
     )
     loss = _accumulate_gradients(trainer, forward)
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    grad_norm = torch.nn.utils.get_total_norm(gradients)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     norm = float(grad_norm)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad()
         _count_bad_step(trainer, loss, norm)
         return StepResult(loss, norm, clip, merged=False, skipped=True)
     if clip is not None and norm > clip:
-        torch._foreach_mul_(gradients, clip / norm)
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, grad_norm)
     merges_before = merges.merges if merges else 0
     optimizer.step()
     optimizer.zero_grad()
@@ -158,9 +158,7 @@ def train_step(trainer: Trainer, forward: Any) -> StepResult:
 def _accumulate_gradients(trainer: Trainer, forward: Any) -> float:
     """Backward over the micro-batches of the current step; the mean loss over all its tokens."""
     settings, train = trainer.recipe.train, trainer.data.train
-    windows = batch_windows(
-        trainer.state.step, batch_size=settings.batch_size, windows=len(train), seed=settings.seed
-    )
+    windows = batch_windows(trainer.state.step, batch_size=settings.batch_size, windows=len(train), seed=settings.seed)
     tokens = settings.batch_size * train.seq_len
     trainer.model.train()
     total = torch.zeros((), dtype=torch.float32, device=trainer.device)
@@ -173,15 +171,13 @@ def _accumulate_gradients(trainer: Trainer, forward: Any) -> float:
 
 
 def summed_loss(forward: Any, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross entropy in nats, summed over all tokens, in float32. ``inputs``, ``labels``: ``[sequences, tokens]``."""
+    """Cross entropy in nats summed over all tokens, in float32; ``inputs`` and ``labels`` are [sequences, tokens]."""
     logits = forward(input_ids=inputs, use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
 
 
 @torch.no_grad()
-def evaluate(
-    model: Any, data: TokenWindows, windows: list[int], *, batch_size: int, device: torch.device
-) -> float:
+def evaluate(model: Any, data: TokenWindows, windows: list[int], *, batch_size: int, device: torch.device) -> float:
     """Mean loss in nats a token over these windows, the model in eval mode for the duration."""
     was_training = model.training
     model.eval()
@@ -256,6 +252,7 @@ def _record_step(trainer: Trainer, result: StepResult, *, seconds: float, step_s
         clip=result.clip,
         **lrs,
         merged=result.merged,
+        **_merge_facts(trainer.merges if result.merged else None),
         skipped=result.skipped,
         tokens_per_second=round(recipe.train.batch_size * recipe.data.seq_len / step_seconds, 1),
         seconds=round(seconds, 3),
@@ -264,12 +261,17 @@ def _record_step(trainer: Trainer, result: StepResult, *, seconds: float, step_s
     trainer.reporter.step(entry)
 
 
+def _merge_facts(merges: MergeHandle | None) -> dict[str, float]:
+    """What the merge of this step folded: largest angle in radians, largest drift of a weight's norm."""
+    report = merges.report if merges else None
+    return {} if report is None else {"merge_angle": report.angle, "norm_drift": report.norm_drift}
+
+
 def _count_bad_step(trainer: Trainer, loss: float, norm: float) -> None:
     state, limit = trainer.state, trainer.recipe.train.max_bad_steps
     state.skipped_steps += 1
     state.bad_steps_in_a_row += 1
     what = f"step {state.step + 1}: loss {loss}, gradient norm {norm}"
-    logger.warning("%s: step skipped", what)
     trainer.reporter.note(f"{what}: step skipped")
     if state.bad_steps_in_a_row >= limit:
         saved = checkpoints(trainer.run_dir)

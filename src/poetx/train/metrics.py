@@ -1,9 +1,10 @@
-"""``metrics.jsonl``: one line for every step and every evaluation, a single curve however often the run is resumed.
+"""``metrics.jsonl``: one line for every step and evaluation, a single curve however often the run is resumed.
 
-    {"event": "train", "step": 12, "loss": …, "lr": …, "grad_norm": …, "clip": …, "merged": false, "skipped": false,
-     "tokens_per_second": …, "seconds": …, "peak_memory_gib": …}
+    {"event": "train", "step": 12, "loss": …, "lr": …, "grad_norm": …, "clip": …, "merged": false,
+     "skipped": false, "tokens_per_second": …, "seconds": …, "peak_memory_gib": …}
     {"event": "validation", "step": 100, "loss": …, "perplexity": …, "seconds": …}
 
+A step that merged also has ``merge_angle`` (largest angle folded, radians) and ``norm_drift``.
 ``step`` counts finished optimizer steps; ``seconds`` is wall time since the process started training.
 """
 
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +25,7 @@ class MetricsWriter:
         kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(_line(entry) for entry in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        temporary.replace(path)
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def write(self, event: str, step: int, **values: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from poetx.errors import UserError
 from poetx.train.recipe import Recipe
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def resolve_device(device: str) -> torch.device:
-    """``"auto"`` is cuda where there is one, else the CPU. Raises :class:`UserError` on a device that is not there."""
+    """``"auto"`` is cuda where there is one, else the CPU. Raises :class:`UserError` on a device not there."""
     import torch
 
     if device == "auto":
@@ -28,9 +28,7 @@ def resolve_device(device: str) -> torch.device:
     except RuntimeError as error:
         raise UserError(f"train.device={device}: {one_line(error).split('. ')[0]}") from None
     if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            f"train.device={device}: this torch ({torch.__version__}) sees no CUDA device; use cpu or auto"
-        )
+        raise UserError(f"train.device={device}: this torch ({torch.__version__}) sees no CUDA device; use cpu or auto")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise UserError(f"train.device={device}: there are only {torch.cuda.device_count()} CUDA devices")
     return resolved
@@ -43,9 +41,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-def build_model(
-    recipe: Recipe, *, vocab_size: int, end_of_text_id: int, device: torch.device
-) -> PreTrainedModel:
+def build_model(recipe: Recipe, *, vocab_size: int, end_of_text_id: int, device: torch.device) -> PreTrainedModel:
     """The dense model of the recipe on ``device`` in the recipe's dtype (which must be resolved already).
 
     Fresh weights depend on ``train.seed`` only; the global random generators are left as they were.
@@ -67,7 +63,7 @@ def build_model(
             model = _pretrained(recipe.model.pretrained, dtype)
         else:
             model = _fresh(recipe, vocab_size, end_of_text_id, device, dtype)
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
     if rows < vocab_size:
         raise UserError(
             f"the model has {rows} embeddings but the tokenizer {vocab_size} tokens; "
@@ -77,7 +73,7 @@ def build_model(
     model.config.use_cache = False
     if recipe.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    return model.to(device)
+    return cast(Any, model).to(device)  # transformers' decorator hides nn.Module.to from the type checker
 
 
 def convert_model(model: PreTrainedModel, recipe: Recipe) -> ConversionReport | None:
@@ -99,6 +95,7 @@ def _fresh(
     if shape.config:
         config = _read_config(shape.config, AutoConfig)
     else:
+        assert shape.hidden_size and shape.intermediate_size and shape.num_layers and shape.num_heads  # noqa: PT018
         config = LlamaConfig(
             vocab_size=vocab_size,
             hidden_size=shape.hidden_size,

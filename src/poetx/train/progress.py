@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+logger = logging.getLogger(__name__)
 
 _RECENT_STEPS = 20  # the shown loss and speed are means over this many steps
 
@@ -25,13 +28,14 @@ class RunInfo:
 
 
 class Reporter:
-    """Receives what happens in a run and says nothing: the library's default, and the base of the displays."""
+    """Receives what happens in a run and prints nothing: the library's default, and the base of the displays."""
 
     def stage(self, text: str) -> None:
         """A slow part begins."""
 
     def note(self, text: str) -> None:
-        """Something the user should know, one line."""
+        """Something the user should know, one line. Goes to the log here."""
+        logger.warning("%s", text)
 
     def start(self, info: RunInfo) -> None:
         """Training begins."""
@@ -123,9 +127,7 @@ class LiveReporter(Reporter):
 
     def validation(self, entry: dict[str, Any]) -> None:
         self._validation = f"validation {entry['loss']:.3f}" if entry["loss"] is not None else "validation –"
-        self._console.print(
-            f"step {entry['step']:>6}  {_validation_text(entry)}", markup=False, highlight=False
-        )
+        self._console.print(f"step {entry['step']:>6}  {_validation_text(entry)}", markup=False, highlight=False)
 
     def stop(self) -> None:
         self._progress.stop()

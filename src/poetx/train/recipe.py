@@ -52,8 +52,8 @@ FREE_ON_RESUME = (
 class ModelRecipe:
     """Where the model comes from: a Llama shape (sizes below), a config file, or a pretrained checkpoint.
 
-    ``config`` is a Hugging Face ``config.json`` or its directory; ``pretrained`` a checkpoint directory. With either
-    of them the sizes are taken from there and must not be given here.
+    ``config`` is a Hugging Face ``config.json`` or its directory; ``pretrained`` a checkpoint directory. With
+    either of them the sizes are taken from there and must not be given here.
     """
 
     hidden_size: int | None = None
@@ -87,9 +87,7 @@ class ModelRecipe:
         assert self.hidden_size is not None
         assert self.num_heads is not None
         if self.hidden_size % self.num_heads:
-            raise UserError(
-                f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}"
-            )
+            raise UserError(f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}")
         if self.hidden_size // self.num_heads % 2:
             raise UserError(
                 f"model.hidden_size / model.num_heads = {self.hidden_size // self.num_heads} is odd; "
@@ -97,8 +95,7 @@ class ModelRecipe:
             )
         if self.num_key_value_heads and self.num_heads % self.num_key_value_heads:
             raise UserError(
-                f"model.num_key_value_heads={self.num_key_value_heads} does not divide "
-                f"model.num_heads={self.num_heads}"
+                f"model.num_key_value_heads={self.num_key_value_heads} does not divide model.num_heads={self.num_heads}"
             )
 
 
@@ -124,16 +121,14 @@ class DataRecipe:
             )
         positive(self, "data", "seq_len", "vocab_size")
         if self.tokenizer is None and self.vocab_size < 300:
-            raise UserError(
-                f"data.vocab_size={self.vocab_size} is too small; bytes alone take 256, use 300 or more"
-            )
+            raise UserError(f"data.vocab_size={self.vocab_size} is too small; bytes alone take 256, use 300 or more")
         if self.validation is None and not 0 < self.validation_fraction < 1:
             raise UserError(f"data.validation_fraction={self.validation_fraction} must be between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PoetRecipe:
-    """The fields of :class:`poetx.PoetConfig`, flat in YAML, and ``merge_every`` (steps; None: never before export)."""
+    """The fields of :class:`poetx.PoetConfig`, flat, and ``merge_every`` (steps; None: only at export)."""
 
     merge_every: int | None = 200
     config: PoetConfig = field(default_factory=PoetConfig)
@@ -276,8 +271,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dicts and lists, as written to ``recipe.yaml``."""
         sections = {
-            key: plain(dataclasses.asdict(getattr(self, key)))
-            for key in ("model", "data", "optimizer", "train")
+            key: plain(dataclasses.asdict(getattr(self, key))) for key in ("model", "data", "optimizer", "train")
         }
         poet = None if self.poet is None else plain(self.poet.to_dict())
         return {
@@ -308,7 +302,7 @@ def builtin_recipes() -> list[str]:
 
 
 def load_recipe(source: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
-    """Read the recipe ``source`` (built-in name, YAML path, or run directory), apply ``key=value`` overrides, validate.
+    """Read the recipe ``source`` (built-in name, path, or run directory), apply ``key=value`` overrides, check.
 
     Raises:
         UserError: on anything wrong, with the full dotted path of the key.
@@ -342,9 +336,7 @@ def recipe_path(source: str) -> Path:
         return path
     if not path.is_file():
         known = ", ".join(builtin_recipes())
-        raise UserError(
-            f"{source}: no such recipe{nearest(source, builtin_recipes())} (built in: {known}; or a path)"
-        )
+        raise UserError(f"{source}: no such recipe{nearest(source, builtin_recipes())} (built in: {known}; or a path)")
     return path
 
 

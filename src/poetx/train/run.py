@@ -36,6 +36,7 @@ from poetx.train.progress import Reporter, RunInfo
 from poetx.train.recipe import OptimizerRecipe, Recipe, differing_keys, load_recipe
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
     from poetx.convert import ConversionReport
 
@@ -105,9 +106,7 @@ def train(
 
     data = prepare_data(recipe, progress=reporter.stage)
     reporter.stage("Building the model")
-    model = build_model(
-        recipe, vocab_size=data.meta.vocab_size, end_of_text_id=data.meta.end_of_text_id, device=device
-    )
+    model = build_model(recipe, vocab_size=data.meta.vocab_size, end_of_text_id=data.meta.end_of_text_id, device=device)
     report = convert_model(model, recipe)
     optimizer = build_optimizer(model, recipe.optimizer)
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
@@ -140,9 +139,7 @@ def train(
 def build_optimizer(model: torch.nn.Module, recipe: OptimizerRecipe) -> torch.optim.Optimizer:
     """The recipe's optimizer over :func:`poetx.param_groups` of ``model``."""
     poet_options = {"betas": recipe.poet_betas, "eps": recipe.poet_eps} if recipe.name == "adamw" else {}
-    groups = param_groups(
-        model, lr=recipe.lr, poet_lr=recipe.poet_lr, weight_decay=recipe.weight_decay, **poet_options
-    )
+    groups = param_groups(model, lr=recipe.lr, poet_lr=recipe.poet_lr, weight_decay=recipe.weight_decay, **poet_options)
     if recipe.name == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)
     if recipe.name == "sgd":
@@ -231,9 +228,7 @@ def _train_and_export(trainer: Trainer, start: Path | None, report: ConversionRe
         reporter.stage("Exporting the model")
         export_model(trainer.model, run_dir / TOKENIZER_DIR, export_dir)
     saved = ckpt.checkpoints(run_dir)
-    validation = [
-        entry for entry in read_metrics(run_dir / "metrics.jsonl") if entry["event"] == "validation"
-    ]
+    validation = [entry for entry in read_metrics(run_dir / "metrics.jsonl") if entry["event"] == "validation"]
     return RunResult(
         run_dir=run_dir,
         step=trainer.state.step,

@@ -1,23 +1,21 @@
 """Which window is seen at which step, as a pure function of (seed, step).
 
-Training windows are visited in a fresh pseudo-random order every epoch. The order is a Feistel network on the window
-index with cycle walking: a bijection on any range, computed for one index at a time, with no shuffled list to hold,
-store or restore. A resumed run sees the same data because there is no loader state at all.
+Training windows are visited in a fresh pseudo-random order every epoch. The order is a Feistel network on the
+window index with cycle walking: a bijection on any range, computed for one index at a time, with no shuffled list
+to hold, store or restore. A resumed run sees the same data because there is no loader state at all.
 """
 
 from __future__ import annotations
 
-_ROUNDS = (
-    4  # Luby and Rackoff (1988): four rounds of a good round function make a strong pseudo-random permutation
-)
+_ROUNDS = 4  # Luby and Rackoff (1988): four rounds of a good round function make a strong pseudo-random permutation
 _MASK_64 = (1 << 64) - 1
 
 
 def permute(index: int, size: int, *, key: int) -> int:
     """Position ``index`` under a pseudo-random permutation of ``range(size)`` chosen by ``key``.
 
-    Cycle walking: the network permutes a power of four that is at least ``size`` and less than four times it, and is
-    applied again until the value falls below ``size``; four times on average at most.
+    Cycle walking: the network permutes a power of four that is at least ``size`` and less than four times it, and
+    is applied again until the value falls below ``size``; four times on average at most.
     """
     if not 0 <= index < size:
         raise ValueError(f"index={index} outside range({size})")

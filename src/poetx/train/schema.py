@@ -30,7 +30,7 @@ def check_keys(values: Mapping[Any, Any], known: Sequence[str], *, path: str) ->
 
 
 def coerce(value: Any, hint: Any, *, path: str) -> Any:
-    """``value`` as the type ``hint``, or a one-line error. YAML 1.1 reads ``1e-3`` as a string: numbers are tried."""
+    """``value`` as the type ``hint``, or a one-line error. YAML 1.1 reads ``1e-3`` as text: that is tried too."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, path=path)
@@ -53,9 +53,7 @@ def coerce(value: Any, hint: Any, *, path: str) -> Any:
             return hint(number) if not isinstance(number, int) or hint is float else number
     if hint is Any:
         return value
-    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
-        hint, str(hint)
-    )
+    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
     raise UserError(f"{path}={value!r}: must be {wanted}")
 
 

@@ -1,0 +1,214 @@
+"""Checkpoints: exact, whole or not there, and honest about damage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import poetx
+from poetx.errors import UserError
+from poetx.train import checkpoint as ckpt
+
+CONFIG = poetx.PoetConfig(block_size=8, init="normalized", exclude_modules=("head",))
+
+
+class Net(nn.Module):
+    """Two linears, a norm, and a head tied to the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 16)
+        self.up, self.norm, self.down = nn.Linear(16, 24), nn.LayerNorm(24), nn.Linear(24, 16, bias=False)
+        self.head = nn.Linear(16, 10, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.down(self.norm(self.up(self.embed(tokens)))))
+
+
+def make(merge: int = 4, optimizer: str = "AdamW") -> tuple[nn.Module, torch.optim.Optimizer, poetx.MergeHandle]:
+    torch.manual_seed(0)
+    model = Net()
+    poetx.convert_(model, CONFIG)
+    groups = poetx.param_groups(model, lr=1e-2, poet_lr=1e-2)
+    built = getattr(torch.optim, optimizer)(groups, lr=1e-2, **({"momentum": 0.9} if optimizer == "SGD" else {}))
+    return model, built, poetx.merge_every(built, model, steps=merge)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> float:
+    tokens = torch.randint(0, 10, (8,), generator=torch.Generator().manual_seed(number))
+    loss = nn.functional.cross_entropy(model(tokens), tokens.roll(1))
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss.detach())
+
+
+def save(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, number: int, keep: int = 9) -> Path:
+    state = ckpt.TrainState(step=number, data_fingerprint="abc")
+    return ckpt.save_checkpoint(
+        run_dir, model=model, optimizer=optimizer, state=state, recipe_yaml="name: x\n", keep=keep
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "Adafactor"])
+def test_save_load_continue_is_bitwise_the_same_across_merges(tmp_path: Path, optimizer: str) -> None:
+    model, first, _ = make(optimizer=optimizer)
+    for number in range(6):  # past the merge after four
+        step(model, first, number)
+    path = save(tmp_path, model, first, 6)
+    expected = [step(model, first, number) for number in range(6, 16)]
+
+    fresh, second, handle = make(optimizer=optimizer)
+    ckpt.verify(path)
+    ckpt.load_model(path, fresh)
+    ckpt.load_optimizer(path, fresh, second)
+    assert (handle.steps_since_merge, handle.merges) == (2, 1)
+    assert [step(fresh, second, number) for number in range(6, 16)] == expected
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
+    assert fresh.head.weight is fresh.embed.weight
+
+
+def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    model, optimizer, _ = make()
+    path = save(tmp_path, model, optimizer, 1)
+    assert ckpt.read_state(path).aliases == {"head.weight": "embed.weight"}
+    assert "head.weight" not in load_file(path / "model.safetensors")
+
+
+def test_group_options_come_back_with_their_types(tmp_path: Path) -> None:
+    model, optimizer, _ = make()
+    optimizer.param_groups[0]["lr"] = 0.125
+    path = save(tmp_path, model, optimizer, 1)
+    fresh, second, _ = make()
+    ckpt.load_optimizer(path, fresh, second)
+    assert second.param_groups[0]["lr"] == 0.125
+    assert second.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+    assert isinstance(second.param_groups[0]["betas"], tuple)
+
+
+def test_other_parameter_groups_are_refused(tmp_path: Path) -> None:
+    model, optimizer, _ = make()
+    path = save(tmp_path, model, optimizer, 1)
+    other = torch.optim.AdamW([{"params": list(model.parameters()), "name": "all"}])
+    with pytest.raises(UserError, match="parameter groups differ"):
+        ckpt.load_optimizer(path, model, other)
+
+
+def test_the_generator_state_comes_back(tmp_path: Path) -> None:
+    model, optimizer, _ = make()
+    torch.manual_seed(11)
+    path = save(tmp_path, model, optimizer, 1)
+    expected = torch.rand(4)
+    torch.manual_seed(12)
+    ckpt.load_rng(path)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_only_the_newest_are_kept_and_nothing_is_pickled(tmp_path: Path) -> None:
+    model, optimizer, _ = make()
+    for number in (1, 2, 10):
+        save(tmp_path, model, optimizer, number, keep=2)
+    assert [ckpt.step_of(path) for path in ckpt.checkpoints(tmp_path)] == [2, 10]
+    suffixes = {file.suffix for file in ckpt.checkpoint_dir(tmp_path).rglob("*") if file.is_file()}
+    assert suffixes == {".safetensors", ".json", ".yaml"}
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = [(truncate, "bytes instead of"), (Path.unlink, "missing"), (flip, "contents have changed")]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        *(
+            (name, *damage)
+            for name in ("model.safetensors", "optimizer.safetensors", "state.json")
+            for damage in DAMAGES
+        ),
+        ("manifest.json", truncate, "missing or unreadable"),
+        ("manifest.json", Path.unlink, "missing or unreadable"),
+    ],
+)
+def test_damage_is_found_and_the_one_before_is_taken(tmp_path: Path, name: str, damage, message: str) -> None:
+    model, optimizer, _ = make()
+    old, new = save(tmp_path, model, optimizer, 1), save(tmp_path, model, optimizer, 2)
+    damage(new / name)
+    found, problems = ckpt.find_checkpoint(tmp_path)
+    assert found == old
+    assert len(problems) == 1
+    assert str(new / name) in problems[0]
+    assert message in problems[0]
+    shutil.rmtree(old)
+    with pytest.raises(UserError, match=rf"no whole checkpoint in .*{name}"):
+        ckpt.find_checkpoint(tmp_path)
+
+
+def test_none_at_all_and_a_newer_format(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoints to resume from; start it without --resume"):
+        ckpt.find_checkpoint(tmp_path)
+    model, optimizer, _ = make()
+    save(tmp_path, model, optimizer, 1)
+    manifest = save(tmp_path, model, optimizer, 2) / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": ckpt.FORMAT + 1}))
+    with pytest.raises(UserError, match=r"format 2, this poetx reads up to 1; update poetx"):
+        ckpt.find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("full_at", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+def test_a_full_disk_leaves_earlier_checkpoints_and_no_rubbish(tmp_path: Path, monkeypatch, full_at: str) -> None:
+    model, optimizer, _ = make()
+    old = save(tmp_path, model, optimizer, 1)
+    sync, write_text = ckpt._sync_file, Path.write_text
+
+    def full_sync(path: Path) -> None:
+        if path.name == full_at:
+            raise OSError(28, "No space left on device")
+        sync(path)
+
+    def full_write(path: Path, *args, **kwargs) -> int:
+        if path.name == full_at:
+            raise OSError(28, "No space left on device")
+        return write_text(path, *args, **kwargs)
+
+    monkeypatch.setattr(ckpt, "_sync_file", full_sync)
+    monkeypatch.setattr(Path, "write_text", full_write)
+    with pytest.raises(UserError, match=r"step-00000002: .*No space left.*--resume"):
+        save(tmp_path, model, optimizer, 2)
+    monkeypatch.undo()
+    assert list(ckpt.checkpoint_dir(tmp_path).iterdir()) == [old]
+    ckpt.verify(old)
+
+
+def test_a_file_size_limit_inside_safetensors_is_a_clear_error_too(tmp_path: Path) -> None:
+    """The Rust writer reports a failed write with its own exception type."""
+    resource = pytest.importorskip("resource")
+    import signal
+
+    model, optimizer, _ = make()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="could not be written"):
+            save(tmp_path, model, optimizer, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert list(ckpt.checkpoint_dir(tmp_path).iterdir()) == []

@@ -1,0 +1,200 @@
+"""The run directory: its contents, what a failing start leaves (nothing), resuming, exporting."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from poetx.errors import UserError
+from poetx.train import checkpoint as ckpt
+from poetx.train.export import generate_text, load_run
+from poetx.train.metrics import TIMING_KEYS, read_metrics
+from poetx.train.recipe import Recipe, load_recipe
+from poetx.train.run import train
+
+Tiny = Callable[..., Recipe]
+
+
+def test_everything_that_belongs_to_a_run_is_there(tiny: Tiny) -> None:
+    recipe = tiny()
+    result = train(recipe)
+    run_dir = result.run_dir
+    assert load_recipe(str(run_dir)).to_dict()["poet"] == recipe.to_dict()["poet"]
+    assert load_recipe(str(run_dir)).train.dtype == "float32"  # "auto" settled
+    assert "q_proj" in (run_dir / "conversion.txt").read_text()
+    environment = json.loads((run_dir / "environment.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__
+    events = [(entry["event"], entry["step"]) for entry in read_metrics(run_dir / "metrics.jsonl")]
+    assert [step for event, step in events if event == "train"] == list(range(1, 13))
+    assert [step for event, step in events if event == "validation"] == [0, 6, 12]
+    assert [ckpt.step_of(path) for path in ckpt.checkpoints(run_dir)] == [6, 12]
+
+
+def test_the_export_loads_with_transformers_alone_and_computes_the_same(tiny: Tiny) -> None:
+    """12 steps end with rotations that are two steps old, so folding them is part of what is tested."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    result = train(tiny())
+    assert result.export_dir is not None
+    exported = AutoModelForCausalLM.from_pretrained(result.export_dir)
+    tokenizer = AutoTokenizer.from_pretrained(result.export_dir)
+    assert type(exported.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    ids = tokenizer("alpha beta gamma", return_tensors="pt").input_ids
+    assert tokenizer.decode(ids[0]) == "alpha beta gamma"
+    restored = load_run(str(result.run_dir), device="cpu")
+    with torch.no_grad():
+        expected = restored.model(ids).logits
+        assert torch.equal(exported(ids).logits, expected)
+        loss = _validation_loss(exported, result.run_dir, load_recipe(str(result.run_dir)))
+    last = [e for e in read_metrics(result.run_dir / "metrics.jsonl") if e["event"] == "validation"][-1]
+    assert loss == pytest.approx(last["loss"], rel=1e-4)  # rotated (order 3) against folded (exact)
+
+
+def _validation_loss(model: torch.nn.Module, run_dir: Path, recipe: Recipe) -> float:
+    from poetx.train.data import prepare_data
+    from poetx.train.loop import evaluate
+    from poetx.train.sampler import evenly_spread
+
+    data = prepare_data(recipe).validation
+    windows = evenly_spread(recipe.train.eval_windows, len(data))
+    return evaluate(model, data, windows, batch_size=4, device=torch.device("cpu"))
+
+
+def test_tied_embeddings_stay_tied_through_checkpoint_and_export(tiny: Tiny) -> None:
+    recipe = tiny("model.tie_embeddings=true", "train.steps=6")
+    train(recipe)
+    model = load_run(str(recipe.directory), device="cpu").model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    exported = load_run(str(recipe.directory / "export"), device="cpu").model
+    assert torch.equal(exported.lm_head.weight, model.model.embed_tokens.weight)
+
+
+def test_continuing_from_a_pretrained_model_keeps_its_function_at_the_start(tiny: Tiny) -> None:
+    first = train(tiny(run_dir="first"))
+    sizes = [f"model.{key}=null" for key in ("hidden_size", "intermediate_size", "num_layers", "num_heads")]
+    recipe = tiny(*sizes, f"model.pretrained={first.export_dir}", "poet.init=keep", "train.steps=2", run_dir="second")
+    second = train(recipe)
+    assert second.first_perplexity == pytest.approx(first.last_perplexity, rel=1e-3)
+
+
+def test_generation_is_seeded_and_leaves_the_global_generator_alone(tiny: Tiny) -> None:
+    result = train(tiny("train.steps=6"))
+    loaded = load_run(str(result.run_dir), device="cpu")
+    torch.manual_seed(1)
+    expected = torch.rand(2)
+    torch.manual_seed(1)
+    texts = [generate_text(loaded, "alpha", max_new_tokens=12, seed=seed) for seed in (0, 0, 1)]
+    assert torch.equal(torch.rand(2), expected)
+    assert texts[0] == texts[1] != texts[2]
+    assert generate_text(loaded, "", max_new_tokens=3, temperature=0.0) is not None
+
+
+FAILING = {
+    "poet.target_modules=[no_such_layer]": "no_such_layer",
+    "data.seq_len=100000": "fewer than one window",
+    "train.device=cuda:99": "train.device",
+    "data.tokenizer=/nowhere": "no tokenizer.json",
+}
+
+
+@pytest.mark.parametrize("override", FAILING)
+def test_a_start_that_fails_creates_no_run_directory(tiny: Tiny, override: str) -> None:
+    recipe = tiny(override)
+    with pytest.raises(UserError, match=FAILING[override]) as caught:
+        train(recipe)
+    assert "\n" not in str(caught.value)
+    assert not recipe.directory.exists()
+
+
+def test_a_finished_run_is_not_trained_over_by_mistake(tiny: Tiny) -> None:
+    recipe = tiny("train.steps=2")
+    train(recipe)
+    (recipe.directory / "notes.txt").write_text("mine")
+    before = (recipe.directory / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match=r"already has checkpoints; continue it with --resume.*--overwrite"):
+        train(recipe)
+    with pytest.raises(UserError, match="fewer than one window"):  # a failing start deletes nothing either
+        train(tiny("data.seq_len=100000"), overwrite=True)
+    assert (recipe.directory / "metrics.jsonl").read_text() == before
+    train(tiny("train.steps=1"), overwrite=True)
+    assert [ckpt.step_of(path) for path in ckpt.checkpoints(recipe.directory)] == [1]
+    assert (recipe.directory / "notes.txt").read_text() == "mine"
+
+
+def test_resuming_with_another_recipe_names_what_differs(tiny: Tiny) -> None:
+    train(tiny("train.steps=2"))
+    with pytest.raises(UserError, match=r"another recipe: train\.steps \(2 -> 3\)"):
+        train(tiny("train.steps=3"), resume=True)
+    with pytest.raises(UserError, match=r"poet\.block_size \(16 -> 8\)"):
+        train(tiny("train.steps=2", "poet.block_size=8"), resume=True)
+    resumed = train(tiny("train.steps=2", "train.eval_every=1", "train.log_every=3"), resume=True)
+    assert (resumed.step, resumed.signum) == (2, None)
+
+
+def test_resuming_on_changed_text_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("some words to begin with\n" * 4000)
+    settings = (f"data.train={path}", f"data.cache_dir={tmp_path / 'c'}", "data.validation_fraction=0.5")
+    train(tiny(*settings, "train.steps=2"))
+    path.write_text("other words to end with\n" * 4000)
+    with pytest.raises(UserError, match="was trained on other text"):
+        train(tiny(*settings, "train.steps=2"), resume=True)
+
+
+def test_resuming_nothing(tiny: Tiny) -> None:
+    recipe = tiny()
+    with pytest.raises(UserError, match="no checkpoints to resume from"):
+        train(recipe, resume=True)
+    assert not recipe.directory.exists()
+
+
+def test_a_full_disk_during_training_is_one_line(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny()
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ckpt, "_sync_file", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        train(recipe)
+    assert list((recipe.directory / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_killed_without_warning_and_resumed_is_bitwise_the_uninterrupted_run(
+    tiny: Tiny, tmp_path: Path, tiny_yaml: Path, corpus: Path, cache_dir: Path
+) -> None:
+    """SIGKILL in a process of its own, some steps past a checkpoint and past a merge."""
+    settings = ["train.steps=100", "train.eval_every=50", "train.checkpoint_every=4", "train.export=false"]
+    places = [f"data.train={corpus}", f"data.cache_dir={cache_dir}"]
+    straight = train(tiny(*settings, run_dir="straight"))
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-m", "poetx.cli", "train", str(tiny_yaml), *places, *settings, f"run_dir={killed}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 120
+    while len(read_metrics(killed / "metrics.jsonl")) < 30 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    done = read_metrics(killed / "metrics.jsonl")[-1]["step"]
+    assert 25 <= done < 100
+    train(tiny(*settings, run_dir="killed"), resume=True)
+
+    def curve(run_dir: Path) -> list[dict[str, object]]:
+        return [
+            {key: value for key, value in entry.items() if key not in TIMING_KEYS}
+            for entry in read_metrics(run_dir / "metrics.jsonl")
+        ]
+
+    assert curve(killed) == curve(straight.run_dir)
+    assert list((killed / "checkpoints").glob(".*")) == []
