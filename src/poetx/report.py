@@ -1,0 +1,212 @@
+"""``poetx report RUN``: one self-contained HTML page of what a run directory knows."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from poetx.errors import UserError
+from poetx.train.metrics import read_metrics
+
+_SMOOTHING_POINTS = 200  # a drawn curve is the running median over 1/200 of the run
+_BLUE, _ORANGE, _GREY = "#1f6fb2", "#d9730d", "#8a8f98"
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c1f24; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem; margin-bottom: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
+table { border-collapse: collapse } td { padding: .15rem 1.2rem .15rem 0; vertical-align: top }
+td:first-child { color: #5a606b } pre { background: #f5f6f8; padding: .8rem; overflow-x: auto; font-size: 13px }
+svg { max-width: 100%; height: auto } p.note { color: #5a606b }
+"""
+
+
+def write_report(run_dir: Path, path: Path) -> Path:
+    """Write the page for ``run_dir`` to ``path``: no scripts, no links to anywhere, readable in any browser.
+
+    Raises:
+        UserError: ``run_dir`` has no metrics.
+    """
+    entries = read_metrics(run_dir / "metrics.jsonl")
+    if not any(entry["event"] == "train" for entry in entries):
+        raise UserError(f"{run_dir}: no training steps in {run_dir / 'metrics.jsonl'}; is it a run directory?")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_page(run_dir, entries), encoding="utf-8")
+    return path
+
+
+def _page(run_dir: Path, entries: list[dict[str, Any]]) -> str:
+    train = [entry for entry in entries if entry["event"] == "train"]
+    validation = [entry for entry in entries if entry["event"] == "validation" and entry["loss"] is not None]
+    spectra = [entry for entry in entries if entry["event"] == "spectrum"]
+    sections = [
+        ("Loss", _loss_chart(train, validation)),
+        ("Learning rates and gradient norm", _step_chart(train)),
+        ("Speed and memory", _speed_chart(train)),
+    ]
+    if merges := [entry for entry in train if entry.get("merge_angle") is not None]:
+        sections.append(("Merges", _merge_chart(merges)))
+    if spectra:
+        sections.append(("Spectrum", _spectrum_chart(spectra) + _spectrum_table(spectra[-1])))
+    for title, name in (("What was converted", "conversion.txt"), ("Recipe", "recipe.yaml")):
+        if (run_dir / name).is_file():
+            sections.append((title, f"<pre>{html.escape((run_dir / name).read_text(encoding='utf-8'))}</pre>"))
+    body = "".join(f"<h2>{html.escape(title)}</h2>{content}" for title, content in sections)
+    name = html.escape(run_dir.resolve().name)
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style>'
+        f"</head><body><h1>{name}</h1>{_summary(run_dir, train, validation, spectra)}{body}</body></html>\n"
+    )
+
+
+def _summary(run_dir: Path, train: list[dict], validation: list[dict], spectra: list[dict]) -> str:
+    rows = [("steps", f"{train[-1]['step']:,}")]
+    if validation:
+        rows.append(
+            ("validation perplexity", f"{_number(validation[0])} at the start, {_number(validation[-1])} at the end")
+        )
+    rows.append(("training loss", f"{_finite_median([e['loss'] for e in train[-20:]]):.3f} (median of the last 20)"))
+    rows.append(("speed", f"{_finite_median([e['tokens_per_second'] for e in train]):,.0f} tokens/s (median)"))
+    rows.append(("peak memory", f"{max(e['peak_memory_gib'] for e in train):.2f} GiB"))
+    rows.append(("skipped steps", f"{sum(bool(e['skipped']) for e in train)}"))
+    if merges := [entry for entry in train if entry.get("merge_angle") is not None]:
+        rows.append(
+            (
+                "merges",
+                f"{len(merges)}; largest angle folded {max(e['merge_angle'] for e in merges):.3f}, largest norm drift "
+                f"before correction {max(e['norm_drift'] for e in merges):.1e}",
+            )
+        )
+    if spectra:
+        worst = max(layer["drift_median"] for layer in spectra[-1]["layers"].values())
+        rows.append(("spectrum", f"largest median change of a layer's singular values {worst:.1e}"))
+    environment = run_dir / "environment.json"
+    if environment.is_file():
+        facts = json.loads(environment.read_text(encoding="utf-8"))
+        rows.append(("device", f"{facts['device']}: {facts['device_name']}"))
+        rows.append(("versions", ", ".join(f"{k} {v}" for k, v in facts["versions"].items())))
+    cells = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in rows)
+    return f"<table>{cells}</table>"
+
+
+def _number(entry: dict[str, Any]) -> str:
+    value = entry["perplexity"]
+    return "not finite" if value is None else f"{value:,.2f}"
+
+
+def _finite_median(values: list[float | None]) -> float:
+    finite = [value for value in values if value is not None]
+    return statistics.median(finite) if finite else float("nan")
+
+
+def _smooth(entries: list[dict], key: str) -> tuple[list[int], list[float]]:
+    """Running median over 1/200 of the run, at least one step; steps without a finite value are left out."""
+    points = [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]
+    width = max(1, len(points) // _SMOOTHING_POINTS)
+    chunks = [points[start : start + width] for start in range(0, len(points), width)]
+    return [chunk[-1][0] for chunk in chunks], [statistics.median(value for _, value in chunk) for chunk in chunks]
+
+
+def _figure(columns: int = 1):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, columns, figsize=(9, 3.2), squeeze=False)
+    for axis in axes[0]:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_xlabel("step")
+    return figure, list(axes[0])
+
+
+def _svg(figure: Any) -> str:
+    import matplotlib.pyplot as plt
+
+    figure.tight_layout()
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    plt.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _loss_chart(train: list[dict], validation: list[dict]) -> str:
+    figure, (axis,) = _figure()
+    axis.plot(*_smooth(train, "loss"), color=_GREY, linewidth=1, label="training")
+    steps = [entry["step"] for entry in validation]
+    axis.plot(steps, [entry["loss"] for entry in validation], color=_BLUE, marker="o", markersize=3, label="validation")
+    axis.set_ylabel("loss, nats a token")
+    axis.legend(frameon=False)
+    return _svg(figure)
+
+
+def _step_chart(train: list[dict]) -> str:
+    figure, (left, right) = _figure(2)
+    names = [key for key in train[-1] if key.startswith("lr_")]
+    for key, colour in zip(names, (_ORANGE, _BLUE, _GREY), strict=False):
+        left.plot(*_smooth(train, key), label=key.removeprefix("lr_"), color=colour)
+    left.set_ylabel("learning rate")
+    left.legend(frameon=False)
+    right.plot(*_smooth(train, "grad_norm"), color=_GREY, linewidth=1, label="gradient norm")
+    if any(entry.get("clip") is not None for entry in train):
+        right.plot(*_smooth(train, "clip"), color=_ORANGE, label="clip value")
+    right.set_yscale("log")
+    right.legend(frameon=False)
+    return _svg(figure)
+
+
+def _speed_chart(train: list[dict]) -> str:
+    figure, (left, right) = _figure(2)
+    left.plot(*_smooth(train, "tokens_per_second"), color=_BLUE)
+    left.set_ylabel("tokens/s")
+    left.set_ylim(bottom=0)
+    right.plot(*_smooth(train, "peak_memory_gib"), color=_BLUE)
+    right.set_ylabel("peak memory, GiB")
+    right.set_ylim(bottom=0)
+    return _svg(figure)
+
+
+def _merge_chart(merges: list[dict]) -> str:
+    figure, (left, right) = _figure(2)
+    steps = [entry["step"] for entry in merges]
+    left.plot(steps, [entry["merge_angle"] for entry in merges], color=_BLUE, marker="o", markersize=3)
+    left.set_ylabel("largest angle folded, radians")
+    left.set_ylim(bottom=0)
+    right.plot(steps, [max(entry["norm_drift"], 1e-12) for entry in merges], color=_BLUE, marker="o", markersize=3)
+    right.set_yscale("log")
+    right.set_ylabel("norm drift before correction")
+    return _svg(figure)
+
+
+def _spectrum_chart(spectra: list[dict]) -> str:
+    figure, (left, right) = _figure(2)
+    steps = [entry["step"] for entry in spectra]
+    drifts = [[layer["drift_median"] for layer in entry["layers"].values()] for entry in spectra]
+    left.plot(steps, [max(max(d), 1e-17) for d in drifts], color=_ORANGE, marker="o", markersize=3, label="worst layer")
+    medians = [max(statistics.median(d), 1e-17) for d in drifts]
+    left.plot(steps, medians, color=_BLUE, marker="o", markersize=3, label="median layer")
+    left.set_yscale("log")
+    left.set_ylabel("median change of singular values")
+    left.legend(frameon=False)
+    for pick, label, colour in ((max, "largest", _ORANGE), (min, "smallest", _BLUE)):
+        values = [pick(layer["norm_ratio"] for layer in entry["layers"].values()) - 1 for entry in spectra]
+        right.plot(steps, values, marker="o", markersize=3, label=label, color=colour)
+    right.set_ylabel("‖W‖ / ‖W‖ at the start − 1")
+    right.legend(frameon=False)
+    return _svg(figure)
+
+
+def _spectrum_table(entry: dict[str, Any]) -> str:
+    head = "<tr><td>layer</td><td>‖W‖ ratio − 1</td><td>median change</td><td>largest change</td><td>entropy</td></tr>"
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{layer['norm_ratio'] - 1:.1e}</td><td>{layer['drift_median']:.1e}</td>"
+        f"<td>{layer['drift_max']:.1e}</td><td>{layer['entropy']:.4f}</td></tr>"
+        for name, layer in entry["layers"].items()
+    )
+    note = f'<p class="note">Singular values at step {entry["step"]} against the start, every rotated layer.</p>'
+    return f"{note}<table>{head}{rows}</table>"
