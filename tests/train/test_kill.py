@@ -1,0 +1,11 @@
+"""The kill harness, short: SIGKILL at random instants never changes what a run ends with."""
+
+from pathlib import Path
+
+from benchmarks.kill import run
+
+
+def test_killed_and_resumed_runs_end_bitwise_the_same(tmp_path: Path) -> None:
+    outcome = run(6, seed=1, directory=tmp_path)
+    assert outcome.kills == 6
+    assert outcome.identical
