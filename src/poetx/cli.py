@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -172,6 +173,44 @@ def evaluate(
     )
 
 
+@app.command(epilog="Example: poetx spectrum runs/demo")
+def spectrum(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory.")],
+    device: _DEVICE = "auto",
+    json_lines: Annotated[bool, typer.Option("--json", help="One JSON object a layer instead of a table.")] = False,
+) -> None:
+    """Singular values of every rotated layer now, against the start of the run."""
+    from poetx.train.inspect import run_spectrum
+
+    _quiet_transformers()
+    result = run_spectrum(Path(run), device=device)
+    _show_notes(result.notes)
+    if json_lines:
+        for name, layer in result.layers.items():
+            facts = {key: value for key, value in vars(layer).items() if key != "singular_values"}
+            print(json.dumps({"layer": name, "step": result.step} | facts))
+        return
+    width = max(map(len, result.layers))
+    print(f"step {result.step}, against the start")
+    print(f"{'layer':<{width}}  ||W|| ratio-1  median change  largest change  entropy")
+    for name, layer in result.layers.items():
+        print(
+            f"{name:<{width}}  {layer.norm_ratio - 1:+13.1e}  {layer.drift_median:13.1e}  {layer.drift_max:14.1e}  "
+            f"{layer.entropy:7.4f}"
+        )
+
+
+@app.command(epilog="Example: poetx report runs/demo")
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: RUN/report.html.")] = None,
+) -> None:
+    """Write one self-contained HTML page: loss, speed, memory, merges, spectrum."""
+    from poetx.report import write_report
+
+    print(f"wrote {write_report(run, output or run / 'report.html')}")
+
+
 @app.command(epilog="Example: poetx env")
 def env() -> None:
     """Show versions, devices, and which kernels are used and why."""
@@ -190,8 +229,7 @@ def env() -> None:
         for properties in [torch.cuda.get_device_properties(index)]
     ]
     rows.append(("cpu threads", str(torch.get_num_threads())))
-    kernel_report = getattr(poetx.ops, "kernel_report", None)
-    rows += kernel_report() if kernel_report else [("kernels", "torch path (no Triton kernels yet)")]
+    rows += poetx.ops.kernel_report()
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
@@ -225,8 +263,7 @@ def _show_result(console: Console, recipe: Recipe, result: RunResult) -> None:
     minutes, seconds = divmod(round(result.seconds), 60)
     say()
     say(f"trained {result.step} steps in {minutes}:{seconds:02d}, peak memory {result.peak_memory_gib:.2f} GiB")
-    if result.skipped_steps:
-        say(f"{result.skipped_steps} steps were skipped because loss or gradient was not finite")
+    say(_audit_text(result.audit))
     if result.first_perplexity and result.last_perplexity:
         say(f"validation perplexity {result.first_perplexity:,.1f} before, {result.last_perplexity:,.1f} after")
     prompt, text = _sample(recipe, result)
@@ -239,9 +276,20 @@ def _show_result(console: Console, recipe: Recipe, result: RunResult) -> None:
     say("try next")
     say(f'  poetx generate {result.run_dir} --prompt "class Parser:"')
     say(f"  poetx eval {result.run_dir}")
+    say(f"  poetx report {result.run_dir}")
     if recipe.name == "demo":
         say("  poetx train demo poet=null run_dir=runs/dense      # the same, dense with AdamW, to compare")
         say("  poetx train demo data.train=PATH run_dir=runs/mine # the same on your own text")
+
+
+def _audit_text(audit: dict[str, Any]) -> str:
+    text = f"audit: {audit['step']} steps, {audit['skipped_steps']} skipped as not finite, {audit['tokens']:,} tokens"
+    if audit["merges"]:
+        text += (
+            f", {audit['merges']} merges (largest angle {audit['merge_angle']:.3f}, largest norm drift before "
+            f"correction {audit['norm_drift']:.0e})"
+        )
+    return text
 
 
 def _sample(recipe: Recipe, result: RunResult) -> tuple[str, str]:

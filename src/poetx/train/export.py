@@ -54,10 +54,9 @@ def export_model(model: PreTrainedModel, tokenizer_dir: Path, directory: Path) -
 
     The directory is replaced as a whole: written beside itself, then renamed.
     """
-    from poetx import poet_layers, to_dense_
+    from poetx import to_dense_
 
-    if poet_layers(model):
-        to_dense_(model)
+    to_dense_(model)
     model.config.use_cache = True
     temporary = directory.parent / f".{directory.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -87,10 +86,24 @@ def load_run(run: str, *, device: str = "auto") -> LoadedModel:
     raise UserError(f"{run}: {what}")
 
 
-def _load_checkpoint(run_dir: Path, device: torch.device) -> LoadedModel:
-    from transformers import AutoTokenizer
+@dataclass(frozen=True)
+class RebuiltRun:
+    """The model a run started with, converted, and the checkpoint whose state would bring it to where the run is."""
 
-    from poetx import poet_layers, to_dense_
+    model: PreTrainedModel
+    tokenizer: Any
+    recipe: Recipe
+    checkpoint: Path
+    notes: list[str]
+
+
+def rebuild_run(run_dir: Path, device: torch.device) -> RebuiltRun:
+    """Build a run's model as its first step found it: the same, because it depends on the recipe alone.
+
+    Raises:
+        UserError: there is no whole checkpoint.
+    """
+    from transformers import AutoTokenizer
 
     checkpoint, notes = find_checkpoint(run_dir)
     recipe = load_recipe(str(checkpoint))
@@ -103,10 +116,16 @@ def _load_checkpoint(run_dir: Path, device: torch.device) -> LoadedModel:
         device=device,
     )
     convert_model(model, recipe)
-    load_model(checkpoint, model)
-    if poet_layers(model):
-        to_dense_(model)
-    return LoadedModel(model.eval(), tokenizer, device, recipe, notes)
+    return RebuiltRun(model, tokenizer, recipe, checkpoint, notes)
+
+
+def _load_checkpoint(run_dir: Path, device: torch.device) -> LoadedModel:
+    from poetx import to_dense_
+
+    run = rebuild_run(run_dir, device)
+    load_model(run.checkpoint, run.model)
+    to_dense_(run.model)
+    return LoadedModel(run.model.eval(), run.tokenizer, device, run.recipe, run.notes)
 
 
 def _load_exported(path: Path, device: torch.device) -> LoadedModel:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from poetx.errors import UserError
+from poetx.spectrum import LayerSpectrum, spectrum
 from poetx.train.checkpoint import TrainState, checkpoints, load_rng, save_checkpoint
 from poetx.train.data import PreparedData, TokenWindows
 from poetx.train.environment import peak_memory_gib
@@ -61,6 +62,7 @@ class Trainer:
     state: TrainState
     metrics: MetricsWriter
     reporter: Reporter
+    start_spectrum: dict[str, LayerSpectrum] | None = None  # of the model before its first step, where it is watched
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,26 @@ def fit(trainer: Trainer, *, resume_from: Path | None = None) -> StopRequest:
         UserError: ``train.max_bad_steps`` non-finite steps in a row, or a checkpoint that cannot be written.
     """
     cuda_devices = [trainer.device] if trainer.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda_devices), stop_signals() as stop:
+    with (
+        torch.random.fork_rng(devices=cuda_devices),
+        _deterministic(trainer.recipe.train.deterministic),
+        stop_signals() as stop,
+    ):
         torch.manual_seed(trainer.recipe.train.seed)
         if resume_from is not None:
             load_rng(resume_from)
         _run(trainer, stop)
     return stop
+
+
+@contextlib.contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _run(trainer: Trainer, stop: StopRequest) -> None:
@@ -110,6 +126,8 @@ def _run(trainer: Trainer, stop: StopRequest) -> None:
         last = state.step == settings.steps
         if last or state.step % settings.eval_every == 0:
             _validate(trainer, forward, started)
+        if trainer.start_spectrum and settings.spectrum_every and (last or state.step % settings.spectrum_every == 0):
+            _record_spectrum(trainer)
         # During a streak of bad steps the weights themselves may be broken; keep the checkpoint before it.
         due = last or state.step % settings.checkpoint_every == 0 or stop.signum is not None
         if due and state.bad_steps_in_a_row == 0:
@@ -239,6 +257,20 @@ def _validate(trainer: Trainer, forward: Any, started: float) -> None:
         seconds=round(time.perf_counter() - started, 3),
     )
     trainer.reporter.validation(entry)
+
+
+def _record_spectrum(trainer: Trainer) -> None:
+    """Singular values of every rotated layer against the start: ratios and drifts, one line for all layers."""
+    layers = {
+        name: {
+            "norm_ratio": now.norm_ratio,
+            "drift_median": now.drift_median,
+            "drift_max": now.drift_max,
+            "entropy": now.entropy,
+        }
+        for name, now in spectrum(trainer.model, trainer.start_spectrum).items()
+    }
+    trainer.metrics.write("spectrum", trainer.state.step, layers=layers)
 
 
 def _record_step(trainer: Trainer, result: StepResult, *, seconds: float, step_seconds: float) -> None:

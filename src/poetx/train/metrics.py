@@ -4,6 +4,9 @@
      "skipped": false, "tokens_per_second": …, "seconds": …, "peak_memory_gib": …}
     {"event": "validation", "step": 100, "loss": …, "perplexity": …, "seconds": …}
 
+    {"event": "spectrum", "step": 100, "layers": {name: {"norm_ratio": …, "drift_median": …, …}, …}}
+    {"event": "audit", "step": 1000, "skipped_steps": …, "merges": …, "merge_angle": …, "norm_drift": …, "tokens": …}
+
 A step that merged also has ``merge_angle`` (largest angle folded, radians) and ``norm_drift``.
 ``step`` counts finished optimizer steps; ``seconds`` is wall time since the process started training.
 """
@@ -22,7 +25,9 @@ class MetricsWriter:
     """Appends to ``metrics.jsonl``; lines later than ``step`` are cut first, so that a resumed curve is clean."""
 
     def __init__(self, path: Path, *, step: int) -> None:
-        kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
+        kept = (
+            [line for line in read_metrics(path) if line["step"] <= step and line["event"] != "audit"] if step else []
+        )
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(_line(entry) for entry in kept), encoding="utf-8")
         temporary.replace(path)

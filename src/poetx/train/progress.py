@@ -94,10 +94,10 @@ class LiveReporter(Reporter):
 
         self._console = console
         self._recent = _Recent()
-        self._validation = "validation –"
+        self._validation = "val –"
         self._progress = Progress(
             TextColumn("[bold]{task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12),
             TextColumn("{task.fields[status]}", markup=False),
             console=console,
             refresh_per_second=4,
@@ -126,7 +126,7 @@ class LiveReporter(Reporter):
         self._progress.update(self._task, completed=entry["step"], status=status)
 
     def validation(self, entry: dict[str, Any]) -> None:
-        self._validation = f"validation {entry['loss']:.3f}" if entry["loss"] is not None else "validation –"
+        self._validation = f"val {entry['loss']:.3f}" if entry["loss"] is not None else "val –"
         self._console.print(f"step {entry['step']:>6}  {_validation_text(entry)}", markup=False, highlight=False)
 
     def stop(self) -> None:

@@ -39,6 +39,7 @@ FREE_ON_RESUME = (
     "data.cache_dir",
     "train.device",
     "train.eval_every",
+    "train.spectrum_every",
     "train.eval_windows",
     "train.log_every",
     "train.checkpoint_every",
@@ -202,8 +203,10 @@ class TrainRecipe:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on cuda, else float32
     compile: bool = False
+    deterministic: bool = False  # refuse operations that are not (slower on a GPU; the CPU always is)
     eval_every: int = 200
     eval_windows: int = 64  # validation windows, spread evenly over the set
+    spectrum_every: int | None = None  # steps between measurements of every rotated layer's singular values
     log_every: int = 10  # steps between lines of plain progress; metrics.jsonl has every step
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
@@ -221,7 +224,7 @@ class TrainRecipe:
             self,
             "train",
             *("steps", "batch_size", "micro_batch_size", "eval_every", "eval_windows", "log_every"),
-            *("checkpoint_every", "keep_checkpoints", "max_bad_steps"),
+            *("checkpoint_every", "keep_checkpoints", "max_bad_steps", "spectrum_every"),
         )
         not_negative(self, "train", "seed")
         if self.batch_size % self.micro_batch:

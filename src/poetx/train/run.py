@@ -19,11 +19,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from poetx import merge_every, param_groups
+from poetx import merge_every, param_groups, spectrum
 from poetx.errors import UserError
 from poetx.train import checkpoint as ckpt
 from poetx.train.data import PreparedData, prepare_data
@@ -56,6 +56,7 @@ class RunResult:
         seconds: wall time of training in this process, evaluation included.
         model: dense after an export, else still converted.
         first_validation_tokens: a prompt from the validation text.
+        audit: the ``audit`` line of metrics.jsonl.
     """
 
     run_dir: Path
@@ -71,6 +72,7 @@ class RunResult:
     checkpoint: Path | None
     model: PreTrainedModel
     first_validation_tokens: list[int]
+    audit: dict[str, Any]
 
 
 def train(
@@ -114,6 +116,10 @@ def train(
     if recipe.poet is not None and recipe.poet.merge_every is not None:
         merges = merge_every(optimizer, model, steps=recipe.poet.merge_every)
     state = ckpt.TrainState(data_fingerprint=data.meta.fingerprint)
+    start_spectrum = None
+    if report is not None and recipe.train.spectrum_every is not None:
+        reporter.stage("Measuring the spectrum at the start")
+        start_spectrum = spectrum(model)  # a resumed run rebuilds the very same start, so nothing need be stored
     if start is not None:
         state = _restore(start, model, optimizer, data)
 
@@ -132,6 +138,7 @@ def train(
             state=state,
             metrics=MetricsWriter(run_dir / "metrics.jsonl", step=state.step),
             reporter=reporter,
+            start_spectrum=start_spectrum,
         )
         return _train_and_export(trainer, start, report)
 
@@ -218,6 +225,7 @@ def _train_and_export(trainer: Trainer, start: Path | None, report: ConversionRe
     started = time.perf_counter()
     try:
         stop = fit(trainer, resume_from=start)
+        audit = _audit(trainer)
     finally:
         reporter.stop()
         trainer.metrics.close()
@@ -243,6 +251,24 @@ def _train_and_export(trainer: Trainer, start: Path | None, report: ConversionRe
         checkpoint=saved[-1] if saved else None,
         model=trainer.model,
         first_validation_tokens=trainer.data.validation.tokens[:16].tolist(),
+        audit=audit,
+    )
+
+
+def _audit(trainer: Trainer) -> dict[str, Any]:
+    """The line that sums a run up, over all the processes it took."""
+    train = [e for e in read_metrics(trainer.run_dir / "metrics.jsonl") if e["event"] == "train"]
+    merges = [entry for entry in train if entry["merged"]]
+    recipe = trainer.recipe
+    return trainer.metrics.write(
+        "audit",
+        trainer.state.step,
+        skipped_steps=trainer.state.skipped_steps,
+        merges=len(merges),
+        merge_angle=max((entry["merge_angle"] for entry in merges), default=None),
+        norm_drift=max((entry["norm_drift"] for entry in merges), default=None),
+        tokens=len(train) * recipe.train.batch_size * recipe.data.seq_len,
+        peak_memory_gib=round(peak_memory_gib(trainer.device), 3),
     )
 
 
