@@ -133,7 +133,7 @@ def _load_exported(path: Path, device: torch.device) -> LoadedModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{path}: {one_line(error)}") from None

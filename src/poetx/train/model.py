@@ -138,6 +138,6 @@ def _pretrained(source: str, dtype: torch.dtype) -> PreTrainedModel:
     if not (path / "config.json").is_file():
         raise UserError(f"model.pretrained={source}: not a checkpoint directory (no config.json in it)")
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"model.pretrained={source}: {one_line(error)}") from None
