@@ -77,7 +77,7 @@ def test_big_recipes_have_the_published_number_of_parameters(name: str, billions
         ("train.steps=0", r"^train\.steps=0 must be positive"),
         ("train.dtype=float16", r"float16 needs loss scaling.*use bfloat16"),
         ("train.dtype=flaot32", r"must be one of .*did you mean 'float32'"),
-        ("train.micro_batch_size=7", r"micro_batch_size=7 does not divide train\.batch_size=16"),
+        ("train.micro_batch_size=7", r"micro_batch_size=7 does not divide train\.batch_size=8"),
         ("train=3", r"^train: expected keys and values"),
         ("train.steps.now=3", r"^train\.steps\.now: train\.steps is a single value"),
         ("optimizer.lr=-1", r"^optimizer\.lr=-1\.0 must be positive"),
