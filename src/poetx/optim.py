@@ -31,8 +31,7 @@ def param_groups(
     rotations = {id(p): p for _, layer in poet_layers(model) for p in layer.rotations if p.requires_grad}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in rotations]
     groups = [
-        {"name": "rotations", "params": list(rotations.values()), "lr": poet_lr, "weight_decay": 0.0}
-        | poet_options,
+        {"name": "rotations", "params": list(rotations.values()), "lr": poet_lr, "weight_decay": 0.0} | poet_options,
         {"name": "decay", "params": [p for p in rest if p.ndim >= 2], "lr": lr, "weight_decay": weight_decay},
         {"name": "no_decay", "params": [p for p in rest if p.ndim < 2], "lr": lr, "weight_decay": 0.0},
     ]
