@@ -9,8 +9,8 @@ import poetx
 
 ROOT = Path(poetx.__file__).parent
 #: Lower may not import higher.
-LEVELS = {"errors": 0, "config": 1, "ops": 2, "layer": 3, "convert": 4, "merge": 5, "optim": 5, "spectrum": 5}
-LEVELS |= {"train": 6, "report": 7, "cli": 8}
+LEVELS = {"errors": 0, "config": 1, "ops": 2, "layer": 3, "convert": 4, "merge": 5, "optim": 5, "spectra": 5}
+LEVELS |= {"memory": 6, "stack": 6, "train": 7, "report": 8, "cli": 9}
 
 
 def level(parts):
@@ -53,3 +53,11 @@ def test_import_is_silent_and_leaves_torch_alone():
 def test_files_stay_readable():
     for path in ROOT.rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 420, f"{path} is too long to see at once"
+
+
+def test_every_public_name_is_there_and_torch_is_not_imported_before_it_is_needed():
+    for name in poetx.__all__:
+        assert getattr(poetx, name).__name__ == name
+    assert set(poetx.__all__) <= set(dir(poetx))
+    code = "import sys, poetx, poetx.cli; assert 'torch' not in sys.modules; poetx.PoetConfig(); poetx.convert_"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,12 +1,19 @@
 """Pre-train and fully fine-tune language models in the memory people actually have, by POET-X."""
 
-from poetx.config import PoetConfig
-from poetx.convert import ConversionReport, convert_, poet_layers, to_dense_
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from poetx.errors import UserError
-from poetx.layer import PoetLinear
-from poetx.merge import MergeHandle, MergeReport, merge_, merge_every
-from poetx.optim import param_groups
-from poetx.spectrum import LayerSpectrum, spectrum
+
+if TYPE_CHECKING:
+    from poetx.config import PoetConfig
+    from poetx.convert import ConversionReport, convert_, poet_layers, to_dense_
+    from poetx.layer import PoetLinear
+    from poetx.merge import MergeHandle, MergeReport, merge_, merge_every
+    from poetx.optim import param_groups
+    from poetx.spectra import LayerSpectrum, spectrum
 
 __version__ = "0.1.0"
 
@@ -26,3 +33,26 @@ __all__ = [
     "spectrum",
     "to_dense_",
 ]
+
+# Names are looked up when first used: `poetx --help` must not wait two seconds for torch.
+_HOMES = {
+    "config": ("PoetConfig",),
+    "convert": ("ConversionReport", "convert_", "poet_layers", "to_dense_"),
+    "layer": ("PoetLinear",),
+    "merge": ("MergeHandle", "MergeReport", "merge_", "merge_every"),
+    "optim": ("param_groups",),
+    "spectra": ("LayerSpectrum", "spectrum"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -262,7 +262,7 @@ def _show_result(console: Console, recipe: Recipe, result: RunResult) -> None:
 
     minutes, seconds = divmod(round(result.seconds), 60)
     say()
-    say(f"trained {result.step} steps in {minutes}:{seconds:02d}, peak memory {result.peak_memory_gib:.2f} GiB")
+    say(f"reached step {result.step} in {minutes}:{seconds:02d}, peak memory {result.peak_memory_gib:.2f} GiB")
     say(_audit_text(result.audit))
     if result.first_perplexity and result.last_perplexity:
         say(f"validation perplexity {result.first_perplexity:,.1f} before, {result.last_perplexity:,.1f} after")

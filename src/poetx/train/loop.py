@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from poetx.errors import UserError
-from poetx.spectrum import LayerSpectrum, spectrum
+from poetx.spectra import LayerSpectrum, spectrum
 from poetx.train.checkpoint import TrainState, checkpoints, load_rng, save_checkpoint
 from poetx.train.data import PreparedData, TokenWindows
 from poetx.train.environment import peak_memory_gib

@@ -1,0 +1,19 @@
+"""The memory stack: each piece usable by itself, with any model and any torch optimizer."""
+
+from poetx.stack.adamw import AdamW
+from poetx.stack.checkpointing import checkpoint_layers_
+from poetx.stack.hfac import HFac
+from poetx.stack.loss import chunk_loss_, chunked_cross_entropy
+from poetx.stack.release import ReleaseHandle, release_gradients
+from poetx.stack.smmf import SMMF
+
+__all__ = [
+    "SMMF",
+    "AdamW",
+    "HFac",
+    "ReleaseHandle",
+    "checkpoint_layers_",
+    "chunk_loss_",
+    "chunked_cross_entropy",
+    "release_gradients",
+]

@@ -1,0 +1,67 @@
+"""Activation checkpointing, a decoder layer at a time, that does not recompute what is recomputed already."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from poetx.convert import poet_layers
+from poetx.errors import UserError
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The items of the longest ``nn.ModuleList`` of one class: the repeated layers of a language model."""
+    lists = [
+        list(module)
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(item) for item in module}) == 1
+    ]
+    return max(lists, key=len, default=[])
+
+
+def checkpoint_layers_(model: nn.Module, *, recompute: str = "fast") -> nn.Module:
+    """Keep only the input of every decoder layer for backward, and compute the layer again there, in place.
+
+    ``transformers`` models use their own gradient checkpointing (not reentrant); any other model has the forward of
+    its repeated layers wrapped. In effect in ``train()`` mode only. Returns ``model``.
+
+    Args:
+        recompute: mode of the rotated layers inside. ``"fast"``: what a layer keeps then lives only while that
+            layer's backward runs, and its big product is computed twice (forward and recompute) instead of three
+            times. ``"mem"`` keeps even that away.
+
+    Raises:
+        UserError: no repeated layers to be found, or ``recompute`` neither ``"fast"`` nor ``"mem"``.
+    """
+    if recompute not in ("fast", "mem"):
+        raise UserError(f"recompute={recompute!r}: must be fast or mem")
+    layers = decoder_layers(model)
+    if not layers:
+        raise UserError("the model has no nn.ModuleList of repeated layers to checkpoint; use torch.utils.checkpoint")
+    current: Any = getattr(model, "activation_checkpointing_enable", None)  # the name of newer transformers
+    older: Any = getattr(model, "gradient_checkpointing_enable", None)
+    supported = getattr(model, "supports_gradient_checkpointing", False)
+    if supported and current is not None:
+        current(activation_checkpointing_kwargs={"use_reentrant": False})
+    elif supported and older is not None:
+        older(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        for layer in layers:
+            if not isinstance(layer.forward, functools.partial):
+                layer.forward = functools.partial(_checkpointed, layer)  # type: ignore[method-assign]
+    for layer in layers:
+        for _, rotated in poet_layers(layer):
+            rotated.config = dataclasses.replace(rotated.config, mode=recompute)  # type: ignore[arg-type]
+    return model
+
+
+def _checkpointed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    plain = functools.partial(type(layer).forward, layer)
+    if not (layer.training and torch.is_grad_enabled()):
+        return plain(*args, **kwargs)
+    return checkpoint(plain, *args, use_reentrant=False, **kwargs)

@@ -1,0 +1,97 @@
+"""Gradients released during backward: a large parameter is updated as soon as its gradient is there."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from poetx.errors import UserError
+
+
+class ReleaseHandle:
+    """What :func:`release_gradients` returns; ``remove()`` goes back to ordinary steps."""
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, params: list[nn.Parameter], max_norm: float | None
+    ) -> None:
+        self._optimizer, self._max_norm = optimizer, max_norm
+        self._released: set[int] = set()
+        # The undecorated step: a hook that counts steps (merging does) must not count every parameter.
+        self._step: Any = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)
+        self._hooks: list[Any] = [p.register_post_accumulate_grad_hook(self._release) for p in params]
+        self._hooks.append(optimizer.register_step_post_hook(self._finish))
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _finish(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._released.clear()
+
+    @torch.no_grad()
+    def _release(self, parameter: Tensor) -> None:
+        if id(parameter) in self._released:
+            raise UserError(
+                "release_gradients: a second backward came before optimizer.step(), but the first gradient is already "
+                "used and gone; train without gradient accumulation, or without releasing gradients"
+            )
+        self._released.add(id(parameter))
+        if self._max_norm is not None:
+            torch.nn.utils.clip_grad_norm_([parameter], self._max_norm)
+        self._step_alone(parameter)
+        parameter.grad = None
+
+    def _step_alone(self, parameter: Tensor) -> None:
+        """The optimizer's own step, on a group of one that shares its settings and its state."""
+        optimizer = self._optimizer
+        groups = optimizer.param_groups
+        group = next(group for group in groups if any(p is parameter for p in group["params"]))
+        alone = copy.copy(group)
+        alone["params"] = [parameter]
+        optimizer.param_groups = [alone]
+        try:
+            self._step(optimizer)
+        finally:
+            optimizer.param_groups = groups
+
+
+def release_gradients(
+    optimizer: torch.optim.Optimizer,
+    params: Iterable[nn.Parameter],
+    *,
+    accumulation_steps: int = 1,
+    max_grad_norm: float | None = None,
+    max_norm: float | None = None,
+) -> ReleaseHandle:
+    """Update these parameters inside ``backward()`` and drop each gradient at once; ``optimizer.step()`` does the rest.
+
+    The same numbers as without it: the optimizer's own step runs on each parameter with its group's learning rate
+    and its own state, so set the learning rate before backward. Parameters of other optimizers are passed over.
+
+    Args:
+        optimizer: any torch optimizer whose step treats parameters one by one.
+        params: usually the large dense ones: embeddings and head.
+        accumulation_steps, max_grad_norm: what the training loop does; anything but 1 and None is refused. A second
+            backward before ``optimizer.step()`` is refused when it happens, too.
+        max_norm: clip each released gradient by its *own* norm, which is not the norm over all gradients.
+
+    Raises:
+        UserError: accumulation or a norm over all gradients, which need every gradient at once.
+    """
+    if accumulation_steps != 1:
+        raise UserError(
+            f"accumulation_steps={accumulation_steps}: released gradients are used at once and cannot be accumulated; "
+            "use 1, or do not release gradients"
+        )
+    if max_grad_norm is not None:
+        raise UserError(
+            f"max_grad_norm={max_grad_norm}: the norm over all gradients is not known while some are released during "
+            "backward; use max_norm (each released gradient by its own norm), or do not release gradients"
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    chosen = [p for p in params if id(p) in held and p.requires_grad]
+    return ReleaseHandle(optimizer, chosen, max_norm)

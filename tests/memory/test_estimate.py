@@ -1,0 +1,61 @@
+"""The estimate is what happens: against tracked bytes of real steps, and against arithmetic."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from poetx import UserError
+from poetx.memory import TrainingSetup, estimate_memory, full_stack, measure_memory
+from poetx.memory.build import prepare_, training_step
+from poetx.memory.estimate import _CUDA_GRANULARITY
+
+SMALL = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def config(layers=2, **changes):
+    return LlamaConfig(**(SMALL | {"num_hidden_layers": layers} | changes))
+
+
+def measured(setup, layers=2):
+    model = AutoModelForCausalLM.from_config(
+        config(layers), dtype=torch.float32 if setup.method == "adamw-mixed" else getattr(torch, setup.dtype)
+    ).train()
+    model = prepare_(model, setup)
+    ids = torch.randint(0, 300, (setup.batch_size, setup.seq_len))
+    step = training_step(model, ids, setup)
+    step.run()
+    with measure_memory(model, *step.optimizers) as memory:
+        step.run()
+    return memory
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "fast"},
+        {"method": "mem"},
+        {"method": "adamw"},
+        {"method": "adamw-mixed", "dtype": "bfloat16"},
+        {"method": "mem", "dtype": "bfloat16", "rotation_dtype": "bfloat16"},
+        {"method": "mem", "activation_checkpointing": True, "chunked_loss": True},
+        {"method": "mem", "optimizer_state": "int8", "release_gradients": True},
+        {"method": "fast", "base_optimizer": "smmf"},
+        {"method": "muon"},
+    ],
+    ids=lambda changes: "-".join(str(v) for v in changes.values()),
+)
+def test_estimate_equals_what_is_measured_on_the_cpu(changes):
+    setup = TrainingSetup(**({"dtype": "float32", "block_size": 32, "batch_size": 2, "seq_len": 96, "device": "cpu"} | changes))
+    estimate, memory = estimate_memory(config(), setup), measured(setup)
+    assert estimate.peak == pytest.approx(memory.peak, rel=0.05)
+    for phase, peak in estimate.phases.items():
+        assert peak.total == pytest.approx(memory.phases[phase].total, rel=0.05), phase
+    measured_peak = max(memory.phases.values(), key=lambda p: p.total)
+    for name, size in estimate.categories.items():
+        assert size == pytest.approx(measured_peak.categories[name], abs=0.05 * estimate.peak), name
