@@ -1,6 +1,6 @@
 """How far the loss moves at a merge: the demo model, trained without merging, then folded once, on fixed text.
 
-    python -m benchmarks.continuity --out benchmarks/results/continuity.jsonl
+python -m benchmarks.continuity --out benchmarks/results/continuity.jsonl
 """
 
 from __future__ import annotations

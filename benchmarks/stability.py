@@ -72,10 +72,13 @@ def main() -> None:
     args = parser.parse_args()
     origin = provenance(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as scratch:
+        done: dict[tuple[Any, ...], dict[str, Any]] = {}
 
         def one(method: str, lr: float, poet_lr: float | None, seed: int, factor: float | None) -> dict[str, Any]:
-            row = run(method, lr, poet_lr, seed=seed, steps=args.steps, directory=Path(scratch))
-            row |= {"factor": factor} | origin
+            key = (method, lr, poet_lr, seed)  # a factor on the best rate may land on a rate that was swept
+            if key not in done:
+                done[key] = run(method, lr, poet_lr, seed=seed, steps=args.steps, directory=Path(scratch)) | origin
+            row = done[key] | {"factor": factor}
             if args.out:
                 append(args.out, [row])
             print(
@@ -90,10 +93,7 @@ def main() -> None:
             best = min(rates, key=lambda rate: swept[rate]["loss"] or math.inf)
             for factor in args.factors:
                 scaled = tuple(None if rate is None else rate * factor for rate in best)
-                rows = [
-                    swept[best] if factor == 1 and seed == args.seeds[0] else one(method, *scaled, seed, factor)
-                    for seed in args.seeds
-                ]
+                rows = [one(method, *scaled, seed, factor) for seed in args.seeds]
                 finite = [row["loss"] for row in rows if row["loss"] is not None]
                 mean = statistics.mean(finite) if finite else math.nan
                 print(

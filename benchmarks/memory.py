@@ -1,0 +1,250 @@
+"""Predicted peak memory against every published cell, the table of targets, and a sweep of the sequence length.
+
+    python -m benchmarks.memory published targets batches sequences --out benchmarks/results/memory.jsonl
+    python -m benchmarks.memory render --out benchmarks/results/memory.jsonl     (writes docs/memory-*.md and .png)
+
+Appends one JSON line a prediction, so that an interrupted run keeps what it has; ``render`` takes the newest line of
+each cell. Nothing here needs a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.record import append, provenance
+from poetx.memory import GIB, TrainingSetup, estimate_memory, full_stack, largest_batch, paper
+
+DOCS = Path(__file__).parent.parent / "docs"
+SIZES = ("llama-3b", "llama-8b", "llama-13b")
+LENGTHS = (512, 1024, 2048)
+#: Peak GB (2³⁰ bytes) of one 80 GB H100 at batch 1 (arXiv 2603.05500), by method and block size: for each model the
+#: three lengths; None is out of memory.
+PUBLISHED: dict[tuple[str, int], tuple[float | None, ...]] = {
+    ("adamw", 0): (28.74, 28.78, 31.43, 78.89, 76.34, 78.69, None, None, None),
+    ("muon", 0): (18.62, 19.27, 21.82, 50.30, 53.46, 54.98, 76.32, 77.02, None),
+    ("lora", 0): (13.60, 16.79, 22.68, 27.90, 33.63, 43.78, 42.48, 49.78, 63.50),
+    ("fast", 256): (13.41, 16.31, 21.49, 28.65, 33.14, 43.08, 42.77, 48.95, 61.87),
+    ("fast", 512): (17.77, 20.75, 26.06, 36.08, 41.94, 50.81, 53.11, 59.12, 71.88),
+    ("mem", 256): (11.96, 13.28, 15.47, 25.94, 27.87, 31.74, 35.65, 41.62, 47.21),
+    ("mem", 512): (16.31, 18.33, 20.48, 32.93, 35.94, 40.44, 49.63, 53.26, 59.02),
+}
+TARGETS: dict[str, tuple[str, TrainingSetup, float]] = {
+    "8B, 1 × 1024, mem, no checkpointing": ("llama-8b", paper(), 25.5),
+    "the same, checkpointing and chunked loss": (
+        "llama-8b",
+        paper(activation_checkpointing=True, chunked_loss=True),
+        20.5,
+    ),
+    "the same, 8-bit state and released gradients": ("llama-8b", full_stack(), 18.5),
+    "13B, 1 × 2048, full stack": ("llama-13b", full_stack(seq_len=2048), 32.0),
+    "Llama-3.1-8B shape, 2 × 2048, full stack": ("llama-3.1-8b", full_stack(batch_size=2, seq_len=2048), 22.0),
+    "Llama-3.1-8B shape, 2 × 2048, full stack, SMMF": (
+        "llama-3.1-8b",
+        full_stack(batch_size=2, seq_len=2048, base_optimizer="smmf"),
+        22.0,
+    ),
+}
+_CHECKPOINTED = {"activation_checkpointing": True, "chunked_loss": True}
+BATCHES: dict[str, TrainingSetup] = {
+    "AdamW mixed": TrainingSetup(method="adamw-mixed"),
+    "AdamW bf16": TrainingSetup(method="adamw"),
+    "POET-X fast": paper(method="fast"),
+    "POET-X mem": paper(),
+    "AdamW mixed, checkpointing and chunked loss": TrainingSetup(method="adamw-mixed", **_CHECKPOINTED),
+    "AdamW bf16, checkpointing and chunked loss": TrainingSetup(method="adamw", **_CHECKPOINTED),
+    "POET-X mem, checkpointing and chunked loss": paper(**_CHECKPOINTED),
+    "POET-X mem, full stack": full_stack(),
+}
+SWEEP = tuple(2048 << i for i in range(7))
+SWEEP_SETUPS = {
+    "mem": paper(),
+    "mem, checkpointing and chunked loss": paper(**_CHECKPOINTED),
+}
+
+
+def predict(kind: str, name: str, model: str, setup: TrainingSetup) -> dict[str, Any]:
+    started = time.perf_counter()
+    estimate = estimate_memory(model, setup)
+    return {
+        "benchmark": f"memory-{kind}",
+        "cell": name,
+        "model": model,
+        "predicted_gib": round(estimate.gib, 3),
+        "phase": estimate.phase,
+        "gib": {key: round(value / GIB, 3) for key, value in estimate.categories.items()},
+        "rotations_gib": {key: round(value / GIB, 3) for key, value in estimate.rotations.items()},
+        "parameters": estimate.parameters,
+        "trainable": estimate.trainable,
+        "setup": estimate.to_dict()["setup"],
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def published() -> Iterator[dict[str, Any]]:
+    for (method, block_size), cells in PUBLISHED.items():
+        for index, reported in enumerate(cells):
+            model, seq_len = SIZES[index // 3], LENGTHS[index % 3]
+            setup = paper(method=method, seq_len=seq_len, **({"block_size": block_size} if block_size else {}))
+            name = f"{method} {block_size or ''}".strip() + f" {model} {seq_len}"
+            row = predict("published", name, model, setup)
+            error = None if reported is None else round(100 * (row["predicted_gib"] / reported - 1), 1)
+            yield row | {"published_gib": reported, "error_percent": error}
+
+
+def targets() -> Iterator[dict[str, Any]]:
+    for name, (model, setup, limit) in TARGETS.items():
+        yield predict("target", name, model, setup) | {"at_most_gib": limit}
+
+
+def batches() -> Iterator[dict[str, Any]]:
+    for name, setup in BATCHES.items():
+        limit = largest_batch("llama-1b-12", setup, 24)
+        yield {
+            "benchmark": "memory-batch",
+            "cell": name,
+            "model": "llama-1b-12",
+            "budget_gib": 24,
+            "largest_batch": limit.batch_size,
+            "predicted_gib": round(limit.at_limit.gib, 3),
+            "setup": limit.at_limit.to_dict()["setup"],
+        }
+
+
+def sequences() -> Iterator[dict[str, Any]]:
+    for name, setup in SWEEP_SETUPS.items():
+        for seq_len in SWEEP:
+            row = predict("sequence", f"{name} {seq_len}", "llama-8b", setup.replace(seq_len=seq_len))
+            yield row | {"seq_len": seq_len, "line": name}
+
+
+KINDS = {"published": published, "targets": targets, "batches": batches, "sequences": sequences}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="+", choices=[*KINDS, "render"])
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines: appended to, or rendered")
+    args = parser.parse_args()
+    origin = provenance(torch.device("cpu"))
+    for what in args.what:
+        if what == "render":
+            render(args.out)
+            continue
+        for row in KINDS[what]():
+            append(args.out, [row | origin])
+            shown = (
+                row.get("predicted_gib"),
+                row.get("published_gib") or row.get("at_most_gib"),
+                row.get("largest_batch"),
+            )
+            print(row["cell"], *(value for value in shown if value is not None), flush=True)
+
+
+def read(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """The newest row of every cell, by kind."""
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        rows.setdefault(row["benchmark"], {})[row["cell"]] = row
+    return rows
+
+
+def render(path: Path) -> None:
+    """``docs/memory.md`` between its markers, and the plot of the sweep."""
+    rows = read(path)
+    document = DOCS / "memory.md"
+    text = document.read_text(encoding="utf-8")
+    tables = {
+        "published": _published_table,
+        "targets": _target_table,
+        "batches": _batch_table,
+        "sequences": _sequence_table,
+    }
+    for name, table in tables.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, _, rest = text.partition(start)
+        _, _, after = rest.partition(end)
+        text = before + start + table(rows) + end + after
+    document.write_text(text, encoding="utf-8")
+    _plot(rows.get("memory-sequence", {}))
+
+
+def _published_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
+    lines = [
+        "| | " + " | ".join(f"{model.removeprefix('llama-').upper()} {n}" for model in SIZES for n in LENGTHS) + " |"
+    ]
+    lines.append("|---" * 10 + "|")
+    for method, block_size in PUBLISHED:
+        label = f"{method} {block_size or ''}".strip()
+        cells = []
+        for model in SIZES:
+            for seq_len in LENGTHS:
+                row = rows.get("memory-published", {}).get(f"{label} {model} {seq_len}")
+                cells.append(_cell(row))
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    if row["published_gib"] is None:
+        return f"{row['predicted_gib']:.2f} / OOM"
+    return f"{row['predicted_gib']:.2f} / {row['published_gib']:.2f} ({row['error_percent']:+.0f} %)"
+
+
+def _target_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
+    names = ("frozen", "trainable", "gradient", "optimizer", "activations", "temporary")
+    lines = [f"| setting | at most | predicted | {' | '.join(names)} |", "|---" * 9 + "|"]
+    for row in rows.get("memory-target", {}).values():
+        parts = " | ".join(f"{row['gib'][name]:.2f}" for name in names)
+        lines.append(f"| {row['cell']} | {row['at_most_gib']} | **{row['predicted_gib']:.2f}** | {parts} |")
+    return "\n".join(lines) + "\n"
+
+
+def _batch_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
+    lines = ["| on 24 GB | largest batch | its peak |", "|---|---|---|"]
+    for row in rows.get("memory-batch", {}).values():
+        lines.append(f"| {row['cell']} | {row['largest_batch']} | {row['predicted_gib']:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _sequence_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
+    found = rows.get("memory-sequence", {})
+    lines = ["| tokens | " + " | ".join(SWEEP_SETUPS) + " |", "|---" * (len(SWEEP_SETUPS) + 1) + "|"]
+    for seq_len in SWEEP:
+        cells = [found.get(f"{name} {seq_len}") for name in SWEEP_SETUPS]
+        lines.append(f"| {seq_len} | " + " | ".join(f"{c['predicted_gib']:.2f}" if c else "–" for c in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _plot(found: dict[str, dict[str, Any]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name in SWEEP_SETUPS:
+        points = [(r["seq_len"], r["predicted_gib"]) for r in found.values() if r["line"] == name]
+        if points:
+            x, y = zip(*sorted(points), strict=True)
+            axes.plot(x, y, marker="o", label=name)
+    axes.set(
+        xlabel="tokens in the sequence", ylabel="predicted peak, GB (2³⁰ bytes)", title="Llama-8B, batch 1, bfloat16"
+    )
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(DOCS / "memory-seq.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Write the tables of README and docs from the rows under ``benchmarks/results``.
+
+    python -m benchmarks.tables
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; what is between them is replaced, so that no
+number in it is typed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import RESULTS
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/log.md")
+
+
+def _rows(name: str) -> list[dict[str, Any]]:
+    path = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _markdown(head: list[str], body: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def merges() -> str:
+    """After the most merges measured: one line a kind, both angles."""
+    rows = _rows("merges")
+    last = max(row["merges"] for row in rows)
+    names = {
+        "float32": "float32",
+        "bfloat16": "bfloat16, stochastic rounding",
+        "residual": "bfloat16 + 8-bit residual",
+        "naive": "naive bfloat16",
+    }
+    angles = sorted({row["angle"] for row in rows})
+    body = []
+    for kind, title in names.items():
+        cells = [title]
+        for angle in angles:
+            (row,) = [r for r in rows if (r["kind"], r["angle"], r["merges"]) == (kind, angle, last)][-1:]
+            cells += [f"{row['median_change']:.1e}", f"{row['norm_ratio']:.6g}"]
+        body.append(cells)
+    head = [f"fold, {last} merges"]
+    for angle in angles:
+        head += [f"median change of singular values, θ = {angle:g}", f"‖W‖ after / before, θ = {angle:g}"]
+    return _markdown(head, body)
+
+
+def layer() -> str:
+    """Latest row of every shape and candidate."""
+    latest = {
+        (r["tokens"], r["out_features"], r["in_features"], r["block_size"], r["candidate"]): r for r in _rows("layer")
+    }
+    body = [
+        [f"{tokens} tokens, {m}×{n}, b={b}, {row['dtype']}", candidate, f"{row['ms']:.1f}", f"{row['ratio']:.2f}"]
+        for (tokens, m, n, b, candidate), row in latest.items()
+    ]
+    device = next(reversed(latest.values()))["device"]
+    return _markdown([f"forward + backward on {device}", "layer", "ms", "× nn.Linear"], body)
+
+
+def continuity() -> str:
+    """Loss before and after one merge."""
+    body = [
+        [
+            str(r["order"]),
+            r["dtype"],
+            f"{r['largest_angle']:.2f}",
+            f"{r['loss_before']:.5f}",
+            f"{r['relative_jump']:.1e}",
+        ]
+        for r in _rows("continuity")
+    ]
+    return _markdown(["order", "dtype", "largest angle folded", "loss before", "relative change at the merge"], body)
+
+
+def stability() -> str:
+    """Mean final loss and divergences by factor on the best rates."""
+    rows = _rows("stability")
+    best = {
+        method: min(
+            (r for r in rows if r["method"] == method and r["factor"] is None), key=lambda r: r["loss"] or float("inf")
+        )
+        for method in dict.fromkeys(r["method"] for r in rows)
+    }
+    body = []
+    for method, base in best.items():
+        for factor in sorted({r["factor"] for r in rows if r["factor"] is not None}):
+            mine = [r for r in rows if r["method"] == method and r["factor"] == factor]
+            finite = [r["loss"] for r in mine if r["loss"] is not None]
+            rate = f"{base['lr'] * factor:g}" + (f" / {base['poet_lr'] * factor:g}" if base["poet_lr"] else "")
+            spread = f"{min(finite):.3f} to {max(finite):.3f}" if finite else ""
+            mean = f"{statistics.mean(finite):.3f}" if finite else "not finite"
+            diverged = f"{sum(r['diverged'] for r in mine)} of {len(mine)}"
+            body.append([method, f"{factor:g}×", rate, mean, spread, diverged])
+    head = ["method", "factor", "lr / rotation lr", "validation loss, mean", "range over seeds", "diverged"]
+    return _markdown(head, body)
+
+
+TABLES: dict[str, Callable[[], str]] = {t.__name__: t for t in (merges, layer, continuity, stability)}
+
+
+def fill(text: str) -> str:
+    """``text`` with every marked table written anew."""
+
+    def table(match: re.Match[str]) -> str:
+        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(fill(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()
