@@ -99,7 +99,7 @@ def prepare_(model: nn.Module, setup: TrainingSetup) -> nn.Module:
 
 def _with_lora(model: nn.Module, rank: int) -> nn.Module:
     try:
-        import peft
+        import peft  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError("method='lora': needs peft; pip install peft") from None
     config = peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -27,7 +27,7 @@ from poetx.stack.checkpointing import decoder_layers
 
 GIB = 1 << 30
 #: Decoder layers of the two short runs that a deep model is extrapolated from.
-_FEW = (4, 5)
+_FEW = (3, 4)
 _CUDA_GRANULARITY = 512
 
 
@@ -104,16 +104,15 @@ def estimate_memory(
         model: a name of :data:`poetx.memory.SHAPES`, a ``transformers`` config, a ``config.json`` or a directory with
             one, or a function that makes a causal language model (called on the meta device).
         setup: what trains and how; ``changes`` are settings of it to change.
-        every_layer: run all decoder layers instead of extrapolating from 4 and 5 of them. Both give the same number
+        every_layer: run all decoder layers instead of extrapolating from 3 and 4 of them. Both give the same number
             (a test holds that) for a model of equal layers; others are run whole anyway.
 
     Raises:
         UserError: a model or a setting that does not exist.
     """
     setup = (setup or TrainingSetup()).replace(**changes)
-    if callable(model) and not isinstance(model, type):
-        run = _run_factory(model, setup)
-        return _result(run, setup, extrapolated=False)
+    if callable(model):
+        return _result(_run_factory(model, setup), setup, extrapolated=False)
     config = read_config(model)
     _check_length(config, setup)
     depth = int(getattr(config, "num_hidden_layers", 0) or 0)
@@ -129,7 +128,7 @@ def _check_length(config: Any, setup: TrainingSetup) -> None:
         raise UserError(f"rope_type={kind}: its tables depend on the data, which an estimate has none of; use default")
 
 
-def _run_factory(factory: Callable[[], nn.Module], setup: TrainingSetup) -> _Run:
+def _run_factory(factory: Callable[[], Any], setup: TrainingSetup) -> _Run:
     with torch.device("meta"):
         model = factory()
     return _take_step(model.train(), setup)
@@ -139,14 +138,19 @@ def _run_config(config: Any, setup: TrainingSetup) -> _Run:
     return _take_step(meta_model(config, setup), setup)
 
 
+_UNIFORM: dict[str, bool] = {}
+
+
 def _uniform(config: Any, setup: TrainingSetup) -> bool:
-    """Whether every decoder layer is like every other."""
+    """Whether every decoder layer is like every other; remembered, for the sake of searches."""
     if len(set(getattr(config, "layer_types", None) or [""])) > 1:
         return False
-    layers = decoder_layers(meta_model(config, setup))
-    if len(layers) != config.num_hidden_layers:
-        return False
-    return len({tuple((n, p.shape, p.dtype) for n, p in layer.named_parameters()) for layer in layers}) == 1
+    key = f"{type(config)} {config.to_json_string()}"
+    if key not in _UNIFORM:
+        layers = decoder_layers(meta_model(config, setup))
+        kinds = {tuple((n, p.shape, p.dtype) for n, p in layer.named_parameters()) for layer in layers}
+        _UNIFORM[key] = len(layers) == config.num_hidden_layers and len(kinds) == 1
+    return _UNIFORM[key]
 
 
 def _take_step(model: nn.Module, setup: TrainingSetup) -> _Run:
@@ -251,7 +255,7 @@ def _as_transformers_runs() -> Iterator[None]:
     if not hasattr(masking_utils, "find_packed_sequence_indices"):
         yield
         return
-    with mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None):
+    with mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None):
         yield
 
 
@@ -260,38 +264,38 @@ def _as_transformers_runs() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _labels(tracker: StorageTracker, model: nn.Module) -> Iterator[None]:
-    """Name the stretches of a step by decoder layer, the last layers counted from the end."""
+    """Name the stretches of a step by decoder layer: the first two, and the last two counted from the end."""
     layers = decoder_layers(model)
     handles = []
 
-    def enter(where: str) -> None:
-        tracker.enter_label(f"{tracker.phase} {where}")
+    def enter(*where: str) -> None:
+        tracker.enter_label(tracker.phase, *(f"{tracker.phase} {name}" for name in where))
 
-    def before(where: str) -> Callable[..., None]:
+    def before(where: tuple[str, ...]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple) -> None:
             if tracker.phase == "forward":
-                enter(where)
-                if where == "0" and args and isinstance(args[0], Tensor) and args[0].requires_grad:
+                enter(*where)
+                if "0" in where and args and isinstance(args[0], Tensor) and args[0].requires_grad:
                     args[0].register_hook(lambda grad: enter("inputs"))
 
         return hook
 
-    def after(where: str, last: bool) -> Callable[..., None]:
+    def after(where: tuple[str, ...]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, out: Any) -> None:
             if tracker.phase != "forward":
                 return
             hidden = out[0] if isinstance(out, tuple) else out
             if isinstance(hidden, Tensor) and hidden.requires_grad:
-                hidden.register_hook(lambda grad: enter(where))
-            if last:
+                hidden.register_hook(lambda grad: enter(*where))
+            if "-1" in where:
                 enter("head")
 
         return hook
 
     for index, layer in enumerate(layers):
-        where = str(index) if index < 2 else str(index - len(layers))
+        where = tuple(str(place) for place in (index, index - len(layers)) if -2 <= place < 2)
         handles.append(layer.register_forward_pre_hook(before(where)))
-        handles.append(layer.register_forward_hook(after(where, index == len(layers) - 1)))
+        handles.append(layer.register_forward_hook(after(where)))
     try:
         yield
     finally:
@@ -308,7 +312,8 @@ def _extrapolate(few: _Run, more: _Run, depth: int) -> _Run:
     factor = (depth - _FEW[0]) / (_FEW[1] - _FEW[0])
     calls = [_calls(run) for run in (few, more)]
     result = _Run(
-        parameters=_line(few.parameters, more.parameters, factor), trainable=_line(few.trainable, more.trainable, factor)
+        parameters=_line(few.parameters, more.parameters, factor),
+        trainable=_line(few.trainable, more.trainable, factor),
     )
     for label in few.splits.keys() & more.splits.keys():
         operator, _, count = label.partition("#")

@@ -76,7 +76,8 @@ class StorageTracker(TorchDispatchMode):
         self._records: list[Record] = []
         self._clock = 0
         self._current = 0
-        self._phase, self._label = "", ""
+        self._phase = ""
+        self._labels: tuple[str, ...] = ("",)
         self._peaks: dict[str, tuple[int, int]] = {}  # label -> (bytes, clock)
         self._forward_ends: list[int] = []
         self._operators: dict[str, int] = {}
@@ -90,11 +91,11 @@ class StorageTracker(TorchDispatchMode):
         self._phase = phase
         self.enter_label(phase)
 
-    def enter_label(self, label: str) -> None:
-        """A finer name for the stretch of time that begins here."""
-        self._label = label
+    def enter_label(self, *labels: str) -> None:
+        """Finer names for the stretch of time that begins here."""
+        self._labels = labels
         self._operators.clear()
-        self._mark(label, 0)
+        self._mark(0)
 
     @property
     def phase(self) -> str:
@@ -118,13 +119,11 @@ class StorageTracker(TorchDispatchMode):
                     self._see(leaf)
         else:
             return out
-        extra = self._hidden(func, args)
-        self._mark(self._label, extra)
         if self._phase == "step":
-            name = str(func)
+            name = f"step/{func}"
             count = self._operators[name] = self._operators.get(name, 0) + 1
-            self._mark(f"{self._label}/{name}", extra)
-            self._mark(f"{self._label}/{name}#{count}", extra)
+            self._labels = ("step", name, f"{name}#{count}")
+        self._mark(self._hidden(func, args))
         return out
 
     def _see(self, tensor: Tensor) -> None:
@@ -153,10 +152,11 @@ class StorageTracker(TorchDispatchMode):
         record.died = self._clock
         self._current -= record.size
 
-    def _mark(self, label: str, extra: int) -> None:
+    def _mark(self, extra: int) -> None:
         total = self._current + extra
-        if label not in self._peaks or total > self._peaks[label][0]:
-            self._peaks[label] = (total, self._clock)
+        for label in self._labels:
+            if label not in self._peaks or total > self._peaks[label][0]:
+                self._peaks[label] = (total, self._clock)
 
     # -- what it comes to -------------------------------------------------------------------------------------
 

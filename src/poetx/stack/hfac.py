@@ -105,10 +105,9 @@ def _update_matrix(
     psi = beta1 * (state["v"] - column_mean) / (state["s"] / m).sqrt()
     # 1/√V̂ as the product of two vectors
     rows, columns = (state["r"] / state["r"].sum()).rsqrt(), state["s"].rsqrt()
-    squares = sum(
-        (grad[here].to(dtype) * rows[here, None]).mul_(columns).square_().sum() for here in row_slices(m, n)
-    )
-    assert isinstance(squares, Tensor)
+    squares = torch.zeros((), dtype=dtype, device=weight.device)
+    for here in row_slices(m, n):
+        squares += (grad[here].to(dtype) * rows[here, None]).mul_(columns).square_().sum()
     scale = 1 / ((squares / (m * n)).sqrt() / group["clip"]).clamp_min(1)
     for here in row_slices(m, n):
         update = (grad[here].to(dtype) * rows[here, None]).mul_(columns).mul_(scale)

@@ -15,9 +15,7 @@ from poetx.errors import UserError
 class ReleaseHandle:
     """What :func:`release_gradients` returns; ``remove()`` goes back to ordinary steps."""
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, params: list[nn.Parameter], max_norm: float | None
-    ) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, params: list[nn.Parameter], max_norm: float | None) -> None:
         self._optimizer, self._max_norm = optimizer, max_norm
         self._released: set[int] = set()
         # The undecorated step: a hook that counts steps (merging does) must not count every parameter.

@@ -100,7 +100,7 @@ class SMMF(SlicedOptimizer):
             parameter.copy_(flat.view(parameter.shape))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def square_shape(numel: int) -> tuple[int, int]:
     """(n̂, m̂) with n̂ · m̂ = numel, n̂ ≤ m̂, as nearly square as its divisors allow."""
     rows = next(n for n in range(max(1, math.isqrt(numel)), 0, -1) if numel % n == 0)
