@@ -31,9 +31,9 @@ class SlicedOptimizer(torch.optim.Optimizer):
         for beta in defaults.get("betas", ()):
             if not 0 <= beta < 1:
                 raise UserError(f"betas={defaults['betas']!r}: must be at least 0 and below 1")
-        super().__init__(params, defaults)
         self._seed = seed
         self._numbers: dict[int, int] = {}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -56,10 +56,20 @@ class SlicedOptimizer(torch.optim.Optimizer):
     def _update(self, parameter: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         raise NotImplementedError
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._number_parameters()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._number_parameters()
+
+    def _number_parameters(self) -> None:
+        # Now, not at the first step: a parameter whose gradient is released is stepped as if it were the only one.
+        self._numbers = {id(p): i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+
     def _noise(self, parameter: Tensor, step: int) -> torch.Generator:
         """Of this parameter at this step: by its number among all parameters, whatever group is stepped alone."""
-        if id(parameter) not in self._numbers:
-            self._numbers = {id(p): i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
         return stream(self._seed, str(self._numbers[id(parameter)]), step, "optimizer", parameter.device)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from poetx.errors import UserError
 from poetx.spectra import LayerSpectrum, spectrum
+from poetx.stack import chunked_cross_entropy
 from poetx.train.checkpoint import TrainState, checkpoints, load_rng, save_checkpoint
 from poetx.train.data import PreparedData, TokenWindows
 from poetx.train.environment import peak_memory_gib
@@ -113,10 +114,12 @@ def _deterministic(wanted: bool) -> Iterator[None]:
 
 def _run(trainer: Trainer, stop: StopRequest) -> None:
     settings, state = trainer.recipe.train, trainer.state
-    forward = torch.compile(trainer.model) if settings.compile else trainer.model
+    model: Any = trainer.model
+    body = model.base_model if settings.chunked_loss else model
+    forward = torch.compile(body) if settings.compile else body
     started = time.perf_counter()
     if state.step == 0:
-        _validate(trainer, forward, started)
+        _validate(trainer, started)
     while state.step < settings.steps and stop.signum is None:
         step_started = time.perf_counter()
         result = train_step(trainer, forward)
@@ -125,7 +128,7 @@ def _run(trainer: Trainer, stop: StopRequest) -> None:
         _record_step(trainer, result, seconds=now - started, step_seconds=now - step_started)
         last = state.step == settings.steps
         if last or state.step % settings.eval_every == 0:
-            _validate(trainer, forward, started)
+            _validate(trainer, started)
         if trainer.start_spectrum and settings.spectrum_every and (last or state.step % settings.spectrum_every == 0):
             _record_spectrum(trainer)
         # During a streak of bad steps the weights themselves may be broken; keep the checkpoint before it.
@@ -182,7 +185,13 @@ def _accumulate_gradients(trainer: Trainer, forward: Any) -> float:
     total = torch.zeros((), dtype=torch.float32, device=trainer.device)
     for start in range(0, settings.batch_size, settings.micro_batch):
         inputs, labels = train.batch(windows[start : start + settings.micro_batch])
-        loss = summed_loss(forward, inputs.to(trainer.device), labels.to(trainer.device)) / tokens
+        inputs, labels = inputs.to(trainer.device), labels.to(trainer.device)
+        if settings.chunked_loss:
+            loss = chunked_loss(trainer.model, forward, inputs, labels) / tokens
+        else:
+            loss = summed_loss(forward, inputs, labels) / tokens
+        if trainer.recipe.optimizer.release_gradients and not loss.isfinite():
+            return float(loss)  # backward would update embeddings and head with it
         loss.backward()
         total += loss.detach()
     return float(total)
@@ -192,6 +201,13 @@ def summed_loss(forward: Any, inputs: torch.Tensor, labels: torch.Tensor) -> tor
     """Cross entropy in nats summed over all tokens, in float32; ``inputs`` and ``labels`` are [sequences, tokens]."""
     logits = forward(input_ids=inputs, use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+
+
+def chunked_loss(model: Any, forward: Any, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The number :func:`summed_loss` gives, through the last hidden state: the logits never exist as a whole."""
+    head = model.get_output_embeddings()
+    hidden = forward(input_ids=inputs, use_cache=False).last_hidden_state
+    return chunked_cross_entropy(hidden, head.weight, labels, bias=head.bias, reduction="sum")
 
 
 @torch.no_grad()
@@ -244,10 +260,10 @@ def stop_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler_)
 
 
-def _validate(trainer: Trainer, forward: Any, started: float) -> None:
+def _validate(trainer: Trainer, started: float) -> None:
     settings, data = trainer.recipe.train, trainer.data.validation
     windows = evenly_spread(settings.eval_windows, len(data))
-    loss = evaluate(forward, data, windows, batch_size=settings.micro_batch, device=trainer.device)
+    loss = evaluate(trainer.model, data, windows, batch_size=settings.micro_batch, device=trainer.device)
     entry = trainer.metrics.write(
         "validation",
         trainer.state.step,

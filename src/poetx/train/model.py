@@ -71,18 +71,18 @@ def build_model(recipe: Recipe, *, vocab_size: int, end_of_text_id: int, device:
             + f" or give data.vocab_size={rows} or less"
         )
     model.config.use_cache = False
-    if recipe.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
     return cast(Any, model).to(device)  # transformers' decorator hides nn.Module.to from the type checker
 
 
 def convert_model(model: PreTrainedModel, recipe: Recipe) -> ConversionReport | None:
-    """Convert in place as the recipe says; None for the dense baseline. Errors name the ``poet`` section."""
-    if recipe.poet is None:
-        return None
+    """Convert in place as the recipe says; None for the dense baseline. Activation checkpointing is set up, too."""
     from poetx import convert_
+    from poetx.stack import checkpoint_layers_
 
-    return convert_(model, recipe.poet.config)
+    report = None if recipe.poet is None else convert_(model, recipe.poet.config)
+    if recipe.model.gradient_checkpointing:
+        checkpoint_layers_(model)
+    return report
 
 
 def _fresh(

@@ -65,7 +65,7 @@ class ModelRecipe:
     tie_embeddings: bool = False
     config: str | None = None
     pretrained: str | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # keep only every decoder layer's input, and compute the layer again
 
     def validate(self) -> None:
         """Raise :class:`UserError` unless exactly one source of the model is described, with sane sizes."""
@@ -155,7 +155,9 @@ class PoetRecipe:
 class OptimizerRecipe:
     """Optimizer, its learning rates and gradient clipping. Defaults: method.md section 6."""
 
-    name: Literal["adamw", "sgd", "adafactor"] = "adamw"
+    name: Literal["adamw", "sgd", "adafactor", "smmf", "hfac"] = "adamw"
+    state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"  # of AdamW's moments
+    release_gradients: bool = False  # update embeddings and head inside backward; needs clip null and one micro-batch
     lr: float = 1e-3  # of everything that is not a rotation
     poet_lr: float = 2.5e-4  # of the rotations
     weight_decay: float = 0.0  # never applied to rotations
@@ -184,6 +186,15 @@ class OptimizerRecipe:
             "clip_ramp_until",
             "warmup_steps",
         )
+        if self.state_dtype != "float32" and self.name != "adamw":
+            raise UserError(
+                f"optimizer.state_dtype={self.state_dtype} is AdamW's; with optimizer.name={self.name} leave it out"
+            )
+        if self.release_gradients and self.clip:
+            raise UserError(
+                f"optimizer.release_gradients with optimizer.clip={self.clip:g}: the norm over all gradients is not known "
+                "while some are released during backward; set optimizer.clip=null"
+            )
         for name in ("betas", "poet_betas"):
             if not all(0 <= beta < 1 for beta in getattr(self, name)):
                 raise UserError(f"optimizer.{name}={list(getattr(self, name))} must lie in [0, 1)")
@@ -203,6 +214,7 @@ class TrainRecipe:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on cuda, else float32
     compile: bool = False
+    chunked_loss: bool = False  # cross entropy a piece of the vocabulary at a time: the logits never exist
     deterministic: bool = False  # refuse operations that are not (slower on a GPU; the CPU always is)
     eval_every: int = 200
     eval_windows: int = 64  # validation windows, spread evenly over the set

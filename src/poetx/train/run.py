@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from poetx import merge_every, param_groups, spectrum
+from poetx import merge_every, param_groups, spectrum, stack
 from poetx.errors import UserError
 from poetx.train import checkpoint as ckpt
 from poetx.train.data import PreparedData, prepare_data
@@ -115,6 +115,10 @@ def train(
     merges = None
     if recipe.poet is not None and recipe.poet.merge_every is not None:
         merges = merge_every(optimizer, model, steps=recipe.poet.merge_every)
+    if recipe.optimizer.release_gradients:
+        steps = recipe.train.batch_size // recipe.train.micro_batch
+        ends = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+        stack.release_gradients(optimizer, ends, accumulation_steps=steps)
     state = ckpt.TrainState(data_fingerprint=data.meta.fingerprint)
     start_spectrum = None
     if report is not None and recipe.train.spectrum_every is not None:
@@ -145,13 +149,17 @@ def train(
 
 def build_optimizer(model: torch.nn.Module, recipe: OptimizerRecipe) -> torch.optim.Optimizer:
     """The recipe's optimizer over :func:`poetx.param_groups` of ``model``."""
-    poet_options = {"betas": recipe.poet_betas, "eps": recipe.poet_eps} if recipe.name == "adamw" else {}
+    adam = recipe.name == "adamw"
+    poet_options = {"betas": recipe.poet_betas, "eps": recipe.poet_eps} if adam else {}
     groups = param_groups(model, lr=recipe.lr, poet_lr=recipe.poet_lr, weight_decay=recipe.weight_decay, **poet_options)
-    if recipe.name == "adamw":
+    if adam and recipe.state_dtype != "float32":
+        return stack.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, state_dtype=recipe.state_dtype)
+    if adam:
         return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)
     if recipe.name == "sgd":
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
-    return torch.optim.Adafactor(groups, lr=recipe.lr)
+    kinds = {"adafactor": torch.optim.Adafactor, "smmf": stack.SMMF, "hfac": stack.HFac}
+    return kinds[recipe.name](groups, lr=recipe.lr)
 
 
 def _resume_point(recipe: Recipe, reporter: Reporter) -> tuple[Path, Recipe]:

@@ -1,0 +1,72 @@
+"""The memory switches of a recipe: the same training, in less memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from train_helpers import curve
+
+from poetx.errors import UserError
+from poetx.train.recipe import Recipe, load_recipe
+from poetx.train.run import train
+
+Tiny = Callable[..., Recipe]
+SHORT = ("train.export=false", "optimizer.clip=null", "optimizer.clip_ramp_until=0")
+
+
+def losses(recipe: Recipe, **how: bool) -> list[float]:
+    return curve(train(recipe, **how).run_dir)
+
+
+@pytest.mark.parametrize("mode", ["fast", "mem"])
+@pytest.mark.parametrize(
+    "switch",
+    ["train.chunked_loss=true", "model.gradient_checkpointing=true", "optimizer.release_gradients=true", "all"],
+)
+def test_exact_switches_leave_the_curve_as_it_was(tiny: Tiny, switch: str, mode: str) -> None:
+    switches = [
+        "train.chunked_loss=true",
+        "model.gradient_checkpointing=true",
+        "optimizer.release_gradients=true",
+    ]
+    chosen = switches if switch == "all" else [switch]
+    plain = losses(tiny(*SHORT, f"poet.mode={mode}", run_dir="plain"))
+    assert losses(tiny(*SHORT, f"poet.mode={mode}", *chosen)) == pytest.approx(plain, rel=2e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("optimizer.state_dtype=bfloat16",),
+        ("optimizer.state_dtype=int8",),
+        ("optimizer.name=smmf",),
+        ("optimizer.name=hfac",),
+        ("optimizer.state_dtype=int8", "optimizer.release_gradients=true", "train.chunked_loss=true"),
+    ],
+)
+def test_small_state_learns_and_resumes_bitwise(tiny: Tiny, settings: tuple[str, ...]) -> None:
+    whole = losses(tiny(*SHORT, *settings, run_dir="whole"))
+    assert whole[-1] < whole[0] - 0.05
+    parts = tiny(*SHORT, *settings, "train.checkpoint_every=4", run_dir="parts")
+    train(parts)
+    (parts.directory / "checkpoints" / "step-00000012" / "manifest.json").unlink()
+    assert losses(parts, resume=True) == whole
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimizer.release_gradients=true", "optimizer.clip=1"], "set optimizer.clip=null"),
+        (["optimizer.state_dtype=int8", "optimizer.name=sgd"], "is AdamW's"),
+        (["optimizer.state_dtype=int4"], "optimizer.state_dtype"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_recipe("demo", overrides)
+
+
+def test_released_gradients_cannot_be_accumulated(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match="accumulation_steps=2"):
+        train(tiny(*SHORT, "optimizer.release_gradients=true", "train.micro_batch_size=2"))
