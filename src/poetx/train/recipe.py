@@ -192,8 +192,8 @@ class OptimizerRecipe:
             )
         if self.release_gradients and self.clip:
             raise UserError(
-                f"optimizer.release_gradients with optimizer.clip={self.clip:g}: the norm over all gradients is not known "
-                "while some are released during backward; set optimizer.clip=null"
+                f"optimizer.release_gradients with optimizer.clip={self.clip:g}: the norm over all gradients is not "
+                "known while some are released during backward; set optimizer.clip=null"
             )
         for name in ("betas", "poet_betas"):
             if not all(0 <= beta < 1 for beta in getattr(self, name)):
