@@ -1,0 +1,59 @@
+"""DistributedDataParallel sees ordinary parameters, and every rank folds alike without talking."""
+
+import tempfile
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from conftest import relative_error
+from poetx import PoetConfig, convert_, merge_every, param_groups
+
+
+def build():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(11, 20), nn.GELU(), nn.Linear(20, 7))
+    convert_(model, PoetConfig(block_size=4, mode="mem", init="normalized"))
+    return model
+
+
+def train(model, batches):
+    optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3, poet_lr=1e-2))
+    merge_every(optimizer, model, steps=2)
+    for x in batches:
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def batches():
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(8, 11, generator=generator) for _ in range(5)]
+
+
+def rank(index, directory):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=index, world_size=2)
+    torch.manual_seed(index)  # merging must not depend on the global generator
+    model = build()
+    torch.randn(index + 1)
+    train(DistributedDataParallel(model), [x[index * 4 : index * 4 + 4] for x in batches()])
+    torch.save(model.state_dict(), f"{directory}/{index}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_stay_identical_and_follow_one_process():
+    with tempfile.TemporaryDirectory() as directory:
+        mp.spawn(rank, args=(directory,), nprocs=2)
+        first, second = (torch.load(f"{directory}/{index}.pt", weights_only=True) for index in range(2))
+    alone = build()
+    train(alone, batches())
+    assert first["0.merge_count"] == 2
+    for name, value in alone.state_dict().items():
+        assert torch.equal(first[name], second[name]), name
+        if value.is_floating_point() and value.numel() > 1:
+            assert relative_error(first[name], value) < 1e-4, name
+        else:
+            torch.testing.assert_close(first[name], value)
