@@ -80,11 +80,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, start: int, rows: int, dtype: torch.dtype) -> Tensor:
-    """Rounded to x's dtype first, as the head itself would give them."""
-    logits = x @ weight[start : start + rows].to(x.dtype).T
-    if bias is not None:
-        logits += bias[start : start + rows].to(x.dtype)
-    return logits.to(dtype, copy=True) if dtype == x.dtype else logits.to(dtype)
+    """Rounded to x's dtype first, as the head itself would give them; a fresh tensor."""
+    W = weight[start : start + rows].to(x.dtype)
+    logits = x @ W.T if bias is None else torch.addmm(bias[start : start + rows].to(x.dtype), x, W.T)
+    return logits.to(dtype)
 
 
 def chunked_cross_entropy(

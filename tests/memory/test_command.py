@@ -1,0 +1,82 @@
+"""The command as a user types it."""
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from poetx import UserError
+from poetx.memory.command import bar, register
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def app():
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    register(app)
+    return app
+
+
+@pytest.fixture
+def config(tmp_path):
+    values = {"model_type": "llama", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128}
+    values |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    return str(tmp_path)
+
+
+def test_table_bar_and_batch(app, config):
+    result = runner.invoke(
+        app,
+        [
+            "memory",
+            "--model",
+            config,
+            "--compare",
+            "adamw,mem",
+            "--block-size",
+            "32",
+            "--seq-len",
+            "64",
+            "--gpu",
+            "0.01",
+        ],
+    )
+    assert result.exit_code == 0, result.exception
+    for word in ("adamw", "mem", "activations", "of rotations", "peak", "█", "on 0.01 GB", "fits, up to batch"):
+        assert word in result.stdout
+
+
+def test_json_and_plot(app, config, tmp_path):
+    args = ["memory", "--model", config, "--mode", "mem", "--block-size", "32", "--stack", "--json"]
+    result = runner.invoke(app, [*args, "--plot", str(tmp_path / "deep" / "a.png")])
+    document = json.loads(result.stdout)
+    (estimate,) = document["estimates"]
+    assert estimate["peak"] == sum(estimate["categories"].values())
+    assert estimate["setup"]["optimizer_state"] == "int8"
+    assert (tmp_path / "deep" / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--mode", "adam"], "method='adam'"),
+        (["--compare", "adamw,adamww"], "did you mean 'adamw'"),
+        (["--model", "nowhere"], "nowhere: no such shape"),
+        (["--gpu", "-3"], "gpu=-3.0"),
+        (["--plot", "a.gif"], "must end in .png"),
+        (["--mode", "muon", "--optimizer-state", "int8"], "optimizer_state=int8"),
+    ],
+)
+def test_mistakes_are_one_line(app, args, words):
+    result = runner.invoke(app, ["memory", *args])
+    assert isinstance(result.exception, UserError)
+    assert words in str(result.exception)
+    assert "\n" not in str(result.exception)
+
+
+def test_bar_is_as_long_as_its_sum():
+    assert bar({"frozen": 10, "trainable": 1, "gradient": 1, "optimizer": 0}, 1 / 3).count("█") == 4
