@@ -147,29 +147,22 @@ def _refusal(name: str, module: nn.Module, config: PoetConfig, shared: set[int])
     return None
 
 
-def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionReport:
-    """Replace the linear layers of ``model`` by :class:`PoetLinear`, in place.
+@dataclass(frozen=True)
+class Targets:
+    """The linear layers that a config reaches: by first name, every place each stands in, and why others are not."""
 
-    Takes exact ``nn.Linear`` modules and ``transformers`` ``Conv1D``; everything else that holds a matrix is in
-    the report's ``skipped`` with the reason. Tied weights, frozen weights and the output layer of a
-    ``transformers`` model stay as they are. With ``config.init == "keep"`` the model's function is preserved.
-    Memory: one layer is copied at a time. Works on the meta device.
+    layers: dict[str, nn.Module]
+    places: dict[nn.Module, list[str]]
+    reasons: dict[nn.Module, str]
+
+
+def find_targets(model: nn.Module, config: PoetConfig) -> Targets:
+    """Which layers of ``model`` to rotate: ``nn.Linear`` and ``Conv1D`` within the config's patterns.
 
     Raises:
-        UserError: nothing matches ``target_modules``; the model is already converted; a targeted layer is
-            float16. The model is then unchanged.
+        UserError: none is left, or one of them is float16.
     """
-    config = config or PoetConfig()
     _check_patterns(config)
-    if isinstance(model, nn.Linear) or _is_conv1d(model):
-        raise UserError(
-            "convert_ replaces layers inside a model; for a single layer use PoetLinear.from_linear, or wrap it "
-            "in nn.Sequential"
-        )
-    if next(poet_layers(model), None) is not None:
-        raise UserError("the model is already converted; poetx.to_dense_(model) undoes that")
-
-    total = sum(p.numel() for p in model.parameters())
     places: dict[nn.Module, list[str]] = defaultdict(list)
     owners: dict[int, set[int]] = defaultdict(set)
     for name, module in model.named_modules(remove_duplicate=False):
@@ -180,7 +173,7 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
     head = _output_layer(model)
 
     reasons: dict[nn.Module, str] = {}
-    targets: list[nn.Module] = []
+    layers: dict[str, nn.Module] = {}
     linears = [m for m in places if type(m) is nn.Linear or _is_conv1d(m)]
     matched = False
     for module in linears:
@@ -195,23 +188,47 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
         else:
             matched = True
             reason = _refusal(name, module, config, shared)
-        if reason is None:
-            if module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-                raise UserError(
-                    f"{name}: {module.weight.dtype} is not supported (its range needs loss scaling); convert the "
-                    "model to bfloat16 or float32 first"
-                )
-            targets.append(module)
-        else:
+        if reason is not None:
             reasons[module] = reason
-    if not targets:
+        elif module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+            raise UserError(
+                f"{name}: {module.weight.dtype} is not supported (its range needs loss scaling); convert the "
+                "model to bfloat16 or float32 first"
+            )
+        else:
+            layers[name] = module
+    if not layers:
         _raise_no_match(config, [places[m][0] for m in linears], [reasons[m] for m in linears] if matched else [])
+    return Targets(layers, dict(places), reasons)
 
+
+def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionReport:
+    """Replace the linear layers of ``model`` by :class:`PoetLinear`, in place.
+
+    Takes exact ``nn.Linear`` modules and ``transformers`` ``Conv1D``; everything else that holds a matrix is in
+    the report's ``skipped`` with the reason. Tied weights, frozen weights and the output layer of a
+    ``transformers`` model stay as they are. With ``config.init == "keep"`` the model's function is preserved.
+    Memory: one layer is copied at a time. Works on the meta device.
+
+    Raises:
+        UserError: nothing matches ``target_modules``; the model is already converted; a targeted layer is
+            float16. The model is then unchanged.
+    """
+    config = config or PoetConfig()
+    if isinstance(model, nn.Linear) or _is_conv1d(model):
+        raise UserError(
+            "convert_ replaces layers inside a model; for a single layer use PoetLinear.from_linear, or wrap it "
+            "in nn.Sequential"
+        )
+    if next(poet_layers(model), None) is not None:
+        raise UserError("the model is already converted; poetx.to_dense_(model) undoes that")
+
+    total = sum(p.numel() for p in model.parameters())
+    found = find_targets(model, config)
     converted = []
-    for module in targets:
-        name = places[module][0]
+    for name, module in found.layers.items():
         layer = PoetLinear.from_linear(module, config=config, name=name)
-        for place in places[module]:
+        for place in found.places[module]:
             parent, _, child = place.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
         note = "one matrix holding several: its output blocks mix them" if _FUSED.search(name) else ""
@@ -229,7 +246,7 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
     rotations = sum(layer.rotation_parameters for layer in converted)
     return ConversionReport(
         converted=tuple(converted),
-        skipped=tuple(_skipped(model, reasons)),
+        skipped=tuple(_skipped(model, found.reasons)),
         rotation_parameters=rotations,
         trainable_parameters=rotations + sum(p.numel() for p in _trainable_base(model)),
         total_parameters=total,
