@@ -1,7 +1,7 @@
 """Predicted peak memory against every published cell, the table of targets, and a sweep of the sequence length.
 
     python -m benchmarks.memory published targets batches sequences --out benchmarks/results/memory.jsonl
-    python -m benchmarks.memory render --out benchmarks/results/memory.jsonl     (writes docs/memory-*.md and .png)
+    python -m benchmarks.memory render --out benchmarks/results/memory.jsonl     (docs/memory.md and its plot)
 
 Appends one JSON line a prediction, so that an interrupted run keeps what it has; ``render`` takes the newest line of
 each cell. Nothing here needs a GPU.
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import append, provenance
+from benchmarks.record import RESULTS, append, provenance
 from poetx.memory import GIB, TrainingSetup, estimate_memory, full_stack, largest_batch, paper
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -166,6 +166,7 @@ def render(path: Path) -> None:
         "targets": _target_table,
         "batches": _batch_table,
         "sequences": _sequence_table,
+        "stack": _stack_table,
     }
     for name, table in tables.items():
         start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
@@ -222,6 +223,17 @@ def _sequence_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
     for seq_len in SWEEP:
         cells = [found.get(f"{name} {seq_len}") for name in SWEEP_SETUPS]
         lines.append(f"| {seq_len} | " + " | ".join(f"{c['predicted_gib']:.2f}" if c else "–" for c in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _stack_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """From the rows of ``benchmarks.stack``, which lie next to ours."""
+    lines = ["| savings | loss | difference | seconds a step |", "|---|---|---|---|"]
+    path = RESULTS / "stack.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        row = json.loads(line)
+        figures = f"{row['validation_loss']:.4f} | {row['difference']:+.4f} | {row['seconds_a_step']:.2f}"
+        lines.append(f"| {row['variant']} | {figures} |")
     return "\n".join(lines) + "\n"
 
 

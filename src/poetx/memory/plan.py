@@ -77,4 +77,5 @@ def _next_guess(points: dict[int, int], low: int, high: int, budget: int) -> int
     a, b = sorted(sorted(points, key=lambda batch: abs(points[batch] - budget))[:2])
     slope = (points[b] - points[a]) / (b - a)
     line = int(a + (budget - points[a]) / slope) if slope > 0 else high - 1
-    return min(max(line, low + 1), high - 1)
+    # Not far beyond what fits: where another phase holds the peak, the line is flat and means nothing.
+    return min(max(line, low + 1), 4 * low, high - 1)
