@@ -9,7 +9,17 @@ import poetx
 
 ROOT = Path(poetx.__file__).parent
 #: Lower may not import higher.
-LEVELS = {"errors": 0, "config": 1, "ops": 2, "layer": 3, "convert": 4, "merge": 5, "optim": 5, "spectra": 5}
+LEVELS = {
+    "errors": 0,
+    "config": 1,
+    "ops": 2,
+    "layer": 3,
+    "convert": 4,
+    "merge": 5,
+    "optim": 5,
+    "spectra": 5,
+    "single_step": 5,
+}
 LEVELS |= {"memory": 6, "stack": 6, "train": 7, "report": 8, "cli": 9}
 
 

@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from poetx.layer import PoetLinear
     from poetx.merge import MergeHandle, MergeReport, merge_, merge_every
     from poetx.optim import param_groups
+    from poetx.single_step import POETX
     from poetx.spectra import LayerSpectrum, spectrum
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "POETX",
     "ConversionReport",
     "LayerSpectrum",
     "MergeHandle",
@@ -41,6 +43,7 @@ _HOMES = {
     "layer": ("PoetLinear",),
     "merge": ("MergeHandle", "MergeReport", "merge_", "merge_every"),
     "optim": ("param_groups",),
+    "single_step": ("POETX",),
     "spectra": ("LayerSpectrum", "spectrum"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -29,7 +29,7 @@ def full_precision_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def _left_rotate(W_FC: Tensor, E_KBB: Tensor) -> Tensor:
+def left_rotate(W_FC: Tensor, E_KBB: Tensor) -> Tensor:
     """``W + Diag(E_1 … E_K)ᵀ · W`` along the rows of W [F, C]; the last block is cut where F ends."""
     block_size = E_KBB.shape[-1]
     full = W_FC.shape[0] // block_size
@@ -62,9 +62,9 @@ def fold(
     with full_precision_products():
         m, n = weight.shape
         E_in = cayley_delta(q_in.to(dtype), size=n, block_size=block_size_in, order=order)
-        W = _left_rotate(weight.to(dtype).T, E_in.transpose(1, 2)).T
+        W = left_rotate(weight.to(dtype).T, E_in.transpose(1, 2)).T
         del E_in
-        return _left_rotate(W, cayley_delta(q_out.to(dtype), size=m, block_size=block_size_out, order=order))
+        return left_rotate(W, cayley_delta(q_out.to(dtype), size=m, block_size=block_size_out, order=order))
 
 
 def stochastic_round_(target: Tensor, value: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,250 @@
+"""POETX: the gradient at the identity, the fold, the partitions, and an optimizer as torch users know them."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import TOLERANCE, random_skew, relative_error
+from poetx import POETX, UserError
+from poetx.ops.cayley import cayley, unpack_skew
+from poetx.ops.reference import EXACT, block_diagonal
+from poetx.single_step import orthogonalise, partition, skew_gradient, turned
+from test_convert import gpt2, llama, mlp
+
+SIZES = [(12, 8, 4), (7, 13, 5), (10, 6, 16), (1, 9, 4)]
+
+
+def orders(m, n, kind):
+    block = {"m": m, "n": n}
+    return {
+        side: partition(kind, 1, block[letter], 3, seed=0, name=side, draw=0)
+        for side, letter in (("out", "m"), ("in", "n"))
+    }
+
+
+def dense_rotation(q, size, block_size, order):
+    """Πᵀ·Diag(G)·Π as a [size, size] matrix that acts on coordinates in their own order."""
+    D = block_diagonal(cayley(q, size=size, block_size=block_size, order=EXACT), size)
+    result = torch.zeros_like(D)
+    return result.index_put((order[:, None], order[None]), D)
+
+
+@pytest.mark.parametrize("kind", ["structured", "random"])
+@pytest.mark.parametrize(("m", "n", "b"), SIZES)
+def test_gradient_at_the_identity_is_autograds(m, n, b, kind):
+    W = torch.randn(m, n, dtype=torch.float64, requires_grad=True)
+    x, target = torch.randn(20, n, dtype=torch.float64), torch.randn(20, m, dtype=torch.float64)
+
+    def loss(weight):
+        return (x @ weight.T - target).tanh().square().sum()
+
+    (dW,) = torch.autograd.grad(loss(W), W)
+    order = orders(m, n, kind)
+    for side, size in (("out", m), ("in", n)):
+        block = min(b, size)
+        q = torch.zeros(-(-size // block), block * (block - 1) // 2, dtype=torch.float64, requires_grad=True)
+        rotation = dense_rotation(q, size, block, order[side])
+        weight = rotation @ W.detach() if side == "out" else W.detach() @ rotation
+        got = skew_gradient(W.detach(), dW, side, order[side], block)
+        if q.numel():
+            assert relative_error(got, torch.autograd.grad(loss(weight), q)[0]) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("kind", ["structured", "random"])
+@pytest.mark.parametrize(("m", "n", "b"), SIZES)
+def test_turned_is_the_product_with_the_rotation(m, n, b, kind):
+    W = torch.randn(m, n, dtype=torch.float64)
+    order = orders(m, n, kind)
+    for side, size in (("out", m), ("in", n)):
+        block = min(b, size)
+        q = random_skew(size, block)
+        rotation = dense_rotation(q, size, block, order[side])
+        got = turned(W, unpack_skew(q, size, block), side, order[side])
+        assert relative_error(got, rotation @ W if side == "out" else W @ rotation) < TOLERANCE[torch.float64]
+
+
+def test_orthogonalise_gives_skew_matrices_with_singular_values_near_one():
+    q = torch.randn(3, 16 * 15 // 2)
+    O = orthogonalise(unpack_skew(q, 48, 16))  # noqa: E741
+    assert torch.equal(O, -O.mT)
+    values = torch.linalg.svdvals(O)
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+    assert orthogonalise(torch.zeros(1, 4, 4)).eq(0).all()
+
+
+@pytest.mark.parametrize("size", [12, 13, 64])
+def test_structured_partitions_connect_every_pair_within_two_blocks(size):
+    block = 8
+    together = []
+    for index in range(2):
+        order = partition("structured", index, size, block, seed=0, name="x", draw=0)
+        assert sorted(order.tolist()) == list(range(size))
+        block_of = torch.empty(size, dtype=torch.int64)
+        block_of[order] = torch.arange(size) // block
+        together.append((block_of[:, None] == block_of[None]).long())
+    reach = together[0] @ together[1]  # first through a contiguous block, then through a strided one
+    assert (reach > 0).all()
+    assert not (together[0] > 0).all()
+
+
+def test_random_partitions_depend_on_name_and_draw_only():
+    first = partition("random", 0, 50, 8, seed=0, name="a", draw=0)
+    assert torch.equal(first, partition("random", 0, 50, 8, seed=0, name="a", draw=0))
+    for other in ({"name": "b"}, {"draw": 1}, {"seed": 1}):
+        assert not torch.equal(first, partition("random", 0, 50, 8, **({"seed": 0, "name": "a", "draw": 0} | other)))
+
+
+def problem(dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    teacher = nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 16)).to(dtype)
+    model = nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 16)).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in (model[0], model[2]):  # the same spectrum as the teacher's, turned at random
+            other = teacher[0] if layer is model[0] else teacher[2]
+            U, _ = torch.linalg.qr(torch.randn(layer.out_features, layer.out_features, generator=generator))
+            V, _ = torch.linalg.qr(torch.randn(layer.in_features, layer.in_features, generator=generator))
+            layer.weight.copy_((U @ other.weight.float() @ V).to(dtype))
+    x = torch.randn(64, 24, generator=generator).to(dtype)
+    return model, x, teacher(x).detach()
+
+
+def train(model, x, y, optimizer, steps):
+    losses = []
+    for _ in range(steps):
+        loss = (model(x) - y).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+VARIANTS = [
+    {"rule": "ortho"},
+    {"rule": "ortho", "alternate": False, "angle": 0.005},
+    {"rule": "adam", "angle": 0.004},
+    {"rule": "ortho", "partitions": 1},
+    {"rule": "ortho", "partitions": 3},
+    {"rule": "ortho", "partition_kind": "random"},
+    {"rule": "ortho", "partition_kind": "random", "partitions": 1, "resample_every": 7},
+    {"rule": "adam", "partition_kind": "random", "resample_every": 7, "angle": 0.004},
+]
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+def test_it_learns_and_the_singular_values_stay(settings):
+    model, x, y = problem()
+    start = [torch.linalg.svdvals(model[i].weight.detach().double()) for i in (0, 2)]
+    optimizer = POETX(model, lr=3e-3, block_size=8, **({"angle": 0.02} | settings))
+    losses = train(model, x, y, optimizer, 150)
+    assert losses[-1] < 0.5 * losses[0]
+    for i, values in zip((0, 2), start, strict=True):
+        now = torch.linalg.svdvals(model[i].weight.detach().double())
+        assert ((now - values).abs() / values).median() < 1e-5
+
+
+def test_bfloat16_weights_keep_their_spectrum():
+    model, x, y = problem(torch.bfloat16)
+    start = torch.linalg.svdvals(model[0].weight.detach().double())
+    losses = train(model, x, y, POETX(model, lr=3e-3, block_size=8, angle=0.015), 300)
+    assert losses[-1] < 0.6 * losses[0]
+    now = torch.linalg.svdvals(model[0].weight.detach().double())
+    assert ((now - start).abs() / start).median() < 6e-3
+    assert abs(now.norm() / start.norm() - 1) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+def test_save_load_continue_is_bitwise(settings, dtype):
+    def start():
+        model, x, y = problem(dtype)
+        return model, x, y, POETX(model, lr=3e-3, block_size=8, **({"angle": 0.02} | settings))
+
+    model, x, y, optimizer = start()
+    want = train(model, x, y, optimizer, 12)
+    model, x, y, optimizer = start()
+    got = train(model, x, y, optimizer, 5)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    model, x, y, optimizer = start()
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    assert got + train(model, x, y, optimizer, 7) == want
+
+
+def test_a_stack_of_matrices_is_turned_like_its_matrices():
+    matrices = torch.randn(3, 12, 8)
+    stack = nn.Parameter(matrices.clone())
+    single = [nn.Parameter(m.clone()) for m in matrices]
+    target = torch.randn(3, 12, 8)
+    together = POETX([{"params": [stack], "lr": 0.01, "rotate": True}], block_size=4)
+    apart = POETX([{"params": single, "lr": 0.01, "rotate": True}], block_size=4)
+    for _ in range(4):
+        (stack - target).square().sum().backward()
+        sum((p - t).square().sum() for p, t in zip(single, target, strict=True)).backward()
+        for optimizer in (together, apart):
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(stack.detach(), torch.stack([p.detach() for p in single]))
+
+
+@pytest.mark.parametrize("build", [llama, gpt2, mlp])
+def test_a_model_is_taken_as_it_is(build):
+    model = build()
+    optimizer = POETX(model, block_size=16)
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    covered = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(covered) == sorted(id(p) for p in model.parameters())
+    assert all(p.ndim == 2 for p in groups["rotated"]["params"])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    x = torch.randn(2, 11) if build is mlp else torch.zeros(2, 4, dtype=torch.int64)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    out = model(x)
+    (out if build is mlp else out.logits).square().sum().backward()
+    optimizer.step()
+    scheduler.step()
+    assert groups["rotated"]["lr"] == 0.006
+    moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert any("weight" in name for name in moved)
+
+
+def test_state_is_a_sixteenth_at_8b_shapes():
+    """b(m+n)/2 numbers a partition beside AdamW's 2mn, for one Llama-8B layer on the meta device."""
+    shapes = [(4096, 4096)] * 4 + [(14336, 4096)] * 2 + [(4096, 14336)]
+    params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
+    for partitions, share in ((1, 0.04), (2, 0.08)):
+        optimizer = POETX([{"params": params, "rotate": True}], lr=0.01, partitions=partitions)
+        numbers = sum(
+            -(-move.size // move.block_size) * move.block_size * (move.block_size - 1) // 2
+            for p in params
+            for move in optimizer._moves(p)
+        )
+        assert numbers / sum(2 * p.numel() for p in params) < share
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rule": "muon"}, "rule='muon': must be one of ortho, adam"),
+        ({"partitions": 0}, "partitions=0: must be a whole number"),
+        ({"angle": 0.7}, "angle=0.7: radians"),
+        ({"block_size": 1}, "block_size=1"),
+        ({"resample_every": 5}, "structured partitions are fixed"),
+        ({"target_modules": ("nothing",)}, "matches no linear layer"),
+    ],
+)
+def test_refusals(settings, message):
+    with pytest.raises(UserError, match=message):
+        POETX(mlp(), **settings)
+
+
+def test_more_refusals():
+    with pytest.raises(UserError, match="nothing would be rotated"):
+        POETX([{"params": [nn.Parameter(torch.zeros(3, 3))]}])
+    with pytest.raises(UserError, match=r"shape \(3,\)"):
+        POETX([{"params": [nn.Parameter(torch.zeros(3))], "rotate": True}])
+    with pytest.raises(UserError, match="takes no closure"):
+        POETX(mlp(), block_size=4).step(lambda: 0.0)
