@@ -1,0 +1,43 @@
+"""8-bit optimizers of other libraries on our parameter groups, where they are installed."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import poetx
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
+def test_torchao_merges_saves_and_continues(name):
+    optim = pytest.importorskip("torchao.optim")
+
+    def build(model):
+        optimizer = getattr(optim, name)(poetx.param_groups(model, lr=1e-3, poet_lr=1e-3))
+        return optimizer, poetx.merge_every(optimizer, model, steps=4)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 128, bias=False))
+    poetx.convert_(model, poetx.PoetConfig(block_size=128))
+    (rotation, _), (optimizer, handle) = model[0].rotations, build(model)
+    x = torch.randn(8, 128)
+
+    def step(model, optimizer):
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(model, optimizer)
+    step(model, optimizer)
+    assert rotation.numel() >= 4096
+    twin = copy.deepcopy(model)
+    other, _ = build(twin)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    step(model, optimizer)
+    step(twin, other)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+    step(model, optimizer)
+    assert handle.merges == 1
+    assert rotation not in optimizer.state
