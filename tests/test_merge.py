@@ -244,3 +244,4 @@ def test_merge_reports_the_angle_and_warns_where_the_series_fails(caplog):
     assert report.series_error == pytest.approx(0.5**4, rel=1e-2)
     assert report.norm_drift < 1e-5
     assert "2: rotations reached an angle of 0.50" in caplog.text
+    assert "use neumann_order=7" in caplog.text

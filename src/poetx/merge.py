@@ -77,13 +77,15 @@ def _report(layers: Mapping[str, PoetLinear], stats: list[FoldStats]) -> MergeRe
     worst, moved = int(errors.argmax()), int((ratios - 1).abs().argmax())
     largest = int(angles.argmax())
     if errors[worst] > _SERIES_ERROR:
+        remedy = "neumann_order=7" if orders[worst] == 3 else "neumann_order='exact'"
         logger.warning(
             "%s: rotations reached an angle of %.2f, where the order-%d series is off by %.1f %%; merge more "
-            "often, lower poet_lr, or use neumann_order=7",
+            "often, lower poet_lr, or use %s",
             names[worst],
             angles[worst],
             orders[worst],
             100 * errors[worst],
+            remedy,
         )
     return MergeReport(
         angle=float(angles[largest]),
