@@ -57,6 +57,10 @@ BATCHES: dict[str, TrainingSetup] = {
     "AdamW bf16": TrainingSetup(method="adamw"),
     "POET-X fast": paper(method="fast"),
     "POET-X mem": paper(),
+    "POET-X mem, 8-bit state": paper(optimizer_state="int8"),
+    "AdamW mixed, chunked loss": TrainingSetup(method="adamw-mixed", chunked_loss=True),
+    "AdamW bf16, chunked loss": TrainingSetup(method="adamw", chunked_loss=True),
+    "POET-X mem, chunked loss": paper(chunked_loss=True),
     "AdamW mixed, checkpointing and chunked loss": TrainingSetup(method="adamw-mixed", **_CHECKPOINTED),
     "AdamW bf16, checkpointing and chunked loss": TrainingSetup(method="adamw", **_CHECKPOINTED),
     "POET-X mem, checkpointing and chunked loss": paper(**_CHECKPOINTED),
@@ -87,24 +91,29 @@ def predict(kind: str, name: str, model: str, setup: TrainingSetup) -> dict[str,
     }
 
 
-def published() -> Iterator[dict[str, Any]]:
+def published(done: set[str]) -> Iterator[dict[str, Any]]:
     for (method, block_size), cells in PUBLISHED.items():
         for index, reported in enumerate(cells):
             model, seq_len = SIZES[index // 3], LENGTHS[index % 3]
             setup = paper(method=method, seq_len=seq_len, **({"block_size": block_size} if block_size else {}))
             name = f"{method} {block_size or ''}".strip() + f" {model} {seq_len}"
+            if name in done:
+                continue
             row = predict("published", name, model, setup)
             error = None if reported is None else round(100 * (row["predicted_gib"] / reported - 1), 1)
             yield row | {"published_gib": reported, "error_percent": error}
 
 
-def targets() -> Iterator[dict[str, Any]]:
+def targets(done: set[str]) -> Iterator[dict[str, Any]]:
     for name, (model, setup, limit) in TARGETS.items():
-        yield predict("target", name, model, setup) | {"at_most_gib": limit}
+        if name not in done:
+            yield predict("target", name, model, setup) | {"at_most_gib": limit}
 
 
-def batches() -> Iterator[dict[str, Any]]:
+def batches(done: set[str]) -> Iterator[dict[str, Any]]:
     for name, setup in BATCHES.items():
+        if name in done:
+            continue
         limit = largest_batch("llama-1b-12", setup, 24)
         yield {
             "benchmark": "memory-batch",
@@ -117,9 +126,11 @@ def batches() -> Iterator[dict[str, Any]]:
         }
 
 
-def sequences() -> Iterator[dict[str, Any]]:
+def sequences(done: set[str]) -> Iterator[dict[str, Any]]:
     for name, setup in SWEEP_SETUPS.items():
         for seq_len in SWEEP:
+            if f"{name} {seq_len}" in done:
+                continue
             row = predict("sequence", f"{name} {seq_len}", "llama-8b", setup.replace(seq_len=seq_len))
             yield row | {"seq_len": seq_len, "line": name}
 
@@ -131,13 +142,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="+", choices=[*KINDS, "render"])
     parser.add_argument("--out", type=Path, required=True, help="JSON lines: appended to, or rendered")
+    parser.add_argument("--missing", action="store_true", help="leave out cells that the file has already")
     args = parser.parse_args()
     origin = provenance(torch.device("cpu"))
     for what in args.what:
         if what == "render":
             render(args.out)
             continue
-        for row in KINDS[what]():
+        done = {cell for cells in read(args.out).values() for cell in cells} if args.missing else set()
+        for row in KINDS[what](done):
             append(args.out, [row | origin])
             shown = (
                 row.get("predicted_gib"),
