@@ -29,25 +29,13 @@ def config(tmp_path):
 
 
 def test_table_bar_and_batch(app, config):
-    result = runner.invoke(
-        app,
-        [
-            "memory",
-            "--model",
-            config,
-            "--compare",
-            "adamw,mem",
-            "--block-size",
-            "32",
-            "--seq-len",
-            "64",
-            "--gpu",
-            "0.01",
-        ],
-    )
-    assert result.exit_code == 0, result.exception
-    for word in ("adamw", "mem", "activations", "of rotations", "peak", "█", "on 0.01 GB", "fits, up to batch"):
-        assert word in result.stdout
+    shared = ["memory", "--model", config, "--seq-len", "64"]
+    table = runner.invoke(app, [*shared, "--compare", "adamw,mem", "--block-size", "64"])
+    assert table.exit_code == 0, table.exception
+    for word in ("adamw", "mem", "activations", "of rotations", "peak", "█"):
+        assert word in table.stdout
+    card = runner.invoke(app, [*shared, "--mode", "adamw", "--gpu", "0.01"])
+    assert "adamw on 0.01 GB: fits, up to batch" in card.stdout
 
 
 def test_json_and_plot(app, config, tmp_path):

@@ -14,10 +14,9 @@ from poetx.memory.plan import search
 @pytest.mark.parametrize(
     "setup",
     [
-        paper(method="mem", base_optimizer="hfac"),
         TrainingSetup(method="adamw"),
         TrainingSetup(method="muon"),
-        full_stack(method="fast"),
+        full_stack(base_optimizer="hfac"),
     ],
     ids=lambda setup: f"{setup.method}-{setup.base_optimizer}-{setup.optimizer_state}",
 )
@@ -103,7 +102,7 @@ def test_search_finds_the_edge(base, slope, budget):
 
 
 def test_largest_batch_fits_and_one_more_does_not():
-    setup = paper(block_size=32, seq_len=64)
+    setup = TrainingSetup(method="adamw", seq_len=64)
     limit = largest_batch(config(1), setup, 0.01)
     assert limit.batch_size >= 1
     assert limit.at_limit.peak <= limit.budget < limit.beyond.peak
