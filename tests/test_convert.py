@@ -174,8 +174,14 @@ def test_everything_left_out_is_named_with_its_reason():
     frozen = nn.Linear(4, 4).requires_grad_(False)
     hooked = nn.Linear(4, 4)
     hooked.register_forward_hook(lambda *_: None)
+    wrapped = nn.Linear(4, 4)
+    wrapped.forward = lambda x: 3 * x
+    pre_hooked = nn.Linear(4, 4)
+    pre_hooked.register_full_backward_pre_hook(lambda *_: None)
     model = nn.ModuleDict(
         {
+            "wrapped": wrapped,
+            "pre_hooked": pre_hooked,
             "experts": Experts(),
             "attention": nn.MultiheadAttention(4, 2),
             "convolution": nn.Conv1d(4, 4, 3),
@@ -198,6 +204,8 @@ def test_everything_left_out_is_named_with_its_reason():
         "convolution.weight": "a convolution",
         "frozen.weight": "frozen",
         "hooked.weight": "hooks",
+        "pre_hooked.weight": "hooks",
+        "wrapped.weight": "forward has been replaced",
         "excluded.weight": "in exclude_modules",
     }.items():
         assert words in reasons.pop(name), name

@@ -10,6 +10,7 @@ from torch import nn
 
 from conftest import TOLERANCE, relative_error
 from poetx import PoetConfig, PoetLinear, UserError
+from poetx.layer import stream
 
 
 def make(mode="fast", *, m=12, n=10, dtype=torch.float32, bias=True, angle=0.2, **config):
@@ -275,3 +276,43 @@ def test_merge_corrects_the_norm_and_reports_what_it_found():
     assert float(stats.angle) > 0
     assert float(layer.base_weight.norm() / layer.base_norm) == pytest.approx(1.0, rel=1e-6)
     assert float(layer.merge_().norm_ratio) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_a_pending_gradient_survives_a_cast():
+    layer = make()
+    layer(torch.randn(2, 10)).sum().backward()
+    layer.bfloat16()
+    assert layer.skew_in.grad.dtype == layer.skew_in.dtype == torch.float32
+    assert layer.base_norm.dtype == torch.float64
+    layer(torch.randn(2, 10).bfloat16()).sum().backward()
+    torch.optim.AdamW(layer.rotations).step()
+
+
+def test_default_device_does_not_leak_in():
+    layer = make()
+    with torch.device("meta"):
+        layer.merge_()
+    assert layer.base_weight.device.type == layer.perm_in.device.type == "cpu"
+    assert layer.merge_count.item() == 1
+
+
+def test_rounding_noise_differs_from_merge_to_merge():
+    config = PoetConfig(block_size=4, init="normalized")
+    noise = [stream(config.seed, "layer", count, "rounding").initial_seed() for count in range(3)]
+    assert len(set(noise)) == 3
+    layer = make(dtype=torch.bfloat16, m=64, n=64, angle=0)
+    moves = []
+    for _ in range(2):  # the same turn from the same weight, merged as first and as second
+        twin = copy.deepcopy(layer)
+        twin.merge_count.fill_(len(moves))
+        with torch.no_grad():
+            twin.skew_in[0, 0] = 0.1
+        twin.merge_()
+        moves.append(twin.dense_weight().detach())
+    assert not torch.equal(*moves)
+
+
+def test_float64_input_is_left_alone_by_autocast():
+    layer = make(dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(torch.randn(2, 10, dtype=torch.float64)).dtype == torch.float64

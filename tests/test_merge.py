@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from conftest import TOLERANCE, relative_error
 from poetx import PoetConfig, UserError, convert_, merge_, merge_every, param_groups, poet_layers, spectrum
@@ -196,9 +197,10 @@ def test_requires_grad_false_freezes_and_still_merges():
     assert model[0].skew_in.grad is None
 
 
-def test_gradient_scaler_that_skips_a_step_does_not_count_it():
+@pytest.mark.parametrize("name", ["adamw", "adamw-fused"])
+def test_gradient_scaler_that_skips_a_step_does_not_count_it(name):
     model = converted()
-    optimizer = optimizer_for(model)
+    optimizer = optimizer_for(model, name)
     handle = merge_every(optimizer, model, steps=2)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     for bad in (True, False):
@@ -208,6 +210,23 @@ def test_gradient_scaler_that_skips_a_step_does_not_count_it():
         scaler.update()
         optimizer.zero_grad()
     assert handle.steps_since_merge == 1
+
+
+def test_unfreezing_everything_does_not_train_the_frozen_weight():
+    model = converted()
+    model.requires_grad_(True)
+    covered = {id(p) for group in param_groups(model, lr=1e-3, poet_lr=1e-3) for p in group["params"]}
+    assert all(id(layer.base_weight) not in covered for _, layer in poet_layers(model))
+
+
+def test_spectrum_of_a_zero_weight():
+    model = mlp()
+    nn.init.zeros_(model[2].weight)
+    convert_(model, PoetConfig(block_size=4))
+    start = spectrum(model)
+    merge_(model)
+    after = spectrum(model, start)["2"]
+    assert (after.norm_ratio, after.drift_max) == (1.0, 0.0)
 
 
 def test_spectrum_reports_drift_against_a_reference():

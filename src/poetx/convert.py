@@ -142,7 +142,10 @@ def _refusal(name: str, module: nn.Module, config: PoetConfig, shared: set[int])
         return "it has no elements"
     if hasattr(module, "parametrizations"):
         return "parametrized; remove the parametrization first"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if "forward" in vars(module) or hasattr(module, "_hf_hook"):
+        return "its forward has been replaced, which conversion would lose; convert before that"
+    if any(hooks):
         return "it has hooks, which conversion would lose; convert before registering them"
     return None
 

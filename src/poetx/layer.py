@@ -133,7 +133,7 @@ class PoetLinear(nn.Module):
 
     def _draw_permutations(self, merge_count: int) -> tuple[Tensor, Tensor]:
         return tuple(
-            torch.randperm(size, generator=stream(self.config.seed, self.name, merge_count, side))
+            torch.randperm(size, generator=stream(self.config.seed, self.name, merge_count, side), device="cpu")
             for side, size in (("in", self.in_features), ("out", self.out_features))
         )  # type: ignore[return-value]
 
@@ -190,7 +190,7 @@ class PoetLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → y [..., out_features], in autocast's dtype if that is on, else in x's."""
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as nn.Linear does
             x = x.to(torch.get_autocast_dtype(x.device.type))
         elif x.dtype != self.base_weight.dtype:
             raise RuntimeError(
@@ -294,7 +294,9 @@ class PoetLinear(nn.Module):
         floor = getattr(torch, self.config.rotation_dtype)
         for skew, value in zip(self.rotations, before, strict=True):
             if torch.promote_types(skew.dtype, floor) != skew.dtype:
+                grad, skew.grad = skew.grad, None
                 skew.data = value.to(skew.device)
+                skew.grad = None if grad is None else grad.to(skew.dtype)
         if self.base_weight.dtype not in _DTYPES:
             raise UserError(f"{self.name or 'PoetLinear'}: {self.base_weight.dtype} is not supported; use bfloat16")
         return self
@@ -320,7 +322,7 @@ def fresh_weight(config: PoetConfig, out_features: int, in_features: int, name: 
     instead (QR with the signs fixed), all min(m, n) singular values ``init_scale``.
     """
     generator = stream(config.seed, name, 0, "weight")
-    weight = torch.randn(out_features, in_features, generator=generator)
+    weight = torch.randn(out_features, in_features, generator=generator, device="cpu", dtype=torch.float32)
     if config.init == "uniform":
         tall = weight if out_features >= in_features else weight.T
         factor, triangle = torch.linalg.qr(tall)

@@ -122,6 +122,10 @@ class MergeHandle:
             hook.remove()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        # A fused optimizer is stepped by a gradient scaler even where it then does nothing.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and float(found_inf):
+            return
         self.steps_since_merge += 1
         if self.steps_since_merge >= self.steps:
             self.report = merge_(self._model, optimizer)

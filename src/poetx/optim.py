@@ -29,7 +29,9 @@ def param_groups(
         if not value > 0:
             raise UserError(f"{name}={value!r}: must be positive; freeze parameters with requires_grad_(False)")
     rotations = {id(p): p for _, layer in poet_layers(model) for p in layer.rotations if p.requires_grad}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in rotations]
+    frozen = {id(layer.base_weight) for _, layer in poet_layers(model)}  # whatever requires_grad_(True) says
+    taken = frozen | set(rotations)
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
     groups = [
         {"name": "rotations", "params": list(rotations.values()), "lr": poet_lr, "weight_decay": 0.0} | poet_options,
         {"name": "decay", "params": [p for p in rest if p.ndim >= 2], "lr": lr, "weight_decay": weight_decay},
@@ -39,5 +41,5 @@ def param_groups(
     if not groups:
         raise UserError("the model has no parameter that requires a gradient")
     covered = [id(p) for group in groups for p in group["params"]]
-    assert sorted(covered) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert sorted(covered) == sorted(id(p) for p in model.parameters() if p.requires_grad and id(p) not in frozen)
     return groups

@@ -71,7 +71,7 @@ def partition(kind: str, index: int, size: int, block_size: int, *, seed: int, n
         return coordinates
     if kind == "structured" and index == 1:
         return torch.cat([coordinates[start::blocks] for start in range(blocks)])
-    return torch.randperm(size, generator=stream(seed, name, draw, f"partition-{index}"))
+    return torch.randperm(size, generator=stream(seed, name, draw, f"partition-{index}"), device="cpu")
 
 
 class POETX(torch.optim.Optimizer):

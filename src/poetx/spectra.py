@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -53,9 +54,10 @@ def spectrum(model: nn.Module, reference: Mapping[str, LayerSpectrum] | None = N
             if name not in reference or reference[name].singular_values.shape != values.shape:
                 raise UserError(f"{name}: the reference spectrum has no such layer of this size")
             start = reference[name]
-            change = (values - start.singular_values).abs() / start.singular_values
+            # 0/0 is no change; a value that was zero and is not any more has changed without bound.
+            change = ((values - start.singular_values).abs() / start.singular_values).nan_to_num(0.0, posinf=math.inf)
             drift = {
-                "norm_ratio": norm / start.norm,
+                "norm_ratio": norm / start.norm if start.norm else (math.inf if norm else 1.0),
                 "drift_median": float(change.median()),
                 "drift_max": float(change.max()),
             }

@@ -36,9 +36,22 @@ def test_fold_is_float32_for_narrow_weights_and_leaves_settings_alone():
         assert fold(weight, q, q, block_size_in=4, block_size_out=4).dtype == torch.float32
         assert torch.get_float32_matmul_precision() == "medium"
         with full_precision_products():
-            assert torch.get_float32_matmul_precision() == "highest"
+            assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_fold_with_tf32_chosen_by_the_newer_interface():
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        q = random_skew(8, 4, dtype=torch.float32)
+        fold(torch.randn(8, 8), q, q, block_size_in=4, block_size_out=4)
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def test_stochastic_rounding_is_unbiased_and_lands_on_neighbours():

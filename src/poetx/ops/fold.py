@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +20,18 @@ from poetx.ops.reference import EXACT
 
 @contextlib.contextmanager
 def full_precision_products() -> Iterator[None]:
-    """Products of float32 in float32, whatever ``set_float32_matmul_precision`` and autocast say."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Products of float32 in float32, whatever torch's precision settings and autocast say."""
+    # The settings behind both of torch's interfaces: reading the older one raises once the newer has been used.
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    before = [backend.fp32_precision for backend in backends]
     try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def left_rotate(W_FC: Tensor, E_KBB: Tensor) -> Tensor:

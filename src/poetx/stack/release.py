@@ -91,5 +91,5 @@ def release_gradients(
             "backward; use max_norm (each released gradient by its own norm), or do not release gradients"
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    chosen = [p for p in params if id(p) in held and p.requires_grad]
+    chosen = list({id(p): p for p in params if id(p) in held and p.requires_grad}.values())  # tied ones once
     return ReleaseHandle(optimizer, chosen, max_norm)
