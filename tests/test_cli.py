@@ -127,8 +127,8 @@ def test_a_signal_ends_with_its_code_and_says_how_to_go_on(
 
 BAD = {
     "unknown key": (["poet.blok_size=4"], "poet.blok_size: unknown key; did you mean 'block_size'?"),
-    "no text": (["data.train=nowhere.txt"], "data.train=nowhere.txt: no such file or directory"),
-    "empty text": (["data.train=empty.txt"], "data.train=empty.txt: empty"),
+    "no text": (["data.train=nowhere.txt"], "nowhere.txt: no such file or directory"),
+    "empty text": (["data.train=empty.txt"], "empty.txt: empty"),
     "no layer": (["poet.target_modules=[q_porj]"], "q_porj"),
     "block size 0": (["poet.block_size=0"], "poet.block_size=0"),
     "block size -8": (["poet.block_size=-8"], "poet.block_size=-8"),

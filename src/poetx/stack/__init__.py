@@ -3,7 +3,7 @@
 from poetx.stack.adamw import AdamW
 from poetx.stack.checkpointing import checkpoint_layers_
 from poetx.stack.hfac import HFac
-from poetx.stack.loss import chunk_loss_, chunked_cross_entropy
+from poetx.stack.loss import check_head, chunk_loss_, chunked_cross_entropy
 from poetx.stack.release import ReleaseHandle, release_gradients
 from poetx.stack.smmf import SMMF
 
@@ -12,6 +12,7 @@ __all__ = [
     "AdamW",
     "HFac",
     "ReleaseHandle",
+    "check_head",
     "checkpoint_layers_",
     "chunk_loss_",
     "chunked_cross_entropy",

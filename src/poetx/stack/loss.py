@@ -140,6 +140,18 @@ def chunk_loss_(model: nn.Module, *, chunk_bytes: int = _CHUNK_BYTES) -> nn.Modu
     plain = model.forward
     if isinstance(plain, functools.partial) and plain.func is _forward:
         return model
+    check_head(model)
+    # The class's own forward, so that a copy of the model calls the copy's.
+    model.forward = functools.partial(_forward, model, chunk_bytes)  # type: ignore[method-assign]
+    return model
+
+
+def check_head(model: nn.Module) -> None:
+    """Whether this model's logits are its head times its last hidden state, and nothing else.
+
+    Raises:
+        UserError: as :func:`chunk_loss_`.
+    """
     head, base = _parts(model)
     if type(head) is not nn.Linear:
         raise UserError(f"chunked loss: the head is a {type(head).__name__}, not a plain nn.Linear; exclude it")
@@ -152,9 +164,6 @@ def chunk_loss_(model: nn.Module, *, chunk_bytes: int = _CHUNK_BYTES) -> nn.Modu
                 f"chunked loss: {name}={value} of this model's config changes the logits after the head; "
                 "train it with the plain loss"
             )
-    # The class's own forward, so that a copy of the model calls the copy's.
-    model.forward = functools.partial(_forward, model, chunk_bytes)  # type: ignore[method-assign]
-    return model
 
 
 def _parts(model: nn.Module) -> tuple[Any, Any]:

@@ -101,7 +101,7 @@ def save_checkpoint(
             f"{final}: the checkpoint could not be written ({reason}); earlier checkpoints are untouched: "
             "free some space, then continue with --resume"
         ) from None
-    for old in checkpoints(run_dir)[:-keep]:
+    for old in [path for path in checkpoints(run_dir) if step_of(path) <= state.step][:-keep]:
         shutil.rmtree(old)
     return final
 

@@ -79,7 +79,7 @@ def open_corpus(source: str, *, key: str = "data.train") -> Corpus:
     path = Path(source).expanduser()
     if path.is_file():
         _check_not_empty([path], f"{key}={source}")
-        kind: Kind = "jsonl" if path.suffix in _JSONL_SUFFIXES else "file"
+        kind: Kind = "jsonl" if path.suffix.lower() in _JSONL_SUFFIXES else "file"
         return Corpus(source, kind, (path.resolve(),))
     if not path.is_dir():
         raise UserError(f"{key}={source}: no such file or directory")
@@ -91,7 +91,7 @@ def open_corpus(source: str, *, key: str = "data.train") -> Corpus:
     if not files:
         raise UserError(f"{key}={source}: the directory has no files")
     _check_not_empty(files, f"{key}={source}")
-    jsonl = [file for file in files if file.suffix in _JSONL_SUFFIXES]
+    jsonl = [file for file in files if file.suffix.lower() in _JSONL_SUFFIXES]
     if jsonl and len(jsonl) < len(files):
         other = next(file for file in files if file not in jsonl)
         raise UserError(f"{key}={source}: mixes JSONL ({jsonl[0].name}) and other files ({other.name})")
@@ -189,11 +189,13 @@ def _jsonl_documents(path: Path) -> Iterator[Document]:
 def _jsonl_text(line: str, place: str) -> str:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not JSON ({error.msg})") from None
+    except ValueError as error:
+        raise UserError(f"{place}: not JSON ({getattr(error, 'msg', 'a number that is too long')})") from None
     if not isinstance(record, dict) or "text" not in record:
         raise UserError(f'{place}: no "text" field')
     text = record["text"]
     if not isinstance(text, str):
         raise UserError(f'{place}: "text" is {type(text).__name__}, not a string')
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f'{place}: "text" has half a surrogate pair, which is no character')
     return text

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from poetx.errors import UserError
+from poetx.train.checkpoint import find_checkpoint, read_state
 from poetx.train.data import TokenWindows, encode_corpus, prepare_data, window_count
 from poetx.train.export import LoadedModel, load_run
 from poetx.train.loop import evaluate
@@ -37,15 +39,21 @@ def evaluate_run(
     if data is None and loaded.recipe is None:
         raise UserError(f"{run}: an exported model has no validation text of its own; give --data PATH")
     length = seq_len or (loaded.recipe.data.seq_len if loaded.recipe else DEFAULT_SEQ_LEN)
-    windows = _own_windows(loaded, length) if data is None else _other_windows(loaded, data, length)
+    windows = _own_windows(Path(run), loaded, length) if data is None else _other_windows(loaded, data, length)
     loss = evaluate(loaded.model, windows, list(range(len(windows))), batch_size=batch_size, device=loaded.device)
     source = data or "the run's validation text"
     return Evaluation(loss, perplexity(loss), len(windows) * length, length, source, loaded.notes)
 
 
-def _own_windows(loaded: LoadedModel, seq_len: int) -> TokenWindows:
+def _own_windows(run_dir: Path, loaded: LoadedModel, seq_len: int) -> TokenWindows:
     assert loaded.recipe is not None
-    return TokenWindows(prepare_data(loaded.recipe).validation.tokens, seq_len=seq_len)
+    data = prepare_data(loaded.recipe)
+    if data.meta.fingerprint != read_state(find_checkpoint(run_dir)[0]).data_fingerprint:
+        raise UserError(
+            f"{run_dir}: its text ({loaded.recipe.data.train}) or tokenizer has changed since it was trained; "
+            "give --data PATH"
+        )
+    return TokenWindows(data.validation.tokens, seq_len=seq_len)
 
 
 def _other_windows(loaded: LoadedModel, data: str, seq_len: int) -> TokenWindows:

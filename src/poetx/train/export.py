@@ -106,7 +106,7 @@ def rebuild_run(run_dir: Path, device: torch.device) -> RebuiltRun:
     from transformers import AutoTokenizer
 
     checkpoint, notes = find_checkpoint(run_dir)
-    recipe = load_recipe(str(checkpoint))
+    recipe = dataclasses.replace(load_recipe(str(checkpoint)), run_dir=str(run_dir))
     train = dataclasses.replace(recipe.train, dtype=resolve_dtype(recipe.train.dtype, device))
     tokenizer = AutoTokenizer.from_pretrained(run_dir / TOKENIZER_DIR, local_files_only=True)
     model = build_model(
@@ -155,6 +155,10 @@ def generate_text(
     inputs = loaded.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
     if inputs.numel() == 0:
         inputs = torch.tensor([[loaded.tokenizer.eos_token_id]])
+    positions = getattr(loaded.model.config, "max_position_embeddings", None)
+    if positions is not None:  # the end of the prompt, and no more new tokens than there is room for
+        inputs = inputs[:, -max(1, positions - max_new_tokens) :]
+        max_new_tokens = min(max_new_tokens, positions - inputs.shape[1])
     inputs = inputs.to(device=loaded.device, dtype=torch.long)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:

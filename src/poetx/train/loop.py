@@ -131,10 +131,10 @@ def _run(trainer: Trainer, stop: StopRequest) -> None:
             _validate(trainer, started)
         if trainer.start_spectrum and settings.spectrum_every and (last or state.step % settings.spectrum_every == 0):
             _record_spectrum(trainer)
-        # During a streak of bad steps the weights themselves may be broken; keep the checkpoint before it.
-        due = last or state.step % settings.checkpoint_every == 0 or stop.signum is not None
-        if due and state.bad_steps_in_a_row == 0:
-            save(trainer)
+        # During a streak of bad steps there is nothing new to keep, unless this is the end.
+        due = state.step % settings.checkpoint_every == 0 and state.bad_steps_in_a_row == 0
+        if due or last or stop.signum is not None:
+            _save_if_finite(trainer, last=last)
 
 
 def train_step(trainer: Trainer, forward: Any) -> StepResult:
@@ -235,6 +235,19 @@ def save(trainer: Trainer) -> Path:
     )
     trainer.reporter.checkpoint(path)
     return path
+
+
+def _save_if_finite(trainer: Trainer, *, last: bool) -> None:
+    """A step may be finite and leave weights that are not; a checkpoint of those would replace a good one."""
+    if all(bool(p.isfinite().all()) for p in trainer.model.parameters() if p.requires_grad):
+        save(trainer)
+        return
+    saved = checkpoints(trainer.run_dir)
+    where = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+    text = f"step {trainer.state.step}: weights are not finite, no checkpoint written; {where}"
+    if last:
+        raise UserError(f"{text}; try lower learning rates (optimizer.lr, optimizer.poet_lr)")
+    trainer.reporter.note(text)
 
 
 @contextlib.contextmanager

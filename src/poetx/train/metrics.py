@@ -54,7 +54,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             entry = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int) and "event" in entry:
             entries.append(entry)
     return entries
 

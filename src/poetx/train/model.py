@@ -27,6 +27,8 @@ def resolve_device(device: str) -> torch.device:
         resolved = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"train.device={device}: {one_line(error).split('. ')[0]}") from None
+    if resolved.type not in ("cpu", "cuda"):
+        raise UserError(f"train.device={device}: not supported; use cpu, cuda or auto")
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"train.device={device}: this torch ({torch.__version__}) sees no CUDA device; use cpu or auto")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
@@ -70,6 +72,9 @@ def build_model(recipe: Recipe, *, vocab_size: int, end_of_text_id: int, device:
             + ("use its own tokenizer" if recipe.model.pretrained else "raise vocab_size in model.config")
             + f" or give data.vocab_size={rows} or less"
         )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and recipe.data.seq_len > positions:
+        raise UserError(f"data.seq_len={recipe.data.seq_len}: the model has {positions} positions; use at most that")
     model.config.use_cache = False
     return cast(Any, model).to(device)  # transformers' decorator hides nn.Module.to from the type checker
 
@@ -126,7 +131,7 @@ def _read_config(source: str, auto_config: Any) -> Any:
         return auto_config.for_model(values.pop("model_type"), **values)
     except KeyError:
         raise UserError(f'model.config={source}: no "model_type" in it') from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # transformers and huggingface_hub have a class of their own for every mistake
         raise UserError(f"model.config={source}: {one_line(error)}") from None
 
 

@@ -8,6 +8,7 @@ names the nearest right one, so that no setting is ever ignored in silence.
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,6 +48,9 @@ FREE_ON_RESUME = (
     "train.max_bad_steps",
     "train.export",
 )
+
+
+_PATHS = ("data.train", "data.validation", "data.tokenizer", "data.cache_dir", "model.config", "model.pretrained")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +247,8 @@ class TrainRecipe:
             raise UserError(
                 f"train.micro_batch_size={self.micro_batch} does not divide train.batch_size={self.batch_size}"
             )
+        if self.seed >= 1 << 63:
+            raise UserError(f"train.seed={self.seed}: must be below 2**63")
         if self.dtype == "float16":
             raise UserError("train.dtype=float16 needs loss scaling, which poetx does not do; use bfloat16")
 
@@ -332,8 +338,11 @@ def load_recipe(source: str | None = None, overrides: Sequence[str] = ()) -> Rec
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys to values")
     values.setdefault("name", path.stem)
+    if source is not None and Path(source).is_dir() and source not in builtin_recipes():
+        values["run_dir"] = source  # where the run is now, not where it was when it started
     for override in overrides:
         _apply_override(values, override)
+    _make_absolute(values)
     recipe = Recipe.from_dict(values)
     recipe.validate()
     return recipe
@@ -360,6 +369,16 @@ def differing_keys(old: Recipe, new: Recipe) -> list[str]:
     old_flat, new_flat = flatten(old.to_dict()), flatten(new.to_dict())
     keys = [*old_flat, *(key for key in new_flat if key not in old_flat)]
     return [key for key in keys if key not in FREE_ON_RESUME and old_flat.get(key) != new_flat.get(key)]
+
+
+def _make_absolute(values: dict[str, Any]) -> None:
+    """Paths as they are meant here and now, so that a run can be resumed from another directory."""
+    for key in _PATHS:
+        section, _, name = key.partition(".")
+        part = values.get(section)
+        if isinstance(part, dict) and isinstance(part.get(name), str) and part[name] != "builtin":
+            # os.path leaves a "~nobody" as it is, where pathlib raises RuntimeError.
+            part[name] = os.path.abspath(os.path.expanduser(part[name]))  # noqa: PTH100, PTH111
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

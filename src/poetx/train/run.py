@@ -98,11 +98,8 @@ def train(
     start: Path | None = None
     if resume:
         start, recipe = _resume_point(recipe, reporter)
-    elif ckpt.checkpoints(run_dir) and not overwrite:
-        raise UserError(
-            f"{run_dir}: already has checkpoints; continue it with --resume, choose another with run_dir=PATH, "
-            "or delete it with --overwrite"
-        )
+    elif not overwrite:
+        _check_free(run_dir)
     dtype = resolve_dtype(recipe.train.dtype, device)
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, dtype=dtype))
 
@@ -110,6 +107,8 @@ def train(
     reporter.stage("Building the model")
     model = build_model(recipe, vocab_size=data.meta.vocab_size, end_of_text_id=data.meta.end_of_text_id, device=device)
     report = convert_model(model, recipe)
+    if recipe.train.chunked_loss:
+        stack.check_head(model)
     optimizer = build_optimizer(model, recipe.optimizer)
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
     merges = None
@@ -128,7 +127,13 @@ def train(
         state = _restore(start, model, optimizer, data)
 
     run_dir.mkdir(parents=True, exist_ok=True)
+    known = (run_dir / _LOCK).exists()
     with _locked(run_dir):
+        # Again, now that nobody else can write here: preparing the data may have taken long.
+        if start is not None:
+            _set_aside_newer(run_dir, start)
+        elif not overwrite:
+            _check_free(run_dir, known=known)
         _write_run_files(run_dir, recipe, data, report, device, fresh=start is None)
         trainer = Trainer(
             recipe=recipe,
@@ -145,6 +150,34 @@ def train(
             start_spectrum=start_spectrum,
         )
         return _train_and_export(trainer, start, report)
+
+
+def _check_free(run_dir: Path, *, known: bool | None = None) -> None:
+    """Refuse a directory with a finished run in it, or with files that are not an earlier start's of ours."""
+    known = (run_dir / _LOCK).exists() if known is None else known
+    if ckpt.checkpoints(run_dir) or (known and (run_dir / "export").exists()):
+        raise UserError(
+            f"{run_dir}: already has checkpoints or an export; continue it with --resume, choose another with "
+            "run_dir=PATH, or delete it with --overwrite"
+        )
+    found = [name for name in (*_OWN_FILES, *_OWN_DIRS) if (run_dir / name).exists()]
+    if found and not known:
+        raise UserError(
+            f"{run_dir}: has {', '.join(found)} that this program did not write and would replace; choose another "
+            "with run_dir=PATH, or replace them with --overwrite"
+        )
+
+
+def _set_aside_newer(run_dir: Path, start: Path) -> None:
+    """Rename broken checkpoints newer than ``start``, so that pruning does not take them for the newest."""
+    ckpt.remove_leftovers(run_dir)
+    if ckpt.find_checkpoint(run_dir)[0] != start:
+        raise UserError(f"{run_dir}: another process has trained there meanwhile; run the command again")
+    for path in ckpt.checkpoints(run_dir):
+        if ckpt.step_of(path) > ckpt.step_of(start):
+            aside = path.with_name(f"broken-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
 
 
 def build_optimizer(model: torch.nn.Module, recipe: OptimizerRecipe) -> torch.optim.Optimizer:
@@ -164,7 +197,6 @@ def build_optimizer(model: torch.nn.Module, recipe: OptimizerRecipe) -> torch.op
 
 def _resume_point(recipe: Recipe, reporter: Reporter) -> tuple[Path, Recipe]:
     """The checkpoint to continue from, and the recipe with ``dtype: auto`` settled as it was then."""
-    ckpt.remove_leftovers(recipe.directory)
     start, problems = ckpt.find_checkpoint(recipe.directory)
     for problem in problems:
         reporter.note(f"broken checkpoint passed over: {problem}")

@@ -1,0 +1,162 @@
+"""Files that are not ours, runs that moved, checkpoints that broke: nothing is lost and nothing is silently wrong."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from poetx.errors import UserError
+from poetx.train import loop
+from poetx.train.checkpoint import checkpoints, step_of
+from poetx.train.data import prepare_data
+from poetx.train.evaluate import evaluate_run
+from poetx.train.recipe import Recipe, load_recipe
+from poetx.train.run import train
+
+Tiny = Callable[..., Recipe]
+
+
+@pytest.mark.parametrize("name", ["export/weights", "tokenizer/t", "checkpoints/hf.bin", "recipe.yaml"])
+def test_files_of_other_origin_are_not_replaced(tiny: Tiny, name: str) -> None:
+    recipe = tiny("train.export=false")
+    path = recipe.directory / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(UserError, match="this program did not write"):
+        train(recipe)
+    assert path.read_text() == "mine"
+
+
+def test_an_export_outlives_its_checkpoints(tiny: Tiny) -> None:
+    recipe = tiny()
+    shutil.rmtree(train(recipe).run_dir / "checkpoints")
+    with pytest.raises(UserError, match="or an export"):
+        train(recipe)
+    assert (recipe.directory / "export" / "model.safetensors").is_file()
+
+
+def test_a_run_directory_means_where_it_is_now(tiny: Tiny, tmp_path: Path) -> None:
+    first = train(tiny("train.export=false")).run_dir
+    copy = tmp_path / "copy"
+    shutil.copytree(first, copy)
+    shutil.rmtree(checkpoints(copy)[-1])
+    before = (first / "metrics.jsonl").read_bytes()
+    resumed = train(load_recipe(str(copy)), resume=True)
+    assert resumed.run_dir == copy
+    assert resumed.step == 12
+    assert (first / "metrics.jsonl").read_bytes() == before
+
+
+def test_relative_paths_in_a_run_are_kept_absolute(tiny: Tiny, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(corpus.parent)
+    run = train(tiny(f"data.train={corpus.name}", "train.export=false")).run_dir
+    monkeypatch.chdir("/")
+    assert load_recipe(str(run)).data.train == str(corpus)
+
+
+def test_evaluating_on_changed_text_is_refused(tiny: Tiny, corpus: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    shutil.copytree(corpus, text)
+    run = train(tiny(f"data.train={text}", "train.export=false")).run_dir
+    assert evaluate_run(str(run), data=None).perplexity > 1
+    (text / "0.txt").write_text("something else entirely " * 300)
+    with pytest.raises(UserError, match="has changed since it was trained"):
+        evaluate_run(str(run), data=None)
+
+
+def test_a_broken_newer_checkpoint_does_not_push_good_ones_out(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny("train.checkpoint_every=4", "train.export=false")
+    train(recipe)
+    broken = checkpoints(recipe.directory)[-1]
+    (broken / "model.safetensors").write_bytes(b"")
+    again = tiny("train.checkpoint_every=1", "train.keep_checkpoints=1", "train.export=false")
+    real = loop.train_step
+
+    def stop_after_nine(trainer, forward):
+        if trainer.state.step == 9:
+            raise KeyboardInterrupt
+        return real(trainer, forward)
+
+    monkeypatch.setattr(loop, "train_step", stop_after_nine)
+    with pytest.raises(KeyboardInterrupt):
+        train(again, resume=True)
+    monkeypatch.undo()
+    assert [step_of(path) for path in checkpoints(recipe.directory)] == [9]
+    assert train(again, resume=True).step == 12
+
+
+def test_a_directory_in_use_is_left_alone(tiny: Tiny) -> None:
+    recipe = tiny("train.export=false", "train.checkpoint_every=4")
+    run = train(recipe).run_dir
+    live = run / "checkpoints" / ".step-00000099.tmp"
+    live.mkdir()
+    with (run / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is training there"):
+            train(recipe, resume=True)
+    assert live.is_dir()
+
+
+def test_a_last_step_that_is_skipped_still_leaves_a_checkpoint(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = loop._accumulate_gradients
+
+    def nan_at_the_end(trainer, forward):
+        loss = real(trainer, forward)
+        return float("nan") if trainer.state.step == 11 else loss
+
+    monkeypatch.setattr(loop, "_accumulate_gradients", nan_at_the_end)
+    result = train(tiny("train.checkpoint_every=100", "train.export=false"))
+    assert result.skipped_steps == 1
+    assert [step_of(path) for path in checkpoints(result.run_dir)] == [12]
+
+
+def test_weights_that_are_not_finite_are_never_saved(tiny: Tiny) -> None:
+    recipe = tiny("optimizer.name=sgd", "optimizer.lr=1e38", "optimizer.clip=null", "train.max_bad_steps=3")
+    with pytest.raises(UserError, match=r"there is no checkpoint yet"):
+        train(recipe)
+    assert checkpoints(recipe.directory) == []
+
+
+def test_a_context_longer_than_the_models_positions_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    from transformers import GPT2Config
+
+    GPT2Config(vocab_size=400, n_positions=8, n_embd=32, n_layer=1, n_head=2).save_pretrained(tmp_path / "gpt2")
+    shape = "model={config: " + str(tmp_path / "gpt2") + "}"
+    with pytest.raises(UserError, match=r"data.seq_len=16: the model has 8 positions"):
+        train(tiny(shape))
+
+
+def test_chunked_loss_refuses_models_that_change_the_logits(tiny: Tiny, tmp_path: Path) -> None:
+    from transformers import Gemma2Config
+
+    config = Gemma2Config(
+        vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, head_dim=16
+    )
+    config.num_key_value_heads = 2
+    config.save_pretrained(tmp_path / "gemma")
+    shape = "model={config: " + str(tmp_path / "gemma") + "}"
+    with pytest.raises(UserError, match="final_logit_softcapping"):
+        train(tiny(shape, "train.chunked_loss=true"))
+
+
+def test_dropout_is_drawn_from_restored_generators_and_off_in_evaluation(tiny: Tiny, tmp_path: Path) -> None:
+    from train_helpers import curve
+    from transformers import GPT2Config
+
+    GPT2Config(vocab_size=400, n_positions=32, n_embd=32, n_layer=1, n_head=2).save_pretrained(tmp_path / "gpt2")
+    settings = ("model={config: " + str(tmp_path / "gpt2") + "}", "train.export=false", "train.checkpoint_every=5")
+    whole = train(tiny(*settings, run_dir="whole"))
+    parts = tiny(*settings, run_dir="parts")
+    train(parts)
+    shutil.rmtree(checkpoints(parts.directory)[-1])
+    assert curve(train(parts, resume=True).run_dir) == curve(whole.run_dir)
+    windows = list(range(3))
+    text = whole.model
+    data = prepare_data(parts).validation
+    losses = {loop.evaluate(text, data, windows, batch_size=1, device=torch.device("cpu")) for _ in range(2)}
+    assert len(losses) == 1
