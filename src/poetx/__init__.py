@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from poetx.config import PoetConfig
     from poetx.convert import ConversionReport, convert_, poet_layers, to_dense_
     from poetx.layer import PoetLinear
+    from poetx.memory import estimate_memory, measure_memory
     from poetx.merge import MergeHandle, MergeReport, merge_, merge_every
     from poetx.optim import param_groups
     from poetx.single_step import POETX
@@ -28,6 +29,8 @@ __all__ = [
     "PoetLinear",
     "UserError",
     "convert_",
+    "estimate_memory",
+    "measure_memory",
     "merge_",
     "merge_every",
     "param_groups",
@@ -41,6 +44,7 @@ _HOMES = {
     "config": ("PoetConfig",),
     "convert": ("ConversionReport", "convert_", "poet_layers", "to_dense_"),
     "layer": ("PoetLinear",),
+    "memory": ("estimate_memory", "measure_memory"),
     "merge": ("MergeHandle", "MergeReport", "merge_", "merge_every"),
     "optim": ("param_groups",),
     "single_step": ("POETX",),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from poetx.errors import UserError
+from poetx.memory.command import register as register_memory
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -233,6 +234,9 @@ def env() -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
+
+
+register_memory(app)
 
 
 def _place_demo(recipe: Recipe, *, resume: bool) -> Recipe:
