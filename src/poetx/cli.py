@@ -195,6 +195,7 @@ def spectrum(
     print(f"step {result.step}, against the start")
     print(f"{'layer':<{width}}  ||W|| ratio-1  median change  largest change  entropy")
     for name, layer in result.layers.items():
+        assert layer.norm_ratio is not None
         print(
             f"{name:<{width}}  {layer.norm_ratio - 1:+13.1e}  {layer.drift_median:13.1e}  {layer.drift_max:14.1e}  "
             f"{layer.entropy:7.4f}"

@@ -22,7 +22,8 @@ from poetx.ops.reference import EXACT
 def full_precision_products() -> Iterator[None]:
     """Products of float32 in float32, whatever torch's precision settings and autocast say."""
     # The settings behind both of torch's interfaces: reading the older one raises once the newer has been used.
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    homes: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
+    backends = [home.matmul for home in homes]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:

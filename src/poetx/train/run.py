@@ -116,7 +116,9 @@ def train(
         merges = merge_every(optimizer, model, steps=recipe.poet.merge_every)
     if recipe.optimizer.release_gradients:
         steps = recipe.train.batch_size // recipe.train.micro_batch
-        ends = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+        ends: Any = [
+            end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None
+        ]
         stack.release_gradients(optimizer, ends, accumulation_steps=steps)
     state = ckpt.TrainState(data_fingerprint=data.meta.fingerprint)
     start_spectrum = None
