@@ -13,7 +13,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from conftest import TOLERANCE, relative_error
+from helpers import TOLERANCE, relative_error
 from poetx import PoetConfig, PoetLinear, UserError, convert_, poet_layers, to_dense_
 
 

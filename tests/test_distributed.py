@@ -8,7 +8,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from conftest import relative_error
+from helpers import relative_error
 from poetx import PoetConfig, convert_, merge_every, param_groups
 
 

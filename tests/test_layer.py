@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import TOLERANCE, relative_error
+from helpers import TOLERANCE, relative_error
 from poetx import PoetConfig, PoetLinear, UserError
 from poetx.layer import stream
 

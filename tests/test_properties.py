@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from conftest import TOLERANCE, relative_error
+from helpers import TOLERANCE, relative_error
 from poetx import PoetConfig, convert_, merge_, merge_every, param_groups, poet_layers, to_dense_
 
 #: Derandomized: CI must not fail on a case that nobody can replay.

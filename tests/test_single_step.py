@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import TOLERANCE, random_skew, relative_error
+from helpers import TOLERANCE, random_skew, relative_error
 from poetx import POETX, UserError
 from poetx.ops.cayley import cayley, unpack_skew
 from poetx.ops.reference import EXACT, block_diagonal

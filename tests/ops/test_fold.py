@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conftest import TOLERANCE, random_skew, relative_error
+from helpers import TOLERANCE, random_skew, relative_error
 from poetx.ops import reference
 from poetx.ops.fold import (
     fold,

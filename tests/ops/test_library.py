@@ -3,7 +3,7 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import random_skew
+from helpers import random_skew
 from poetx.ops._library import transparent_operators
 from poetx.ops.cayley import cayley
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
-from conftest import TOLERANCE, relative_error
+from helpers import TOLERANCE, relative_error
 from poetx import UserError
 from poetx.stack import chunk_loss_, chunked_cross_entropy
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import poetx
-from conftest import relative_error
+from helpers import relative_error
 from poetx import UserError
 from poetx.stack import SMMF, AdamW, HFac, _base, adamw
 from poetx.stack.smmf import pack_signs, square_shape
