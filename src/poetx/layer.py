@@ -27,8 +27,11 @@ def stream(seed: int, name: str, count: int, purpose: str, device: torch.device 
 
 
 class FoldStats(NamedTuple):
-    """One layer's merge in two float32 scalars: the largest rotation angle θ (radians, as |eigenvalue| of Q) that
-    was folded, and ‖W‖ after the fold over ‖W0‖, before that ratio was corrected to 1."""
+    """One layer's merge in two scalars.
+
+    angle, float32: the largest rotation angle θ that was folded, radians, as |eigenvalue| of Q. norm_ratio, float64:
+    ‖W‖ after the fold over ‖W0‖, before it was corrected to 1.
+    """
 
     angle: Tensor
     norm_ratio: Tensor
@@ -283,7 +286,7 @@ class PoetLinear(nn.Module):
         self.skew_in.zero_()
         self.skew_out.zero_()
         self.merge_count.fill_(count)
-        return FoldStats(torch.maximum(*angles), ratio.float())
+        return FoldStats(torch.maximum(*angles), ratio)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PoetLinear:
         """``.to()``, ``.bfloat16()`` and the like: the rotations and ‖W0‖ move, but are never narrowed."""
