@@ -46,14 +46,16 @@ _TRIANGLES: dict[tuple[int, torch.device], _Triangle] = {}
 def _triangle(block_size: int, device: torch.device) -> _Triangle:
     # One per (size, device) for the whole process: per-layer index buffers are 0.9 GB at 8B and b=1024.
     key = (block_size, device)
-    if key not in _TRIANGLES:
+    # Under a fake mode neither may its tensors outlive it, nor may real ones be mixed into it.
+    faking = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    if faking or key not in _TRIANGLES:
         with torch.inference_mode(False):
             rows, cols = torch.triu_indices(block_size, block_size, 1, device=device)
             entry = torch.zeros(block_size, block_size, dtype=torch.int64, device=device)
             entry[rows, cols] = entry[cols, rows] = torch.arange(rows.numel(), device=device)
             sign = torch.ones(block_size, block_size, device=device).triu(1)
             triangle = _Triangle(rows * block_size + cols, entry.flatten(), sign - sign.T)
-        if type(rows) is not Tensor or rows.is_meta:  # a fake tensor must not outlive its mode
+        if faking or rows.is_meta:
             return triangle
         _TRIANGLES[key] = triangle
     return _TRIANGLES[key]
