@@ -225,7 +225,7 @@ def data_for(scale: Scale, text: str, cache: Path) -> Any:
         f"data.train={text}",
         f"data.vocab_size={scale.vocab}",
         f"data.seq_len={scale.seq_len}",
-        "data.validation_fraction=0.04",
+        "data.validation_fraction=0.05",
         f"data.cache_dir={cache}",
     ]
     return prepare_data(load_recipe("demo", overrides))
