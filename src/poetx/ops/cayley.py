@@ -180,6 +180,60 @@ def cayley(q_KP: Tensor, *, size: int, block_size: int, order: int) -> Tensor:
     return _Cayley.apply(q_KP, size, block_size, order)
 
 
+def cayley_pair(
+    q_in: Tensor,
+    q_out: Tensor,
+    n: int,
+    m: int,
+    block_size_in: int,
+    block_size_out: int,
+    order: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """(G_in, G_out) of a layer with n inputs and m outputs, rounded to ``dtype`` once; not differentiable."""
+    G_in = cayley_forward(q_in, n, block_size_in, order).to(dtype)
+    return G_in, cayley_forward(q_out, m, block_size_out, order).to(dtype)
+
+
+def cayley_pair_backward(
+    dG_in: Tensor,
+    dG_out: Tensor,
+    q_in: Tensor,
+    q_out: Tensor,
+    n: int,
+    m: int,
+    block_size_in: int,
+    block_size_out: int,
+    order: int,
+) -> tuple[Tensor, Tensor]:
+    """(dq_in, dq_out), each in its q's dtype, from the float32 (float64) gradients of the blocks."""
+    dq_in = cayley_backward(dG_in, q_in, n, block_size_in, order)
+    return dq_in, cayley_backward(dG_out, q_out, m, block_size_out, order)
+
+
+def _fake_pair(q_in, q_out, n, m, block_size_in: int, block_size_out: int, order: int, dtype: torch.dtype):
+    return (
+        q_in.new_empty((q_in.shape[0], block_size_in, block_size_in), dtype=dtype),
+        q_out.new_empty((q_out.shape[0], block_size_out, block_size_out), dtype=dtype),
+    )
+
+
+def _fake_pair_backward(dG_in, dG_out, q_in, q_out, n, m, block_size_in: int, block_size_out: int, order: int):
+    return torch.empty_like(q_in), torch.empty_like(q_out)
+
+
+cayley_pair_op = register_op(
+    "cayley_pair(Tensor q_in, Tensor q_out, int n, int m, int block_size_in, int block_size_out, int order, "
+    "ScalarType dtype) -> (Tensor, Tensor)",
+    _fake_pair,
+)(cayley_pair)
+cayley_pair_backward_op = register_op(
+    "cayley_pair_backward(Tensor dG_in, Tensor dG_out, Tensor q_in, Tensor q_out, int n, int m, int block_size_in, "
+    "int block_size_out, int order) -> (Tensor, Tensor)",
+    _fake_pair_backward,
+)(cayley_pair_backward)
+
+
 def cayley_delta(q_KP: Tensor, *, size: int, block_size: int, order: int = EXACT) -> Tensor:
     """E = G − I [K, B, B], without the rounding that forming G first would cost: what a fold adds to a weight.
 

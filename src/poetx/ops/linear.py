@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from poetx.ops._library import register_op
-from poetx.ops.cayley import cayley, cayley_backward, cayley_forward
+from poetx.ops.cayley import cayley_pair, cayley_pair_backward, cayley_pair_backward_op, cayley_pair_op
 from poetx.ops.rotate import (
     gather_rotate,
     gather_rotate_backward,
@@ -83,8 +83,11 @@ _fast_backward_op = register_op(
 
 
 def _mem_forward(x, weight, q_in, q_out, perm_in, perm_out, bias, block_size_in: int, block_size_out: int, order: int):
-    b = _product(x, weight, cayley_forward(q_in, weight.shape[1], block_size_in, order).to(x.dtype), perm_in)
-    return _output(b, cayley_forward(q_out, weight.shape[0], block_size_out, order).to(x.dtype), perm_out, bias)
+    m, n = weight.shape
+    G_in, G_out = cayley_pair(q_in, q_out, n, m, block_size_in, block_size_out, order, x.dtype)
+    b = _product(x, weight, G_in, perm_in)
+    del G_in
+    return _output(b, G_out, perm_out, bias)
 
 
 def _mem_backward(
@@ -100,12 +103,13 @@ def _mem_backward(
     order: int,
     needs_dx: bool,
 ):
-    G_in = cayley_forward(q_in, weight.shape[1], block_size_in, order).to(x.dtype)
-    G_out = cayley_forward(q_out, weight.shape[0], block_size_out, order).to(x.dtype)
+    m, n = weight.shape
+    settings = (n, m, block_size_in, block_size_out, order)
+    G_in, G_out = cayley_pair(q_in, q_out, *settings, x.dtype)
     b = _product(x, weight, G_in, perm_in)
     dx, dG_in, dG_out = _backward(g, x, b, weight, G_in, G_out, perm_in, perm_out, needs_dx)
-    dq_in = cayley_backward(dG_in, q_in, weight.shape[1], block_size_in, order)
-    return dx, dq_in, cayley_backward(dG_out, q_out, weight.shape[0], block_size_out, order)
+    del b, G_in, G_out
+    return dx, *cayley_pair_backward(dG_in, dG_out, q_in, q_out, *settings)
 
 
 def _fake_mem_forward(
@@ -144,21 +148,25 @@ _mem_backward_op = register_op(
 
 
 class _FastLinear(torch.autograd.Function):
-    """Saves x, b = a · W'ᵀ [N, m], G_in and G_out in x's dtype; weight and permutations are kept anyway."""
+    """Saves x, b = a · W'ᵀ [N, m], G_in and G_out in x's dtype; weight, q and permutations are kept anyway."""
 
     @staticmethod
-    def forward(ctx, x, weight, G_in, G_out, perm_in, perm_out, bias):
+    def forward(ctx, x, weight, q_in, q_out, perm_in, perm_out, bias, block_size_in, block_size_out, order):
+        m, n = weight.shape
+        ctx.settings = (n, m, block_size_in, block_size_out, order)
+        G_in, G_out = cayley_pair_op(q_in, q_out, *ctx.settings, x.dtype)
         y, b = _fast_forward_op(x, weight, G_in, G_out, perm_in, perm_out, bias)
-        ctx.save_for_backward(x, b, weight, G_in, G_out, perm_in, perm_out)
+        ctx.save_for_backward(x, b, weight, G_in, G_out, q_in, q_out, perm_in, perm_out)
         return y
 
     @staticmethod
     def backward(ctx, g):
-        x, b, weight, G_in, G_out, perm_in, perm_out = ctx.saved_tensors
+        x, b, weight, G_in, G_out, q_in, q_out, perm_in, perm_out = ctx.saved_tensors
         dx, dG_in, dG_out = _fast_backward_op(g, x, b, weight, G_in, G_out, perm_in, perm_out, ctx.needs_input_grad[0])
+        dq_in, dq_out = cayley_pair_backward_op(dG_in, dG_out, q_in, q_out, *ctx.settings)
         dbias = g.sum(0) if ctx.needs_input_grad[6] else None
         dx = dx if ctx.needs_input_grad[0] else None
-        return dx, None, dG_in.to(G_in.dtype), dG_out.to(G_out.dtype), None, None, dbias
+        return dx, None, dq_in, dq_out, None, None, dbias, None, None, None
 
 
 class _MemLinear(torch.autograd.Function):
@@ -207,11 +215,6 @@ def poet_linear(
     """
     x_NF = x.reshape(-1, x.shape[-1])
     bias = None if bias is None else bias.to(x.dtype)
-    if mode == "mem":
-        y = _MemLinear.apply(x_NF, weight, q_in, q_out, perm_in, perm_out, bias, block_size_in, block_size_out, order)
-    else:
-        m, n = weight.shape
-        G_in = cayley(q_in, size=n, block_size=block_size_in, order=order).to(x.dtype)
-        G_out = cayley(q_out, size=m, block_size=block_size_out, order=order).to(x.dtype)
-        y = _FastLinear.apply(x_NF, weight, G_in, G_out, perm_in, perm_out, bias)
+    function = _MemLinear if mode == "mem" else _FastLinear
+    y = function.apply(x_NF, weight, q_in, q_out, perm_in, perm_out, bias, block_size_in, block_size_out, order)
     return y.view(*x.shape[:-1], weight.shape[0])
