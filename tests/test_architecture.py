@@ -13,6 +13,7 @@ LEVELS = {
     "errors": 0,
     "config": 1,
     "ops": 2,
+    "storage": 3,
     "layer": 3,
     "convert": 4,
     "merge": 5,

@@ -14,11 +14,15 @@ Mode = Literal["fast", "mem"]
 Init = Literal["keep", "normalized", "uniform"]
 NeumannOrder = Literal[3, 7, "exact"]
 
+#: How the frozen weight can be stored below bfloat16; see :mod:`poetx.ops.quantize`.
+WEIGHT_FORMATS = ("int8", "int4", "nf4", "fp8", *(f"bipolar-int{bits}" for bits in range(2, 9)))
+
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "mode": ("fast", "mem"),
     "init": ("keep", "normalized", "uniform"),
     "neumann_order": (3, 7, "exact"),
     "rotation_dtype": ("float32", "bfloat16", "float64"),
+    "weight_format": (None, *WEIGHT_FORMATS),
 }
 
 
@@ -46,6 +50,10 @@ class PoetConfig:
             steps of 2.5e-4 vanish below half a unit in the last place of bfloat16.
         weight_residual: keep 8 more bits of a bfloat16 weight in an int8 tensor (3 bytes a weight in all), which
             only merging reads and writes: ten times less rounding noise in the spectrum of a long run.
+        weight_format: store the frozen weight as ``"int8"`` or ``"int4"`` (affine), ``"nf4"``, ``"fp8"`` (e4m3) or
+            ``"bipolar-int2"`` … ``"bipolar-int8"``, dequantised on the fly (POET-XQ). None: in the model's dtype.
+            Needs ``mode="mem"``: what *fast* saves for backward would cost more than the format spares.
+        group_size: neighbours in a row that share a scale in such a format.
 
     Raises:
         UserError: a value outside its range.
@@ -61,6 +69,8 @@ class PoetConfig:
     seed: int = 0
     rotation_dtype: str = "float32"
     weight_residual: bool = False
+    weight_format: str | None = None
+    group_size: int = 128
 
     def __post_init__(self) -> None:
         if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 2:
@@ -85,12 +95,28 @@ class PoetConfig:
             )
         if not isinstance(self.weight_residual, bool):
             raise UserError(f"weight_residual={self.weight_residual!r}: must be true or false")
+        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < 2:
+            raise UserError(f"group_size={self.group_size!r}: must be a whole number of at least 2 (128 is usual)")
+        if self.weight_format is not None:
+            self._check_quantised()
         for field in ("target_modules", "exclude_modules"):
             value = getattr(self, field)
             if isinstance(value, list):
                 object.__setattr__(self, field, tuple(value))
             elif not isinstance(value, (str, tuple)):
                 raise UserError(f"{field}={value!r}: must be a string or a sequence of names")
+
+    def _check_quantised(self) -> None:
+        if self.mode != "mem":
+            raise UserError(
+                f"mode={self.mode!r} with weight_format={self.weight_format!r}: fast keeps a product of the layer for "
+                "backward, which costs more memory than the format spares; use mode='mem'"
+            )
+        if self.weight_residual:
+            raise UserError(
+                f"weight_residual with weight_format={self.weight_format!r}: the residual completes a bfloat16 weight; "
+                "use one of the two"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, as :meth:`from_dict` takes them."""

@@ -329,7 +329,7 @@ def to_dense_(model: nn.Module) -> nn.Module:
 
 
 def _dense_layer(layer: PoetLinear) -> nn.Module:
-    weight = layer.dense_weight().to(layer.base_weight.dtype)
+    weight = layer.dense_weight().to(layer.weight_dtype)
     if layer.transposed:
         from transformers.pytorch_utils import Conv1D
 

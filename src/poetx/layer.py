@@ -14,7 +14,9 @@ from poetx.errors import UserError
 from poetx.ops.cayley import packed_size
 from poetx.ops.fold import fold, join_bits, largest_angle, split_bits, stochastic_round_
 from poetx.ops.linear import poet_linear
+from poetx.ops.quantised import quantised_linear
 from poetx.ops.reference import EXACT
+from poetx.storage import PackedWeight
 
 _ORDERS = {3: 3, 7: 7, "exact": EXACT}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -47,6 +49,8 @@ class PoetLinear(nn.Module):
         bias [m] or None: outside the rotation, trained as usual.
         perm_in [n], perm_out [m]: int32. merge_count: int64 scalar. base_norm: ‖W0‖, float64 scalar.
         residual [m, n]: int8, only with ``config.weight_residual`` and a bfloat16 weight.
+        packed_weight: with ``config.weight_format``, a :class:`poetx.storage.PackedWeight` instead of ``base_weight``,
+            which is None then.
 
     Args:
         in_features, out_features: sizes, at least 1.
@@ -63,6 +67,8 @@ class PoetLinear(nn.Module):
     merge_count: Tensor
     base_norm: Tensor
     residual: Tensor | None
+    base_weight: Any  # an nn.Parameter, or None where packed_weight stands for it
+    _like: Tensor
 
     def __init__(
         self,
@@ -88,9 +94,17 @@ class PoetLinear(nn.Module):
         self.block_size_in = min(config.block_size, in_features)
         self.block_size_out = min(config.block_size, out_features)
         self.name, self.transposed = name, transposed
-        self.base_weight = nn.Parameter(
-            torch.empty(out_features, in_features, device=device, dtype=dtype), requires_grad=False
-        )
+        shape = (out_features, in_features)
+        # Empty, so that whatever moves or casts the module says which dtype and device it has, base_weight or not.
+        self.register_buffer("_like", torch.empty(0, device=device, dtype=dtype), persistent=False)
+        self.packed_weight: PackedWeight | None = None
+        if config.weight_format is None:
+            self.base_weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
+        else:
+            self.register_parameter("base_weight", None)
+            self.packed_weight = PackedWeight(
+                *shape, weight_format=config.weight_format, group_size=config.group_size, device=device
+            )
         self.skew_in = self._new_skew(in_features, self.block_size_in)
         self.skew_out = self._new_skew(out_features, self.block_size_out)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
@@ -99,18 +113,20 @@ class PoetLinear(nn.Module):
         self.register_buffer("merge_count", torch.empty((), dtype=torch.int64, device=device))
         self.register_buffer("base_norm", torch.empty((), dtype=torch.float64, device=device))
         keeps_residual = config.weight_residual and dtype == torch.bfloat16
-        shape = (out_features, in_features)
         self.register_buffer(
             "residual", torch.empty(shape, dtype=torch.int8, device=device) if keeps_residual else None
         )
         self.reset_parameters()
 
     def _new_skew(self, size: int, block_size: int) -> nn.Parameter:
-        weight, dtype = self.base_weight, getattr(torch, self.config.rotation_dtype)
-        if weight.dtype == torch.float64:
-            dtype = torch.float64
+        dtype = torch.float64 if self.weight_dtype == torch.float64 else getattr(torch, self.config.rotation_dtype)
         shape = (-(-size // block_size), packed_size(block_size))
-        return nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype))
+        return nn.Parameter(torch.empty(shape, device=self._like.device, dtype=dtype))
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """What the layer computes in and :func:`poetx.to_dense_` gives back; ``base_weight``'s, where there is one."""
+        return self._like.dtype
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -119,11 +135,11 @@ class PoetLinear(nn.Module):
         The weight is drawn as ``config.init`` says, ``"keep"`` counting as ``"normalized"`` here, where there is
         nothing to keep. Does nothing on the meta device.
         """
-        if self.base_weight.is_meta:
+        if self._like.is_meta:
             return
         self._reset_rotations()
         weight = fresh_weight(self.config, self.out_features, self.in_features, self.name)
-        self._store(weight.to(self.base_weight.device))
+        self._store(weight.to(self._like.device))
         if self.bias is not None:
             self.bias.zero_()
 
@@ -141,13 +157,15 @@ class PoetLinear(nn.Module):
         )  # type: ignore[return-value]
 
     def _store(self, native_weight: Tensor) -> None:
-        """Write a weight [m, n] given in the native frame into ``base_weight``, and note its norm."""
+        """Write a weight [m, n] given in the native frame in the stored form, and note its norm."""
         self._write(_permuted(native_weight, self.perm_out, self.perm_in), noise=None)
         self.base_norm.copy_(torch.linalg.vector_norm(self._precise_weight(), dtype=torch.float64))
 
     def _write(self, weight: Tensor, *, noise: torch.Generator | None) -> None:
         """Round a weight [m, n], permuted already, to the stored precision: to nearest without ``noise``."""
-        if self.residual is not None and self.base_weight.dtype == torch.bfloat16:
+        if self.packed_weight is not None:
+            self.packed_weight.write(weight, noise=noise)
+        elif self.residual is not None and self.base_weight.dtype == torch.bfloat16:
             high, low = split_bits(weight)
             self.base_weight.copy_(high)
             self.residual.copy_(low)
@@ -157,7 +175,9 @@ class PoetLinear(nn.Module):
             stochastic_round_(self.base_weight, weight, noise)
 
     def _precise_weight(self) -> Tensor:
-        """``base_weight`` with every bit there is of it."""
+        """W' with every bit there is of it: ``base_weight``, or a new float32 tensor."""
+        if self.packed_weight is not None:
+            return self.packed_weight.read()
         if self.residual is not None and self.base_weight.dtype == torch.bfloat16:
             return join_bits(self.base_weight, self.residual)
         return self.base_weight
@@ -195,26 +215,23 @@ class PoetLinear(nn.Module):
         """x [..., in_features] → y [..., out_features], in autocast's dtype if that is on, else in x's."""
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as nn.Linear does
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        elif x.dtype != self.base_weight.dtype:
+        elif x.dtype != self.weight_dtype:
             raise RuntimeError(
-                f"{self.name or 'PoetLinear'}: input is {x.dtype}, weight is {self.base_weight.dtype}; "
+                f"{self.name or 'PoetLinear'}: input is {x.dtype}, weight is {self.weight_dtype}; "
                 "cast one of them or use torch.autocast"
             )
         if x.dtype not in _DTYPES:
             raise UserError(f"{self.name or 'PoetLinear'}: {x.dtype} autocast is not supported; use bfloat16")
-        return poet_linear(
-            x,
-            self.base_weight,
-            self.skew_in,
-            self.skew_out,
-            self.perm_in,
-            self.perm_out,
-            block_size_in=self.block_size_in,
-            block_size_out=self.block_size_out,
-            order=self.order,
-            mode=self.config.mode,
-            bias=self.bias,
-        )
+        rotations = (self.skew_in, self.skew_out, self.perm_in, self.perm_out)
+        settings: dict[str, Any] = {
+            "block_size_in": self.block_size_in,
+            "block_size_out": self.block_size_out,
+            "order": self.order,
+            "bias": self.bias,
+        }
+        if self.packed_weight is not None:
+            return quantised_linear(x, self.packed_weight.packed, *rotations, **settings)
+        return poet_linear(x, self.base_weight, *rotations, mode=self.config.mode, **settings)
 
     @property
     def order(self) -> int:
@@ -243,12 +260,13 @@ class PoetLinear(nn.Module):
 
         Differentiable in the rotations. Costs 2mn(b_in + b_out) multiply-adds: for export, not for the step.
         """
-        return _permuted(self._folded(self.order, self.base_weight), _inverse(self.perm_out), _inverse(self.perm_in))
+        weight = self.base_weight if self.packed_weight is None else self.packed_weight.read()
+        return _permuted(self._folded(self.order, weight), _inverse(self.perm_out), _inverse(self.perm_in))
 
     @property
     def weight(self) -> Tensor:
         """:meth:`dense_weight` in the stored dtype, for code that reads ``layer.weight``; slow."""
-        return self.dense_weight().to(self.base_weight.dtype)
+        return self.dense_weight().to(self.weight_dtype)
 
     def _folded(self, order: int, weight: Tensor) -> Tensor:
         return fold(
@@ -265,7 +283,7 @@ class PoetLinear(nn.Module):
         """Fold the rotations into the weight, set them to zero, draw new permutations, count one merge.
 
         The rotation is the exact Cayley transform in float32, whatever the training order, so singular values
-        stay. Rounding to bfloat16 is stochastic, and since its noise adds a little to ‖W‖ each time, the folded
+        stay. Rounding below float32 is stochastic, and since its noise adds a little to ‖W‖ each time, the folded
         weight is scaled back to ‖W0‖ first. Everything is written in place. This is the layer's half of a merge:
         :func:`poetx.merge_` also resets the optimizer's state.
         """
@@ -281,7 +299,7 @@ class PoetLinear(nn.Module):
         for perm, fresh in zip((self.perm_in, self.perm_out), self._draw_permutations(count), strict=True):
             moves.append(_inverse(perm)[fresh.to(perm.device)])
             perm.copy_(fresh)
-        noise = stream(self.config.seed, self.name, count, "rounding", self.base_weight.device)
+        noise = stream(self.config.seed, self.name, count, "rounding", self._like.device)
         self._write(_permuted(weight, moves[1], moves[0]), noise=noise)
         self.skew_in.zero_()
         self.skew_out.zero_()
@@ -300,8 +318,8 @@ class PoetLinear(nn.Module):
                 grad, skew.grad = skew.grad, None
                 skew.data = value.to(skew.device)
                 skew.grad = None if grad is None else grad.to(skew.dtype)
-        if self.base_weight.dtype not in _DTYPES:
-            raise UserError(f"{self.name or 'PoetLinear'}: {self.base_weight.dtype} is not supported; use bfloat16")
+        if self.weight_dtype not in _DTYPES:
+            raise UserError(f"{self.name or 'PoetLinear'}: {self.weight_dtype} is not supported; use bfloat16")
         return self
 
     def extra_repr(self) -> str:

@@ -30,9 +30,9 @@ def config(tmp_path):
 
 def test_table_bar_and_batch(app, config):
     shared = ["memory", "--model", config, "--seq-len", "64"]
-    table = runner.invoke(app, [*shared, "--compare", "adamw,mem", "--block-size", "64"])
+    table = runner.invoke(app, [*shared, "--compare", "adamw,mem,int8", "--block-size", "64"])
     assert table.exit_code == 0, table.exception
-    for word in ("adamw", "mem", "activations", "of rotations", "peak", "█"):
+    for word in ("adamw", "mem", "int8", "activations", "of rotations", "peak", "█"):
         assert word in table.stdout
     card = runner.invoke(app, [*shared, "--mode", "adamw", "--gpu", "0.01"])
     assert "adamw on 0.01 GB: fits, up to batch" in card.stdout
@@ -55,6 +55,8 @@ def test_json_and_plot(app, config, tmp_path):
         (["--compare", "adamw,adamww"], "did you mean 'adamw'"),
         (["--model", "nowhere"], "nowhere: no such shape"),
         (["--gpu", "-3"], "gpu=-3.0"),
+        (["--mode", "fast", "--weight-format", "int8"], "weight_format=int8: is for method='mem'"),
+        (["--weight-format", "int9"], "did you mean 'int8'"),
         (["--plot", "a.gif"], "must end in .png"),
         (["--mode", "muon", "--optimizer-state", "int8"], "optimizer_state=int8"),
     ],

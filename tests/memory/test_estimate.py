@@ -45,6 +45,8 @@ def measured(setup, layers=2):
         {"method": "mem", "optimizer_state": "int8", "release_gradients": True},
         {"method": "fast", "base_optimizer": "smmf"},
         {"method": "muon"},
+        {"method": "mem", "weight_format": "int8", "group_size": 64},
+        {"method": "mem", "weight_format": "nf4", "activation_checkpointing": True, "chunked_loss": True},
     ],
     ids=lambda changes: "-".join(str(v) for v in changes.values()),
 )

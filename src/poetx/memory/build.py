@@ -86,6 +86,8 @@ def prepare_(model: nn.Module, setup: TrainingSetup) -> nn.Module:
             mode=setup.method,  # type: ignore[arg-type]
             rotation_dtype=setup.rotation_dtype,
             neumann_order=setup.neumann_order,  # type: ignore[arg-type]
+            weight_format=setup.weight_format,
+            group_size=setup.group_size,
         )
         convert_(model, config)
     elif setup.method == "lora":

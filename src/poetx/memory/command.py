@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from poetx.config import WEIGHT_FORMATS
 from poetx.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _COLOURS = {
     "temporary": "red",
 }
 _EPILOG = (
-    "Examples: poetx memory --model llama-8b | poetx memory --model llama-8b --compare adamw,fast,mem --gpu 24 | "
+    "Examples: poetx memory --model llama-8b | poetx memory --model llama-8b --compare adamw,fast,mem,int8 --gpu 24 | "
     "poetx memory --model path/to/config.json --mode mem --stack --json"
 )
 
@@ -40,10 +41,15 @@ def memory(
         str, typer.Option(help="Shape (llama-60m … llama-13b, llama-3.1-8b), config.json, or its directory.")
     ] = "llama-1b",
     mode: Annotated[
-        str, typer.Option(help="mem, fast, adamw, adamw-mixed, adamw-8bit, muon, adafactor or lora.")
+        str,
+        typer.Option(help="mem, fast, adamw, adamw-mixed, adamw-8bit, muon, adafactor, lora, or a --weight-format."),
     ] = "mem",
     compare: Annotated[str | None, typer.Option(help="Several modes, separated by commas.")] = None,
     block_size: Annotated[int, typer.Option(help="Of POET-X.")] = 256,
+    weight_format: Annotated[
+        str | None, typer.Option(help="Of mem's frozen weight: int8, int4, nf4, fp8, bipolar-int2 … bipolar-int8.")
+    ] = None,
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale in such a format.")] = 128,
     batch_size: Annotated[int, typer.Option(help="Sequences in one backward pass.")] = 1,
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 1024,
     dtype: Annotated[str, typer.Option(help="Of weights and arithmetic: bfloat16 or float32.")] = "bfloat16",
@@ -72,6 +78,8 @@ def memory(
 
     settings: dict[str, Any] = {
         "block_size": block_size,
+        "weight_format": weight_format,
+        "group_size": group_size,
         "batch_size": batch_size,
         "seq_len": seq_len,
         "dtype": dtype,
@@ -98,6 +106,10 @@ def _setup(
     """In a comparison, what a method has no use for is left out instead of refused."""
     from poetx.memory.setup import POET_METHODS, TrainingSetup
 
+    if method in WEIGHT_FORMATS:
+        method, settings = "mem", settings | {"weight_format": method}
+    elif method != "mem" and not alone:
+        settings = settings | {"weight_format": None}
     setup = TrainingSetup(method=method, **settings)
     if alone or setup.uses_own_adamw:
         setup = setup.replace(optimizer_state=optimizer_state)
@@ -115,7 +127,7 @@ def _run(model: str, setups: list[TrainingSetup], *, gpu: float | None, plot: Pa
     console = Console()
     estimates, limits = [], []
     for setup in setups:
-        with Console(stderr=True).status(f"{setup.method}: one step of {model} on fake tensors"):
+        with Console(stderr=True).status(f"{setup.label}: one step of {model} on fake tensors"):
             estimates.append(estimate_memory(model, setup))
             if gpu is not None:
                 limits.append(largest_batch(model, setup, gpu))
@@ -137,7 +149,7 @@ def _document(
     document: dict[str, Any] = {"model": model, "estimates": [estimate.to_dict() for estimate in estimates]}
     if gpu is not None:
         document["gpu_gib"] = gpu
-        document["largest_batch"] = {limit.at_limit.setup.method: limit.batch_size for limit in limits}
+        document["largest_batch"] = {limit.at_limit.setup.label: limit.batch_size for limit in limits}
     return document
 
 
@@ -152,7 +164,7 @@ def _show_table(console: Any, model: str, estimates: list[MemoryEstimate]) -> No
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
     for estimate in estimates:
-        table.add_column(estimate.setup.method, justify="right", no_wrap=True)
+        table.add_column(estimate.setup.label, justify="right", no_wrap=True)
     for name in CATEGORIES:
         table.add_row(f"[{_COLOURS[name]}]■[/] {name}", *(f"{e.categories[name] / GIB:.2f}" for e in estimates))
         if name in ("trainable", "gradient", "optimizer") and any(sum(e.rotations.values()) for e in estimates):
@@ -165,7 +177,7 @@ def _show_table(console: Any, model: str, estimates: list[MemoryEstimate]) -> No
     width = max(20, min(60, console.width - 24))
     largest = max(e.peak for e in estimates)
     for estimate in estimates:
-        console.print(f"{estimate.setup.method:12} {bar(estimate.categories, width / largest)} {estimate.gib:.1f}")
+        console.print(f"{estimate.setup.label:12} {bar(estimate.categories, width / largest)} {estimate.gib:.1f}")
 
 
 def bar(categories: dict[str, int], scale: float) -> str:
@@ -183,7 +195,7 @@ def advice(limits: list[BatchLimit], gpu: float | None) -> list[str]:
     """What fits on the card, one line a method, and the batch at which AdamW is left behind."""
     lines = []
     for limit in limits:
-        method, setup = limit.at_limit.setup.method, limit.at_limit.setup
+        method, setup = limit.at_limit.setup.label, limit.at_limit.setup
         if limit.batch_size:
             what = f"fits, up to batch {limit.batch_size} x {setup.seq_len} ({limit.at_limit.gib:.1f} GB)"
         else:
@@ -193,7 +205,7 @@ def advice(limits: list[BatchLimit], gpu: float | None) -> list[str]:
     best = max((limit for limit in limits if limit.at_limit.setup.is_poet), key=lambda x: x.batch_size, default=None)
     for limit in dense:
         if best is not None and best.batch_size > limit.batch_size:
-            ours, theirs = best.at_limit.setup.method, limit.at_limit.setup.method
+            ours, theirs = best.at_limit.setup.label, limit.at_limit.setup.label
             lines.append(
                 f"from batch {limit.batch_size + 1} to {best.batch_size} {ours} still fits where {theirs} does not"
             )
@@ -212,7 +224,7 @@ def draw(path: Path, model: str, estimates: list[MemoryEstimate]) -> None:
 
     setup = estimates[0].setup
     figure, axes = plt.subplots(figsize=(7, 1.4 + 0.5 * len(estimates)), layout="constrained")
-    names = [re.sub("^(fast|mem)$", r"POET-X \1", estimate.setup.method) for estimate in estimates]
+    names = [re.sub("^(fast|mem)$", r"POET-X \1", estimate.setup.label) for estimate in estimates]
     left = [0.0] * len(estimates)
     for category in CATEGORIES:
         sizes = [estimate.categories[category] / GIB for estimate in estimates]

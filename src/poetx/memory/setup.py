@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from poetx.config import WEIGHT_FORMATS
 from poetx.errors import UserError, nearest
 
 POET_METHODS = ("mem", "fast")
@@ -31,8 +32,9 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "optimizer_state": ("same", "bfloat16", "int8"),
     "base_optimizer": ("adamw", "adafactor", "smmf", "hfac"),
     "device": ("cuda", "cpu"),
+    "weight_format": (None, *WEIGHT_FORMATS),
 }
-_COUNTS = ("batch_size", "seq_len", "block_size", "lora_rank")
+_COUNTS = ("batch_size", "seq_len", "block_size", "lora_rank", "group_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,7 @@ class TrainingSetup:
         device: whose allocator and kernels: sizes in steps of 512 bytes, flash attention and multi-tensor
             optimizers on ``"cuda"``; the exact bytes of tensors on ``"cpu"``.
         neumann_order: of POET-X.
+        weight_format, group_size: of a quantised base (POET-XQ), for ``"mem"`` only; see :class:`poetx.PoetConfig`.
 
     Raises:
         UserError: a value outside its range, or settings that exclude each other.
@@ -75,13 +78,16 @@ class TrainingSetup:
     lora_rank: int = 160
     device: str = "cuda"
     neumann_order: int = 3
+    weight_format: str | None = None
+    group_size: int = 128
 
     def __post_init__(self) -> None:
         for field, choices in _CHOICES.items():
             value = getattr(self, field)
             if value not in choices:
                 raise UserError(
-                    f"{field}={value!r}: must be one of {', '.join(choices)}" + nearest(str(value), choices)
+                    f"{field}={value!r}: must be one of {', '.join(map(str, choices))}"
+                    + nearest(str(value), [str(choice) for choice in choices])
                 )
         for field in _COUNTS:
             value = getattr(self, field)
@@ -97,12 +103,19 @@ class TrainingSetup:
                 f"optimizer_state={self.optimizer_state}: is for AdamW; use method='adamw', 'mem' or 'fast', not "
                 f"{self.method!r}"
             )
+        if self.weight_format is not None and self.method != "mem":
+            raise UserError(f"weight_format={self.weight_format}: is for method='mem', not {self.method!r}")
         if self.method == "adamw-mixed" and self.dtype != "bfloat16":
             raise UserError("dtype=float32: method='adamw-mixed' computes in bfloat16; leave dtype alone")
 
     @property
     def is_poet(self) -> bool:
         return self.method in POET_METHODS
+
+    @property
+    def label(self) -> str:
+        """The name in tables: the weight's format where there is one, else the method."""
+        return self.weight_format or self.method
 
     @property
     def uses_own_adamw(self) -> bool:

@@ -33,7 +33,7 @@ def checkpoint_layers_(model: nn.Module, *, recompute: str = "fast") -> nn.Modul
     Args:
         recompute: mode of the rotated layers inside. ``"fast"``: what a layer keeps then lives only while that
             layer's backward runs, and its big product is computed twice (forward and recompute) instead of three
-            times. ``"mem"`` keeps even that away.
+            times. ``"mem"`` keeps even that away. Layers with a quantised weight stay in *mem*, their only mode.
 
     Raises:
         UserError: no repeated layers to be found, or ``recompute`` neither ``"fast"`` nor ``"mem"``.
@@ -56,7 +56,8 @@ def checkpoint_layers_(model: nn.Module, *, recompute: str = "fast") -> nn.Modul
                 layer.forward = functools.partial(_checkpointed, layer)  # type: ignore[method-assign]
     for layer in layers:
         for _, rotated in poet_layers(layer):
-            rotated.config = dataclasses.replace(rotated.config, mode=recompute)  # type: ignore[arg-type]
+            if rotated.config.weight_format is None:
+                rotated.config = dataclasses.replace(rotated.config, mode=recompute)  # type: ignore[arg-type]
     return model
 
 

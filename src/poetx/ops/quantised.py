@@ -1,0 +1,106 @@
+"""The layer over a quantised base (XQ): *mem*, with W' dequantised inside forward and again inside backward.
+
+Between the two nothing in high precision of W's size is alive; during either one layer's W' is, in x's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from poetx.ops import linear
+from poetx.ops._library import register_op
+from poetx.ops.quantize import Packed, dequantise, format_of
+
+_STORED = "Tensor codes, Tensor scale, Tensor? offset, str weight_format, int group_size"
+_ROTATIONS = "Tensor q_in, Tensor q_out, Tensor perm_in, Tensor perm_out"
+_SIZES = "int block_size_in, int block_size_out, int order"
+
+
+def _weight(codes, scale, offset, weight_format: str, group_size: int, perm_in: Tensor, dtype: torch.dtype) -> Tensor:
+    packed = Packed(codes, scale, offset, perm_in.shape[0], format_of(weight_format), group_size)
+    return dequantise(packed, dtype)
+
+
+def _forward(x, codes, scale, offset, weight_format, group_size, q_in, q_out, perm_in, perm_out, bias, *sizes):
+    weight = _weight(codes, scale, offset, weight_format, group_size, perm_in, x.dtype)
+    return linear._mem_forward(x, weight, q_in, q_out, perm_in, perm_out, bias, *sizes)
+
+
+def _backward(g, x, codes, scale, offset, weight_format, group_size, q_in, q_out, perm_in, perm_out, *settings):
+    weight = _weight(codes, scale, offset, weight_format, group_size, perm_in, x.dtype)
+    return linear._mem_backward(g, x, weight, q_in, q_out, perm_in, perm_out, *settings)
+
+
+def _fake_forward(x, codes, *rest):
+    return x.new_empty(x.shape[0], codes.shape[0])
+
+
+def _fake_backward(g, x, codes, scale, offset, weight_format, group_size, q_in, q_out, perm_in, perm_out, *settings):
+    return x.new_empty(x.shape if settings[-1] else (0,)), torch.empty_like(q_in), torch.empty_like(q_out)
+
+
+_forward_op = register_op(
+    f"linear_quantised(Tensor x, {_STORED}, {_ROTATIONS}, Tensor? bias, {_SIZES}) -> Tensor", _fake_forward
+)(_forward)
+_backward_op = register_op(
+    f"linear_quantised_backward(Tensor g, Tensor x, {_STORED}, {_ROTATIONS}, {_SIZES}, bool needs_dx) "
+    "-> (Tensor, Tensor, Tensor)",
+    _fake_backward,
+)(_backward)
+
+
+class _QuantisedLinear(torch.autograd.Function):
+    """Saves x and the packed parameters; codes, scales and permutations are kept anyway. Rebuilds W', G, a and b."""
+
+    @staticmethod
+    def forward(ctx, x, codes, scale, offset, q_in, q_out, perm_in, perm_out, bias, stored, sizes):
+        ctx.save_for_backward(x, codes, scale, offset, q_in, q_out, perm_in, perm_out)
+        ctx.stored, ctx.sizes = stored, sizes
+        return _forward_op(x, codes, scale, offset, *stored, q_in, q_out, perm_in, perm_out, bias, *sizes)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, codes, scale, offset, *rotations = ctx.saved_tensors
+        dx, dq_in, dq_out = _backward_op(
+            g, x, codes, scale, offset, *ctx.stored, *rotations, *ctx.sizes, ctx.needs_input_grad[0]
+        )
+        dbias = g.sum(0) if ctx.needs_input_grad[8] else None
+        dx = dx if ctx.needs_input_grad[0] else None
+        return dx, None, None, None, dq_in, dq_out, None, None, dbias, None, None
+
+
+def quantised_linear(
+    x: Tensor,
+    weight: Packed,
+    q_in: Tensor,
+    q_out: Tensor,
+    perm_in: Tensor,
+    perm_out: Tensor,
+    *,
+    block_size_in: int,
+    block_size_out: int,
+    order: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y [..., m] of x [..., n] through a rotated, quantised weight; differentiable in x, q_in, q_out and bias.
+
+    As :func:`poetx.ops.linear.poet_linear` in *mem* mode, whose other arguments these are, over
+    ``dequantise(weight, x.dtype)``.
+    """
+    x_NF = x.reshape(-1, x.shape[-1])
+    bias = None if bias is None else bias.to(x.dtype)
+    y = _QuantisedLinear.apply(
+        x_NF,
+        weight.codes,
+        weight.scale,
+        weight.offset,
+        q_in,
+        q_out,
+        perm_in,
+        perm_out,
+        bias,
+        (weight.format.name, weight.group_size),
+        (block_size_in, block_size_out, order),
+    )
+    return y.view(*x.shape[:-1], weight.codes.shape[0])

@@ -1,0 +1,69 @@
+"""``PackedWeight``: a frozen weight in low precision, as plain buffers of integers and scales."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from poetx.ops.quantize import Packed, dequantise, format_of, quantise_
+
+
+class PackedWeight(nn.Module):
+    """A weight [rows, columns] stored as :mod:`poetx.ops.quantize` says. Never trained, never called.
+
+    Buffers:
+        codes: uint8 [rows, bytes of a row]. scale: bfloat16 [rows, ⌈columns / group_size⌉]. offset: the same, for
+            ``"int8"`` and ``"int4"`` only, else None.
+
+    Args:
+        weight_format: one of :data:`poetx.config.WEIGHT_FORMATS`.
+        group_size: neighbours in a row that share a scale.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor | None
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        *,
+        weight_format: str,
+        group_size: int,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.rows, self.columns = rows, columns
+        self.format, self.group_size = format_of(weight_format), group_size
+        empty = Packed.empty(rows, columns, weight_format, group_size, device)
+        for name in ("codes", "scale", "offset"):
+            self.register_buffer(name, getattr(empty, name))
+
+    @property
+    def packed(self) -> Packed:
+        """The buffers as the operators take them."""
+        return Packed(self.codes, self.scale, self.offset, self.columns, self.format, self.group_size)
+
+    def write(self, weight: Tensor, *, noise: torch.Generator | None) -> None:
+        """Round ``weight`` [rows, columns] into the buffers: to nearest without ``noise``, else stochastically."""
+        quantise_(self.packed, weight, noise=noise)
+
+    def read(self) -> Tensor:
+        """The stored weight [rows, columns], float32."""
+        return dequantise(self.packed)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PackedWeight:
+        """``.to()`` and the like: the scales move, but stay bfloat16, in which every one of them is exact."""
+        before = {"scale": self.scale, "offset": self.offset}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            if value is not None and getattr(self, name).dtype != value.dtype:
+                setattr(self, name, value.to(self.codes.device))
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.rows}x{self.columns}, {self.format.name}, group_size={self.group_size}"
