@@ -20,6 +20,7 @@ from torch import Tensor
 
 from poetx.ops._library import register_op
 from poetx.ops.reference import EXACT
+from poetx.ops.rotate import gather
 
 
 def packed_size(block_size: int) -> int:
@@ -71,7 +72,7 @@ def unpack_skew(q_KP: Tensor, size: int, block_size: int) -> Tensor:
     if block_size == 1:
         return q_KP.new_zeros(q_KP.shape[0], 1, 1)
     triangle = _triangle(block_size, q_KP.device)
-    Q_KBB = q_KP.index_select(1, triangle.source).view(-1, block_size, block_size) * triangle.sign.to(q_KP.dtype)
+    Q_KBB = gather(q_KP, triangle.source).view(-1, block_size, block_size) * triangle.sign.to(q_KP.dtype)
     return _cut_(Q_KBB, size)
 
 
@@ -86,7 +87,7 @@ def pack_skew(M_KBB: Tensor, size: int) -> Tensor:
     """Strict upper triangle [K, P] of ``M − Mᵀ``: the gradient of q when M is that of Q."""
     block_size = M_KBB.shape[-1]
     difference = _cut_(M_KBB - M_KBB.transpose(1, 2), size)
-    return difference.view(-1, block_size * block_size).index_select(1, _triangle(block_size, M_KBB.device).upper)
+    return gather(difference.view(-1, block_size * block_size), _triangle(block_size, M_KBB.device).upper)
 
 
 def _add_identity_(M_KBB: Tensor) -> Tensor:
