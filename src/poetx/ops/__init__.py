@@ -2,6 +2,20 @@
 
 
 def kernel_report() -> list[tuple[str, str]]:
-    """(operator, which implementation runs and why), for ``poetx env``."""
-    reason = "PyTorch (its own batched products and gathers; there is no Triton kernel for this operator yet)"
-    return [(name, reason) for name in ("cayley", "linear_fast", "linear_mem", "fold")]
+    """(operator, which implementation runs on this machine and why), for ``poetx env``."""
+    import torch
+
+    from poetx.ops._dispatch import SMALLEST_BLOCK, machine_obstacle
+
+    reason = machine_obstacle(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    if reason is not None:
+        return [(name, f"PyTorch ({reason})") for name in ("cayley", "rotate", "outer", "fold")]
+    import triton
+
+    fits = f"Triton {triton.__version__}; PyTorch for float64 and for blocks below {SMALLEST_BLOCK}"
+    return [
+        ("cayley", f"{fits}, for the exact transform and the gradient of order 7"),
+        ("rotate", fits),
+        ("outer", fits),
+        ("fold", "PyTorch (float32 products whatever the settings; once per merge)"),
+    ]

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from poetx.ops._dispatch import use_triton
 from poetx.ops._library import register_op
 from poetx.ops.reference import EXACT
 from poetx.ops.rotate import gather
@@ -192,8 +193,18 @@ def cayley_pair(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """(G_in, G_out) of a layer with n inputs and m outputs, rounded to ``dtype`` once; not differentiable."""
-    G_in = cayley_forward(q_in, n, block_size_in, order).to(dtype)
-    return G_in, cayley_forward(q_out, m, block_size_out, order).to(dtype)
+    sides = ((q_in, n, block_size_in), (q_out, m, block_size_out))
+    missing = "the exact Cayley transform has no kernel" if order == EXACT else None
+    if all(use_triton(q, block_size, missing=missing) for q, _, block_size in sides):
+        from poetx.ops.triton import cayley as kernels
+
+        if block_size_in == block_size_out:
+            G_in, G_out = kernels.cayley([q_in, q_out], [n, m], block_size_in, order, dtype)
+        else:
+            G_in, G_out = (kernels.cayley([q], [size], block_size, order, dtype)[0] for q, size, block_size in sides)
+        return G_in, G_out
+    G_in, G_out = (cayley_forward(q, size, block_size, order).to(dtype) for q, size, block_size in sides)
+    return G_in, G_out
 
 
 def cayley_pair_backward(
@@ -206,10 +217,25 @@ def cayley_pair_backward(
     block_size_in: int,
     block_size_out: int,
     order: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """(dq_in, dq_out), each in its q's dtype, from the float32 (float64) gradients of the blocks."""
-    dq_in = cayley_backward(dG_in, q_in, n, block_size_in, order)
-    return dq_in, cayley_backward(dG_out, q_out, m, block_size_out, order)
+    """(dq_in, dq_out), each in its q's dtype, from the float32 (float64) gradients of the blocks.
+
+    ``dtype`` is that of the activations behind them.
+    """
+    sides = ((dG_in, q_in, n, block_size_in), (dG_out, q_out, m, block_size_out))
+    missing = None if order == 3 else f"the gradient of order {order} has no kernel"
+    if all(use_triton(q, block_size, missing=missing) for _, q, _, block_size in sides):
+        from poetx.ops.triton import cayley as kernels
+
+        narrow = dtype == torch.bfloat16
+        if block_size_in == block_size_out:
+            dq_in, dq_out = kernels.cayley_backward([dG_in, dG_out], [q_in, q_out], [n, m], block_size_in, narrow)
+        else:
+            dq_in, dq_out = (kernels.cayley_backward([dG], [q], [size], b, narrow)[0] for dG, q, size, b in sides)
+        return dq_in, dq_out
+    dq_in, dq_out = (cayley_backward(dG, q, size, block_size, order) for dG, q, size, block_size in sides)
+    return dq_in, dq_out
 
 
 def _fake_pair(q_in, q_out, n, m, block_size_in: int, block_size_out: int, order: int, dtype: torch.dtype):
@@ -219,7 +245,7 @@ def _fake_pair(q_in, q_out, n, m, block_size_in: int, block_size_out: int, order
     )
 
 
-def _fake_pair_backward(dG_in, dG_out, q_in, q_out, n, m, block_size_in: int, block_size_out: int, order: int):
+def _fake_pair_backward(dG_in, dG_out, q_in, q_out, n, m, block_size_in: int, block_size_out: int, order: int, dtype):
     return torch.empty_like(q_in), torch.empty_like(q_out)
 
 
@@ -230,7 +256,7 @@ cayley_pair_op = register_op(
 )(cayley_pair)
 cayley_pair_backward_op = register_op(
     "cayley_pair_backward(Tensor dG_in, Tensor dG_out, Tensor q_in, Tensor q_out, int n, int m, int block_size_in, "
-    "int block_size_out, int order) -> (Tensor, Tensor)",
+    "int block_size_out, int order, ScalarType dtype) -> (Tensor, Tensor)",
     _fake_pair_backward,
 )(cayley_pair_backward)
 

@@ -35,11 +35,6 @@ def _product(x: Tensor, weight: Tensor, G_in: Tensor, perm_in: Tensor) -> Tensor
     return gather_rotate(x, perm_in, G_in) @ weight.T
 
 
-def _output(b: Tensor, G_out: Tensor, perm_out: Tensor, bias: Tensor | None) -> Tensor:
-    y = rotate_scatter(b, G_out, perm_out)
-    return y if bias is None else y.add_(bias)
-
-
 def _dense_forward(x, weight, G_in, G_out, perm_in, perm_out, bias):
     T = weight_side.dense_transposed(weight.to(x.dtype), G_in, G_out, perm_in, perm_out)
     return x @ T if bias is None else torch.addmm(bias, x, T)
@@ -79,7 +74,7 @@ def _fast_forward(x, weight, G_in, G_out, perm_in, perm_out, bias):
     if _keeps_no_b(x, weight, G_in, G_out):
         return _dense_forward(x, weight, G_in, G_out, perm_in, perm_out, bias), x.new_empty(0, weight.shape[0])
     b = _product(x, weight, G_in, perm_in)
-    return _output(b, G_out, perm_out, bias), b
+    return rotate_scatter(b, G_out, perm_out, bias), b
 
 
 def _fake_fast_forward(x, weight, G_in, G_out, perm_in, perm_out, bias):
@@ -112,7 +107,7 @@ def _mem_forward(x, weight, q_in, q_out, perm_in, perm_out, bias, block_size_in:
         return _dense_forward(x, weight, G_in, G_out, perm_in, perm_out, bias)
     b = _product(x, weight, G_in, perm_in)
     del G_in
-    return _output(b, G_out, perm_out, bias)
+    return rotate_scatter(b, G_out, perm_out, bias)
 
 
 def _mem_backward(
@@ -134,7 +129,7 @@ def _mem_backward(
     b = x.new_empty(0, m) if weight_side.cheaper(x, max(m, n)) else _product(x, weight, G_in, perm_in)
     dx, dG_in, dG_out = _backward(g, x, b, weight, G_in, G_out, perm_in, perm_out, needs_dx)
     del b, G_in, G_out
-    return dx, *cayley_pair_backward(dG_in, dG_out, q_in, q_out, *settings)
+    return dx, *cayley_pair_backward(dG_in, dG_out, q_in, q_out, *settings, x.dtype)
 
 
 def _fake_mem_forward(
@@ -191,7 +186,7 @@ class _FastLinear(torch.autograd.Function):
     def backward(ctx, g):
         x, b, weight, G_in, G_out, q_in, q_out, perm_in, perm_out = ctx.saved_tensors
         dx, dG_in, dG_out = _fast_backward_op(g, x, b, weight, G_in, G_out, perm_in, perm_out, ctx.needs_input_grad[0])
-        dq_in, dq_out = cayley_pair_backward_op(dG_in, dG_out, q_in, q_out, *ctx.settings)
+        dq_in, dq_out = cayley_pair_backward_op(dG_in, dG_out, q_in, q_out, *ctx.settings, x.dtype)
         dbias = g.sum(0) if ctx.needs_input_grad[6] else None
         dx = dx if ctx.needs_input_grad[0] else None
         return dx, None, dq_in, dq_out, None, None, dbias, None, None, None

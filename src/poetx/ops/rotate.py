@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from poetx.ops._dispatch import use_triton
+
 #: Bytes of one slice of activations. 2 MiB is the L2 cache of one current server core.
 _SLICE_BYTES = {"cpu": 2 << 20}
 _SLICE_BYTES_ELSEWHERE = 256 << 20
@@ -89,19 +91,27 @@ def _add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def gather_rotate(x_NF: Tensor, perm: Tensor, G_KBB: Tensor) -> Tensor:
     """``x[:, perm] · Diag(G)``, [N, F]."""
+    if use_triton(x_NF, G_KBB.shape[-1]):
+        from poetx.ops.triton import rotate as kernels
+
+        return kernels.gather_rotate(x_NF, perm, G_KBB)
     out = torch.empty_like(x_NF, memory_format=torch.contiguous_format)
     for rows in _slices(x_NF):
         rotate(gather(x_NF[rows], perm), G_KBB, out=out[rows])
     return out
 
 
-def rotate_scatter(x_NF: Tensor, G_KBB: Tensor, perm: Tensor) -> Tensor:
-    """y with ``y[:, perm] = x · Diag(G)``, [N, F]."""
+def rotate_scatter(x_NF: Tensor, G_KBB: Tensor, perm: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y with ``y[:, perm] = x · Diag(G)``, [N, F], plus ``bias`` [F]."""
+    if use_triton(x_NF, G_KBB.shape[-1]):
+        from poetx.ops.triton import rotate as kernels
+
+        return kernels.rotate_scatter(x_NF, G_KBB, perm, bias)
     out = torch.empty_like(x_NF, memory_format=torch.contiguous_format)
     back = inverse(perm)
     for rows in _slices(x_NF):
         gather(rotate(x_NF[rows], G_KBB), back, out=out[rows])
-    return out
+    return out if bias is None else out.add_(bias)
 
 
 def gather_rotate_backward(
@@ -111,6 +121,10 @@ def gather_rotate_backward(
 
     dG is float32 or float64; dx is empty if not needed.
     """
+    if use_triton(x_NF, G_KBB.shape[-1]):
+        from poetx.ops.triton import rotate as kernels
+
+        return kernels.gather_rotate_backward(x_NF, perm, G_KBB, grad_NF, needs_dx)
     dG = zeros_like_blocks(G_KBB)
     dx = torch.empty_like(x_NF, memory_format=torch.contiguous_format) if needs_dx else x_NF.new_empty(0)
     back, Gt = inverse(perm), G_KBB.transpose(1, 2)
@@ -123,6 +137,10 @@ def gather_rotate_backward(
 
 def rotate_scatter_backward(x_NF: Tensor, G_KBB: Tensor, perm: Tensor, grad_NF: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients (dx, dG) of :func:`rotate_scatter` from its input and its output's gradient."""
+    if use_triton(x_NF, G_KBB.shape[-1]):
+        from poetx.ops.triton import rotate as kernels
+
+        return kernels.rotate_scatter_backward(x_NF, G_KBB, perm, grad_NF)
     dG = zeros_like_blocks(G_KBB)
     dx = torch.empty_like(x_NF, memory_format=torch.contiguous_format)
     Gt = G_KBB.transpose(1, 2)
@@ -140,6 +158,10 @@ def zeros_like_blocks(G_KBB: Tensor) -> Tensor:
 
 def block_outer(x_NF: Tensor, G_KBB: Tensor, perm: Tensor, grad_NF: Tensor) -> Tensor:
     """``x_kᵀ · grad[:, perm]_k`` [K, B, B], float32 or float64: dG of :func:`rotate_scatter` alone."""
+    if use_triton(x_NF, G_KBB.shape[-1]):
+        from poetx.ops.triton import rotate as kernels
+
+        return kernels.outer(x_NF, grad_NF, G_KBB.shape[-1], y_source=perm)
     dG = zeros_like_blocks(G_KBB)
     for rows in _slices(x_NF):
         add_block_outer_(dG, x_NF[rows], gather(grad_NF[rows], perm))

@@ -1,0 +1,91 @@
+"""Which implementation of an operator runs: one decision, taken from the tensors it is given."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from poetx.errors import UserError
+
+Implementation = Literal["auto", "triton", "torch"]
+#: Smaller blocks do not fill one tile of a matrix unit.
+SMALLEST_BLOCK = 16
+_DTYPES = (torch.float32, torch.bfloat16)
+_wanted: Implementation = "auto"
+
+
+@contextlib.contextmanager
+def use_kernels(implementation: Implementation) -> Iterator[None]:
+    """Choose the implementation of this package's operators, for a comparison or to rule a kernel out.
+
+    Args:
+        implementation: ``"auto"`` (Triton on a GPU that has it, PyTorch elsewhere), ``"torch"``, or ``"triton"``, with
+            which an operator raises :class:`poetx.UserError` where it would have fallen back. Applies to the whole
+            process.
+    """
+    if implementation not in ("auto", "triton", "torch"):
+        raise UserError(f"use_kernels({implementation!r}): must be 'auto', 'triton' or 'torch'")
+    global _wanted
+    before, _wanted = _wanted, implementation
+    try:
+        yield
+    finally:
+        _wanted = before
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def machine_obstacle(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on this device; None where they can."""
+    if not _has_triton():
+        return "triton is not installed"
+    if device.type == "cuda" and torch.version.cuda is not None:
+        major, minor = _capability(device)
+        return None if major >= 8 else f"compute capability {major}.{minor}; the kernels need 8.0"
+    if device.type == "cpu":
+        from poetx.ops.triton import rotate, tuning
+
+        if tuning.interpreted(rotate.rotate_kernel):
+            return None
+    return f"device {device.type}; the kernels need CUDA (or TRITON_INTERPRET=1, to try them out)"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def obstacle(tensor: Tensor, block_size: int) -> str | None:
+    """Why the Triton kernels cannot take activations or parameters like ``tensor``; None where they can."""
+    from torch._subclasses.fake_tensor import FakeTensor  # not at import: it takes sympy with it
+
+    if isinstance(tensor, FakeTensor):
+        return "the tensors are fake"
+    if tensor.dtype not in _DTYPES:
+        return f"{str(tensor.dtype).removeprefix('torch.')}; the kernels take float32 and bfloat16"
+    if block_size < SMALLEST_BLOCK:
+        return f"blocks of {block_size}; the kernels take {SMALLEST_BLOCK} and more"
+    return machine_obstacle(tensor.device)
+
+
+def use_triton(tensor: Tensor, block_size: int, *, missing: str | None = None) -> bool:
+    """Whether the Triton kernels take this call; ``missing`` says what they do not compute, if it is that.
+
+    Raises:
+        UserError: they were asked for by :func:`use_kernels` and cannot.
+    """
+    if _wanted == "torch" or (_wanted == "auto" and tensor.device.type != "cuda"):
+        return False
+    reason = missing or obstacle(tensor, block_size)
+    if reason is not None and _wanted == "triton":
+        raise UserError(f"use_kernels('triton'): {reason}; use 'auto' or 'torch'")
+    return reason is None

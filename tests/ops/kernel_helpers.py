@@ -1,0 +1,89 @@
+"""Triton's interpreter for this package's kernels, in a process where triton may be imported already."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Every kernel, and every function that one calls, replaced by its interpreted twin; triton forced."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    from poetx.ops._dispatch import use_kernels
+    from poetx.ops.triton import cayley, rotate
+
+    with pytest.MonkeyPatch.context() as patch, use_kernels("triton"):
+        for module in (cayley, rotate):
+            for name, value in vars(module).copy().items():
+                if isinstance(value, JITFunction):
+                    patch.setattr(module, name, InterpretedFunction(value.fn))
+        yield
+
+
+@contextlib.contextmanager
+def nan_filled() -> Iterator[None]:
+    """``torch.empty`` and ``empty_like`` give NaN, so that what a kernel forgets to write is seen."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("empty", "empty_like"):
+            make = getattr(torch, name)
+
+            def poisoned(*args, make=make, **kwargs):
+                out = make(*args, **kwargs)
+                return out.fill_(float("nan") if out.is_floating_point() else -(1 << 30))
+
+            patch.setattr(torch, name, poisoned)
+        yield
+
+
+class _Compiler:
+    """Stands for a kernel: a launch compiles it as that launch would, and runs nothing."""
+
+    def __init__(self, kernel, compiled: list) -> None:
+        self.kernel, self.compiled = kernel, compiled
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            self.compiled.append(self.kernel.warmup(*args, grid=grid, **kwargs))
+
+        return launch
+
+
+@contextlib.contextmanager
+def compiled_for(capability: int) -> Iterator[list]:
+    """Launches compile for an NVIDIA GPU of this compute capability (90 is Hopper), without one; yields the results."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    from poetx.ops.triton import cayley, rotate, tuning
+
+    class Driver:
+        def get_current_target(self):
+            return GPUTarget("cuda", capability, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    compiled: list = []
+    before = driver._active
+    driver.set_active(Driver())  # type: ignore[arg-type]
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tuning, "interpreted", lambda kernel: False)
+            patch.setattr(rotate, "interpreted", lambda kernel: False)
+            for module in (cayley, rotate):
+                for name, value in vars(module).copy().items():
+                    if isinstance(value, JITFunction) and name.endswith("_kernel"):
+                        patch.setattr(module, name, _Compiler(value, compiled))
+            yield compiled
+    finally:
+        driver._active = before

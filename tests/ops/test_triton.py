@@ -1,0 +1,263 @@
+"""The Triton kernels against their plain-torch twins: in the interpreter, compiled for a Hopper GPU, and on a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+from helpers import TOLERANCE, random_skew, relative_error
+from poetx import UserError
+from poetx.ops import cayley as cayley_twin
+from poetx.ops import rotate as rotate_twin
+from poetx.ops._dispatch import use_kernels
+from poetx.ops.cayley import packed_size
+from poetx.ops.linear import poet_linear
+from poetx.ops.reference import EXACT
+
+pytest.importorskip("triton", reason="the kernels need triton, which exists for Linux only")
+from kernel_helpers import compiled_for, interpreted, nan_filled
+
+from poetx.ops.triton import cayley as cayley_kernels
+from poetx.ops.triton import rotate as rotate_kernels
+from poetx.ops.triton import tuning
+
+DTYPES = [torch.float32, torch.bfloat16]
+#: features, block size: one block, ragged last block, blocks that are no power of two
+SIZES = [(32, 32), (41, 16), (75, 40)]
+
+gpu = pytest.mark.gpu
+on_each = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+
+
+@contextlib.contextmanager
+def kernels_on(device):
+    """The real kernels on a GPU, their interpreted twins on the CPU; outputs are NaN until written."""
+    with nan_filled(), interpreted() if device == "cpu" else use_kernels("triton"):
+        yield
+
+
+def draw(*size, dtype, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*size, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+def exact(function, *args):
+    """The twin in float64, on the CPU, from the same rounded inputs."""
+    with use_kernels("torch"):
+        return function(
+            *(
+                a.cpu().double()
+                if isinstance(a, torch.Tensor) and a.is_floating_point()
+                else a.cpu()
+                if isinstance(a, torch.Tensor)
+                else a
+                for a in args
+            )
+        )
+
+
+def strided(x):
+    """The same values with neither dimension contiguous."""
+    return x.new_zeros(x.shape[1] * 2, x.shape[0] + 1).T[: x.shape[0], ::2].copy_(x)
+
+
+@on_each
+@pytest.mark.parametrize("order", [3, 7])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_of_two_sides(dtype, order, device):
+    sizes, block_size = (75, 40), 40
+    qs = [random_skew(size, block_size, dtype=torch.float32, seed=size).to(device) for size in sizes]
+    qs[0][-1, -1] = 0.7  # beyond the ragged end: must have no effect
+    with kernels_on(device):
+        blocks = cayley_kernels.cayley(qs, sizes, block_size, order, dtype)
+        (alone,) = cayley_kernels.cayley(qs[:1], sizes[:1], block_size, order, dtype)
+    assert torch.equal(alone, blocks[0])
+    for G, q, size in zip(blocks, qs, sizes, strict=True):
+        assert G.dtype == dtype
+        assert relative_error(G.cpu(), exact(cayley_twin.cayley_forward, q, size, block_size, order)) < TOLERANCE[dtype]
+
+
+@on_each
+@pytest.mark.parametrize("q_dtype", DTYPES)
+@pytest.mark.parametrize(("size", "block_size"), SIZES)
+def test_gradient_of_the_packed_entries(size, block_size, q_dtype, device):
+    q = random_skew(size, block_size, dtype=q_dtype).to(device)
+    Gamma = draw(*q.shape[:1], block_size, block_size, dtype=torch.float32, device=device)
+    with kernels_on(device):
+        (dq,) = cayley_kernels.cayley_backward([Gamma], [q], [size], block_size, narrow=False)
+    want = exact(cayley_twin.cayley_backward, Gamma, q, size, block_size, 3)
+    assert dq.dtype == q_dtype
+    assert relative_error(dq.cpu(), want) < TOLERANCE[q_dtype]
+    assert dq.cpu()[want == 0].eq(0).all()
+
+
+@on_each
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "block_size"), SIZES)
+@pytest.mark.parametrize("layout", ["rows", "strided"])
+def test_rotations_and_their_gradients(layout, size, block_size, dtype, device):
+    tokens = 70  # more than one tile, no multiple of it
+    x, g = (draw(tokens, size, dtype=dtype, device=device, seed=seed) for seed in (1, 2))
+    if layout == "strided":
+        x, g = strided(x), strided(g)
+    G = draw(-(-size // block_size), block_size, block_size, dtype=dtype, device=device, seed=3)
+    bias = draw(size, dtype=dtype, device=device, seed=4)
+    perm = torch.randperm(size, generator=torch.Generator().manual_seed(5)).int().to(device)
+    calls = {
+        "gather_rotate": (x, perm, G),
+        "rotate_scatter": (x, G, perm, bias),
+        "gather_rotate_backward": (x, perm, G, g, True),
+        "rotate_scatter_backward": (x, G, perm, g),
+    }
+    for name, args in calls.items():
+        with kernels_on(device):
+            got = getattr(rotate_kernels, name)(*args)
+        want = exact(getattr(rotate_twin, name), *args)
+        for part, truth in zip(*((v,) if isinstance(v, torch.Tensor) else v for v in (got, want)), strict=True):
+            assert part.shape == truth.shape
+            assert relative_error(part.cpu(), truth) < TOLERANCE[dtype], name
+            assert part.dtype == (torch.float32 if part.ndim == 3 else dtype)
+
+
+@on_each
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_plan_and_tile_gives_the_same_bits(dtype, device, monkeypatch):
+    """So that timing may choose between them: a run stays reproducible to the bit whatever is chosen."""
+    size, block_size, tokens = (75, 40, 150) if device == "cpu" else (2048 + 100, 256, 1000)
+    x, g = (draw(tokens, size, dtype=dtype, device=device, seed=seed) for seed in (1, 2))
+    G = draw(-(-size // block_size), block_size, block_size, dtype=dtype, device=device, seed=3)
+    bias = draw(size, dtype=dtype, device=device, seed=4)
+    perm = torch.randperm(size).int().to(device)
+    q = random_skew(size, block_size, dtype=torch.float32).to(device)
+
+    def compare(key, device, candidates):
+        results = [candidate() for candidate in candidates]
+        for other in results[1:]:
+            for a, b in zip(*(r if isinstance(r, (tuple, list)) else (r,) for r in (results[0], other)), strict=True):
+                assert torch.equal(a, b), key
+        compared.append(len(results))
+        return results[0]
+
+    compared = []
+    for module in (rotate_kernels, cayley_kernels):
+        monkeypatch.setattr(module, "fastest", compare)
+    with kernels_on(device):
+        rotate_kernels.gather_rotate(x, perm, G)
+        rotate_kernels.rotate_scatter(x, G, perm, bias)
+        if device == "cuda":
+            rotate_kernels.rotate_scatter_backward(x, G, perm, g)
+            rotate_kernels.gather_rotate_backward(x, perm, G, g, True)
+            cayley_kernels.cayley([q], [size], block_size, 3, dtype)
+            cayley_kernels.cayley_backward([G.float()], [q], [size], block_size, True)
+    assert max(compared) > 1
+
+
+@on_each
+def test_outer_products_in_chunks_are_the_same_every_time(device, monkeypatch):
+    x, y = (draw(1000, 32, dtype=torch.bfloat16, device=device, seed=seed) for seed in (1, 2))
+    monkeypatch.setattr(rotate_kernels, "_PROGRAMS", 4)
+    with kernels_on(device):
+        first, second = (rotate_kernels.outer(x, y, 32) for _ in range(2))
+    assert torch.equal(first, second)
+    assert relative_error(first.cpu(), (x.double().T @ y.double()).cpu()[None]) < TOLERANCE[torch.float32]
+
+
+@on_each
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int32])
+def test_permute(dtype, device):
+    x = draw(9, 75, dtype=torch.float32, device=device).mul(100).to(dtype)
+    perm = torch.randperm(75).int().to(device)
+    with kernels_on(device):
+        assert torch.equal(rotate_kernels.permute(x, perm), x[:, perm.long()])
+        assert torch.equal(rotate_kernels.permute(strided(x), perm), x[:, perm.long()])
+        assert torch.equal(rotate_kernels.inverse(perm), perm.argsort().int())
+
+
+def layer_problem(dtype, device, tokens=37, n=41, m=75, block_size=32):
+    inputs = {
+        "x": draw(tokens, n, dtype=dtype, seed=1),
+        "q_in": random_skew(n, min(n, block_size), dtype=torch.float32, seed=2),
+        "q_out": random_skew(m, min(m, block_size), dtype=torch.float32, seed=3),
+        "bias": draw(m, dtype=dtype, seed=4),
+    }
+    frozen = {
+        "weight": draw(m, n, dtype=dtype, seed=5) / n**0.5,
+        "perm_in": torch.randperm(n).int(),
+        "perm_out": torch.randperm(m).int(),
+    }
+    settings = {"block_size_in": min(n, block_size), "block_size_out": min(m, block_size)}
+    inputs = {k: v.to(device).requires_grad_() for k, v in inputs.items()}
+    return inputs, {k: v.to(device) for k, v in frozen.items()} | settings
+
+
+@on_each
+@pytest.mark.parametrize("mode", ["fast", "mem"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_and_every_gradient(dtype, mode, device):
+    inputs, frozen = layer_problem(dtype, device)
+    results = []
+    for kernels, kind in ((kernels_on(device), dtype), (use_kernels("torch"), torch.float64)):
+        here = {k: v.detach().to(kind).requires_grad_() for k, v in inputs.items()} if kind != dtype else inputs
+        with kernels:
+            weight = frozen["weight"].to(kind)
+            y = poet_linear(**here, **(frozen | {"weight": weight}), order=3, mode=mode)
+            g = draw(*y.shape, dtype=kind, device=device, seed=6)
+            results.append({"y": y} | dict(zip(here, torch.autograd.grad(y, list(here.values()), g), strict=True)))
+    for name, got in results[0].items():
+        assert got.dtype == (dtype if name in ("y", "x", "bias") else torch.float32)
+        assert relative_error(got, results[1][name]) < 2 * TOLERANCE[dtype], name
+
+
+def test_no_tokens():
+    inputs, frozen = layer_problem(torch.float32, "cpu", tokens=0)
+    with kernels_on("cpu"):
+        y = poet_linear(**inputs, **frozen, order=3, mode="fast")
+        grads = torch.autograd.grad(y.sum(), list(inputs.values()))
+    assert y.shape == (0, 75)
+    assert all(grad.eq(0).all() for grad in grads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_compile_for_hopper(dtype):
+    """What the interpreter does not see: types, layouts, shared memory. No GPU is needed to compile."""
+    size, block_size, tokens = 512, 128, 256
+    q = torch.zeros(4, packed_size(block_size))
+    x, G, perm = torch.zeros(tokens, size, dtype=dtype), torch.zeros(4, 128, 128, dtype=dtype), torch.arange(size).int()
+    with compiled_for(90) as compiled:
+        cayley_kernels.cayley([q, q], [size, size], block_size, 3, dtype)
+        cayley_kernels.cayley_backward([G.float()], [q], [size], block_size, narrow=dtype == torch.bfloat16)
+        rotate_kernels.gather_rotate(x, perm, G)
+        rotate_kernels.rotate_scatter_backward(x, G, perm, x)
+        rotate_kernels.permute(x, perm)
+    names = {kernel.metadata.name for kernel in compiled}
+    assert len(names) == 7
+    for kernel in compiled:
+        assert kernel.metadata.shared <= 227 * 1024
+        if kernel.metadata.name != "permute_kernel":
+            assert "mma" in kernel.asm["ptx"], f"{kernel.metadata.name} does not reach the matrix units"
+
+
+def test_forcing_raises_where_a_kernel_cannot_run():
+    inputs, frozen = layer_problem(torch.float32, "cpu")
+    with use_kernels("triton"), pytest.raises(UserError, match="device cpu; the kernels need CUDA"):
+        poet_linear(**inputs, **frozen, order=3, mode="fast")
+    with pytest.raises(UserError, match="must be"), use_kernels("cuda"):
+        pass
+    with interpreted(), pytest.raises(UserError, match="exact"):
+        poet_linear(**inputs, **frozen, order=EXACT, mode="fast")
+    doubles = {k: v.detach().double() for k, v in inputs.items()}
+    frozen["weight"] = frozen["weight"].double()
+    with interpreted(), pytest.raises(UserError, match="float64"):
+        poet_linear(**doubles, **frozen, order=3, mode="fast")
+
+
+def test_precision_follows_torch_and_the_dtype():
+    assert tuning.float32_precision(narrow=True) == "tf32"
+    assert tuning.float32_precision(narrow=False) == "tf32x3"
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert tuning.float32_precision(narrow=False) == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
