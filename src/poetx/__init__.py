@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from poetx.config import PoetConfig
     from poetx.convert import ConversionReport, convert_, poet_layers, to_dense_
     from poetx.layer import PoetLinear
+    from poetx.materialize import materialize_
     from poetx.memory import estimate_memory, measure_memory
     from poetx.merge import MergeHandle, MergeReport, merge_, merge_every
     from poetx.optim import param_groups
@@ -30,6 +31,7 @@ __all__ = [
     "UserError",
     "convert_",
     "estimate_memory",
+    "materialize_",
     "measure_memory",
     "merge_",
     "merge_every",
@@ -44,6 +46,7 @@ _HOMES = {
     "config": ("PoetConfig",),
     "convert": ("ConversionReport", "convert_", "poet_layers", "to_dense_"),
     "layer": ("PoetLinear",),
+    "materialize": ("materialize_",),
     "memory": ("estimate_memory", "measure_memory"),
     "merge": ("MergeHandle", "MergeReport", "merge_", "merge_every"),
     "optim": ("param_groups",),

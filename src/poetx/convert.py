@@ -13,8 +13,11 @@ from torch import nn
 
 from poetx.config import PoetConfig
 from poetx.errors import UserError, nearest
+from poetx.foreign import dense_weight, foreign_buffers, is_foreign
 from poetx.layer import PoetLinear
+from poetx.storage import PackedWeight
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 #: Names that checkpoints in the wild give to several matrices held as one.
 _FUSED = re.compile(r"(^|\.)(c_attn|qkv|qkv_proj|query_key_value|Wqkv|in_proj|gate_up_proj|kv_proj|q_attn)$")
 
@@ -129,14 +132,14 @@ def _output_layer(model: nn.Module) -> Any:
         return None
 
 
-def _refusal(name: str, module: nn.Module, config: PoetConfig, shared: set[int]) -> str | None:
+def _refusal(module: nn.Module, shared: set[int], *, foreign: bool) -> str | None:
     """Why a linear layer that the patterns reach is left alone, or None if it is to be converted."""
     weight = module.weight
     if not isinstance(weight, nn.Parameter):
         return "its weight is computed (a parametrization or pruning); remove that first"
     if id(weight) in shared:
         return "its weight is tied to another layer's"
-    if not weight.requires_grad:
+    if not weight.requires_grad and not (foreign and is_foreign(module)):
         return "frozen (requires_grad=False)"
     if weight.numel() == 0:
         return "it has no elements"
@@ -159,8 +162,9 @@ class Targets:
     reasons: dict[nn.Module, str]
 
 
-def find_targets(model: nn.Module, config: PoetConfig) -> Targets:
-    """Which layers of ``model`` to rotate: ``nn.Linear`` and ``Conv1D`` within the config's patterns.
+def find_targets(model: nn.Module, config: PoetConfig, *, foreign: bool = False) -> Targets:
+    """Which layers of ``model`` to rotate: ``nn.Linear`` and ``Conv1D`` within the config's patterns, and with
+    ``foreign`` linear layers that bitsandbytes or torchao have quantised.
 
     Raises:
         UserError: none is left, or one of them is float16.
@@ -177,7 +181,7 @@ def find_targets(model: nn.Module, config: PoetConfig) -> Targets:
 
     reasons: dict[nn.Module, str] = {}
     layers: dict[str, nn.Module] = {}
-    linears = [m for m in places if type(m) is nn.Linear or _is_conv1d(m)]
+    linears = [m for m in places if type(m) is nn.Linear or _is_conv1d(m) or (foreign and is_foreign(m))]
     matched = False
     for module in linears:
         name = places[module][0]
@@ -190,10 +194,10 @@ def find_targets(model: nn.Module, config: PoetConfig) -> Targets:
             reason = "in exclude_modules"
         else:
             matched = True
-            reason = _refusal(name, module, config, shared)
+            reason = _refusal(module, shared, foreign=foreign)
         if reason is not None:
             reasons[module] = reason
-        elif module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        elif not (foreign and is_foreign(module)) and module.weight.dtype not in _DTYPES:
             raise UserError(
                 f"{name}: {module.weight.dtype} is not supported (its range needs loss scaling); convert the "
                 "model to bfloat16 or float32 first"
@@ -208,10 +212,12 @@ def find_targets(model: nn.Module, config: PoetConfig) -> Targets:
 def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionReport:
     """Replace the linear layers of ``model`` by :class:`PoetLinear`, in place.
 
-    Takes exact ``nn.Linear`` modules and ``transformers`` ``Conv1D``; everything else that holds a matrix is in
-    the report's ``skipped`` with the reason. Tied weights, frozen weights and the output layer of a
-    ``transformers`` model stay as they are. With ``config.init == "keep"`` the model's function is preserved.
-    Memory: one layer is copied at a time. Works on the meta device.
+    Takes exact ``nn.Linear`` modules, ``transformers`` ``Conv1D``, and linear layers that bitsandbytes or torchao
+    have quantised; everything else that holds a matrix is in the report's ``skipped`` with the reason. Tied weights,
+    frozen weights and the output layer of a ``transformers`` model stay as they are. With ``config.init == "keep"``
+    the model's function is preserved, up to the rounding of a ``weight_format``.
+    Memory: each layer's old weight is released before the next is converted. Works on the meta device, for
+    :func:`poetx.materialize_` to fill.
 
     Raises:
         UserError: nothing matches ``target_modules``; the model is already converted; a targeted layer is
@@ -227,14 +233,27 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
         raise UserError("the model is already converted; poetx.to_dense_(model) undoes that")
 
     total = sum(p.numel() for p in model.parameters())
-    found = find_targets(model, config)
+    found = find_targets(model, config, foreign=True)
+    others = (p.dtype for p in model.parameters() if p.dtype in _DTYPES and not p.is_meta)
+    dtype = next(others, torch.get_default_dtype())
     converted = []
-    for name, module in found.layers.items():
-        layer = PoetLinear.from_linear(module, config=config, name=name)
-        for place in found.places[module]:
+    for name in list(found.layers):
+        module = found.layers.pop(name)  # so that nothing here keeps the old weight alive
+        places = found.places[module]
+        notes = ["one matrix holding several: its output blocks mix them"] if _FUSED.search(name) else []
+        weight = None
+        if is_foreign(module):
+            try:
+                weight = dense_weight(module, dtype)
+            except ValueError as error:
+                found.reasons[module] = str(error)
+                continue
+            notes.append(f"was {_kind(module)}")
+        layer = PoetLinear.from_linear(module, config=config, name=name, weight=weight)
+        del found.places[module], module, weight
+        for place in places:
             parent, _, child = place.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
-        note = "one matrix holding several: its output blocks mix them" if _FUSED.search(name) else ""
         converted.append(
             ConvertedLayer(
                 name,
@@ -243,9 +262,12 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
                 layer.block_size_in,
                 layer.block_size_out,
                 layer.rotation_count,
-                note,
+                "; ".join(notes),
             )
         )
+    if not converted:
+        name, reason = next((places[0], found.reasons[m]) for m, places in found.places.items() if m in found.reasons)
+        raise UserError(f"no layer could be converted: {name}: {reason}")
     rotations = sum(layer.rotation_parameters for layer in converted)
     return ConversionReport(
         converted=tuple(converted),
@@ -254,6 +276,10 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
         trainable_parameters=rotations + sum(p.numel() for p in _trainable_base(model)),
         total_parameters=total,
     )
+
+
+def _kind(module: nn.Module) -> str:
+    return type(module.weight if type(module) is nn.Linear else module).__name__
 
 
 def _trainable_base(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -277,7 +303,7 @@ def _raise_no_match(config: PoetConfig, names: list[str], reasons: list[str]) ->
 
 
 def _skipped(model: nn.Module, reasons: dict[nn.Module, str]) -> Iterator[SkippedParameter]:
-    """Every parameter with two or more dimensions outside the converted layers."""
+    """Every parameter with two or more dimensions outside the converted layers, and every quantised weight."""
     for module_name, module in model.named_modules():
         if isinstance(module, PoetLinear):
             continue
@@ -289,6 +315,9 @@ def _skipped(model: nn.Module, reasons: dict[nn.Module, str]) -> Iterator[Skippe
                 tuple(parameter.shape),
                 (name == "weight" and reasons.get(module)) or _why_not(module, parameter),
             )
+        for name, shape in [] if isinstance(module, PackedWeight) else foreign_buffers(module):
+            reason = f"quantised by {type(module).__module__.partition('.')[0]} in a format that is not read"
+            yield SkippedParameter(f"{module_name}.{name}".lstrip("."), shape, reason)
 
 
 def _why_not(module: nn.Module, parameter: nn.Parameter) -> str:
@@ -320,8 +349,10 @@ def to_dense_(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PoetLinear):
             places[module].append(name)
-    for layer, names in places.items():
+    while places:
+        layer, names = places.popitem()  # so that nothing here keeps the old weight alive
         dense = _dense_layer(layer)
+        del layer
         for place in names:
             parent, _, child = place.rpartition(".")
             setattr(model.get_submodule(parent), child, dense)

@@ -183,13 +183,16 @@ class PoetLinear(nn.Module):
         return self.base_weight
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, *, config: PoetConfig, name: str = "") -> PoetLinear:
+    def from_linear(
+        cls, linear: nn.Module, *, config: PoetConfig, name: str = "", weight: Tensor | None = None
+    ) -> PoetLinear:
         """Convert an ``nn.Linear`` or ``transformers`` ``Conv1D``; ``init="keep"`` preserves its function.
 
-        The bias keeps its ``nn.Parameter`` object, so an optimizer that already holds it stays right.
+        The bias keeps its ``nn.Parameter`` object, so an optimizer that already holds it stays right. ``weight``
+        [m, n] stands for a weight that another library has quantised.
         """
         transposed = not isinstance(linear, nn.Linear)
-        source: Tensor = linear.weight.detach()  # type: ignore[assignment]
+        source: Tensor = linear.weight.detach() if weight is None else weight.detach()  # type: ignore[assignment]
         native = source.T if transposed else source
         layer = cls(
             native.shape[1],
@@ -203,13 +206,17 @@ class PoetLinear(nn.Module):
         )
         if not native.is_meta:
             layer.to_empty(device=native.device)
-            with torch.no_grad():
-                layer._reset_rotations()
-                if config.init != "keep":
-                    native = fresh_weight(config, layer.out_features, layer.in_features, name).to(native.device)
-                layer._store(native)
+            if config.init != "keep":
+                native = fresh_weight(config, layer.out_features, layer.in_features, name).to(native.device)
+            layer.load_dense_(native)
         layer.bias = linear.bias  # type: ignore[assignment]
         return layer.train(linear.training)
+
+    @torch.no_grad()
+    def load_dense_(self, weight: Tensor) -> None:
+        """Take ``weight`` [m, n] in the native frame, on this layer's device; rotations and merge count start anew."""
+        self._reset_rotations()
+        self._store(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → y [..., out_features], in autocast's dtype if that is on, else in x's."""
@@ -344,11 +351,12 @@ def fresh_weight(config: PoetConfig, out_features: int, in_features: int, name: 
     """
     generator = stream(config.seed, name, 0, "weight")
     weight = torch.randn(out_features, in_features, generator=generator, device="cpu", dtype=torch.float32)
+    # In place where it can be: this is the most a model costs while it is built on its quantised size.
     if config.init == "uniform":
         tall = weight if out_features >= in_features else weight.T
         factor, triangle = torch.linalg.qr(tall)
         factor = factor * triangle.diagonal().sign()
         weight = factor if out_features >= in_features else factor.T
     else:
-        weight = weight / weight.norm(dim=1, keepdim=True)
-    return weight * config.init_scale
+        weight /= weight.norm(dim=1, keepdim=True)
+    return weight.mul_(config.init_scale)

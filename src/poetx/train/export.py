@@ -115,7 +115,7 @@ def rebuild_run(run_dir: Path, device: torch.device) -> RebuiltRun:
         end_of_text_id=tokenizer.eos_token_id,
         device=device,
     )
-    convert_model(model, recipe)
+    convert_model(model, recipe, device)
     return RebuiltRun(model, tokenizer, recipe, checkpoint, notes)
 
 

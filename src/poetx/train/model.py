@@ -46,6 +46,8 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
 def build_model(recipe: Recipe, *, vocab_size: int, end_of_text_id: int, device: torch.device) -> PreTrainedModel:
     """The dense model of the recipe on ``device`` in the recipe's dtype (which must be resolved already).
 
+    On the meta device where the recipe has a ``poet.weight_format``: :func:`convert_model` then makes it layer by
+    layer, so that the dense weights never exist together.
     Fresh weights depend on ``train.seed`` only; the global random generators are left as they were.
 
     Args:
@@ -62,9 +64,10 @@ def build_model(recipe: Recipe, *, vocab_size: int, end_of_text_id: int, device:
     with torch.random.fork_rng(devices=cuda_devices):
         torch.manual_seed(recipe.train.seed)
         if recipe.model.pretrained:
-            model = _pretrained(recipe.model.pretrained, dtype)
+            model = _pretrained(recipe, dtype)
         else:
-            model = _fresh(recipe, vocab_size, end_of_text_id, device, dtype)
+            start = torch.device("meta") if _is_quantised(recipe) else device
+            model = _fresh(recipe, vocab_size, end_of_text_id, start, dtype)
     rows = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
     if rows < vocab_size:
         raise UserError(
@@ -76,15 +79,22 @@ def build_model(recipe: Recipe, *, vocab_size: int, end_of_text_id: int, device:
     if positions is not None and recipe.data.seq_len > positions:
         raise UserError(f"data.seq_len={recipe.data.seq_len}: the model has {positions} positions; use at most that")
     model.config.use_cache = False
+    if next(model.parameters()).is_meta:
+        return model
     return cast(Any, model).to(device)  # transformers' decorator hides nn.Module.to from the type checker
 
 
-def convert_model(model: PreTrainedModel, recipe: Recipe) -> ConversionReport | None:
-    """Convert in place as the recipe says; None for the dense baseline. Activation checkpointing is set up, too."""
-    from poetx import convert_
+def convert_model(model: PreTrainedModel, recipe: Recipe, device: torch.device) -> ConversionReport | None:
+    """Convert in place as the recipe says; None for the dense baseline. Activation checkpointing is set up, too.
+
+    A model still on the meta device is given its weights on ``device``.
+    """
+    from poetx import convert_, materialize_
     from poetx.stack import checkpoint_layers_
 
     report = None if recipe.poet is None else convert_(model, recipe.poet.config)
+    if next(model.parameters()).is_meta:
+        materialize_(model, recipe.model.pretrained, device=device, seed=recipe.train.seed)
     if recipe.model.gradient_checkpointing:
         checkpoint_layers_(model)
     return report
@@ -135,14 +145,37 @@ def _read_config(source: str, auto_config: Any) -> Any:
         raise UserError(f"model.config={source}: {one_line(error)}") from None
 
 
-def _pretrained(source: str, dtype: torch.dtype) -> PreTrainedModel:
+def _is_quantised(recipe: Recipe) -> bool:
+    return recipe.poet is not None and recipe.poet.config.weight_format is not None
+
+
+def _pretrained(recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    source = str(recipe.model.pretrained)
     path = Path(source).expanduser()
     if not (path / "config.json").is_file():
         raise UserError(f"model.pretrained={source}: not a checkpoint directory (no config.json in it)")
     try:
+        if _is_quantised(recipe) and (model := _on_meta(path, dtype)) is not None:
+            return model
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"model.pretrained={source}: {one_line(error)}") from None
+
+
+def _on_meta(path: Path, dtype: torch.dtype) -> PreTrainedModel | None:
+    """The checkpoint's model without its weights, or None where its files name tensors otherwise than the model."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    from poetx.materialize import Checkpoint
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, local_files_only=True), dtype=dtype)
+    if Checkpoint(path).missing(model):
+        return None
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    return model

@@ -106,7 +106,7 @@ def train(
     data = prepare_data(recipe, progress=reporter.stage)
     reporter.stage("Building the model")
     model = build_model(recipe, vocab_size=data.meta.vocab_size, end_of_text_id=data.meta.end_of_text_id, device=device)
-    report = convert_model(model, recipe)
+    report = convert_model(model, recipe, device)
     if recipe.train.chunked_loss:
         stack.check_head(model)
     optimizer = build_optimizer(model, recipe.optimizer)

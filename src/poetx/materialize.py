@@ -1,0 +1,192 @@
+"""Weights for a converted model on the meta device, layer by layer: never more than its stored size and one layer."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from poetx.convert import poet_layers
+from poetx.errors import UserError
+from poetx.layer import PoetLinear
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoint:
+    """The tensors of a directory of safetensors files, by name, read one at a time.
+
+    Raises:
+        UserError: no such directory, or no safetensors in it.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory).expanduser()
+        index = self.directory / "model.safetensors.index.json"
+        if index.is_file():
+            self._file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        else:
+            self._file_of = {
+                name: file.name for file in sorted(self.directory.glob("*.safetensors")) for name in _names(file)
+            }
+        if not self._file_of:
+            raise UserError(f"{directory}: no safetensors files there")
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._file_of)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the CPU; the file is closed again, and its pages with it."""
+        from safetensors import safe_open
+
+        with safe_open(self.directory / self._file_of[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def missing(self, model: nn.Module) -> list[str]:
+        """Parameters of ``model``, dense or converted, that have no tensor here under any of their names."""
+        return [names[0] for names in _wanted(model) if not any(name in self._file_of for name in names)]
+
+
+def _names(file: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
+def _wanted(model: nn.Module) -> list[list[str]]:
+    """The names that every parameter has in the dense model: several where it is tied."""
+    rotated = {id(p) for _, layer in poet_layers(model) for p in layer.parameters() if p is not layer.bias}
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) not in rotated:
+            names.setdefault(id(parameter), []).append(name)
+    return [*names.values(), *([f"{name}.weight"] for name, _ in poet_layers(model))]
+
+
+@torch.no_grad()
+def materialize_(
+    model: nn.Module,
+    checkpoint: str | Path | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> nn.Module:
+    """Give a model that was built and converted on the meta device its memory and its weights, in place.
+
+    Rotated layers are made one at a time, so that beside the finished part only one layer exists in full precision:
+    a quantised 13B model is built in less than its quantised size and that layer. Returns ``model``.
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        poetx.convert_(model, poetx.PoetConfig(mode="mem", weight_format="int8"))
+        poetx.materialize_(model, "path/to/checkpoint")
+
+    Args:
+        checkpoint: directory of safetensors files with the dense model's tensors under the model's own names. None:
+            fresh weights, rotated layers as their config says, the rest as the model itself initialises it.
+        seed: of the fresh part outside the rotated layers; torch's global generators are left as they were.
+
+    Raises:
+        UserError: no converted layer; a tensor that the checkpoint lacks or has in another shape; ``init`` other than
+            ``"keep"`` with a checkpoint; a fresh module that does not know how to initialise itself.
+    """
+    layers = dict(poet_layers(model))
+    if not layers:
+        raise UserError("the model has no PoetLinear layer; call poetx.convert_ on the meta device first")
+    source = None if checkpoint is None else Checkpoint(checkpoint)
+    if source is not None:
+        _check(model, layers, source)
+    inside = {id(module) for layer in layers.values() for module in layer.modules()}
+    _allocate(model, inside, torch.device(device))
+    _initialise(model, inside, seed, torch.device(device), fresh=source is None)
+    for name, layer in layers.items():
+        layer.to_empty(device=device)
+        if source is None:
+            layer.reset_parameters()
+        else:
+            _load_layer(layer, name, source)
+    if source is not None:
+        _load_rest(model, inside, source)
+    return model
+
+
+def _check(model: nn.Module, layers: dict[str, PoetLinear], source: Checkpoint) -> None:
+    for layer in layers.values():
+        if layer.config.init != "keep":
+            raise UserError(
+                f"init={layer.config.init!r} would discard the weights of {source.directory}; use init='keep'"
+            )
+    missing = source.missing(model)
+    if missing:
+        raise UserError(
+            f"{source.directory}: has no tensor {missing[0]}"
+            + (f" ({len(missing)} are missing)" if len(missing) > 1 else "")
+            + "; its names differ from the model's: load it with from_pretrained, then poetx.convert_"
+        )
+    known = {name for names in _wanted(model) for name in names} | dict(model.named_buffers()).keys()
+    unused = sorted(source.names - known)
+    if unused:
+        logger.warning("%s: %d tensors are not the model's, %s among them", source.directory, len(unused), unused[0])
+
+
+def _allocate(model: nn.Module, inside: set[int], device: torch.device) -> None:
+    """Real memory for every meta tensor outside the rotated layers, tied ones together."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        if id(module) in inside:
+            continue
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if id(tensor) not in memo:
+                    fresh = torch.empty_like(tensor, device=device)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    memo[id(tensor)] = nn.Parameter(fresh, tensor.requires_grad) if is_parameter else fresh
+                store[name] = memo[id(tensor)]
+
+
+def _initialise(model: nn.Module, inside: set[int], seed: int, device: torch.device, *, fresh: bool) -> None:
+    """What the model computes for itself: with a checkpoint only what that does not hold (rotary tables) counts."""
+    initialize: Any = getattr(model, "initialize_weights", None)  # transformers
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        if initialize is not None:
+            initialize()
+            return
+        for name, module in model.named_modules():
+            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            if id(module) in inside or not own:
+                continue
+            reset: Any = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+            elif fresh or any(key in module._non_persistent_buffers_set for key in module._buffers):
+                raise UserError(f"{name}: {type(module).__name__} has no reset_parameters to give it its first values")
+
+
+def _load_layer(layer: PoetLinear, name: str, source: Checkpoint) -> None:
+    weight = source.read(f"{name}.weight")
+    weight = weight.T if layer.transposed else weight
+    _same_shape(f"{name}.weight", weight, (layer.out_features, layer.in_features), source)
+    layer.load_dense_(weight.to(device=layer.skew_in.device, dtype=layer.weight_dtype))
+
+
+def _load_rest(model: nn.Module, inside: set[int], source: Checkpoint) -> None:
+    rotations = {id(p) for _, layer in poet_layers(model) for p in layer.parameters() if p is not layer.bias}
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+        if name in source.names and id(tensor) not in rotations:
+            value = source.read(name)
+            _same_shape(name, value, tuple(tensor.shape), source)
+            tensor.copy_(value)
+
+
+def _same_shape(name: str, got: Tensor, want: tuple[int, ...], source: Checkpoint) -> None:
+    if tuple(got.shape) != want:
+        raise UserError(f"{source.directory}: {name} is {tuple(got.shape)}, the model's is {want}")

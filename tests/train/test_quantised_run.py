@@ -1,0 +1,112 @@
+"""A run on a quantised base: recipe keys, resume, export, and a pretrained start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from poetx import poet_layers
+from poetx.errors import UserError
+from poetx.train.checkpoint import find_checkpoint, load_model
+from poetx.train.export import load_run, rebuild_run
+from poetx.train.model import build_model, convert_model
+from poetx.train.recipe import Recipe
+from poetx.train.run import train
+from train.train_helpers import curve
+
+Tiny = Callable[..., Recipe]
+CPU = torch.device("cpu")
+XQ = ("poet.mode=mem", "poet.weight_format=int8", "poet.group_size=16")
+#: Largest relative difference between the logits of the quantised run and of its float32 export: the merge at the
+#: export is exact, and what is left is the training order's own error.
+EXPORT = 1e-3
+
+
+def stopped(recipe: Recipe, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train up to the checkpoint at ``step`` and no further."""
+    from poetx.train import loop
+
+    saved = loop.save_checkpoint
+
+    class Stop(Exception):
+        pass
+
+    def save_and_stop(*args, **kwargs):
+        path = saved(*args, **kwargs)
+        if kwargs["state"].step == step:
+            raise Stop
+        return path
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", save_and_stop)
+        with pytest.raises(Stop):
+            train(recipe)
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "nf4"])
+def test_a_run_learns_resumes_bitwise_across_a_merge_and_exports_what_it_trained(
+    tiny: Tiny, weight_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = (*XQ, f"poet.weight_format={weight_format}")
+    straight = train(tiny(*settings, run_dir="straight"))
+    assert straight.last_perplexity is not None
+    assert straight.first_perplexity is not None
+    assert straight.last_perplexity < straight.first_perplexity
+
+    recipe = tiny(*settings, run_dir="resumed")
+    stopped(recipe, 6, monkeypatch)  # one step after a merge, four before the next
+    resumed = train(recipe, resume=True)
+    assert curve(resumed.run_dir) == curve(straight.run_dir)
+    paths = [run.run_dir / "export" / "model.safetensors" for run in (straight, resumed)]
+    first, second = (load_file(path) for path in paths)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+    rebuilt = rebuild_run(straight.run_dir, CPU)
+    load_model(find_checkpoint(straight.run_dir)[0], rebuilt.model)
+    formats = {layer.packed_weight.format.name for _, layer in poet_layers(rebuilt.model) if layer.packed_weight}
+    assert formats == {weight_format}
+    ids = torch.arange(16)[None]
+    with torch.no_grad():
+        quantised = rebuilt.model.eval()(input_ids=ids).logits
+        exported = load_run(str(straight.run_dir / "export"), device="cpu").model(input_ids=ids).logits
+    assert ((quantised - exported).norm() / quantised.norm()).item() < EXPORT
+
+
+def test_a_pretrained_checkpoint_is_quantised_layer_by_layer_and_never_loaded_whole(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    plain = build_model(tiny("train.dtype=float32"), vocab_size=320, end_of_text_id=0, device=CPU)
+    plain.save_pretrained(tmp_path / "pretrained")
+    sizes = [f"model.{key}=null" for key in ("hidden_size", "intermediate_size", "num_layers", "num_heads")]
+    recipe = tiny(*sizes, *XQ, "train.dtype=float32", "poet.init=keep", f"model.pretrained={tmp_path / 'pretrained'}")
+    with monkeypatch.context() as patch:
+        patch.delattr(transformers.AutoModelForCausalLM, "from_pretrained")
+        model = build_model(recipe, vocab_size=320, end_of_text_id=0, device=CPU)
+        assert next(model.parameters()).is_meta
+        convert_model(model, recipe, CPU)
+    ids = torch.arange(16)[None]
+    with torch.no_grad():
+        want, got = plain(input_ids=ids).logits, model(input_ids=ids).logits
+    assert 0 < ((got - want).norm() / want.norm()).item() < 0.02
+
+    # Names that the files have otherwise: loaded whole, as any model.
+    file = tmp_path / "pretrained" / "model.safetensors"
+    from safetensors.torch import save_file
+
+    tensors = {name.removeprefix("model."): value for name, value in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    model = build_model(recipe, vocab_size=320, end_of_text_id=0, device=CPU)
+    assert not next(model.parameters()).is_meta
+
+
+def test_mistakes_carry_the_key(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match=r"poet\.mode='fast' with weight_format='int8'.*use mode='mem'"):
+        tiny("poet.weight_format=int8")
+    with pytest.raises(UserError, match=r"poet\.weight_format='int7'"):
+        tiny("poet.mode=mem", "poet.weight_format=int7")
