@@ -1,19 +1,23 @@
-"""Do the memory savings train as well? The demo model on the demo's text, once for each set of savings.
+"""Do the memory savings train as well? The demo model on the demo's text, once for each set of savings and each seed.
 
-    python -m benchmarks.stack --steps 150 --out benchmarks/results/stack.jsonl
+    python -m benchmarks.stack --steps 100 --seeds 0 1 2 --out benchmarks/results/stack.jsonl
 
-Same initial weights, batches and schedule for all; prints validation loss and its difference to the plain run.
+Initial weights, batches and schedule are those of the seed; rows that the file has already are left out. Like is
+compared with like: a released gradient can be clipped by its own norm only, so every run, the plain one too, clips
+embeddings and head each by its own norm and all other gradients by theirs together.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import poetx
 from benchmarks.record import append, provenance
@@ -24,29 +28,35 @@ from poetx.train.recipe import load_recipe
 from poetx.train.sampler import batch_windows, evenly_spread
 from poetx.train.schedule import lr_factor
 
-PLAIN: dict[str, Any] = {"rotation_dtype": "float32", "state": "torch", "release": False, "saving": False, "base": None}
+PLAIN: dict[str, Any] = {
+    "dtype": "float32",
+    "rotation_dtype": "float32",
+    "state": "torch",
+    "release": False,
+    "saving": False,
+    "base": None,
+}
+_STACK = {"rotation_dtype": "bfloat16", "state": "int8", "release": True, "saving": True}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
+    "full stack": _STACK,
+    "full stack, float32 rotations": _STACK | {"rotation_dtype": "float32"},
+    "full stack, SMMF for the rest": _STACK | {"base": "smmf"},
+    "full stack, H-Fac for the rest": _STACK | {"base": "hfac"},
     "bf16 rotations and state, torch's AdamW": {"rotation_dtype": "bfloat16"},
+    "bf16 base": {"dtype": "bfloat16"},
+    "bf16 base, rotations and state: the paper's": {"dtype": "bfloat16", "rotation_dtype": "bfloat16"},
+    "bf16 base, full stack": _STACK | {"dtype": "bfloat16"},
     "checkpointing and chunked loss": {"saving": True},
-    "full stack": {"rotation_dtype": "bfloat16", "state": "int8", "release": True, "saving": True},
-    "full stack, float32 rotations": {"state": "int8", "release": True, "saving": True},
-    "full stack, SMMF for the rest": {
-        "rotation_dtype": "bfloat16",
-        "state": "int8",
-        "release": True,
-        "saving": True,
-        "base": "smmf",
-    },
 }
 
 
-def train(recipe: Any, data: Any, variant: dict[str, Any], *, steps: int, dtype: torch.dtype) -> tuple[float, float]:
+def train(recipe: Any, data: Any, variant: dict[str, Any], *, steps: int, seed: int) -> tuple[float, float]:
     """Validation loss after ``steps`` and seconds a step."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     options, shape, settings = PLAIN | variant, recipe.model, recipe.optimizer
-    torch.manual_seed(recipe.train.seed)
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(
         LlamaConfig(
             vocab_size=recipe.data.vocab_size,
@@ -56,18 +66,20 @@ def train(recipe: Any, data: Any, variant: dict[str, Any], *, steps: int, dtype:
             num_attention_heads=shape.num_heads,
             pad_token_id=None,
         ),
-        dtype=dtype,
-    ).train()
-    config = poetx.PoetConfig.from_dict(recipe.poet.config.to_dict() | {"rotation_dtype": options["rotation_dtype"]})
-    poetx.convert_(model, config)
+        dtype=torch.float32,  # drawn alike for every dtype
+    )
+    model = model.to(getattr(torch, options["dtype"])).train()
+    changes = {"rotation_dtype": options["rotation_dtype"], "seed": seed}
+    poetx.convert_(model, poetx.PoetConfig.from_dict(recipe.poet.config.to_dict() | changes))
     if options["saving"]:
         chunk_loss_(checkpoint_layers_(model))
     groups = poetx.param_groups(model, lr=settings.lr, poet_lr=settings.poet_lr)
     optimizers = _optimizers(groups, options)
     handle = poetx.merge_every(optimizers[0], model, steps=recipe.poet.merge_every)
+    large = large_dense_parameters(model)
     if options["release"]:
         for optimizer in optimizers:
-            release_gradients(optimizer, large_dense_parameters(model), max_norm=settings.clip)
+            release_gradients(optimizer, large, max_norm=settings.clip)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     started = time.perf_counter()
     for step in range(steps):
@@ -75,18 +87,23 @@ def train(recipe: Any, data: Any, variant: dict[str, Any], *, steps: int, dtype:
         for optimizer, rates in zip(optimizers, peaks, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-        windows = batch_windows(
-            step, batch_size=recipe.train.batch_size, windows=len(data.train), seed=recipe.train.seed
-        )
+        windows = batch_windows(step, batch_size=recipe.train.batch_size, windows=len(data.train), seed=seed)
         inputs, labels = data.train.batch(windows)
         _loss(model, inputs, labels).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        _clip(model, large, settings.clip)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
     seconds = (time.perf_counter() - started) / steps
     assert handle.merges == steps // recipe.poet.merge_every
     return validate(model, data, recipe), seconds
+
+
+def _clip(model: nn.Module, large: list[nn.Parameter], limit: float) -> None:
+    alone = {id(p) for p in large}
+    for parameter in large:  # those released have no gradient any more, and were clipped so
+        torch.nn.utils.clip_grad_norm_([parameter], limit)
+    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if id(p) not in alone], limit)
 
 
 def _optimizers(groups: list[dict[str, Any]], options: dict[str, Any]) -> list[torch.optim.Optimizer]:
@@ -116,32 +133,32 @@ def validate(model: Any, data: Any, recipe: Any) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="*", choices=list(VARIANTS), help="these variants (default: all)")
-    parser.add_argument("--out", type=Path, help="append JSON lines here")
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended to")
     args = parser.parse_args()
     recipe = load_recipe("demo", [])
     data = prepare_data(recipe)
-    origin, plain = provenance(torch.device("cpu")), None
-    for name in args.only or VARIANTS:
-        loss, seconds = train(recipe, data, VARIANTS[name], steps=args.steps, dtype=getattr(torch, args.dtype))
-        plain = loss if name == "plain" else plain
-        row = {
-            "benchmark": "stack",
-            "variant": name,
-            "validation_loss": round(loss, 4),
-            "difference": None if plain is None else round(loss - plain, 4),
-            "steps": args.steps,
-            "dtype": args.dtype,
-            "seed": recipe.train.seed,
-            "seconds_a_step": round(seconds, 3),
-        }
-        print(
-            f"{name:45} {loss:.4f}  {row['difference']:+.4f}" if plain is not None else f"{name} {loss:.4f}", flush=True
-        )
-        if args.out:
+    origin = provenance(torch.device("cpu"))
+    lines = args.out.read_text().splitlines() if args.out.exists() else []
+    done = {(row["variant"], row["seed"], row["steps"]) for row in map(json.loads, lines)}
+    for seed in args.seeds:
+        for name in args.only or VARIANTS:
+            if (name, seed, args.steps) in done:
+                continue
+            loss, seconds = train(recipe, data, VARIANTS[name], steps=args.steps, seed=seed)
+            row = {
+                "benchmark": "stack",
+                "variant": name,
+                "settings": PLAIN | VARIANTS[name],
+                "seed": seed,
+                "steps": args.steps,
+                "validation_loss": round(loss, 5),
+                "seconds_a_step": round(seconds, 3),
+            }
             append(args.out, [row | origin])
+            print(f"{name:45} seed {seed}  {loss:.4f}", flush=True)
 
 
 if __name__ == "__main__":
