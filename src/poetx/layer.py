@@ -15,6 +15,7 @@ from poetx.ops.cayley import packed_size
 from poetx.ops.fold import fold, join_bits, largest_angle, split_bits, stochastic_round_
 from poetx.ops.linear import poet_linear
 from poetx.ops.quantised import quantised_linear
+from poetx.ops.rebuild import kept_factors
 from poetx.ops.reference import EXACT
 from poetx.storage import PackedWeight
 
@@ -220,6 +221,7 @@ class PoetLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → y [..., out_features], in autocast's dtype if that is on, else in x's."""
+        factors = kept_factors(x) if self.config.mode == "mem" and torch.is_grad_enabled() else None
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as nn.Linear does
             x = x.to(torch.get_autocast_dtype(x.device.type))
         elif x.dtype != self.weight_dtype:
@@ -235,6 +237,7 @@ class PoetLinear(nn.Module):
             "block_size_out": self.block_size_out,
             "order": self.order,
             "bias": self.bias,
+            "factors": factors,
         }
         if self.packed_weight is not None:
             return quantised_linear(x, self.packed_weight.packed, *rotations, **settings)

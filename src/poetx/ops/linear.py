@@ -18,6 +18,7 @@ from torch import Tensor
 from poetx.ops import weight_side
 from poetx.ops._library import register_op
 from poetx.ops.cayley import cayley_pair, cayley_pair_backward, cayley_pair_backward_op, cayley_pair_op
+from poetx.ops.rebuild import rebuild
 from poetx.ops.rotate import (
     block_outer,
     gather_rotate,
@@ -193,23 +194,27 @@ class _FastLinear(torch.autograd.Function):
 
 
 class _MemLinear(torch.autograd.Function):
-    """Saves x and the packed parameters; weight and permutations are kept anyway. Rebuilds G, a and b."""
+    """Saves x, or two factors of it that are kept anyway, and the packed parameters. Rebuilds x, G, a and b.
+
+    Weight and permutations are kept anyway, too.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, q_in, q_out, perm_in, perm_out, bias, block_size_in, block_size_out, order):
-        ctx.save_for_backward(x, weight, q_in, q_out, perm_in, perm_out)
-        ctx.settings = (block_size_in, block_size_out, order)
+    def forward(ctx, x, weight, q_in, q_out, perm_in, perm_out, bias, block_size_in, block_size_out, order, *factors):
+        ctx.save_for_backward(weight, q_in, q_out, perm_in, perm_out, *(factors or (x,)))
+        ctx.settings, ctx.like = (block_size_in, block_size_out, order), (x.shape, x.dtype)
         return _mem_forward_op(x, weight, q_in, q_out, perm_in, perm_out, bias, block_size_in, block_size_out, order)
 
     @staticmethod
     def backward(ctx, g):
-        x, weight, q_in, q_out, perm_in, perm_out = ctx.saved_tensors
+        weight, q_in, q_out, perm_in, perm_out = ctx.saved_tensors[:5]
+        x = rebuild(ctx.saved_tensors[5:], *ctx.like)
         dx, dq_in, dq_out = _mem_backward_op(
             g, x, weight, q_in, q_out, perm_in, perm_out, *ctx.settings, ctx.needs_input_grad[0]
         )
         dbias = g.sum(0) if ctx.needs_input_grad[6] else None
         dx = dx if ctx.needs_input_grad[0] else None
-        return dx, None, dq_in, dq_out, None, None, dbias, None, None, None
+        return dx, None, dq_in, dq_out, None, None, dbias, *(None,) * (len(ctx.needs_input_grad) - 7)
 
 
 def poet_linear(
@@ -225,6 +230,7 @@ def poet_linear(
     order: int,
     mode: str,
     bias: Tensor | None = None,
+    factors: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """y [..., m] of x [..., n] through the rotated weight; differentiable in x, q_in, q_out and bias.
 
@@ -235,9 +241,13 @@ def poet_linear(
         perm_in, perm_out: int32 permutations [n] and [m].
         order: 3, 7, or :data:`poetx.ops.reference.EXACT`.
         mode: ``"fast"`` saves x, b [N, m] and the blocks G; ``"mem"`` saves x and the packed parameters.
+        factors: two tensors whose product, cast to x's dtype, is x: *mem* saves them in place of x.
     """
     x_NF = x.reshape(-1, x.shape[-1])
     bias = None if bias is None else bias.to(x.dtype)
-    function = _MemLinear if mode == "mem" else _FastLinear
-    y = function.apply(x_NF, weight, q_in, q_out, perm_in, perm_out, bias, block_size_in, block_size_out, order)
+    settings = (block_size_in, block_size_out, order)
+    if mode == "mem":
+        y = _MemLinear.apply(x_NF, weight, q_in, q_out, perm_in, perm_out, bias, *settings, *(factors or ()))
+    else:
+        y = _FastLinear.apply(x_NF, weight, q_in, q_out, perm_in, perm_out, bias, *settings)
     return y.view(*x.shape[:-1], weight.shape[0])

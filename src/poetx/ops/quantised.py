@@ -11,6 +11,7 @@ from torch import Tensor
 from poetx.ops import linear
 from poetx.ops._library import register_op
 from poetx.ops.quantize import Packed, dequantise, format_of
+from poetx.ops.rebuild import rebuild
 
 _STORED = "Tensor codes, Tensor scale, Tensor? offset, str weight_format, int group_size"
 _ROTATIONS = "Tensor q_in, Tensor q_out, Tensor perm_in, Tensor perm_out"
@@ -51,23 +52,27 @@ _backward_op = register_op(
 
 
 class _QuantisedLinear(torch.autograd.Function):
-    """Saves x and the packed parameters; codes, scales and permutations are kept anyway. Rebuilds W', G, a and b."""
+    """Saves x, or two factors of it that are kept anyway, and the packed parameters. Rebuilds x, W', G, a and b.
+
+    Codes, scales and permutations are kept anyway, too.
+    """
 
     @staticmethod
-    def forward(ctx, x, codes, scale, offset, q_in, q_out, perm_in, perm_out, bias, stored, sizes):
-        ctx.save_for_backward(x, codes, scale, offset, q_in, q_out, perm_in, perm_out)
-        ctx.stored, ctx.sizes = stored, sizes
+    def forward(ctx, x, codes, scale, offset, q_in, q_out, perm_in, perm_out, bias, stored, sizes, *factors):
+        ctx.save_for_backward(codes, scale, offset, q_in, q_out, perm_in, perm_out, *(factors or (x,)))
+        ctx.stored, ctx.sizes, ctx.like = stored, sizes, (x.shape, x.dtype)
         return _forward_op(x, codes, scale, offset, *stored, q_in, q_out, perm_in, perm_out, bias, *sizes)
 
     @staticmethod
     def backward(ctx, g):
-        x, codes, scale, offset, *rotations = ctx.saved_tensors
+        codes, scale, offset, *rotations = ctx.saved_tensors[:7]
+        x = rebuild(ctx.saved_tensors[7:], *ctx.like)
         dx, dq_in, dq_out = _backward_op(
             g, x, codes, scale, offset, *ctx.stored, *rotations, *ctx.sizes, ctx.needs_input_grad[0]
         )
         dbias = g.sum(0) if ctx.needs_input_grad[8] else None
         dx = dx if ctx.needs_input_grad[0] else None
-        return dx, None, None, None, dq_in, dq_out, None, None, dbias, None, None
+        return dx, None, None, None, dq_in, dq_out, None, None, dbias, *(None,) * (len(ctx.needs_input_grad) - 9)
 
 
 def quantised_linear(
@@ -82,6 +87,7 @@ def quantised_linear(
     block_size_out: int,
     order: int,
     bias: Tensor | None = None,
+    factors: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """y [..., m] of x [..., n] through a rotated, quantised weight; differentiable in x, q_in, q_out and bias.
 
@@ -102,5 +108,6 @@ def quantised_linear(
         bias,
         (weight.format.name, weight.group_size),
         (block_size_in, block_size_out, order),
+        *(factors or ()),
     )
     return y.view(*x.shape[:-1], weight.codes.shape[0])
