@@ -93,7 +93,7 @@ def prepare_(model: nn.Module, setup: TrainingSetup) -> nn.Module:
     elif setup.method == "lora":
         model = _with_lora(model, setup.lora_rank)
     if setup.activation_checkpointing:
-        checkpoint_layers_(model)
+        checkpoint_layers_(model, recompute=setup.recompute)
     if setup.chunked_loss:
         chunk_loss_(model)
     return model
