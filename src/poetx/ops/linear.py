@@ -127,9 +127,16 @@ def _mem_backward(
     m, n = weight.shape
     settings = (n, m, block_size_in, block_size_out, order)
     G_in, G_out = cayley_pair(q_in, q_out, *settings, x.dtype)
-    b = x.new_empty(0, m) if weight_side.cheaper(x, max(m, n)) else _product(x, weight, G_in, perm_in)
-    dx, dG_in, dG_out = _backward(g, x, b, weight, G_in, G_out, perm_in, perm_out, needs_dx)
-    del b, G_in, G_out
+    if weight_side.cheaper(x, min(m, n)):
+        b = x.new_empty(0, m) if weight_side.cheaper(x, max(m, n)) else _product(x, weight, G_in, perm_in)
+        dx, dG_in, dG_out = _backward(g, x, b, weight, G_in, G_out, perm_in, perm_out, needs_dx)
+        del b, G_in, G_out
+    else:  # as _backward, but b is nobody else's: one buffer [N, m] for b and db, and it is gone before dx is made
+        db, dG_out = rotate_scatter_backward(_product(x, weight, G_in, perm_in), G_out, perm_out, g, overwrite=True)
+        da = db @ weight.to(g.dtype)
+        del db, G_out
+        dx, dG_in = gather_rotate_backward(x, perm_in, G_in, da, needs_dx)
+        del da, G_in
     return dx, *cayley_pair_backward(dG_in, dG_out, q_in, q_out, *settings, x.dtype)
 
 
@@ -207,8 +214,9 @@ class _MemLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        weight, q_in, q_out, perm_in, perm_out = ctx.saved_tensors[:5]
-        x = rebuild(ctx.saved_tensors[5:], *ctx.like)
+        weight, q_in, q_out, perm_in, perm_out, *kept = ctx.saved_tensors
+        x = rebuild(kept, *ctx.like)
+        del kept
         dx, dq_in, dq_out = _mem_backward_op(
             g, x, weight, q_in, q_out, perm_in, perm_out, *ctx.settings, ctx.needs_input_grad[0]
         )

@@ -65,10 +65,22 @@ class _QuantisedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        codes, scale, offset, *rotations = ctx.saved_tensors[:7]
-        x = rebuild(ctx.saved_tensors[7:], *ctx.like)
+        codes, scale, offset, q_in, q_out, perm_in, perm_out, *kept = ctx.saved_tensors
+        x = rebuild(kept, *ctx.like)
+        del kept
         dx, dq_in, dq_out = _backward_op(
-            g, x, codes, scale, offset, *ctx.stored, *rotations, *ctx.sizes, ctx.needs_input_grad[0]
+            g,
+            x,
+            codes,
+            scale,
+            offset,
+            *ctx.stored,
+            q_in,
+            q_out,
+            perm_in,
+            perm_out,
+            *ctx.sizes,
+            ctx.needs_input_grad[0],
         )
         dbias = g.sum(0) if ctx.needs_input_grad[8] else None
         dx = dx if ctx.needs_input_grad[0] else None

@@ -7,12 +7,13 @@ each is the other's derivative, so a layer that would keep the product keeps it 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # type: ignore[attr-defined]
 
 
 def kept_factors(x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -35,6 +36,6 @@ def kept_factors(x: Tensor) -> tuple[Tensor, Tensor] | None:
     return a.detach(), b.detach()
 
 
-def rebuild(kept: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def rebuild(kept: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """The input from what was kept of it: itself, or its two factors, cast as it was."""
     return kept[0] if len(kept) == 1 else torch.mul(*kept).to(dtype).reshape(shape)

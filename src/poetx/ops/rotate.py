@@ -117,7 +117,7 @@ def rotate_scatter(x_NF: Tensor, G_KBB: Tensor, perm: Tensor, bias: Tensor | Non
 def gather_rotate_backward(
     x_NF: Tensor, perm: Tensor, G_KBB: Tensor, grad_NF: Tensor, needs_dx: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients (dx, dG) of :func:`gather_rotate` from its input and its output's gradient.
+    """Gradients (dx, dG) of :func:`gather_rotate` from its input and its output's gradient, which dx overwrites.
 
     dG is float32 or float64; dx is empty if not needed.
     """
@@ -126,7 +126,7 @@ def gather_rotate_backward(
 
         return kernels.gather_rotate_backward(x_NF, perm, G_KBB, grad_NF, needs_dx)
     dG = zeros_like_blocks(G_KBB)
-    dx = torch.empty_like(x_NF, memory_format=torch.contiguous_format) if needs_dx else x_NF.new_empty(0)
+    dx = grad_NF if needs_dx else x_NF.new_empty(0)
     back, Gt = inverse(perm), G_KBB.transpose(1, 2)
     for rows in _slices(x_NF):
         add_block_outer_(dG, gather(x_NF[rows], perm), grad_NF[rows])
@@ -135,14 +135,16 @@ def gather_rotate_backward(
     return dx, dG
 
 
-def rotate_scatter_backward(x_NF: Tensor, G_KBB: Tensor, perm: Tensor, grad_NF: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients (dx, dG) of :func:`rotate_scatter` from its input and its output's gradient."""
+def rotate_scatter_backward(
+    x_NF: Tensor, G_KBB: Tensor, perm: Tensor, grad_NF: Tensor, *, overwrite: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Gradients (dx, dG) of :func:`rotate_scatter` from its input, where dx may go, and its output's gradient."""
     if use_triton(x_NF, G_KBB.shape[-1]):
         from poetx.ops.triton import rotate as kernels
 
         return kernels.rotate_scatter_backward(x_NF, G_KBB, perm, grad_NF)
     dG = zeros_like_blocks(G_KBB)
-    dx = torch.empty_like(x_NF, memory_format=torch.contiguous_format)
+    dx = x_NF if overwrite else torch.empty_like(x_NF, memory_format=torch.contiguous_format)
     Gt = G_KBB.transpose(1, 2)
     for rows in _slices(x_NF):
         grad = gather(grad_NF[rows], perm)
