@@ -50,6 +50,14 @@ TARGETS: dict[str, tuple[str, TrainingSetup, float]] = {
         full_stack(batch_size=2, seq_len=2048, base_optimizer="smmf"),
         22.0,
     ),
+    "8B, 1 × 1024, int8, full stack": ("llama-8b", full_stack(weight_format="int8"), 12.5),
+    "8B, 1 × 1024, int4, full stack": ("llama-8b", full_stack(weight_format="int4"), 9.0),
+    "13B, 1 × 2048, int8, full stack": ("llama-13b", full_stack(seq_len=2048, weight_format="int8"), 22.0),
+    "Llama-3.1-8B shape, 2 × 2048, int8, full stack": (
+        "llama-3.1-8b",
+        full_stack(batch_size=2, seq_len=2048, weight_format="int8"),
+        16.0,
+    ),
 }
 _CHECKPOINTED = {"activation_checkpointing": True, "chunked_loss": True}
 BATCHES: dict[str, TrainingSetup] = {
