@@ -15,7 +15,7 @@ def interpreted() -> Iterator[None]:
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
-    from poetx.ops._dispatch import use_kernels
+    from poetx.ops.dispatch import use_kernels
     from poetx.ops.triton import cayley, rotate
 
     with pytest.MonkeyPatch.context() as patch, use_kernels("triton"):

@@ -5,7 +5,7 @@ def kernel_report() -> list[tuple[str, str]]:
     """(operator, which implementation runs on this machine and why), for ``poetx env``."""
     import torch
 
-    from poetx.ops._dispatch import SMALLEST_BLOCK, machine_obstacle
+    from poetx.ops.dispatch import SMALLEST_BLOCK, machine_obstacle
 
     reason = machine_obstacle(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
     if reason is not None:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from poetx.ops._dispatch import use_triton
 from poetx.ops._library import register_op
+from poetx.ops.dispatch import use_triton
 from poetx.ops.reference import EXACT
 from poetx.ops.rotate import gather
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from poetx.ops._dispatch import use_triton
+from poetx.ops.dispatch import SMALLEST_BLOCK, use_triton
 
 #: Bytes of one slice of activations. 2 MiB is the L2 cache of one current server core.
 _SLICE_BYTES = {"cpu": 2 << 20}
@@ -28,6 +28,11 @@ def _slices(x_NF: Tensor) -> Iterator[slice]:
 
 def gather(x_NF: Tensor, perm: Tensor, out: Tensor | None = None) -> Tensor:
     """``x[:, perm]``, contiguous, or written into ``out``."""
+    if out is None and use_triton(x_NF, SMALLEST_BLOCK):
+        from poetx.ops.triton import rotate as kernels
+
+        if kernels.can_permute(x_NF):
+            return kernels.permute(x_NF, perm)
     if x_NF.is_cpu:
         # 4x faster than index_select in bfloat16, 15 % in float32 (2 cores, 1024 x 1024).
         return torch.gather(x_NF, 1, perm.long().expand(x_NF.shape[0], -1), out=out)

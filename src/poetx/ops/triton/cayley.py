@@ -254,7 +254,8 @@ _STEP = 32
 def _settings(block_size: int, tile: _Tile, narrow: bool) -> dict[str, Any]:
     size = tile_size(block_size, tile.size)
     precision = float32_precision(narrow)
-    return {"B": block_size, "TILE": size, "STEP": min(size, _STEP), "PRECISION": precision, "num_warps": tile.warps}
+    settings = {"B": block_size, "TILE": size, "STEP": min(size, _STEP), "PRECISION": precision}
+    return settings | {"num_warps": tile.warps, "num_stages": 2}
 
 
 def _two(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -274,8 +275,7 @@ def cayley(qs: Sequence[Tensor], sizes: Sequence[int], block_size: int, order: i
     tiles = _TILES if block_size > _TILES[0].size else _TILES[:1]
     plans = [partial(_cayley, qs, sizes, order, dtype, _settings(block_size, tile, narrow)) for tile in tiles]
     key = ("cayley", sum(map(len, qs)), block_size, order, dtype, qs[0].dtype, qs[0].device)
-    with torch.cuda.device_of(qs[0]):
-        return fastest(key, qs[0].device, plans)
+    return fastest(key, qs[0].device, plans)
 
 
 def _cayley(qs, sizes, order, dtype, settings) -> list[Tensor]:
@@ -313,8 +313,7 @@ def cayley_backward(
         partial(_cayley_backward, grads, qs, sizes, _settings(block_size, tile, narrow)) for tile in _GRADIENT_TILES
     ]
     key = ("cayley_backward", sum(map(len, qs)), block_size, narrow, grads[0].dtype, qs[0].dtype, qs[0].device)
-    with torch.cuda.device_of(qs[0]):
-        return fastest(key, qs[0].device, plans)
+    return fastest(key, qs[0].device, plans)
 
 
 def _cayley_backward(grads, qs, sizes, settings) -> list[Tensor]:

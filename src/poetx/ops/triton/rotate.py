@@ -279,8 +279,7 @@ def permute(x_NF: Tensor, source: Tensor) -> Tensor:
     width = max(16, power_of_2(F))
     rows = max(1, min(8, N // 512))
     settings = {"ROWS": rows, "WIDTH": width, "num_warps": 4 if width <= 2048 else 8}
-    with torch.cuda.device_of(x_NF):
-        launch(permute_kernel, (ceil_div(N, rows),), x_NF, source, out, N, F, *x_NF.stride(), **settings)
+    launch(permute_kernel, (ceil_div(N, rows),), x_NF, source, out, N, F, *x_NF.stride(), **settings)
     return out
 
 
@@ -351,5 +350,4 @@ def _scattered(
 
 
 def _planned(name: str, x_NF: Tensor, G_KBB: Tensor, plans: list):
-    with torch.cuda.device_of(x_NF):
-        return fastest(_key(name, x_NF, G_KBB.shape[-1]), x_NF.device, plans)
+    return fastest(_key(name, x_NF, G_KBB.shape[-1]), x_NF.device, plans)

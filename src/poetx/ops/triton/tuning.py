@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
@@ -39,9 +40,10 @@ def power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> None:
-    """``kernel[grid](…)``, untyped: a checker cannot know what a decorator makes of the parameters."""
-    kernel[grid](*args, **settings)
+def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **settings: Any) -> None:
+    """``kernel[grid](first, …)`` on the device of ``first``; untyped, as no checker sees through the decorator."""
+    with torch.cuda.device_of(first):
+        kernel[grid](first, *args, **settings)
 
 
 def tile_size(block_size: int, largest: int) -> int:
@@ -59,23 +61,24 @@ def fastest(key: Hashable, device: torch.device, candidates: Sequence[Callable[[
     if choice is None:
         if device.type != "cuda" or len(candidates) == 1 or torch.cuda.is_current_stream_capturing():
             return candidates[0]()
-        times = [_milliseconds(candidate) for candidate in candidates]
+        times = [_milliseconds(candidate, device) for candidate in candidates]
         choice = _fastest[key] = min(range(len(times)), key=times.__getitem__)
     return candidates[choice]()
 
 
-def _milliseconds(candidate: Callable[[], Any]) -> float:
+def _milliseconds(candidate: Callable[[], Any], device: torch.device) -> float:
     try:
         for _ in range(3):  # the first compiles
             candidate()
     except OutOfResources:
         return float("inf")
     times = []
-    for _ in range(_REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        candidate()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
+    with torch.cuda.device(device):
+        for _ in range(_REPEATS):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            candidate()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
     return statistics.median(times)
