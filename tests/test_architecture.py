@@ -20,6 +20,7 @@ LEVELS = {
     "materialize": 5,
     "merge": 5,
     "optim": 5,
+    "reuse": 5,
     "spectra": 5,
     "single_step": 5,
 }

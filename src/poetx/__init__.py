@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from poetx.memory import estimate_memory, measure_memory
     from poetx.merge import MergeHandle, MergeReport, merge_, merge_every
     from poetx.optim import param_groups
+    from poetx.reuse import shared_blocks
     from poetx.single_step import POETX
     from poetx.spectra import LayerSpectrum, spectrum
 
@@ -37,6 +38,7 @@ __all__ = [
     "merge_every",
     "param_groups",
     "poet_layers",
+    "shared_blocks",
     "spectrum",
     "to_dense_",
 ]
@@ -50,6 +52,7 @@ _HOMES = {
     "memory": ("estimate_memory", "measure_memory"),
     "merge": ("MergeHandle", "MergeReport", "merge_", "merge_every"),
     "optim": ("param_groups",),
+    "reuse": ("shared_blocks",),
     "single_step": ("POETX",),
     "spectra": ("LayerSpectrum", "spectrum"),
 }

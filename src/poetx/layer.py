@@ -241,7 +241,8 @@ class PoetLinear(nn.Module):
         }
         if self.packed_weight is not None:
             return quantised_linear(x, self.packed_weight.packed, *rotations, **settings)
-        return poet_linear(x, self.base_weight, *rotations, mode=self.config.mode, **settings)
+        blocks = self.shared_blocks if self.shared_blocks and self.shared_blocks[0].dtype == x.dtype else None
+        return poet_linear(x, self.base_weight, *rotations, mode=self.config.mode, blocks=blocks, **settings)
 
     @property
     def order(self) -> int:

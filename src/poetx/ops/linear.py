@@ -182,10 +182,10 @@ class _FastLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, q_in, q_out, perm_in, perm_out, bias, block_size_in, block_size_out, order):
+    def forward(ctx, x, weight, q_in, q_out, perm_in, perm_out, bias, block_size_in, block_size_out, order, *blocks):
         m, n = weight.shape
         ctx.settings = (n, m, block_size_in, block_size_out, order)
-        G_in, G_out = cayley_pair_op(q_in, q_out, *ctx.settings, x.dtype)
+        G_in, G_out = blocks or cayley_pair_op(q_in, q_out, *ctx.settings, x.dtype)
         y, b = _fast_forward_op(x, weight, G_in, G_out, perm_in, perm_out, bias)
         ctx.save_for_backward(x, b, weight, G_in, G_out, q_in, q_out, perm_in, perm_out)
         return y
@@ -197,7 +197,7 @@ class _FastLinear(torch.autograd.Function):
         dq_in, dq_out = cayley_pair_backward_op(dG_in, dG_out, q_in, q_out, *ctx.settings, x.dtype)
         dbias = g.sum(0) if ctx.needs_input_grad[6] else None
         dx = dx if ctx.needs_input_grad[0] else None
-        return dx, None, dq_in, dq_out, None, None, dbias, None, None, None
+        return dx, None, dq_in, dq_out, None, None, dbias, *(None,) * (len(ctx.needs_input_grad) - 7)
 
 
 class _MemLinear(torch.autograd.Function):
@@ -239,6 +239,7 @@ def poet_linear(
     mode: str,
     bias: Tensor | None = None,
     factors: tuple[Tensor, Tensor] | None = None,
+    blocks: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """y [..., m] of x [..., n] through the rotated weight; differentiable in x, q_in, q_out and bias.
 
@@ -250,6 +251,8 @@ def poet_linear(
         order: 3, 7, or :data:`poetx.ops.reference.EXACT`.
         mode: ``"fast"`` saves x, b [N, m] and the blocks G; ``"mem"`` saves x and the packed parameters.
         factors: two tensors whose product, cast to x's dtype, is x: *mem* saves them in place of x.
+        blocks: (G_in, G_out) in x's dtype as :func:`poetx.ops.cayley.cayley_pair` makes them from q; *fast* uses them
+            as they are and differentiates through q all the same.
     """
     x_NF = x.reshape(-1, x.shape[-1])
     bias = None if bias is None else bias.to(x.dtype)
@@ -257,5 +260,5 @@ def poet_linear(
     if mode == "mem":
         y = _MemLinear.apply(x_NF, weight, q_in, q_out, perm_in, perm_out, bias, *settings, *(factors or ()))
     else:
-        y = _FastLinear.apply(x_NF, weight, q_in, q_out, perm_in, perm_out, bias, *settings)
+        y = _FastLinear.apply(x_NF, weight, q_in, q_out, perm_in, perm_out, bias, *settings, *(blocks or ()))
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from poetx.errors import UserError
+from poetx.reuse import shared_blocks
 from poetx.spectra import LayerSpectrum, spectrum
 from poetx.stack import chunked_cross_entropy
 from poetx.train.checkpoint import TrainState, checkpoints, load_rng, save_checkpoint
@@ -183,17 +184,19 @@ def _accumulate_gradients(trainer: Trainer, forward: Any) -> float:
     tokens = settings.batch_size * train.seq_len
     trainer.model.train()
     total = torch.zeros((), dtype=torch.float32, device=trainer.device)
-    for start in range(0, settings.batch_size, settings.micro_batch):
-        inputs, labels = train.batch(windows[start : start + settings.micro_batch])
-        inputs, labels = inputs.to(trainer.device), labels.to(trainer.device)
-        if settings.chunked_loss:
-            loss = chunked_loss(trainer.model, forward, inputs, labels) / tokens
-        else:
-            loss = summed_loss(forward, inputs, labels) / tokens
-        if trainer.recipe.optimizer.release_gradients and not loss.isfinite():
-            return float(loss)  # backward would update embeddings and head with it
-        loss.backward()
-        total += loss.detach()
+    starts = range(0, settings.batch_size, settings.micro_batch)
+    with shared_blocks(trainer.model) if len(starts) > 1 else contextlib.nullcontext():
+        for start in starts:
+            inputs, labels = train.batch(windows[start : start + settings.micro_batch])
+            inputs, labels = inputs.to(trainer.device), labels.to(trainer.device)
+            if settings.chunked_loss:
+                loss = chunked_loss(trainer.model, forward, inputs, labels) / tokens
+            else:
+                loss = summed_loss(forward, inputs, labels) / tokens
+            if trainer.recipe.optimizer.release_gradients and not loss.isfinite():
+                return float(loss)  # backward would update embeddings and head with it
+            loss.backward()
+            total += loss.detach()
     return float(total)
 
 
