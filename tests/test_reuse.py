@@ -1,7 +1,6 @@
 """Rotations built once for several passes: same bits, fewer blocks built, and no stale ones."""
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -69,8 +68,8 @@ def test_mem_layers_and_inputs_of_another_dtype_are_left_alone():
 def test_a_step_inside_is_an_error():
     net = model()
     optimizer = torch.optim.SGD(poetx.param_groups(net, lr=0.1, poet_lr=0.1))
+    accumulate(net, torch.randn(1, 5, 12))
     with pytest.raises(RuntimeError, match="changed inside shared_blocks"), poetx.shared_blocks(net):
-        accumulate(net, torch.randn(1, 5, 12))
         optimizer.step()
     assert all(layer.shared_blocks is None for _, layer in poetx.poet_layers(net))
 
@@ -78,8 +77,8 @@ def test_a_step_inside_is_an_error():
 def test_blocks_are_dropped_when_a_pass_fails_and_are_no_state():
     net = model()
     keys = list(net.state_dict())
-    with pytest.raises(RuntimeError, match="shapes|size|features"), poetx.shared_blocks(net):
+    with poetx.shared_blocks(net):
         assert list(net.state_dict()) == keys
+    with pytest.raises(RuntimeError, match="the last size must be 12"), poetx.shared_blocks(net):
         net(torch.randn(5, 13))
     assert all(layer.shared_blocks is None for _, layer in poetx.poet_layers(net))
-    pickle.loads(pickle.dumps(net))

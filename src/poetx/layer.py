@@ -70,6 +70,8 @@ class PoetLinear(nn.Module):
     residual: Tensor | None
     base_weight: Any  # an nn.Parameter, or None where packed_weight stands for it
     _like: Tensor
+    #: (G_in, G_out) while :func:`poetx.shared_blocks` holds them; no part of the layer's state.
+    shared_blocks: tuple[Tensor, Tensor] | None = None
 
     def __init__(
         self,
@@ -228,6 +230,10 @@ class PoetLinear(nn.Module):
             raise RuntimeError(
                 f"{self.name or 'PoetLinear'}: input is {x.dtype}, weight is {self.weight_dtype}; "
                 "cast one of them or use torch.autocast"
+            )
+        if x.shape[-1] != self.in_features:  # a kernel would read beyond the permutation's end
+            raise RuntimeError(
+                f"{self.name or 'PoetLinear'}: input is {tuple(x.shape)}, the last size must be {self.in_features}"
             )
         if x.dtype not in _DTYPES:
             raise UserError(f"{self.name or 'PoetLinear'}: {x.dtype} autocast is not supported; use bfloat16")

@@ -244,6 +244,7 @@ def test_kernels_compile_for_hopper(dtype):
 def test_the_fastest_candidate_is_chosen_once(monkeypatch):
     calls, times = [], {"a": 3.0, "b": 1.0, "c": float("inf")}
     candidates = [lambda name=name: calls.append(name) or name for name in times]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(tuning, "_fastest", {})
     monkeypatch.setattr(tuning, "_milliseconds", lambda candidate, device: times[candidate()])
     cuda = torch.device("cuda", 0)
