@@ -29,7 +29,7 @@ lint: install  ## ruff and pyright
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
 bench: install  ## time one layer against nn.Linear on this machine
-	$(BIN)/python -m benchmarks.layer
+	$(BIN)/poetx bench layer
 
 clean:  ## remove the environment and the caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache build src/*.egg-info

@@ -24,7 +24,7 @@ LEVELS = {
     "spectra": 5,
     "single_step": 5,
 }
-LEVELS |= {"memory": 6, "stack": 6, "train": 7, "report": 8, "cli": 9}
+LEVELS |= {"memory": 6, "stack": 6, "train": 7, "report": 8, "bench": 8, "cli": 9}
 
 
 def level(parts):

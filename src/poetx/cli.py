@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from poetx.bench.command import app as bench_app
 from poetx.errors import UserError
 from poetx.memory.command import register as register_memory
 
@@ -238,6 +239,7 @@ def env() -> None:
 
 
 register_memory(app)
+app.add_typer(bench_app)
 
 
 def _place_demo(recipe: Recipe, *, resume: bool) -> Recipe:

@@ -38,15 +38,20 @@ def block_diagonal(G_KBB: Tensor, size: int) -> Tensor:
     return torch.block_diag(*G_KBB)[:size, :size]
 
 
-def rotation_matrix(q_KP: Tensor, perm: Tensor, block_size: int, order: int) -> Tensor:
-    """``Πᵀ Diag(G_1 … G_K) Π``, acting on a row from the right, with Π given by ``x' = x[:, perm]``."""
-    size = perm.numel()
+def rotation_of_blocks(q_KP: Tensor, size: int, block_size: int, order: int) -> Tensor:
+    """``Diag(G_1 … G_K)`` [size, size] from packed q [K, P]."""
     Q = unpack_skew(q_KP, block_size)
     if rest := size % block_size:  # the last block ends there
         inside = torch.ones(Q.shape, dtype=torch.bool, device=Q.device)
         inside[-1, rest:], inside[-1, :, rest:] = False, False
         Q = Q * inside
-    D = block_diagonal(cayley_neumann(Q, order), size)
+    return block_diagonal(cayley_neumann(Q, order), size)
+
+
+def rotation_matrix(q_KP: Tensor, perm: Tensor, block_size: int, order: int) -> Tensor:
+    """``Πᵀ Diag(G_1 … G_K) Π``, acting on a row from the right, with Π given by ``x' = x[:, perm]``."""
+    size = perm.numel()
+    D = rotation_of_blocks(q_KP, size, block_size, order)
     Pi = torch.eye(size, dtype=D.dtype, device=D.device)[perm.long()]
     return Pi.T @ D @ Pi
 

@@ -1,0 +1,1 @@
+"""``poetx bench``: speed against ``nn.Linear``, plain PyTorch and AdamW, in one run, right before it is timed."""

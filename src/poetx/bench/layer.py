@@ -1,0 +1,229 @@
+"""``poetx bench layer``: forward and backward of one layer, every contestant in the same run, and where time goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from poetx.bench.record import gate, interleaved, median, peak_bytes, provenance
+from poetx.config import PoetConfig
+from poetx.errors import UserError, nearest
+from poetx.layer import PoetLinear
+from poetx.ops import reference
+from poetx.ops.cayley import cayley
+from poetx.ops.rotate import (
+    add_block_outer_,
+    gather,
+    gather_rotate,
+    gather_rotate_backward,
+    rotate,
+    rotate_scatter,
+    rotate_scatter_backward,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One layer and its input: ``tokens`` rows of ``in_features``, a weight [out_features, in_features]."""
+
+    tokens: int
+    in_features: int
+    out_features: int
+    block_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def facts(self) -> dict[str, Any]:
+        """As columns of a row."""
+        facts = asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")}
+        del facts["device"]
+        return facts
+
+
+class OriginalPoet(nn.Module):
+    """The weight-centric POET (arXiv 2506.08001): R · W0 · P is built in every forward, autograd does the rest.
+
+    The plain way, as a baseline: dense [m, m] and [n, n] rotations from ``torch.block_diag``, products with the whole
+    weight, every intermediate saved for backward. Takes weight, permutations and rotations of ``layer``, so that both
+    compute the same function.
+    """
+
+    weight0: Tensor
+
+    def __init__(self, layer: PoetLinear) -> None:
+        super().__init__()
+        m, n = layer.out_features, layer.in_features
+        undo = [perm.long().argsort() for perm in (layer.perm_out, layer.perm_in)]
+        self.register_buffer("weight0", layer.base_weight.detach()[undo[0]][:, undo[1]])
+        self.skew_in, self.skew_out = (nn.Parameter(skew.detach().clone()) for skew in layer.rotations)
+        self.undo_in, self.undo_out = undo[1], undo[0]
+        self.sizes = (n, layer.block_size_in, m, layer.block_size_out)
+
+    @property
+    def rotations(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """Packed parameters of both sides."""
+        return self.skew_in, self.skew_out
+
+    def _rotation(self, q: Tensor, undo: Tensor, size: int, block_size: int) -> Tensor:
+        return reference.rotation_of_blocks(q, size, block_size, 3)[undo][:, undo]
+
+    def dense_weight(self) -> Tensor:
+        """R · W0 · P [m, n] in the weight's dtype."""
+        n, block_in, m, block_out = self.sizes
+        R = self._rotation(self.skew_out, self.undo_out, m, block_out).to(self.weight0.dtype)
+        P = self._rotation(self.skew_in, self.undo_in, n, block_in).to(self.weight0.dtype)
+        return R.T @ self.weight0 @ P.T
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [tokens, n] → y [tokens, m]."""
+        return F.linear(x, self.dense_weight())
+
+
+def poet_layer(shape: Shape, mode: str) -> PoetLinear:
+    """A layer whose rotations are not the identity: angles of a few tenths, from a fixed seed."""
+    config = PoetConfig(block_size=shape.block_size, mode=mode, init="normalized")  # type: ignore[arg-type]
+    layer = PoetLinear(
+        shape.in_features,
+        shape.out_features,
+        bias=False,
+        config=config,
+        name="bench",
+        device=shape.device,
+        dtype=shape.dtype,
+    )
+    with torch.no_grad():
+        for skew in layer.rotations:
+            skew.normal_(std=0.15 / shape.block_size**0.5, generator=torch.Generator(shape.device).manual_seed(0))
+    return layer
+
+
+def _linear(shape: Shape) -> nn.Module:
+    return nn.Linear(shape.in_features, shape.out_features, bias=False, device=shape.device, dtype=shape.dtype)
+
+
+#: Who takes part: a name, and what builds the module from a :class:`Shape`. A module with ``rotations`` has to have
+#: ``dense_weight()`` as well, differentiable in them, for the gate. The first one is what the others are compared with.
+CONTESTANTS: dict[str, Callable[[Shape], nn.Module]] = {
+    "linear": _linear,
+    "original": lambda shape: OriginalPoet(poet_layer(shape, "fast")),
+    "fast": lambda shape: poet_layer(shape, "fast"),
+    "mem": lambda shape: poet_layer(shape, "mem"),
+}
+
+
+def check(name: str, module: nn.Module, x: Tensor, g: Tensor) -> None:
+    """Output, input gradient and rotation gradients against the dense weight in float64, on a GPU in float32.
+
+    Raises:
+        UserError: one of them is wrong.
+    """
+    wide = torch.float64 if x.device.type == "cpu" else torch.float32
+    rotations = list(getattr(module, "rotations", ()))
+    reference_weight: Any = module.dense_weight if rotations else lambda: module.weight
+    dense = reference_weight()
+    y = module(x)
+    dx, *dq = torch.autograd.grad(y, [x, *rotations], g)
+    x_wide, g_wide, W = x.detach().to(wide), g.to(wide), dense.detach().to(wide)
+    gate(f"{name}: output", y, x_wide @ W.T, x.dtype)
+    gate(f"{name}: input gradient", dx, g_wide @ W, x.dtype)
+    if rotations:
+        dW = (g_wide.T @ x_wide).to(dense.dtype)
+        for side, got, want in zip(("in", "out"), dq, torch.autograd.grad(dense, rotations, dW), strict=True):
+            gate(f"{name}: gradient of skew_{side}", got, want.to(wide), x.dtype)
+
+
+def bench_layer(
+    shape: Shape,
+    *,
+    contestants: Sequence[str] = ("linear", "original", "fast", "mem"),
+    repeats: int = 20,
+    parts: bool = True,
+    compiled: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """One row a contestant (forward, backward and both, ms and peak memory), then one row a part.
+
+    ``ratio`` is the median of both passes over that of the first contestant. Parts are timed on their own, as the
+    operators of the *fast* layer run on activations: their sum is not its time.
+
+    Raises:
+        UserError: an unknown contestant, or one that computes something else.
+    """
+    for name in contestants:
+        if name not in CONTESTANTS:
+            raise UserError(f"{name!r}: no such contestant{nearest(name, list(CONTESTANTS))}")
+    generator = torch.Generator(shape.device).manual_seed(1)
+    draw: dict[str, Any] = {"generator": generator, "device": shape.device, "dtype": shape.dtype}
+    x = torch.randn(shape.tokens, shape.in_features, **draw).requires_grad_()
+    g = torch.randn(shape.tokens, shape.out_features, **draw)
+    calls: dict[str, Callable[[], object]] = {}
+    forwards: dict[str, Callable[[], object]] = {}
+    for name in contestants:
+        module = CONTESTANTS[name](shape)
+        check(name, module, x, g)
+        forward: Any = torch.compile(module) if compiled else module
+        leaves = [x, *(p for p in module.parameters() if p.requires_grad)]
+        forwards[name] = lambda forward=forward: forward(x)
+        calls[name] = lambda forward=forward, leaves=leaves: torch.autograd.grad(forward(x), leaves, g)
+    times = interleaved(calls, repeats=repeats, device=shape.device)
+    alone = interleaved(forwards, repeats=repeats, device=shape.device)
+    base = median(times[contestants[0]])
+    common = shape.facts() | {"compiled": compiled, "repeats": repeats} | provenance(shape.device)
+    for name in contestants:
+        both, forward_ms = median(times[name]), median(alone[name])
+        yield {
+            "benchmark": "layer",
+            "contestant": name,
+            "ms": both,
+            "forward_ms": forward_ms,
+            "backward_ms": round(both - forward_ms, 4),
+            "ratio": round(both / base, 3),
+            "peak_bytes": peak_bytes(calls[name], shape.device),
+        } | common
+    if parts:
+        for part, (values, count) in _part_times(shape, x.detach(), g, repeats).items():
+            ms = median(values)
+            yield {
+                "benchmark": "layer-part",
+                "part": part,
+                "ms_each": ms,
+                "count": count,
+                "ms": round(ms * count, 4),
+                "share_of_linear": round(ms * count / base, 3),
+            } | common
+
+
+def _part_times(shape: Shape, x: Tensor, g: Tensor, repeats: int) -> dict[str, tuple[list[float], int]]:
+    """Milliseconds of every part and how often one forward and backward takes it; the indented are within others."""
+    layer = poet_layer(shape, "fast")
+    m, n, weight = layer.out_features, layer.in_features, layer.base_weight
+    block_in, block_out, perm_in, perm_out = layer.block_size_in, layer.block_size_out, layer.perm_in, layer.perm_out
+
+    def both_sides() -> tuple[Tensor, Tensor]:
+        return (
+            cayley(layer.skew_in, size=n, block_size=block_in, order=3),
+            cayley(layer.skew_out, size=m, block_size=block_out, order=3),
+        )
+
+    kept = both_sides()
+    grads = [torch.randn_like(G) for G in kept]
+    G_in, G_out = (G.detach().to(x.dtype) for G in kept)
+    total, scratch = torch.zeros_like(grads[0]), x.clone()  # the backward may overwrite the gradient it is given
+    calls: dict[str, tuple[Callable[[], object], int]] = {
+        "products": (lambda: (x @ weight.T, g @ weight), 1),
+        "cnp": (lambda: both_sides(), 1),
+        "cnp backward": (lambda: torch.autograd.grad(kept, layer.rotations, grads, retain_graph=True), 1),
+        "gather + rotate": (lambda: gather_rotate(x, perm_in, G_in), 1),
+        "rotate + scatter": (lambda: rotate_scatter(g, G_out, perm_out), 1),
+        "gather + rotate, backward": (lambda: gather_rotate_backward(x, perm_in, G_in, scratch, True), 1),
+        "rotate + scatter, backward": (lambda: rotate_scatter_backward(g, G_out, perm_out, g), 1),
+        "  permutation": (lambda: gather(x, perm_in), 5),
+        "  block product": (lambda: rotate(x, G_in), 4),
+        "  block outer product": (lambda: add_block_outer_(total, x, x), 2),
+    }
+    times = interleaved({name: call for name, (call, _) in calls.items()}, repeats=repeats, device=shape.device)
+    return {name: (times[name], count) for name, (_, count) in calls.items()}

@@ -1,0 +1,133 @@
+"""What every benchmark shares: interleaved timing, and a JSON-lines row that says where it came from."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from poetx.errors import UserError
+
+#: Relative error that a candidate may have, by dtype. float32 leaves room for TF32, which is then said in the row.
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2}
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = next(
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    return f"{cpu}, {torch.get_num_threads()} threads"
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _commit() -> str:
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Commit, device, versions and date: the part of a row that makes the rest of it evidence."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "commit": _commit(),
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "float32_products": torch.get_float32_matmul_precision(),
+    }
+
+
+def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Add one JSON line a row to ``path``, which is made with its directory where it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], *, repeats: int, device: torch.device, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Milliseconds of every call, the candidates taking turns (A B C A B C …) so that noise hits all alike.
+
+    On a GPU between two events of the stream, after whatever came before has finished.
+    """
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(repeats + warmup):
+        for name, call in candidates.items():
+            elapsed = milliseconds(call, device)
+            if turn >= warmup:
+                times[name].append(elapsed)
+    return times
+
+
+def milliseconds(call: Callable[[], object], device: torch.device) -> float:
+    """Of one call: between CUDA events on a GPU, by the clock elsewhere."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e3
+    torch.cuda.synchronize(device)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """Most memory that ``call`` had allocated above what was there before it; None but on a GPU."""
+    if device.type != "cuda":
+        call()
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def median(values: Sequence[float]) -> float:
+    return round(statistics.median(values), 4)
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Norm of the difference over the norm of ``want``, in ``want``'s dtype."""
+    got, want = got.detach().to(want.dtype), want.detach()
+    return float((got - want).norm() / want.norm().clamp_min(1e-30))
+
+
+def gate(what: str, got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:
+    """Stop before anything is timed.
+
+    Raises:
+        UserError: a relative error beyond :data:`TOLERANCE` for ``dtype``.
+    """
+    error = relative_error(got, want)
+    if not error < TOLERANCE[dtype]:
+        raise UserError(
+            f"{what} is wrong: relative error {error:.1e}, {TOLERANCE[dtype]:.0e} allowed for "
+            f"{str(dtype).removeprefix('torch.')}; nothing was timed"
+        )

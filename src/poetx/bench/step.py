@@ -1,0 +1,176 @@
+"""``poetx bench step``: whole training steps of a recipe, AdamW beside POET-X, tokens a second and peak memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from poetx.bench.record import interleaved, median, milliseconds, provenance
+from poetx.errors import UserError, nearest
+from poetx.merge import merge_
+from poetx.train.loop import summed_loss
+from poetx.train.model import build_model, convert_model, resolve_device, resolve_dtype
+from poetx.train.recipe import Recipe, load_recipe
+from poetx.train.run import build_optimizer
+
+# Fresh weights are drawn on the CPU, minutes for 8B, and a step takes as long on any: keep the dense model's.
+_KEEP = ("poet.init=keep", "poet.init_scale=1.0")
+#: Who takes part, as overrides of the recipe. The first one is what the others are compared with.
+CONTESTANTS: dict[str, tuple[str, ...]] = {
+    "adamw": ("poet=null",),
+    "fast": ("poet.mode=fast", *_KEEP),
+    "mem": ("poet.mode=mem", *_KEEP),
+}
+_GATE_STEPS = 4
+
+
+@dataclass
+class Run:
+    """One model and its optimizer on one device, ready to take steps."""
+
+    recipe: Recipe
+    model: Any
+    forward: Any
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+
+    def step(self, ids: torch.Tensor) -> torch.Tensor:
+        """Forward, backward, clipping, optimizer step, as the training loop does it; the mean loss in nats."""
+        loss = summed_loss(self.forward, ids, ids) / ids.numel()
+        loss.backward()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, self.recipe.optimizer.clip or math.inf, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
+def bench_step(
+    source: str,
+    *,
+    contestants: Sequence[str] = ("adamw", "fast", "mem"),
+    overrides: Sequence[str] = (),
+    seq_lens: Sequence[int] = (),
+    batch_sizes: Sequence[int] = (),
+    repeats: int = 5,
+    compiled: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """One row a contestant, sequence length and batch size (in sequences, all of them one micro-batch).
+
+    ``ms`` is the median step; ``tokens_per_second`` counts a share of one merge in, ``merge_ms / merge_every``; what
+    does not fit has ``oom`` true. On a GPU one contestant after the other has it to itself and ``peak_bytes`` is all
+    that was allocated; on a CPU, where memory is not told apart, they take turns step by step.
+
+    Raises:
+        UserError: an unknown contestant, a bad recipe, or a model that does not learn a batch it sees four times.
+    """
+    for name in contestants:
+        if name not in CONTESTANTS:
+            raise UserError(f"{name!r}: no such contestant{nearest(name, list(CONTESTANTS))}")
+    overrides = ("data.train=builtin", *overrides)  # tokens are drawn at random, no text is read
+    recipe = load_recipe(source, overrides)
+    lengths = tuple(seq_lens) or (recipe.data.seq_len,)
+    batches = tuple(batch_sizes) or (recipe.train.micro_batch,)
+    device = resolve_device(recipe.train.device)
+    common = {"compiled": compiled, "repeats": repeats} | provenance(device)
+    overrides = (*overrides, f"data.seq_len={max(lengths)}")
+    groups = [list(contestants)] if device.type == "cpu" else [[name] for name in contestants]
+    base: dict[tuple[int, int], float] = {}
+    for names in groups:
+        runs = {name: _build(source, [*overrides, *CONTESTANTS[name]], device, compiled) for name in names}
+        try:
+            for length in lengths:
+                for batch in batches:
+                    for row in _measure(runs, length, batch, device, repeats):
+                        speed = row["tokens_per_second"]
+                        if row["contestant"] == contestants[0] and speed:
+                            base[length, batch] = speed
+                        first = base.get((length, batch))
+                        row["speed_ratio"] = round(speed / first, 3) if speed and first else None
+                        yield {"benchmark": "step", "recipe": recipe.name} | row | common
+        finally:
+            runs.clear()
+            _release(device)
+
+
+def _build(source: str, overrides: Sequence[str], device: torch.device, compiled: bool) -> Run:
+    recipe = load_recipe(source, overrides)
+    train = dataclasses.replace(recipe.train, dtype=resolve_dtype(recipe.train.dtype, device))
+    recipe = dataclasses.replace(recipe, train=train)
+    model = build_model(recipe, vocab_size=recipe.data.vocab_size, end_of_text_id=0, device=device)
+    convert_model(model, recipe, device)
+    model.train()
+    forward = torch.compile(model) if compiled else model
+    return Run(recipe, model, forward, build_optimizer(model, recipe.optimizer), device)
+
+
+def _measure(
+    runs: dict[str, Run], length: int, batch: int, device: torch.device, repeats: int
+) -> Iterator[dict[str, Any]]:
+    facts = {"seq_len": length, "batch_size": batch}
+    steps: dict[str, Callable[[], object]] = {}
+    for name, run in runs.items():
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(run.recipe.data.vocab_size, (batch, length), generator=generator).to(device)
+        steps[name] = lambda run=run, ids=ids: run.step(ids)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        for name, step in steps.items():
+            _gate(name, step)
+        times = interleaved(steps, repeats=repeats, device=device, warmup=1)
+    except torch.OutOfMemoryError:
+        for run in runs.values():
+            run.optimizer.zero_grad()
+        _release(device)
+        for name, run in runs.items():
+            yield {"contestant": name, "oom": True, "tokens_per_second": None, "peak_bytes": None} | _of(run) | facts
+        return
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    for name, run in runs.items():
+        ms, poet = median(times[name]), run.recipe.poet
+        merge_ms = milliseconds(lambda run=run: merge_(run.model, run.optimizer), device) if poet else 0.0
+        amortised = ms + (merge_ms / poet.merge_every if poet and poet.merge_every else 0.0)
+        yield (
+            {
+                "contestant": name,
+                "ms": ms,
+                "merge_ms": round(merge_ms, 3),
+                "tokens_per_second": round(batch * length / amortised * 1e3, 1),
+                "peak_bytes": peak,
+                "oom": False,
+            }
+            | _of(run)
+            | facts
+        )
+
+
+def _of(run: Run) -> dict[str, Any]:
+    trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    poet = run.recipe.poet
+    return {
+        "dtype": run.recipe.train.dtype,
+        "trainable": trainable,
+        "block_size": poet.config.block_size if poet else None,
+        "merge_every": poet.merge_every if poet else None,
+    }
+
+
+def _gate(name: str, step: Callable[[], Any]) -> None:
+    """A model that sees one batch again and again has to learn it; the losses also warm everything up."""
+    losses = [float(step()) for _ in range(_GATE_STEPS)]
+    if not (all(map(math.isfinite, losses)) and min(losses[1:]) < losses[0]):
+        text = ", ".join(f"{loss:.3f}" for loss in losses)
+        raise UserError(f"{name}: the loss on one batch went {text}; nothing was timed")
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
