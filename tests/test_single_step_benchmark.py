@@ -1,0 +1,70 @@
+"""The comparison of methods: every method trains, a run that has its row is not repeated, words become settings."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks import single_step as bench
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    text = "\n".join(f"def function_{i}(x, y):\n    return x * {i} + y\n" for i in range(400))
+    (tmp_path / "text").mkdir()
+    for part in range(20):
+        (tmp_path / "text" / f"{part}.txt").write_text(text[part * 800 :][:4000])
+    monkeypatch.setitem(bench.SCALES, "small", bench.Scale(24, 40, 1, 2, 300, 16, 4, 30))
+    words = [
+        "--text",
+        str(tmp_path / "text"),
+        "--cache",
+        str(tmp_path / "cache"),
+        "--out",
+        str(tmp_path / "rows.jsonl"),
+    ]
+
+    def run(*settings):
+        command = ["bench", "run", *settings, "precision=fp32", "compile=false", "block_size=8", *words]
+        monkeypatch.setattr(sys, "argv", command)
+        bench.main()
+        return [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+
+    return run
+
+
+def test_every_method_learns_and_is_not_run_twice(tiny):
+    for count, words in enumerate(
+        (
+            ["method=adamw"],
+            ["method=muon", "matrix_lr=3e-3"],
+            ["method=single-step"],
+            ["method=poet-x", "merge_every=10"],
+        ),
+        start=1,
+    ):
+        for _ in range(2):
+            rows = tiny(*words)
+            assert len(rows) == count
+        assert rows[-1]["train_curve"][-1] < rows[-1]["train_curve"][0]
+        assert rows[-1]["loss"] < rows[-1]["train_curve"][0]
+    state = {row["method"]: row["matrix_state_bytes"] for row in rows}
+    assert state["muon"] * 2 == pytest.approx(state["adamw"], rel=0.01)
+    assert state["single-step"] < state["muon"]
+
+
+def test_words_become_settings():
+    run = bench._parse(["lr=1e-2", "momentum=0.9", "partition_kind=random"])
+    assert (run.method, run.lr, run.init) == ("single-step", 1e-2, "normalized")
+    assert run.options == {"momentum": 0.9, "partition_kind": "random"}
+    with pytest.raises(TypeError):
+        bench._parse(["method=adamw", "angel=3"])
+
+
+def test_schedule_warms_up_and_ends_at_a_tenth():
+    values = [bench.factor(step, 1000) for step in range(1000)]
+    assert values[0] == pytest.approx(0.01)
+    assert max(values) == values[100] == 1
+    assert values[-1] == pytest.approx(0.1, rel=1e-2)
