@@ -1,7 +1,9 @@
 """Single-step POET-X beside AdamW, Muon and the paper's form: validation loss at equal tokens, speed and state.
 
-    python -m benchmarks.single_step sweep --out benchmarks/results/single_step.jsonl
-    python -m benchmarks.single_step run method=muon matrix_lr=3e-3 seed=1 --out …
+    python -m benchmarks.single_step sweep [--scale small|wide|5m|60m] [--steps 400]
+    python -m benchmarks.single_step ablate
+    python -m benchmarks.single_step final          # seeds 1 and 2 of each method's best row
+    python -m benchmarks.single_step run method=muon matrix_lr=3e-3 seed=1
 
 An experiment is a list of runs; one run is one row, named by all its settings, and a run whose row is in ``--out`` is
 not repeated, so a sweep that was stopped goes on where it was. Every run of a scale sees the same windows in an order
@@ -97,21 +99,63 @@ def single(angle: float = 0.012, **settings: Any) -> Run:
     """A single-step run: rows of norm 1, unless said otherwise; unknown names go to the optimizer."""
     known = {field.name for field in dataclasses.fields(Run)}
     options = {name: value for name, value in settings.items() if name not in known}
-    fields = {name: value for name, value in settings.items() if name in known}
-    return Run(matrix_lr=angle, options=options, **({"init": "normalized"} | fields))
+    fields: dict[str, Any] = {"init": "normalized"} | {n: value for n, value in settings.items() if n in known}
+    return Run(matrix_lr=angle, options=options, **fields)
 
 
 def sweep() -> Iterator[Run]:
-    """Learning rates of every method, one seed."""
-    for lr in (1e-3, 2e-3, 3e-3, 6e-3):
-        yield Run("adamw", lr=lr)
-    for matrix_lr in (1e-3, 3e-3, 6e-3, 1e-2):
-        yield Run("muon", matrix_lr=matrix_lr)
-    for angle in (0.006, 0.012, 0.02, 0.03):
+    """Learning rates of every method, at least four each, one seed."""
+    for weight_decay in (0.0, 0.1):
+        for lr in (1e-3, 2e-3, 3e-3, 6e-3):
+            yield Run("adamw", lr=lr, matrix_lr=lr, weight_decay=weight_decay)
+        for matrix_lr in (1.5e-3, 3e-3, 6e-3, 1e-2):
+            yield Run("muon", matrix_lr=matrix_lr, weight_decay=weight_decay)
+    for merge in (200, 400):
+        for matrix_lr in (5e-4, 1e-3, 2e-3, 4e-3):
+            yield Run("poet-x", matrix_lr=matrix_lr, init="normalized", merge_every=merge)
+    for angle in (0.006, 0.012, 0.018, 0.024):
         yield single(angle)
+        yield single(angle / 4, rule="adam")
+    for lr in (1e-3, 6e-3, 1e-2):
+        yield single(lr=lr)
+        yield Run("muon", matrix_lr=3e-3, lr=lr)
 
 
-EXPERIMENTS: dict[str, Callable[[], Iterator[Run]]] = {"sweep": sweep}
+def ablate() -> Iterator[Run]:
+    """One change at a time from the recommended single-step form, and the controls on Muon that explain them."""
+    yield single()
+    yield single(0.006, alternate=False)
+    yield single(0.003, alternate=False)
+    yield single(partitions=1)
+    yield single(partitions=1, partition_kind="random", resample_every=200)
+    yield single(partition_kind="random")
+    yield single(partitions=4)
+    for block_size in (32, 96, 192):
+        yield single(block_size=block_size)
+    yield single(block_size=512, partitions=1)
+    for momentum in (0.9, 0.98):
+        yield single(momentum=momentum)
+    for init_scale in (0.5, 2.0, 4.0):
+        yield single(init_scale=init_scale)
+    yield single(init="default", init_scale=4.0)
+    yield single(init="uniform")
+    yield single(out_scale=0.25)
+    yield single(embed_std=0.5)
+    yield single(beta2=0.999)
+    yield Run("muon", matrix_lr=3e-3, init="normalized")
+    yield Run("muon", matrix_lr=3e-3, embed_std=0.5)
+
+
+def final(rows: list[dict[str, Any]]) -> Iterator[Run]:
+    """Seeds 1 and 2 of every method's best setting among ``rows`` of seed 0."""
+    for method in dict.fromkeys(row["method"] for row in rows):
+        finite = [r for r in rows if r["method"] == method and r["seed"] == 0 and r["loss"] is not None]
+        if finite:
+            best = Run(**json.loads(min(finite, key=lambda row: row["loss"])["key"]))
+            yield from (dataclasses.replace(best, seed=seed) for seed in (1, 2))
+
+
+EXPERIMENTS: dict[str, Callable[[], Iterator[Run]]] = {"sweep": sweep, "ablate": ablate}
 
 
 def build(run: Run, scale: Scale) -> Any:
@@ -333,21 +377,33 @@ def _parse(words: list[str]) -> Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("experiment", choices=[*EXPERIMENTS, "run"])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("experiment", choices=[*EXPERIMENTS, "final", "run"])
     parser.add_argument("settings", nargs="*", help="name=value, of one run")
+    parser.add_argument("--scale", choices=SCALES, help="model and budget of an experiment (small)")
+    parser.add_argument("--steps", type=int, help="a shorter budget than the scale's, for an experiment")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/single_step.jsonl"))
     parser.add_argument("--text", default="builtin", help="what to train on; the 60m scale needs 200M tokens")
     parser.add_argument("--cache", type=Path, default=Path(".poetx-cache"))
     args = parser.parse_args()
-    runs = [_parse(args.settings)] if args.experiment == "run" else list(EXPERIMENTS[args.experiment]())
+    scale, steps = args.scale or "small", args.steps
+    if args.experiment == "run":
+        runs = [_parse(args.settings)]
+    elif args.experiment == "final":
+        budget = steps or SCALES[scale].steps
+        runs = list(final([r for r in _read(args.out) if (r["scale"], r["steps"]) == (scale, budget)]))
+    else:
+        runs = [dataclasses.replace(run, scale=scale, steps=steps) for run in EXPERIMENTS[args.experiment]()]
     for run in runs:
-        lines = args.out.read_text().splitlines() if args.out.exists() else []
-        if run.key() in {json.loads(line)["key"] for line in lines}:
+        if run.key() in {row["key"] for row in _read(args.out)}:
             continue
         row = train(run, text=args.text, cache=args.cache)
         append(args.out, [row | provenance(torch.device("cuda" if torch.cuda.is_available() else "cpu"))])
         print(f"{row['loss']}  {row['tokens_per_s']} tokens/s  {row['key']}", flush=True)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 if __name__ == "__main__":

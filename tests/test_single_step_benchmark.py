@@ -68,3 +68,25 @@ def test_schedule_warms_up_and_ends_at_a_tenth():
     assert values[0] == pytest.approx(0.01)
     assert max(values) == values[100] == 1
     assert values[-1] == pytest.approx(0.1, rel=1e-2)
+
+
+def test_experiments_name_runs_that_the_methods_take():
+    runs = [run for experiment in bench.EXPERIMENTS.values() for run in experiment()]
+    assert len({run.key() for run in runs}) >= len(runs) - 1  # sweep and ablate share their centre
+    for method in ("adamw", "muon", "poet-x", "single-step"):
+        assert len({(run.lr, run.matrix_lr) for run in bench.sweep() if run.method == method}) >= 4
+    for run in runs:
+        if run.method == "single-step":
+            bench.optimizer_for(bench.build(run, bench.Scale(24, 40, 1, 2, 300, 16, 4, 30)), run)
+
+
+def test_final_takes_the_best_of_each_method():
+    rows = [
+        {"method": run.method, "seed": 0, "loss": loss, "key": run.key()}
+        for run, loss in (
+            (bench.Run("adamw", lr=1e-3), 3.0),
+            (bench.Run("adamw", lr=2e-3), 2.0),
+            (bench.single(), None),
+        )
+    ]
+    assert [(run.lr, run.seed) for run in bench.final(rows)] == [(2e-3, 1), (2e-3, 2)]
