@@ -9,6 +9,7 @@ number in it is typed by hand.
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable
@@ -106,7 +107,58 @@ def stability() -> str:
     return _markdown(head, body)
 
 
-TABLES: dict[str, Callable[[], str]] = {t.__name__: t for t in (merges, layer, continuity, stability)}
+def single_step() -> str:
+    """Every setting measured, best first within a budget: mean and range over its seeds."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for row in _rows("single_step"):
+        setting = json.loads(row["key"]) | {"steps": row["steps"], "seed": None, "compile": None}
+        runs.setdefault(json.dumps(setting, sort_keys=True), []).append(row)
+    body = []
+    for rows in sorted(runs.values(), key=lambda rows: (rows[0]["scale"], rows[0]["tokens"], _mean_loss(rows))):
+        row = rows[0]
+        losses = [r["loss"] for r in rows if r["loss"] is not None]
+        spread = f"{min(losses):.3f} to {max(losses):.3f}" if len(losses) > 1 else ""
+        body.append(
+            [
+                f"{row['scale']}, {row['tokens'] / 1e6:.1f}M",
+                row["method"],
+                _settings(row),
+                f"{_mean_loss(rows):.3f}",
+                spread,
+                str(len(rows)),
+                f"{row['matrix_state_bytes'] / 1e6:.1f}",
+            ]
+        )
+    head = ["model, tokens", "method", "settings", "validation loss", "range", "seeds", "MB of state for the matrices"]
+    return _markdown(head, body)
+
+
+def _mean_loss(rows: list[dict[str, Any]]) -> float:
+    return statistics.mean(math.inf if row["loss"] is None else row["loss"] for row in rows)
+
+
+def _settings(row: dict[str, Any]) -> str:
+    """What differs from the usual, after the rates."""
+    rates = [f"lr {row['lr']:g}"]
+    if row["method"] != "adamw":
+        rates.append(("angle" if row["method"] == "single-step" else "matrix lr") + f" {row['matrix_lr']:g}")
+    usual = {
+        "weight_decay": 0.0,
+        "beta2": 0.95,
+        "clip": 1.0,
+        "init": "normalized" if row["method"] in ("single-step", "poet-x") else "default",
+        "init_scale": 1.0,
+        "out_scale": 1.0,
+        "embed_std": 0.02,
+        "block_size": 64,
+        "merge_every": None,
+        "precision": "bf16",
+    }
+    others = {name: row[name] for name, value in usual.items() if row[name] != value} | row["options"]
+    return ", ".join(rates + [f"{name} {value}" for name, value in others.items()])
+
+
+TABLES: dict[str, Callable[[], str]] = {t.__name__: t for t in (merges, layer, continuity, stability, single_step)}
 
 
 def fill(text: str) -> str:
