@@ -72,7 +72,9 @@ BATCHES: dict[str, TrainingSetup] = {
     "AdamW mixed, checkpointing and chunked loss": TrainingSetup(method="adamw-mixed", **_CHECKPOINTED),
     "AdamW bf16, checkpointing and chunked loss": TrainingSetup(method="adamw", **_CHECKPOINTED),
     "POET-X mem, checkpointing and chunked loss": paper(**_CHECKPOINTED),
-    "POET-X mem, full stack": full_stack(),
+    "the same, mem inside checkpointed layers": paper(recompute="mem", **_CHECKPOINTED),
+    "POET-X mem, full stack, mem inside checkpointed layers": full_stack(recompute="mem"),
+    "POET-X mem, H-Fac for embeddings and head": paper(base_optimizer="hfac"),
 }
 SWEEP = tuple(2048 << i for i in range(7))
 SWEEP_SETUPS = {

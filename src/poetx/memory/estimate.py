@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +19,6 @@ from poetx.errors import UserError
 from poetx.memory.build import Step, fake_, meta_model, prepare_, read_config, training_step, with_layers
 from poetx.memory.setup import TrainingSetup
 from poetx.memory.tracker import CATEGORIES, PHASES, Split, StorageTracker, adopt_state, followed
-from poetx.ops import cayley, rotate
 from poetx.ops._library import transparent_operators
 from poetx.stack import _base, adamw
 from poetx.stack.checkpointing import decoder_layers
@@ -164,11 +162,7 @@ def _take_step(model: nn.Module, setup: TrainingSetup) -> _Run:
     )
     with contextlib.ExitStack() as stack:
         stack.enter_context(_as_transformers_runs())
-        stack.enter_context(transparent_operators())
-        # Kept per size for the whole process on real devices; fake ones are made anew at every call.
-        stack.enter_context(mock.patch.object(cayley, "_triangle", functools.cache(cayley._triangle)))
-        if on_cuda:
-            stack.enter_context(_accelerator_slices())
+        stack.enter_context(transparent_operators(device_type=setup.device))
         stack.enter_context(mode)
         input_ids = torch.zeros(setup.batch_size, setup.seq_len, dtype=torch.long)
         step = training_step(model, input_ids, setup)
@@ -231,17 +225,6 @@ def _flash_backward_buffers(operator: Any, args: tuple) -> int:
     batch, heads, tokens, width = q.shape
     expanded = 2 * batch * heads * tokens * width * q.element_size() if k.shape[1] != heads else 0
     return 4 * batch * heads * tokens * (width + 1) + expanded
-
-
-@contextlib.contextmanager
-def _accelerator_slices() -> Iterator[None]:
-    """The layer's operators as on an accelerator: slices of 256 MiB, outer products accumulated without a cast."""
-
-    def add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
-        total.add_(torch.empty_like(total))  # what bmm(out_dtype=float32) returns
-
-    with mock.patch.object(rotate, "_SLICE_BYTES", {}), mock.patch.object(rotate, "_add_matmul_", add_matmul_):
-        yield
 
 
 @contextlib.contextmanager

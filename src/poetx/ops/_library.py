@@ -9,28 +9,54 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("poetx", "DEF")
-_transparent = False
+
+
+@dataclass
+class _Transparency:
+    """What is true while operators are transparent: the device that is spoken of, and tensors made once for it."""
+
+    device: str | None
+    cache: dict[Any, Any] = field(default_factory=dict)
+
+
+_transparent: _Transparency | None = None
 
 
 @contextlib.contextmanager
-def transparent_operators() -> Iterator[None]:
+def transparent_operators(*, device_type: str | None = None) -> Iterator[None]:
     """Run the operators as the plain functions they wrap, so that a dispatch mode sees every tensor they make.
 
     For measuring memory on fake tensors, where an opaque operator shows its outputs only. Not for training: not
     thread-safe, and a compiler would look inside.
+
+    Args:
+        device_type: take the choices of this kind of device (sizes of slices, which products) for every tensor,
+            wherever it is. What has no equivalent elsewhere is replaced by something of the same size, so only fake
+            tensors may be given then. None: each tensor's own.
     """
     global _transparent
-    before, _transparent = _transparent, True
+    before, _transparent = _transparent, _Transparency(device_type)
     try:
         yield
     finally:
         _transparent = before
+
+
+def device_type(tensor: Tensor) -> str:
+    """``tensor.device.type``, or the device that it is to be taken for."""
+    return (_transparent and _transparent.device) or tensor.device.type
+
+
+def fake_cache() -> dict[Any, Any]:
+    """Where fake tensors may be kept that real ones are kept for the whole process: until transparency ends."""
+    return {} if _transparent is None else _transparent.cache
 
 
 def register_op(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -56,7 +82,7 @@ def register_op(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[...
         operator = getattr(torch.ops.poetx, name).default
 
         def call(*args: Any) -> Any:
-            return without_autocast(*args) if _transparent else operator(*args)
+            return operator(*args) if _transparent is None else without_autocast(*args)
 
         return call
 

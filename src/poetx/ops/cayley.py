@@ -14,11 +14,12 @@ values 1 − θ⁴ or 1 − θ⁸.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from poetx.ops._library import register_op
+from poetx.ops._library import fake_cache, register_op
 from poetx.ops.dispatch import use_triton
 from poetx.ops.reference import EXACT
 from poetx.ops.rotate import gather
@@ -42,7 +43,7 @@ class _Triangle:
     sign: Tensor
 
 
-_TRIANGLES: dict[tuple[int, torch.device], _Triangle] = {}
+_TRIANGLES: dict[Any, _Triangle] = {}
 
 
 def _triangle(block_size: int, device: torch.device) -> _Triangle:
@@ -50,17 +51,18 @@ def _triangle(block_size: int, device: torch.device) -> _Triangle:
     key = (block_size, device)
     # Under a fake mode neither may its tensors outlive it, nor may real ones be mixed into it.
     faking = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
-    if faking or key not in _TRIANGLES:
+    cache = fake_cache() if faking else _TRIANGLES
+    if key not in cache:
         with torch.inference_mode(False):
             rows, cols = torch.triu_indices(block_size, block_size, 1, device=device)
             entry = torch.zeros(block_size, block_size, dtype=torch.int64, device=device)
             entry[rows, cols] = entry[cols, rows] = torch.arange(rows.numel(), device=device)
             sign = torch.ones(block_size, block_size, device=device).triu(1)
             triangle = _Triangle(rows * block_size + cols, entry.flatten(), sign - sign.T)
-        if faking or rows.is_meta:
+        if rows.is_meta and not faking:
             return triangle
-        _TRIANGLES[key] = triangle
-    return _TRIANGLES[key]
+        cache[key] = triangle
+    return cache[key]
 
 
 def unpack_skew(q_KP: Tensor, size: int, block_size: int) -> Tensor:

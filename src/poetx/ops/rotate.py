@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from poetx.ops._library import device_type
 from poetx.ops.dispatch import SMALLEST_BLOCK, use_triton
 
 #: Bytes of one slice of activations. 2 MiB is the L2 cache of one current server core.
@@ -21,7 +22,7 @@ _OUTER_TOKENS = 128
 
 
 def _slices(x_NF: Tensor) -> Iterator[slice]:
-    budget = _SLICE_BYTES.get(x_NF.device.type, _SLICE_BYTES_ELSEWHERE)
+    budget = _SLICE_BYTES.get(device_type(x_NF), _SLICE_BYTES_ELSEWHERE)
     rows = max(64, budget // max(1, x_NF.shape[1] * x_NF.element_size()))
     return (slice(start, start + rows) for start in range(0, x_NF.shape[0], rows))
 
@@ -82,14 +83,15 @@ def add_block_outer_(total_KBB: Tensor, x_NF: Tensor, y_NF: Tensor) -> None:
 
 
 def _add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == total.dtype and a.is_cpu:
+    device = device_type(a)
+    if a.dtype == total.dtype and device == "cpu":
         # Rows a power of two apart share few cache lines: a long product over them runs at a third of its speed.
         for first, second in zip(a.split(_OUTER_TOKENS, 2), b.split(_OUTER_TOKENS, 1), strict=True):
             total.baddbmm_(first, second)
     elif a.dtype == total.dtype:
         total.baddbmm_(a, b)
-    elif a.is_cuda:
-        total.add_(torch.bmm(a, b, out_dtype=total.dtype))
+    elif device == "cuda":  # a float32 product of narrow factors, which only CUDA has
+        total.add_(torch.bmm(a, b, out_dtype=total.dtype) if a.is_cuda else torch.empty_like(total))
     else:
         total.baddbmm_(a.to(total.dtype), b.to(total.dtype))
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from poetx.ops._library import device_type
 from poetx.ops.rotate import add_block_outer_, gather, zeros_like_blocks
 
 #: Of the rows that are rotated before they are put in their places: the second-level cache of two current cores.
@@ -28,7 +29,7 @@ _BYTES = 4 << 20
 
 def cheaper(x_NF: Tensor, rows: int) -> bool:
     """Whether to rotate a weight of ``rows`` vectors rather than the tokens of x: a matter of shape and dtype alone."""
-    return x_NF.is_cpu and x_NF.dtype in (torch.float32, torch.float64) and x_NF.shape[0] >= rows
+    return device_type(x_NF) == "cpu" and x_NF.dtype in (torch.float32, torch.float64) and x_NF.shape[0] >= rows
 
 
 def gradient_cheaper(x_NF: Tensor, out_features: int, block_size: int) -> bool:
