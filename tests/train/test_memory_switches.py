@@ -42,6 +42,8 @@ def test_exact_switches_leave_the_curve_as_it_was(tiny: Tiny, switch: str, mode:
         ("optimizer.state_dtype=int8",),
         ("optimizer.name=smmf",),
         ("optimizer.name=hfac",),
+        ("optimizer.base=adafactor",),
+        ("optimizer.base=smmf", "optimizer.state_dtype=int8", "optimizer.release_gradients=true"),
         ("optimizer.state_dtype=int8", "optimizer.release_gradients=true", "train.chunked_loss=true"),
     ],
 )
@@ -60,6 +62,7 @@ def test_small_state_learns_and_resumes_bitwise(tiny: Tiny, settings: tuple[str,
         (["optimizer.release_gradients=true", "optimizer.clip=1"], "set optimizer.clip=null"),
         (["optimizer.state_dtype=int8", "optimizer.name=sgd"], "is AdamW's"),
         (["optimizer.state_dtype=int4"], "optimizer.state_dtype"),
+        (["optimizer.base=hfac", "poet=null"], "use optimizer.name=hfac"),
     ],
 )
 def test_what_does_not_go_together_is_refused(overrides: list[str], message: str) -> None:

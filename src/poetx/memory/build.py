@@ -18,12 +18,10 @@ from poetx.convert import convert_, poet_layers
 from poetx.errors import UserError, nearest
 from poetx.memory.setup import SHAPES, TrainingSetup
 from poetx.optim import param_groups
-from poetx.stack.adamw import AdamW
 from poetx.stack.checkpointing import checkpoint_layers_
-from poetx.stack.hfac import HFac
+from poetx.stack.combine import build_optimizer
 from poetx.stack.loss import chunk_loss_
 from poetx.stack.release import release_gradients
-from poetx.stack.smmf import SMMF
 
 
 def read_config(model: Any) -> Any:
@@ -172,27 +170,18 @@ def large_dense_parameters(model: nn.Module) -> list[nn.Parameter]:
 def build_optimizers(model: nn.Module, setup: TrainingSetup) -> list[torch.optim.Optimizer]:
     """The optimizers of the setup, each parameter in one of them. Learning rates do not matter here."""
     foreach = setup.device == "cuda"  # what torch.optim chooses there by itself
-    if not setup.is_poet:
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        if setup.method == "muon":
-            return _muon(model, trainable, foreach)
-        if setup.method == "adafactor":
-            return [torch.optim.Adafactor(trainable)]
-        state = "int8" if setup.method == "adamw-8bit" else setup.optimizer_state
-        return [_adamw(trainable, state, foreach)]
-    groups = param_groups(model, lr=1e-3, poet_lr=1e-3)
-    if setup.base_optimizer == "adamw":
-        return [_adamw(groups, setup.optimizer_state, foreach)]
-    rotations = [group for group in groups if group["name"] == "rotations"]
-    base = [group for group in groups if group["name"] != "rotations"]
-    kinds: dict[str, Any] = {"adafactor": torch.optim.Adafactor, "smmf": SMMF, "hfac": HFac}
-    return [_adamw(rotations, setup.optimizer_state, foreach), kinds[setup.base_optimizer](base)]
-
-
-def _adamw(params: Any, state: str, foreach: bool) -> torch.optim.Optimizer:
-    if state == "same":
-        return torch.optim.AdamW(params, foreach=foreach)
-    return AdamW(params, state_dtype=state)
+    options: dict[str, Any] = {"state_dtype": setup.optimizer_state, "foreach": foreach}
+    if setup.is_poet:
+        groups = param_groups(model, lr=1e-3, poet_lr=1e-3)
+        return [build_optimizer(groups, base=setup.base_optimizer, **options)]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if setup.method == "muon":
+        return _muon(model, trainable, foreach)
+    if setup.method == "adamw-8bit":
+        options["state_dtype"] = "int8"
+    return [
+        build_optimizer([{"params": trainable}], "adafactor" if setup.method == "adafactor" else "adamw", **options)
+    ]
 
 
 def _muon(model: nn.Module, trainable: list[nn.Parameter], foreach: bool) -> list[torch.optim.Optimizer]:

@@ -60,6 +60,9 @@ class SlicedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         self._number_parameters()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_seed": self._seed}  # torch's keeps what it knows
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._number_parameters()
@@ -75,12 +78,17 @@ class SlicedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
         """As in torch, but every tensor keeps its dtype: torch would cast all of them to the parameter's."""
         super().load_state_dict(dict(state_dict))
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for index, parameter in zip(saved, params, strict=True):
-            for key, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[parameter][key] = value.to(parameter.device, copy=True)
+        keep_dtypes(self, state_dict)
+
+
+def keep_dtypes(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Give the loaded state of ``optimizer`` the dtypes that it was saved in."""
+    saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, parameter in zip(saved, params, strict=True):
+        for key, value in state_dict["state"].get(index, {}).items():
+            if isinstance(value, Tensor):
+                optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
 
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:

@@ -160,6 +160,7 @@ class OptimizerRecipe:
     """Optimizer, its learning rates and gradient clipping. Defaults: method.md section 6."""
 
     name: Literal["adamw", "sgd", "adafactor", "smmf", "hfac"] = "adamw"
+    base: Literal["adamw", "sgd", "adafactor", "smmf", "hfac"] | None = None  # for all but rotations; None: name
     state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"  # of AdamW's moments
     release_gradients: bool = False  # update embeddings and head inside backward; needs clip null and one micro-batch
     lr: float = 1e-3  # of everything that is not a rotation
@@ -190,7 +191,7 @@ class OptimizerRecipe:
             "clip_ramp_until",
             "warmup_steps",
         )
-        if self.state_dtype != "float32" and self.name != "adamw":
+        if self.state_dtype != "float32" and "adamw" not in (self.name, self.base):
             raise UserError(
                 f"optimizer.state_dtype={self.state_dtype} is AdamW's; with optimizer.name={self.name} leave it out"
             )
@@ -283,6 +284,11 @@ class Recipe:
             section.validate()
         if self.poet is not None and self.poet.merge_every is not None and self.poet.merge_every <= 0:
             raise UserError(f"poet.merge_every={self.poet.merge_every} must be positive, or null for never")
+        if self.poet is None and self.optimizer.base is not None:
+            raise UserError(
+                f"optimizer.base={self.optimizer.base} is for what rotations leave, and poet=null has none; use "
+                f"optimizer.name={self.optimizer.base}"
+            )
         if self.model.pretrained and self.poet is not None and self.poet.config.init != "keep":
             raise UserError(
                 f"poet.init={self.poet.config.init} would destroy the weights of model.pretrained="

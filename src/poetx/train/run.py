@@ -184,17 +184,18 @@ def _set_aside_newer(run_dir: Path, start: Path) -> None:
 
 def build_optimizer(model: torch.nn.Module, recipe: OptimizerRecipe) -> torch.optim.Optimizer:
     """The recipe's optimizer over :func:`poetx.param_groups` of ``model``."""
-    adam = recipe.name == "adamw"
-    poet_options = {"betas": recipe.poet_betas, "eps": recipe.poet_eps} if adam else {}
+    poet_options = {"betas": recipe.poet_betas, "eps": recipe.poet_eps} if recipe.name == "adamw" else {}
     groups = param_groups(model, lr=recipe.lr, poet_lr=recipe.poet_lr, weight_decay=recipe.weight_decay, **poet_options)
-    if adam and recipe.state_dtype != "float32":
-        return stack.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, state_dtype=recipe.state_dtype)
-    if adam:
-        return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)
-    if recipe.name == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
-    kinds = {"adafactor": torch.optim.Adafactor, "smmf": stack.SMMF, "hfac": stack.HFac}
-    return kinds[recipe.name](groups, lr=recipe.lr)
+    return stack.build_optimizer(
+        groups,
+        recipe.name,
+        base=recipe.base,
+        lr=recipe.lr,
+        betas=recipe.betas,
+        eps=recipe.eps,
+        momentum=recipe.momentum,
+        state_dtype="same" if recipe.state_dtype == "float32" else recipe.state_dtype,
+    )
 
 
 def _resume_point(recipe: Recipe, reporter: Reporter) -> tuple[Path, Recipe]:
