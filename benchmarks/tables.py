@@ -57,16 +57,40 @@ def merges() -> str:
 
 
 def layer() -> str:
-    """Latest row of every shape and candidate."""
+    """Latest row of every shape and contestant; rows from before ``poetx bench`` had a ``candidate`` and stay out."""
+    rows = [r for r in _rows("layer") if r["benchmark"] == "layer" and "contestant" in r]
     latest = {
-        (r["tokens"], r["out_features"], r["in_features"], r["block_size"], r["candidate"]): r for r in _rows("layer")
+        (r["tokens"], r["out_features"], r["in_features"], r["block_size"], r["dtype"], r["contestant"]): r
+        for r in rows
     }
     body = [
-        [f"{tokens} tokens, {m}×{n}, b={b}, {row['dtype']}", candidate, f"{row['ms']:.1f}", f"{row['ratio']:.2f}"]
-        for (tokens, m, n, b, candidate), row in latest.items()
+        [f"{tokens} tokens, {m}×{n}, b={b}, {dtype}", contestant, f"{row['ms']:.1f}", f"{row['ratio']:.2f}"]
+        for (tokens, m, n, b, dtype, contestant), row in sorted(latest.items(), key=lambda item: item[0][:5])
     ]
     device = next(reversed(latest.values()))["device"]
-    return _markdown([f"forward + backward on {device}", "layer", "ms", "× nn.Linear"], body)
+    return _markdown([f"forward + backward on {device}", "layer", "ms", "× the first"], body)
+
+
+def step() -> str:
+    """Latest row of every recipe, size and contestant."""
+    latest = {
+        (r["recipe"], r["seq_len"], r["batch_size"], r["dtype"], r["compiled"], r["contestant"]): r
+        for r in _rows("step")
+    }
+    body = [
+        [
+            f"{recipe}, {batch} × {length}, {dtype}" + (", compiled" if compiled else ""),
+            contestant,
+            f"{row['ms']:.0f}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['speed_ratio']:.2f}",
+        ]
+        for (recipe, length, batch, dtype, compiled, contestant), row in latest.items()
+    ]
+    device = next(reversed(latest.values()))["device"]
+    return _markdown(
+        [f"whole steps on {device}", "method", "ms", "tokens a second, merges included", "× AdamW's"], body
+    )
 
 
 def continuity() -> str:
@@ -158,7 +182,7 @@ def _settings(row: dict[str, Any]) -> str:
     return ", ".join(rates + [f"{name} {value}" for name, value in others.items()])
 
 
-TABLES: dict[str, Callable[[], str]] = {t.__name__: t for t in (merges, layer, continuity, stability, single_step)}
+TABLES: dict[str, Callable[[], str]] = {t.__name__: t for t in (merges, layer, step, continuity, stability, single_step)}
 
 
 def fill(text: str) -> str:

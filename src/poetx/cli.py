@@ -98,9 +98,11 @@ def train(
     if recipe in (None, "demo") and loaded.run_dir is None and not overwrite:
         loaded = _place_demo(loaded, resume=resume)
 
+    from poetx.train.environment import keep_freed_memory
     from poetx.train.progress import LiveReporter, PlainReporter
     from poetx.train.run import train as run_training
 
+    keep_freed_memory()
     _quiet_transformers()
     console = Console()
     reporter = LiveReporter(console) if console.is_terminal else PlainReporter(console)
