@@ -205,8 +205,17 @@ def cayley_pair(
         else:
             G_in, G_out = (kernels.cayley([q], [size], block_size, order, dtype)[0] for q, size, block_size in sides)
         return G_in, G_out
+    if _alike(q_in, q_out, n, m, block_size_in, block_size_out):
+        G = cayley_forward(torch.cat([q_in, q_out]), n + m, block_size_in, order).to(dtype)
+        return G[: q_in.shape[0]], G[q_in.shape[0] :]
     G_in, G_out = (cayley_forward(q, size, block_size, order).to(dtype) for q, size, block_size in sides)
     return G_in, G_out
+
+
+def _alike(q_in: Tensor, q_out: Tensor, n: int, m: int, block_size_in: int, block_size_out: int) -> bool:
+    """Whether the blocks of both sides can go through as one batch: on a CPU that is half the calls."""
+    whole = block_size_in == block_size_out and n % block_size_in == 0 and m % block_size_out == 0
+    return whole and q_in.is_cpu and q_in.dtype == q_out.dtype
 
 
 def cayley_pair_backward(
@@ -236,6 +245,10 @@ def cayley_pair_backward(
         else:
             dq_in, dq_out = (kernels.cayley_backward([dG], [q], [size], b, narrow)[0] for dG, q, size, b in sides)
         return dq_in, dq_out
+    if _alike(q_in, q_out, n, m, block_size_in, block_size_out):
+        dG, q = torch.cat([dG_in, dG_out]), torch.cat([q_in, q_out])
+        dq = cayley_backward(dG, q, n + m, block_size_in, order)
+        return dq[: q_in.shape[0]], dq[q_in.shape[0] :]
     dq_in, dq_out = (cayley_backward(dG, q, size, block_size, order) for dG, q, size, block_size in sides)
     return dq_in, dq_out
 

@@ -17,8 +17,9 @@ from poetx.ops.dispatch import SMALLEST_BLOCK, use_triton
 #: Bytes of one slice of activations. 2 MiB is the L2 cache of one current server core.
 _SLICE_BYTES = {"cpu": 2 << 20}
 _SLICE_BYTES_ELSEWHERE = 256 << 20
-#: Tokens that one outer product on a CPU takes at a time: 64 to 128 are best, 256 half as fast (1024 and 2048 wide).
-_OUTER_TOKENS = 128
+#: Bytes of activations that one outer product on a CPU takes at a time: 128 tokens of 1024 float32, or 64 of 2048,
+#: are best, twice as many half as fast.
+_OUTER_BYTES = 512 << 10
 
 
 def _slices(x_NF: Tensor) -> Iterator[slice]:
@@ -86,7 +87,8 @@ def _add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
     device = device_type(a)
     if a.dtype == total.dtype and device == "cpu":
         # Rows a power of two apart share few cache lines: a long product over them runs at a third of its speed.
-        for first, second in zip(a.split(_OUTER_TOKENS, 2), b.split(_OUTER_TOKENS, 1), strict=True):
+        tokens = max(64, _OUTER_BYTES // (b.shape[0] * b.shape[2] * b.element_size()))
+        for first, second in zip(a.split(tokens, 2), b.split(tokens, 1), strict=True):
             total.baddbmm_(first, second)
     elif a.dtype == total.dtype:
         total.baddbmm_(a, b)
