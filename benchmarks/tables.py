@@ -182,7 +182,8 @@ def _settings(row: dict[str, Any]) -> str:
     return ", ".join(rates + [f"{name} {value}" for name, value in others.items()])
 
 
-TABLES: dict[str, Callable[[], str]] = {t.__name__: t for t in (merges, layer, step, continuity, stability, single_step)}
+_TABLES = (merges, layer, step, continuity, stability, single_step)
+TABLES: dict[str, Callable[[], str]] = {t.__name__: t for t in _TABLES}
 
 
 def fill(text: str) -> str:
