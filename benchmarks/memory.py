@@ -148,10 +148,18 @@ def sequences(done: set[str]) -> Iterator[dict[str, Any]]:
 KINDS = {"published": published, "targets": targets, "batches": batches, "sequences": sequences}
 
 
+class _AllBut(set[str]):
+    """Contains what it was not given."""
+
+    def __contains__(self, cell: object) -> bool:
+        return not super().__contains__(cell)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="+", choices=[*KINDS, "render"])
     parser.add_argument("--out", type=Path, required=True, help="JSON lines: appended to, or rendered")
+    parser.add_argument("--only", nargs="*", help="these cells, of the kind named")
     parser.add_argument("--missing", action="store_true", help="leave out cells that the file has already")
     args = parser.parse_args()
     origin = provenance(torch.device("cpu"))
@@ -159,7 +167,9 @@ def main() -> None:
         if what == "render":
             render(args.out)
             continue
-        done = {cell for cells in read(args.out).values() for cell in cells} if args.missing else set()
+        done: Any = {cell for cells in read(args.out).values() for cell in cells} if args.missing else set()
+        if args.only:
+            done = _AllBut(args.only)
         for row in KINDS[what](done):
             append(args.out, [row | origin])
             shown = (
