@@ -260,13 +260,19 @@ def _sequence_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def _stack_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """From the rows of ``benchmarks.stack``, which lie next to ours."""
-    lines = ["| savings | loss | difference | seconds a step |", "|---|---|---|---|"]
+    """From the rows of ``benchmarks.stack``, which lie next to ours: differences to the plain run of the same seed."""
     path = RESULTS / "stack.jsonl"
+    rows_by_name: dict[str, dict[int, dict[str, Any]]] = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         row = json.loads(line)
-        figures = f"{row['validation_loss']:.4f} | {row['difference']:+.4f} | {row['seconds_a_step']:.2f}"
-        lines.append(f"| {row['variant']} | {figures} |")
+        rows_by_name.setdefault(row["variant"], {})[row["seed"]] = row
+    plain = {seed: row["validation_loss"] for seed, row in rows_by_name.get("plain", {}).items()}
+    lines = ["| savings | seeds | loss | difference to plain |", "|---|---|---|---|"]
+    for name, found in rows_by_name.items():
+        losses = {seed: row["validation_loss"] for seed, row in found.items() if seed in plain}
+        differences = ", ".join(f"{loss - plain[seed]:+.4f}" for seed, loss in sorted(losses.items()))
+        mean = sum(losses.values()) / max(1, len(losses))
+        lines.append(f"| {name} | {len(losses)} | {mean:.4f} | {differences} |")
     return "\n".join(lines) + "\n"
 
 
