@@ -49,6 +49,8 @@ def _page(run_dir: Path, entries: list[dict[str, Any]]) -> str:
     ]
     if merges := [entry for entry in train if entry.get("merge_angle") is not None]:
         sections.append(("Merges", _merge_chart(merges)))
+    if memory := [entry for entry in entries if entry["event"] == "memory"]:
+        sections.append(("Memory by phase", _memory_table(memory)))
     if spectra:
         sections.append(("Spectrum", _spectrum_chart(spectra) + _spectrum_table(spectra[-1])))
     for title, name in (("What was converted", "conversion.txt"), ("Recipe", "recipe.yaml")):
@@ -210,3 +212,20 @@ def _spectrum_table(entry: dict[str, Any]) -> str:
     )
     note = f'<p class="note">Singular values at step {entry["step"]} against the start, every rotated layer.</p>'
     return f"{note}<table>{head}{rows}</table>"
+
+
+def _memory_table(measured: list[dict]) -> str:
+    """The largest moment of each phase over all measurements, by category."""
+    largest: dict[str, dict[str, int]] = {}
+    for entry in measured:
+        for phase, sizes in entry["phases"].items():
+            if phase not in largest or sizes["total"] > largest[phase]["total"]:
+                largest[phase] = sizes
+    names = list(next(iter(largest.values()), {}))
+    head = "".join(f"<td>{html.escape(name)}</td>" for name in names)
+    rows = "".join(
+        f"<tr><td>{html.escape(phase)}</td>{''.join(f'<td>{sizes[name] / 2**20:,.1f}</td>' for name in names)}</tr>"
+        for phase, sizes in largest.items()
+    )
+    note = f'<p class="note">MiB at the largest moment of each phase, {len(measured)} steps measured.</p>'
+    return f"{note}<table><tr><td>phase</td>{head}</tr>{rows}</table>"

@@ -8,6 +8,8 @@ import pytest
 from train_helpers import curve
 
 from poetx.errors import UserError
+from poetx.report import write_report
+from poetx.train.metrics import read_metrics
 from poetx.train.recipe import Recipe, load_recipe
 from poetx.train.run import train
 
@@ -73,3 +75,21 @@ def test_what_does_not_go_together_is_refused(overrides: list[str], message: str
 def test_released_gradients_cannot_be_accumulated(tiny: Tiny) -> None:
     with pytest.raises(UserError, match="accumulation_steps=2"):
         train(tiny(*SHORT, "optimizer.release_gradients=true", "train.micro_batch_size=2"))
+
+
+@pytest.mark.parametrize("switch", ["train.chunked_loss=false", "train.chunked_loss=true"])
+def test_measuring_memory_leaves_the_curve_and_says_what_each_phase_took(tiny: Tiny, switch: str) -> None:
+    plain = losses(tiny(*SHORT, switch, run_dir="plain"))
+    recipe = tiny(*SHORT, switch, "train.memory_every=4", "poet.merge_every=4", run_dir="measured")
+    run_dir = train(recipe).run_dir
+    unmeasured = losses(tiny(*SHORT, switch, "poet.merge_every=4", run_dir="again"))
+    assert curve(run_dir) == unmeasured
+    assert len(plain) == len(unmeasured)
+    lines = [entry for entry in read_metrics(run_dir / "metrics.jsonl") if entry["event"] == "memory"]
+    assert [entry["step"] for entry in lines] == [1, 4, 8, 12]
+    assert list(lines[0]["phases"]) == ["forward", "backward", "step"]
+    assert list(lines[1]["phases"]) == ["forward", "backward", "step", "merge"]
+    for sizes in lines[1]["phases"].values():
+        assert sizes["total"] == sum(size for name, size in sizes.items() if name != "total")
+    assert lines[1]["phases"]["backward"]["activations"] > 0
+    assert "Memory by phase" in write_report(run_dir, run_dir / "report.html").read_text()

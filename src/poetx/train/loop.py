@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from poetx.errors import UserError
+from poetx.memory import measure_memory
 from poetx.reuse import shared_blocks
 from poetx.spectra import LayerSpectrum, spectrum
 from poetx.stack import chunked_cross_entropy
@@ -49,6 +50,10 @@ class StopRequest:
     signum: int | None = None
 
 
+def _no_phase(name: str) -> None:
+    """Nobody measures."""
+
+
 @dataclass
 class Trainer:
     """Everything one run needs while it trains."""
@@ -64,6 +69,7 @@ class Trainer:
     state: TrainState
     metrics: MetricsWriter
     reporter: Reporter
+    phase: Callable[[str], None] = _no_phase  # told when forward and backward begin, while memory is measured
     start_spectrum: dict[str, LayerSpectrum] | None = None  # of the model before its first step, where it is watched
 
 
@@ -123,10 +129,12 @@ def _run(trainer: Trainer, stop: StopRequest) -> None:
         _validate(trainer, started)
     while state.step < settings.steps and stop.signum is None:
         step_started = time.perf_counter()
-        result = train_step(trainer, forward)
+        result, memory = _measured_step(trainer, forward)
         state.step += 1
         now = time.perf_counter()
         _record_step(trainer, result, seconds=now - started, step_seconds=now - step_started)
+        if memory is not None:
+            trainer.metrics.write("memory", state.step, **memory)
         last = state.step == settings.steps
         if last or state.step % settings.eval_every == 0:
             _validate(trainer, started)
@@ -136,6 +144,20 @@ def _run(trainer: Trainer, stop: StopRequest) -> None:
         due = state.step % settings.checkpoint_every == 0 and state.bad_steps_in_a_row == 0
         if due or last or stop.signum is not None:
             _save_if_finite(trainer, last=last)
+
+
+def _measured_step(trainer: Trainer, forward: Any) -> tuple[StepResult, dict[str, Any] | None]:
+    """The step, and what it took by phase where that is due: the same numbers, on the CPU several times slower."""
+    every = trainer.recipe.train.memory_every
+    if every is None or (trainer.state.step and (trainer.state.step + 1) % every):
+        return train_step(trainer, forward), None
+    with measure_memory(trainer.model, trainer.optimizer, device=trainer.device) as probe:
+        trainer.phase = probe.phase
+        try:
+            result = train_step(trainer, forward)
+        finally:
+            trainer.phase = _no_phase
+    return result, probe.to_dict()
 
 
 def train_step(trainer: Trainer, forward: Any) -> StepResult:
@@ -189,12 +211,14 @@ def _accumulate_gradients(trainer: Trainer, forward: Any) -> float:
         for start in starts:
             inputs, labels = train.batch(windows[start : start + settings.micro_batch])
             inputs, labels = inputs.to(trainer.device), labels.to(trainer.device)
+            trainer.phase("forward")
             if settings.chunked_loss:
                 loss = chunked_loss(trainer.model, forward, inputs, labels) / tokens
             else:
                 loss = summed_loss(forward, inputs, labels) / tokens
             if trainer.recipe.optimizer.release_gradients and not loss.isfinite():
                 return float(loss)  # backward would update embeddings and head with it
+            trainer.phase("backward")
             loss.backward()
             total += loss.detach()
     return float(total)

@@ -42,6 +42,7 @@ FREE_ON_RESUME = (
     "train.eval_every",
     "train.spectrum_every",
     "train.eval_windows",
+    "train.memory_every",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
@@ -224,6 +225,7 @@ class TrainRecipe:
     eval_every: int = 200
     eval_windows: int = 64  # validation windows, spread evenly over the set
     spectrum_every: int | None = None  # steps between measurements of every rotated layer's singular values
+    memory_every: int | None = None  # steps between measurements of memory by phase; slow on the CPU, first step too
     log_every: int = 10  # steps between lines of plain progress; metrics.jsonl has every step
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
@@ -241,7 +243,7 @@ class TrainRecipe:
             self,
             "train",
             *("steps", "batch_size", "micro_batch_size", "eval_every", "eval_windows", "log_every"),
-            *("checkpoint_every", "keep_checkpoints", "max_bad_steps", "spectrum_every"),
+            *("checkpoint_every", "keep_checkpoints", "max_bad_steps", "spectrum_every", "memory_every"),
         )
         not_negative(self, "train", "seed")
         if self.batch_size % self.micro_batch:
