@@ -16,6 +16,7 @@ LEVELS = {
     "foreign": 3,
     "storage": 3,
     "layer": 3,
+    "single_layer": 3,
     "convert": 4,
     "materialize": 5,
     "merge": 5,

@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from helpers import TOLERANCE, random_skew, relative_error
-from poetx import POETX, UserError
+from poetx import POETX, PoetConfig, UserError, convert_
 from poetx.ops.cayley import cayley, unpack_skew
 from poetx.ops.reference import EXACT, block_diagonal
-from poetx.single_step import orthogonalise, partition, skew_gradient, turned
+from poetx.ops.single_step import fold_side_, skew_gradient, small_cayley_delta
+from poetx.single_step.directions import orthogonalise
+from poetx.single_step.partitions import partition
 from test_convert import gpt2, llama, mlp
 
 SIZES = [(12, 8, 4), (7, 13, 5), (10, 6, 16), (1, 9, 4)]
@@ -54,15 +56,20 @@ def test_gradient_at_the_identity_is_autograds(m, n, b, kind):
 
 @pytest.mark.parametrize("kind", ["structured", "random"])
 @pytest.mark.parametrize(("m", "n", "b"), SIZES)
-def test_turned_is_the_product_with_the_rotation(m, n, b, kind):
+def test_a_fold_is_the_product_with_the_rotation(m, n, b, kind):
     W = torch.randn(m, n, dtype=torch.float64)
     order = orders(m, n, kind)
     for side, size in (("out", m), ("in", n)):
         block = min(b, size)
         q = random_skew(size, block)
         rotation = dense_rotation(q, size, block, order[side])
-        got = turned(W, unpack_skew(q, size, block), side, order[side])
-        assert relative_error(got, rotation @ W if side == "out" else W @ rotation) < TOLERANCE[torch.float64]
+        want = rotation @ W if side == "out" else W @ rotation
+        E = small_cayley_delta(unpack_skew(q, size, block), None)
+        got = W.clone()
+        scale = torch.tensor(0.5, dtype=torch.float64)
+        square = fold_side_(got, E, side, order[side], scale=scale, generator=torch.Generator())
+        assert relative_error(got, 0.5 * want) < TOLERANCE[torch.float64]
+        assert square.item() == pytest.approx(0.25 * want.square().sum().item(), rel=1e-12)
 
 
 def test_orthogonalise_gives_skew_matrices_with_singular_values_near_one():
@@ -211,18 +218,25 @@ def test_a_model_is_taken_as_it_is(build):
     assert any("weight" in name for name in moved)
 
 
-def test_state_is_a_sixteenth_at_8b_shapes():
-    """b(m+n)/2 numbers a partition beside AdamW's 2mn, for one Llama-8B layer on the meta device."""
-    shapes = [(4096, 4096)] * 4 + [(14336, 4096)] * 2 + [(4096, 14336)]
-    params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
-    for partitions, share in ((1, 0.04), (2, 0.08)):
-        optimizer = POETX([{"params": params, "rotate": True}], lr=0.01, partitions=partitions)
-        numbers = sum(
-            -(-move.size // move.block_size) * move.block_size * (move.block_size - 1) // 2
-            for p in params
-            for move in optimizer._moves(p)
-        )
-        assert numbers / sum(2 * p.numel() for p in params) < share
+def state_bytes(optimizer):
+    return sum(v.nbytes for p in optimizer.state for v in optimizer.state[p].values() if torch.is_tensor(v))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "block_size", "shares"),
+    [
+        ([(4096, 4096)] * 4 + [(14336, 4096)] * 2 + [(4096, 14336)], 256, (0.04, 0.08)),
+        ([(2304, 768), (768, 768), (3072, 768), (768, 3072)], 256, (0.12, 0.24)),
+    ],
+    ids=["llama-8b", "gpt2"],
+)
+def test_momentum_is_a_small_part_of_adamws_state(shapes, block_size, shares):
+    """b(m+n)/2 numbers a partition beside AdamW's 2mn, in bytes of one decoder layer's real state."""
+    for partitions, share in zip((1, 2), shares, strict=True):
+        model = nn.Sequential(*[nn.Linear(n, m, bias=False, device="meta") for m, n in shapes])
+        convert_(model, PoetConfig(method="single-step", block_size=block_size, partitions=partitions))
+        momentum = state_bytes(POETX(model))
+        assert 0.5 * share < momentum / (2 * 4 * sum(m * n for m, n in shapes)) < share
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from poetx.merge import MergeHandle, MergeReport, merge_, merge_every
     from poetx.optim import param_groups
     from poetx.reuse import shared_blocks
+    from poetx.single_layer import SingleStepLinear
     from poetx.single_step import POETX
     from poetx.spectra import LayerSpectrum, spectrum
 
@@ -29,6 +30,7 @@ __all__ = [
     "MergeReport",
     "PoetConfig",
     "PoetLinear",
+    "SingleStepLinear",
     "UserError",
     "convert_",
     "estimate_memory",
@@ -53,6 +55,7 @@ _HOMES = {
     "merge": ("MergeHandle", "MergeReport", "merge_", "merge_every"),
     "optim": ("param_groups",),
     "reuse": ("shared_blocks",),
+    "single_layer": ("SingleStepLinear",),
     "single_step": ("POETX",),
     "spectra": ("LayerSpectrum", "spectrum"),
 }

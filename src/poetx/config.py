@@ -13,11 +13,15 @@ from poetx.errors import UserError, nearest
 Mode = Literal["fast", "mem"]
 Init = Literal["keep", "normalized", "uniform"]
 NeumannOrder = Literal[3, 7, "exact"]
+Method = Literal["poet-x", "single-step"]
+PartitionKind = Literal["structured", "random"]
 
 #: How the frozen weight can be stored below bfloat16; see :mod:`poetx.ops.quantize`.
 WEIGHT_FORMATS = ("int8", "int4", "nf4", "fp8", *(f"bipolar-int{bits}" for bits in range(2, 9)))
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
+    "method": ("poet-x", "single-step"),
+    "partition_kind": ("structured", "random"),
     "mode": ("fast", "mem"),
     "init": ("keep", "normalized", "uniform"),
     "neumann_order": (3, 7, "exact"),
@@ -31,11 +35,17 @@ class PoetConfig:
     """Settings of :func:`poetx.convert_`.
 
     Attributes:
+        method: ``"poet-x"``, the paper's: rotations live for a few hundred steps between merges. ``"single-step"``:
+            they are folded at every step by :class:`poetx.POETX`, and the layer is a plain product.
         block_size: width b of the orthogonal blocks, the one knob between memory and expressiveness. A side
             shorter than b gets one block of its own length; a side that b does not divide gets a shorter last
             block.
         mode: ``"fast"`` keeps the product with the frozen weight for backward; ``"mem"`` keeps the layer's
-            input only and recomputes the rest.
+            input only and recomputes the rest. Both for either method.
+        partitions: of ``"single-step"``: into how many different sets of blocks the coordinates of a side are cut,
+            each with its own momentum. With one, only coordinates that share a block ever mix.
+        partition_kind: of ``"single-step"``: ``"structured"`` (the first contiguous, the second strided, which
+            together connect every pair; more are random) or ``"random"``.
         init: ``"keep"`` leaves the weight, and so the model's function, alone (the only right choice for a
             pretrained model). ``"normalized"`` draws a Gaussian and scales every row to norm ``init_scale``.
             ``"uniform"`` makes all singular values ``init_scale``.
@@ -47,7 +57,8 @@ class PoetConfig:
         exclude_modules: the same, for what to leave alone.
         seed: with the layer's name and its merge count, decides every permutation and fresh weight.
         rotation_dtype: dtype of the packed rotation parameters. float32 whatever the model's dtype, because
-            steps of 2.5e-4 vanish below half a unit in the last place of bfloat16.
+            steps of 2.5e-4 vanish below half a unit in the last place of bfloat16. Of ``"single-step"``: dtype of the
+            momentum, which bfloat16 serves with stochastic rounding.
         weight_residual: keep 8 more bits of a bfloat16 weight in an int8 tensor (3 bytes a weight in all), which
             only merging reads and writes: ten times less rounding noise in the spectrum of a long run.
         weight_format: store the frozen weight as ``"int8"`` or ``"int4"`` (affine), ``"nf4"``, ``"fp8"`` (e4m3) or
@@ -59,7 +70,10 @@ class PoetConfig:
         UserError: a value outside its range.
     """
 
+    method: Method = "poet-x"
     block_size: int = 256
+    partitions: int = 2
+    partition_kind: PartitionKind = "structured"
     mode: Mode = "fast"
     init: Init = "keep"
     init_scale: float = 1.0
@@ -77,6 +91,8 @@ class PoetConfig:
             raise UserError(
                 f"block_size={self.block_size!r}: must be a whole number of at least 2 (256 or 512 are usual)"
             )
+        if isinstance(self.partitions, bool) or not isinstance(self.partitions, int) or self.partitions < 1:
+            raise UserError(f"partitions={self.partitions!r}: must be a whole number of at least 1 (2 is usual)")
         for field, choices in _CHOICES.items():
             value = getattr(self, field)
             if not any(value == choice and type(value) is type(choice) for choice in choices):
@@ -97,6 +113,11 @@ class PoetConfig:
             raise UserError(f"weight_residual={self.weight_residual!r}: must be true or false")
         if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < 2:
             raise UserError(f"group_size={self.group_size!r}: must be a whole number of at least 2 (128 is usual)")
+        if self.method == "single-step" and (self.weight_residual or self.weight_format is not None):
+            raise UserError(
+                "method='single-step' with weight_residual or weight_format: folds at every step need the weight itself; "
+                "use method='poet-x' for those"
+            )
         if self.weight_format is not None:
             self._check_quantised()
         for field in ("target_modules", "exclude_modules"):

@@ -15,6 +15,7 @@ from poetx.config import PoetConfig
 from poetx.errors import UserError, nearest
 from poetx.foreign import dense_weight, foreign_buffers, is_foreign
 from poetx.layer import PoetLinear
+from poetx.single_layer import SingleStepLinear
 from poetx.storage import PackedWeight
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -94,10 +95,30 @@ def _generic(name: str) -> str:
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
 
 
+_LAYERS: dict[str, type[PoetLinear] | type[SingleStepLinear]] = {
+    "poet-x": PoetLinear,
+    "single-step": SingleStepLinear,
+}
+
+
 def poet_layers(model: nn.Module) -> Iterator[tuple[str, PoetLinear]]:
-    """Every rotated layer of ``model`` once, with its dotted name."""
+    """Every :class:`PoetLinear` of ``model`` once, with its dotted name."""
     for name, module in model.named_modules():
         if isinstance(module, PoetLinear):
+            yield name, module
+
+
+def single_step_layers(model: nn.Module) -> Iterator[tuple[str, SingleStepLinear]]:
+    """Every :class:`SingleStepLinear` of ``model`` once, with its dotted name."""
+    for name, module in model.named_modules():
+        if isinstance(module, SingleStepLinear):
+            yield name, module
+
+
+def converted_layers(model: nn.Module) -> Iterator[tuple[str, PoetLinear | SingleStepLinear]]:
+    """Every layer that :func:`convert_` made, of either method, once, with its dotted name."""
+    for name, module in model.named_modules():
+        if isinstance(module, (PoetLinear, SingleStepLinear)):
             yield name, module
 
 
@@ -210,7 +231,7 @@ def find_targets(model: nn.Module, config: PoetConfig, *, foreign: bool = False)
 
 
 def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionReport:
-    """Replace the linear layers of ``model`` by :class:`PoetLinear`, in place.
+    """Replace the linear layers of ``model`` by :class:`PoetLinear` or :class:`SingleStepLinear`, in place.
 
     Takes exact ``nn.Linear`` modules, ``transformers`` ``Conv1D``, and linear layers that bitsandbytes or torchao
     have quantised; everything else that holds a matrix is in the report's ``skipped`` with the reason. Tied weights,
@@ -226,10 +247,10 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
     config = config or PoetConfig()
     if isinstance(model, nn.Linear) or _is_conv1d(model):
         raise UserError(
-            "convert_ replaces layers inside a model; for a single layer use PoetLinear.from_linear, or wrap it "
+            "convert_ replaces layers inside a model; for a single layer use PoetLinear.from_linear or wrap it "
             "in nn.Sequential"
         )
-    if next(poet_layers(model), None) is not None:
+    if next(converted_layers(model), None) is not None:
         raise UserError("the model is already converted; poetx.to_dense_(model) undoes that")
 
     total = sum(p.numel() for p in model.parameters())
@@ -249,7 +270,7 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
                 found.reasons[module] = str(error)
                 continue
             notes.append(f"was {_kind(module)}")
-        layer = PoetLinear.from_linear(module, config=config, name=name, weight=weight)
+        layer = _LAYERS[config.method].from_linear(module, config=config, name=name, weight=weight)
         del found.places[module], module, weight
         for place in places:
             parent, _, child = place.rpartition(".")
@@ -305,7 +326,7 @@ def _raise_no_match(config: PoetConfig, names: list[str], reasons: list[str]) ->
 def _skipped(model: nn.Module, reasons: dict[nn.Module, str]) -> Iterator[SkippedParameter]:
     """Every parameter with two or more dimensions outside the converted layers, and every quantised weight."""
     for module_name, module in model.named_modules():
-        if isinstance(module, PoetLinear):
+        if isinstance(module, (PoetLinear, SingleStepLinear)):
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim < 2:
@@ -335,7 +356,7 @@ def _why_not(module: nn.Module, parameter: nn.Parameter) -> str:
 
 @torch.no_grad()
 def to_dense_(model: nn.Module) -> nn.Module:
-    """Replace every :class:`PoetLinear` by the plain layer it came from, with the same function, in place.
+    """Replace every converted layer by the plain layer it came from, with the same function, in place.
 
     ``nn.Linear``, or ``Conv1D`` where the layer came from one. The weight is rounded to the stored dtype once;
     it requires a gradient again. A model that is not converted is returned unchanged. Returns ``model``.
@@ -343,11 +364,11 @@ def to_dense_(model: nn.Module) -> nn.Module:
     Raises:
         UserError: ``model`` itself is a layer, which cannot be replaced in place.
     """
-    if isinstance(model, PoetLinear):
+    if isinstance(model, (PoetLinear, SingleStepLinear)):
         raise UserError("to_dense_ replaces layers inside a model; wrap the layer in nn.Sequential")
-    places: dict[PoetLinear, list[str]] = defaultdict(list)
+    places: dict[PoetLinear | SingleStepLinear, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, PoetLinear):
+        if isinstance(module, (PoetLinear, SingleStepLinear)):
             places[module].append(name)
     while places:
         layer, names = places.popitem()  # so that nothing here keeps the old weight alive
@@ -359,8 +380,8 @@ def to_dense_(model: nn.Module) -> nn.Module:
     return model
 
 
-def _dense_layer(layer: PoetLinear) -> nn.Module:
-    weight = layer.dense_weight().to(layer.weight_dtype)
+def _dense_layer(layer: PoetLinear | SingleStepLinear) -> nn.Module:
+    weight = layer.weight.detach()
     if layer.transposed:
         from transformers.pytorch_utils import Conv1D
 

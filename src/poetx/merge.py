@@ -22,6 +22,10 @@ from poetx.ops.reference import EXACT
 logger = logging.getLogger(__name__)
 
 _KEY = "poetx"
+_NOTHING = (
+    "the model has no PoetLinear layer to merge; call poetx.convert_ first (with method='single-step', poetx.POETX "
+    "folds at every step and there is nothing left to merge)"
+)
 #: Warn where the truncated series that trained a layer is off by more than this, relative.
 _SERIES_ERROR = 0.01
 
@@ -56,7 +60,7 @@ def merge_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
     """
     layers = dict(poet_layers(model))
     if not layers:
-        raise UserError("the model has no PoetLinear layer to merge; call poetx.convert_ first")
+        raise UserError(_NOTHING)
     stats = []
     for layer in layers.values():
         stats.append(layer.merge_())
@@ -161,7 +165,7 @@ def merge_every(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int =
         raise UserError(f"steps={steps!r}: must be a whole number of at least 1 (200 is the paper's)")
     layers = dict(poet_layers(model))
     if not layers:
-        raise UserError("the model has no PoetLinear layer to merge; call poetx.convert_ first")
+        raise UserError(_NOTHING)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, layer in layers.items():
         for side, parameter in zip(("skew_in", "skew_out"), layer.rotations, strict=True):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from poetx.convert import poet_layers
+from poetx.convert import converted_layers
 from poetx.errors import UserError
 
 
@@ -44,7 +44,7 @@ def spectrum(model: nn.Module, reference: Mapping[str, LayerSpectrum] | None = N
         UserError: no rotated layer, or a reference of other layers.
     """
     result: dict[str, LayerSpectrum] = {}
-    for name, layer in poet_layers(model):
+    for name, layer in converted_layers(model):
         values = torch.linalg.svdvals(layer.dense_weight().double()).cpu()
         share = values.square() / values.square().sum()
         entropy = -torch.special.xlogy(share, share).sum() / torch.log(torch.tensor(max(2.0, values.numel())))
@@ -63,5 +63,5 @@ def spectrum(model: nn.Module, reference: Mapping[str, LayerSpectrum] | None = N
             }
         result[name] = LayerSpectrum(values, norm, float(entropy), **drift)
     if not result:
-        raise UserError("the model has no PoetLinear layer; call poetx.convert_ first")
+        raise UserError("the model has no converted layer; call poetx.convert_ first")
     return result

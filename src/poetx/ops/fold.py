@@ -73,11 +73,12 @@ def fold(
         return left_rotate(W, cayley_delta(q_out.to(dtype), size=m, block_size=block_size_out, order=order))
 
 
-def stochastic_round_(target: Tensor, value: Tensor, generator: torch.Generator) -> Tensor:
+def stochastic_round_(target: Tensor, value: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Write ``value`` (float32) into ``target``, rounding up or down at random in proportion to the distance.
 
     Unbiased, so that moves smaller than half a unit in the last place are not lost on the way. ``target`` of
     float32 or float64 takes the plain value; bfloat16 is rounded by its low 16 bits; float16 is not supported.
+    Without a ``generator`` the noise comes from the device's global one.
     """
     if target.dtype != torch.bfloat16:
         return target.copy_(value)

@@ -22,7 +22,7 @@ _SLICE_BYTES_ELSEWHERE = 256 << 20
 _OUTER_BYTES = 512 << 10
 
 
-def _slices(x_NF: Tensor) -> Iterator[slice]:
+def slices(x_NF: Tensor) -> Iterator[slice]:
     budget = _SLICE_BYTES.get(device_type(x_NF), _SLICE_BYTES_ELSEWHERE)
     rows = max(64, budget // max(1, x_NF.shape[1] * x_NF.element_size()))
     return (slice(start, start + rows) for start in range(0, x_NF.shape[0], rows))
@@ -105,7 +105,7 @@ def gather_rotate(x_NF: Tensor, perm: Tensor, G_KBB: Tensor) -> Tensor:
 
         return kernels.gather_rotate(x_NF, perm, G_KBB)
     out = torch.empty_like(x_NF, memory_format=torch.contiguous_format)
-    for rows in _slices(x_NF):
+    for rows in slices(x_NF):
         rotate(gather(x_NF[rows], perm), G_KBB, out=out[rows])
     return out
 
@@ -118,7 +118,7 @@ def rotate_scatter(x_NF: Tensor, G_KBB: Tensor, perm: Tensor, bias: Tensor | Non
         return kernels.rotate_scatter(x_NF, G_KBB, perm, bias)
     out = torch.empty_like(x_NF, memory_format=torch.contiguous_format)
     back = inverse(perm)
-    for rows in _slices(x_NF):
+    for rows in slices(x_NF):
         gather(rotate(x_NF[rows], G_KBB), back, out=out[rows])
     return out if bias is None else out.add_(bias)
 
@@ -137,7 +137,7 @@ def gather_rotate_backward(
     dG = zeros_like_blocks(G_KBB)
     dx = grad_NF if needs_dx else x_NF.new_empty(0)
     back, Gt = inverse(perm), G_KBB.transpose(1, 2)
-    for rows in _slices(x_NF):
+    for rows in slices(x_NF):
         add_block_outer_(dG, gather(x_NF[rows], perm), grad_NF[rows])
         if needs_dx:
             gather(rotate(grad_NF[rows], Gt), back, out=dx[rows])
@@ -155,7 +155,7 @@ def rotate_scatter_backward(
     dG = zeros_like_blocks(G_KBB)
     dx = x_NF if overwrite else torch.empty_like(x_NF, memory_format=torch.contiguous_format)
     Gt = G_KBB.transpose(1, 2)
-    for rows in _slices(x_NF):
+    for rows in slices(x_NF):
         grad = gather(grad_NF[rows], perm)
         add_block_outer_(dG, x_NF[rows], grad)
         rotate(grad, Gt, out=dx[rows])
@@ -174,6 +174,6 @@ def block_outer(x_NF: Tensor, G_KBB: Tensor, perm: Tensor, grad_NF: Tensor) -> T
 
         return kernels.outer(x_NF, grad_NF, G_KBB.shape[-1], y_source=perm)
     dG = zeros_like_blocks(G_KBB)
-    for rows in _slices(x_NF):
+    for rows in slices(x_NF):
         add_block_outer_(dG, x_NF[rows], gather(grad_NF[rows], perm))
     return dG

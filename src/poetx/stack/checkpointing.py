@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from poetx.convert import poet_layers
+from poetx.convert import converted_layers
 from poetx.errors import UserError
 
 
@@ -55,7 +55,7 @@ def checkpoint_layers_(model: nn.Module, *, recompute: str = "fast") -> nn.Modul
             if not isinstance(layer.forward, functools.partial):
                 layer.forward = functools.partial(_checkpointed, layer)  # type: ignore[method-assign]
     for layer in layers:
-        for _, rotated in poet_layers(layer):
+        for _, rotated in converted_layers(layer):
             if rotated.config.weight_format is None:
                 rotated.config = dataclasses.replace(rotated.config, mode=recompute)  # type: ignore[arg-type]
     return model

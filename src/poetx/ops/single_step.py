@@ -1,0 +1,298 @@
+"""A linear layer whose rotations are folded at every step: a plain product, with the rotations' gradient on the side.
+
+At the identity y = x·Wᵀ, and the gradients of the packed rotations, ``2 (M − Mᵀ)`` above the diagonal of every block,
+need no weight gradient:
+
+    M_out = dW·Wᵀ = ∂yᵀ·y        M_in = Wᵀ·dW = ∂xᵀ·x        (y before the bias)
+
+each restricted to the blocks of a partition. Two routes give the same numbers:
+
+- ``"tokens"``: block outer products of (∂x, x) and (∂y, y), 4Nmn + 2KNb(m+n) multiply-adds in all for K partitions,
+  reading through the partition. Keeps y, or computes it again (2Nmn).
+- ``"weight"``: the weight's gradient, dropped after its block products with W: 6Nmn + 4Kbmn, all of it dense. Keeps x
+  only. Cheaper where the layer is small beside its blocks.
+
+Gradients are added to where the caller says: with gradients of several backward passes summed there, and the old sum
+scaled down between steps, that is the momentum, and no gradient is ever stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from poetx.ops._library import register_op
+from poetx.ops.cayley import pack_skew
+from poetx.ops.fold import full_precision_products, left_rotate, stochastic_round_
+from poetx.ops.rotate import add_block_outer_, gather, rotate, slices
+
+#: How many times faster the big products run than block outer products of the same arithmetic: decides the route.
+#: Measured in float32 on 2 CPU cores, 2048² and b=128: 180 against 60 GFLOP/s.
+_BLOCK_PENALTY = 3
+
+
+class Sinks(NamedTuple):
+    """Where a layer's backward adds the gradient of its packed rotations, for K partitions of either side.
+
+    sink_in [K, ⌈n / b_in⌉, P], sink_out [K, ⌈m / b_out⌉, P]: float32, float64 or bfloat16.
+    orders_in, orders_out: K tensors each, the coordinates [n] or [m] block after block, int32 or int64; an empty tensor
+        stands for the contiguous partition.
+    anchor: a scalar that requires a gradient and never gets one, so that backward runs whatever x requires.
+    """
+
+    sink_in: Tensor
+    sink_out: Tensor
+    orders_in: tuple[Tensor, ...]
+    orders_out: tuple[Tensor, ...]
+    anchor: Tensor
+
+
+def cheaper_route(out_features: int, in_features: int, block_size: int, partitions: int) -> str:
+    """``"tokens"`` or ``"weight"``, whichever takes less time: K·b·(m+n)·penalty against mn, whatever N is."""
+    m, n = out_features, in_features
+    return "tokens" if partitions * block_size * (m + n) * _BLOCK_PENALTY < m * n else "weight"
+
+
+def block_count(size: int, block_size: int) -> int:
+    return -(-size // block_size)
+
+
+def strided_order(size: int, block_size: int) -> Tensor:
+    """Coordinates k, k + r, k + 2r, … of block k for r blocks, one block after the other: [size], int64."""
+    blocks = block_count(size, block_size)
+    return torch.cat([torch.arange(start, size, blocks) for start in range(blocks)])
+
+
+def skew_gradient(W: Tensor, dW: Tensor, side: str, order: Tensor | None, block_size: int) -> Tensor:
+    """∂L/∂q at Q = 0, packed [K, P], from a weight [m, n] and its gradient.
+
+    ``side="out"``: M = dW·Wᵀ for W ← R·W. ``side="in"``: M = Wᵀ·dW for W ← W·P. ``order`` [size] lists the
+    coordinates block after block; None: as they are. Accumulated in float32 (float64 for float64) before the
+    difference is taken, which cancels most of it.
+    """
+    first, second = (W, dW) if side == "in" else (dW.T, W.T)
+    if order is not None:
+        first, second = first.index_select(1, order), second.index_select(1, order)
+    size = first.shape[1]
+    with full_precision_products():
+        M = _zeros(size, block_size, W)
+        add_block_outer_(M, first, second)
+    return pack_skew(M, size).mul_(2)
+
+
+def _zeros(size: int, block_size: int, like: Tensor) -> Tensor:
+    shape = (block_count(size, block_size), block_size, block_size)
+    return torch.zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+
+
+def _outer(first_NF: Tensor, second_NF: Tensor, order: Tensor, block_size: int) -> Tensor:
+    """``firstᵀ · second`` on the blocks of a partition, [K, B, B]; an empty ``order`` is the contiguous one."""
+    M = _zeros(first_NF.shape[1], block_size, first_NF)
+    if not order.numel():
+        add_block_outer_(M, first_NF, second_NF)
+        return M
+    for rows in slices(first_NF):
+        add_block_outer_(M, gather(first_NF[rows], order), gather(second_NF[rows], order))
+    return M
+
+
+def _subtract_bias_(M_KBB: Tensor, g_NF: Tensor, bias: Tensor, order: Tensor) -> None:
+    """``∂yᵀ·(y − bias)`` from ``∂yᵀ·y``: a product of two vectors in each block."""
+    total, bias = g_NF.sum(0, dtype=M_KBB.dtype), bias.to(M_KBB.dtype)
+    if order.numel():
+        total, bias = total[order.long()], bias[order.long()]
+    blocks, block_size = M_KBB.shape[:2]
+    pad = blocks * block_size - total.numel()
+    total, bias = (torch.nn.functional.pad(v, (0, pad)).view(blocks, block_size) for v in (total, bias))
+    M_KBB.baddbmm_(total[:, :, None], bias[:, None, :], alpha=-1)
+
+
+def add_to_(sink_KP: Tensor, gradient_KP: Tensor) -> None:
+    """``sink += gradient``, nothing at all if the gradient is not finite; bfloat16 sinks round stochastically.
+
+    A gradient that is not finite cannot be taken back out of a running sum later, so it must not get in.
+    """
+    gradient_KP = torch.where(gradient_KP.sum().isfinite(), gradient_KP, 0.0)
+    if sink_KP.dtype == torch.bfloat16:
+        stochastic_round_(sink_KP, gradient_KP.add_(sink_KP))
+    else:
+        sink_KP.add_(gradient_KP)
+
+
+def _backward(
+    g: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    sink_in: Tensor,
+    sink_out: Tensor,
+    orders_in: Sequence[Tensor],
+    orders_out: Sequence[Tensor],
+    block_size_in: int,
+    block_size_out: int,
+    route: str,
+    needs_dx: bool,
+) -> Tensor:
+    W = weight.to(x.dtype)
+    dx = torch.mm(g, W) if needs_dx or route == "tokens" else x.new_empty(0)
+    m, n = W.shape
+    if route == "weight":
+        dW = torch.mm(g.T, x)
+        for side, sink, orders, block_size in (
+            ("in", sink_in, orders_in, block_size_in),
+            ("out", sink_out, orders_out, block_size_out),
+        ):
+            for total, order in zip(sink, orders, strict=True):
+                add_to_(total, skew_gradient(W, dW, side, order if order.numel() else None, block_size))
+        return dx
+    for total, order in zip(sink_in, orders_in, strict=True):
+        add_to_(total, pack_skew(_outer(dx, x, order, block_size_in), n).mul_(2))
+    if not needs_dx:
+        dx = x.new_empty(0)
+    if y is None:
+        y, bias = torch.mm(x, W.T), None
+    for total, order in zip(sink_out, orders_out, strict=True):
+        M = _outer(g, y, order, block_size_out)
+        if bias is not None:
+            _subtract_bias_(M, g, bias, order)
+        add_to_(total, pack_skew(M, m).mul_(2))
+    return dx
+
+
+def _fake_backward(
+    g,
+    x,
+    y,
+    weight,
+    bias,
+    sink_in,
+    sink_out,
+    orders_in,
+    orders_out,
+    block_size_in: int,
+    block_size_out: int,
+    route: str,
+    needs_dx: bool,
+):
+    return torch.empty_like(x, memory_format=torch.contiguous_format) if needs_dx else x.new_empty(0)
+
+
+_backward_op = register_op(
+    "single_step_backward(Tensor g, Tensor x, Tensor? y, Tensor weight, Tensor? bias, Tensor(a!) sink_in, "
+    "Tensor(b!) sink_out, Tensor[] orders_in, Tensor[] orders_out, int block_size_in, int block_size_out, "
+    "str route, bool needs_dx) -> Tensor",
+    _fake_backward,
+)(_backward)
+
+
+class _SingleStepLinear(torch.autograd.Function):
+    """Saves x; and y, the layer's output itself, on the tokens route of ``keep_y``. Weight and bias are kept anyway."""
+
+    @staticmethod
+    def forward(ctx, x, anchor, weight, bias, sink_in, sink_out, orders_in, orders_out, block_sizes, route, keep_y):
+        W = weight.to(x.dtype)
+        y = torch.mm(x, W.T) if bias is None else torch.addmm(bias.to(x.dtype), x, W.T)
+        ctx.save_for_backward(x, y if keep_y else None, weight, bias)
+        ctx.settings = (sink_in, sink_out, orders_in, orders_out, *block_sizes, route)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        x, y, weight, bias = ctx.saved_tensors
+        dx = _backward_op(g.contiguous(), x, y, weight, bias, *ctx.settings, ctx.needs_input_grad[0])
+        dbias = g.sum(0).to(bias.dtype) if ctx.needs_input_grad[3] else None
+        return dx if ctx.needs_input_grad[0] else None, None, None, dbias, *[None] * 7
+
+
+def single_step_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sinks: Sinks,
+    *,
+    block_sizes: tuple[int, int],
+    route: str,
+    keep_y: bool,
+) -> Tensor:
+    """``x·Wᵀ + bias``, whose backward adds the gradient of the packed rotations to the sinks, in place.
+
+    Args:
+        x: [..., n], float32, bfloat16 or float64; the products run in this dtype.
+        weight: [m, n], frozen; cast to x's dtype where it differs. bias: [m] or None, differentiable.
+        block_sizes: (b_in, b_out). route, keep_y: see the module's text; y is only of use on the tokens route.
+    """
+    x_NF = x.reshape(-1, x.shape[-1])
+    settings = (list(sinks.orders_in), list(sinks.orders_out), block_sizes, route, keep_y and route == "tokens")
+    y = _SingleStepLinear.apply(x_NF, sinks.anchor, weight, bias, sinks.sink_in, sinks.sink_out, *settings)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def small_cayley_delta(Q_KBB: Tensor, bound: float | None) -> Tensor:
+    """E = G − I = 2Q(I − Q)⁻¹ to the last bits of Q's dtype, [K, B, B].
+
+    Args:
+        bound: no singular value of Q is larger. Well below 1 the inverse is the product Π (I + Q^(2^i)) cut where its
+            next factor rounds to the identity: a few products, where a solve of small blocks is slow. None: solve.
+    """
+    eps = torch.finfo(Q_KBB.dtype).eps / 8
+    if bound is None or bound > 0.6:
+        identity = torch.eye(Q_KBB.shape[-1], dtype=Q_KBB.dtype, device=Q_KBB.device)
+        return torch.linalg.solve(identity - Q_KBB, 2 * Q_KBB)
+    power = torch.bmm(Q_KBB, Q_KBB)
+    E = Q_KBB + power
+    bound *= bound
+    while bound > eps:
+        E = torch.baddbmm(E, power, E)
+        bound *= bound
+        if bound > eps:
+            power = torch.bmm(power, power)
+    return E.mul_(2)
+
+
+#: Elements of a weight that a fold holds in float32 at a time.
+_FOLD_ELEMENTS = 1 << 24
+
+
+def fold_side_(
+    W: Tensor,
+    E_KBB: Tensor,
+    side: str,
+    order: Tensor,
+    *,
+    scale: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """``W ← scale·(I + E)·W`` (side "out") or ``scale·W·(I + E)`` ("in"), in place; returns the new ‖W‖², float64.
+
+    Args:
+        W: [m, n], float32, float64 or bfloat16, the last rounded stochastically. Products run in E's dtype.
+        E_KBB: G − I for the blocks of a partition. order: as in :class:`Sinks`.
+        scale: scalar. generator: of the rounding.
+    """
+    dim = 0 if side == "out" else 1
+    size, block_size = W.shape[dim], E_KBB.shape[-1]
+    step = max(1, _FOLD_ELEMENTS // (W.numel() // size * block_size))
+    square = torch.zeros((), dtype=torch.float64, device=W.device)
+    with full_precision_products():
+        for first in range(0, E_KBB.shape[0], step):
+            start, stop = first * block_size, min((first + step) * block_size, size)
+            E = E_KBB[first : first + step]
+            if order.numel():
+                index = order[start:stop].long()
+                piece = gather(W, index) if dim else W.index_select(0, index)
+            else:
+                piece = W.narrow(dim, start, stop - start)
+            moved = piece.to(E.dtype)
+            moved = moved + rotate(moved, E) if dim else left_rotate(moved, E.transpose(1, 2))
+            moved *= scale
+            square += torch.linalg.vector_norm(moved, dtype=torch.float64).square()
+            if order.numel():
+                rounded = stochastic_round_(torch.empty_like(moved, dtype=W.dtype), moved, generator)
+                W.index_copy_(dim, index, rounded)
+            else:
+                stochastic_round_(piece, moved, generator)
+    return square

@@ -1,0 +1,173 @@
+"""``SingleStepLinear``: a plain linear layer whose backward feeds the momentum of its rotations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from poetx.config import PoetConfig
+from poetx.errors import UserError
+from poetx.layer import fresh_weight
+from poetx.ops.cayley import packed_size
+from poetx.ops.single_step import Sinks, block_count, cheaper_route, single_step_linear
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+class SingleStepLinear(nn.Module):
+    """``y = x·Wᵀ + bias`` with the weight in its own frame and no weight gradient: ``method="single-step"``.
+
+    :class:`poetx.POETX` folds a small rotation into the weight at every step, so that the rotations are the identity
+    whenever forward runs. Backward adds their gradient straight into that optimizer's momentum: no gradient tensor is
+    kept, and gradients of several backward passes add up.
+
+    Parameters: ``weight`` [m, n], frozen, under the name and in the layout of ``nn.Linear``, so that a checkpoint is
+    that of the plain model; ``bias`` [m] or None, trained as usual.
+
+    Saved for backward: x; with ``mode="fast"`` also y, where block products of activations are cheaper than the
+    weight's gradient (see :mod:`poetx.ops.single_step`). ``mode="mem"`` computes y again.
+
+    Args:
+        in_features, out_features: sizes, at least 1.
+        config: see :class:`poetx.PoetConfig`.
+        name: with ``config.seed`` decides a fresh weight; give the dotted name in the model.
+        transposed: the layer came from a ``transformers`` ``Conv1D``, which :func:`poetx.to_dense_` gives back.
+
+    Raises:
+        UserError: a dtype other than float32, bfloat16 or float64; training without a :class:`poetx.POETX`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        config: PoetConfig | None = None,
+        name: str = "",
+        transposed: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config = config or PoetConfig(method="single-step", init="normalized")
+        self.in_features, self.out_features = in_features, out_features
+        self.block_size_in = min(config.block_size, in_features)
+        self.block_size_out = min(config.block_size, out_features)
+        self.name, self.transposed = name, transposed
+        weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self._check_dtype()
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.sinks: Sinks | None = None
+        self.reset_parameters()
+
+    def _check_dtype(self) -> None:
+        if self.weight.dtype not in _DTYPES:
+            raise UserError(
+                f"{self.name or 'SingleStepLinear'}: {self.weight.dtype} is not supported (its range needs loss "
+                "scaling); use bfloat16 or float32"
+            )
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weight anew from (seed, name), ``init="keep"`` counting as ``"normalized"``; bias zero."""
+        if self.weight.is_meta:
+            return
+        self.weight.copy_(fresh_weight(self.config, self.out_features, self.in_features, self.name))
+        if self.bias is not None:
+            self.bias.zero_()
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, *, config: PoetConfig, name: str = "", weight: Tensor | None = None
+    ) -> SingleStepLinear:
+        """Convert an ``nn.Linear`` or ``transformers`` ``Conv1D``; ``init="keep"`` preserves its function.
+
+        The bias keeps its ``nn.Parameter`` object; with ``"keep"`` the weight of an ``nn.Linear`` keeps its memory.
+        ``weight`` [m, n] stands for a weight that another library has quantised.
+        """
+        transposed = not isinstance(linear, nn.Linear)
+        source: Tensor = linear.weight.detach() if weight is None else weight.detach()  # type: ignore[assignment]
+        native = source.T.contiguous() if transposed else source
+        m, n = native.shape
+        layer = cls(
+            n, m, bias=False, config=config, name=name, transposed=transposed, device="meta", dtype=source.dtype
+        )
+        if config.init != "keep" and not native.is_meta:
+            native = fresh_weight(config, m, n, name).to(native)
+        layer.weight = nn.Parameter(native, requires_grad=False)
+        layer.bias = linear.bias  # type: ignore[assignment]
+        return layer.train(linear.training)
+
+    @property
+    def route(self) -> str:
+        """``"tokens"`` or ``"weight"``: how backward gets the rotations' gradient, by what it costs."""
+        block_size = max(self.block_size_in, self.block_size_out)
+        return cheaper_route(self.out_features, self.in_features, block_size, self.config.partitions)
+
+    @property
+    def rotation_count(self) -> int:
+        """Degrees of freedom of one partition of both sides."""
+        total = 0
+        for size, block_size in ((self.in_features, self.block_size_in), (self.out_features, self.block_size_out)):
+            full, rest = divmod(size, block_size)
+            total += full * packed_size(block_size) + packed_size(rest)
+        return total
+
+    def sink_shape(self, side: str) -> tuple[int, int, int]:
+        """[partitions, blocks, packed entries] of what backward adds to, for side "in" or "out"."""
+        size, block_size = {
+            "in": (self.in_features, self.block_size_in),
+            "out": (self.out_features, self.block_size_out),
+        }[side]
+        return self.config.partitions, block_count(size, block_size), packed_size(block_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] → y [..., out_features], in autocast's dtype if that is on, else in x's."""
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as nn.Linear does
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        elif x.dtype != self.weight.dtype:
+            raise RuntimeError(
+                f"{self.name or 'SingleStepLinear'}: input is {x.dtype}, weight is {self.weight.dtype}; "
+                "cast one of them or use torch.autocast"
+            )
+        if x.dtype not in _DTYPES:
+            raise UserError(f"{self.name or 'SingleStepLinear'}: {x.dtype} autocast is not supported; use bfloat16")
+        if self.sinks is None or not torch.is_grad_enabled():
+            if self.training and torch.is_grad_enabled():
+                raise UserError(
+                    f"{self.name or 'SingleStepLinear'}: nothing would train its weight; build poetx.POETX(model, ...) "
+                    "before the first forward pass, or call model.eval()"
+                )
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+        return single_step_linear(
+            x,
+            self.weight,
+            self.bias,
+            self.sinks,
+            block_sizes=(self.block_size_in, self.block_size_out),
+            route=self.route,
+            keep_y=self.config.mode == "fast",
+        )
+
+    def dense_weight(self) -> Tensor:
+        """The weight [out_features, in_features]: itself."""
+        return self.weight.detach()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SingleStepLinear:
+        super()._apply(fn, recurse)
+        self._check_dtype()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The sinks are one optimizer's state; a copy belongs to none until one is built for it.
+        return {**self.__dict__, "sinks": None}
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        blocks = f"block_size={(self.block_size_in, self.block_size_out)}, partitions={self.config.partitions}"
+        return f"{sizes}, {blocks}, mode={self.config.mode!r}"

@@ -1,0 +1,392 @@
+"""POETX: rotations folded into the weight at every step, on converted layers or on an ordinary model.
+
+Folding at every step (T_m = 1) makes the rotations the identity whenever forward runs, so a layer stays a plain
+matrix product and only the step is special. For W ← R·W·P with R = G(Q_out), P = G(Q_in), the gradients at Q = 0 are
+``2 (M − Mᵀ)`` with M_out = dW·Wᵀ and M_in = Wᵀ·dW, restricted to blocks, so a block-diagonal momentum of b(m+n)/2
+numbers stands where AdamW keeps 2mn. The fold is the exact Cayley transform in float32, and ‖W‖ is held (method,
+sections 4 and 7).
+
+With blocks smaller than the layer, one partition of the coordinates mixes only what shares a block. Several fixed
+partitions, each with its own momentum, are updated at every step and written one (side, partition) at a time, in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from poetx.convert import single_step_layers
+from poetx.errors import UserError
+from poetx.layer import stream
+from poetx.ops.cayley import packed_size, unpack_skew
+from poetx.ops.fold import stochastic_round_
+from poetx.ops.single_step import (
+    Sinks,
+    add_to_,
+    block_count,
+    fold_side_,
+    skew_gradient,
+    small_cayley_delta,
+)
+from poetx.single_layer import SingleStepLinear
+from poetx.single_step.directions import LARGEST_SINGULAR_VALUE, orthogonalise
+from poetx.single_step.partitions import partition
+from poetx.single_step.setup import check, model_groups, settings
+
+#: Elements of unpacked blocks that one batched iteration takes.
+_BATCH_ELEMENTS = 1 << 25
+
+
+class _Move(NamedTuple):
+    """One (side, partition): what a step may write."""
+
+    side: str  # "in": columns of the matrix, "out": rows
+    index: int
+
+
+class POETX(torch.optim.Optimizer):
+    """Rotates matrices by a small angle at every step, and trains everything else with AdamW, in one optimizer.
+
+    Args:
+        model: one of
+            a model converted with ``PoetConfig(method="single-step")``, whose layers feed the momentum in backward and
+            decide block_size, partitions, partition_kind and seed;
+            an ordinary model, whose ``nn.Linear`` and ``Conv1D`` weights are rotated from their full gradients, by
+            the rules of :func:`poetx.convert_`;
+            parameter groups, of which those with ``"rotate": True`` hold matrices [m, n], or stacks of them
+            [e, m, n], and have ``lr`` as their angle.
+        lr: of the base optimizer on the rest.
+        angle: radians that a step turns each plane of a written block by, half: Q = −angle · direction. It is the
+            ``lr`` of the rotated group, so learning-rate schedulers scale it.
+        block_size: b, 256 unless the layers say; a side shorter than b is one block.
+        partitions: how many of them each side has, 2 unless the layers say. ``partition_kind``: ``"structured"`` or
+            ``"random"``.
+        resample_every: draw random partitions anew after so many steps, with their momentum reset. None: never.
+        rule: ``"ortho"`` (orthogonalised momentum) or ``"adam"`` (elementwise).
+        alternate: write one (side, partition) a step, in turn. False: all of them at every step.
+        momentum, nesterov: of ``"ortho"``. betas, eps: of AdamW and of ``"adam"``. weight_decay: of AdamW.
+        momentum_dtype: ``"float32"`` or ``"bfloat16"``, which is rounded stochastically (with torch's global
+            generator); for an ordinary model, the layers' ``rotation_dtype`` decides otherwise.
+        release_gradients: of an ordinary model: drop each matrix's gradient as soon as backward has it. Gradient
+            accumulation stays exact, because a momentum is linear; clipping does not see those gradients.
+        base: makes the optimizer of the rest from parameter groups, instead of AdamW.
+        target_modules, exclude_modules: as in :class:`poetx.PoetConfig`; with an ordinary model only.
+        seed: of random partitions and of the rounding of bfloat16 weights.
+
+    State of a matrix: ``b(m+n)/2`` numbers a partition, and half of the largest of them again for ``nesterov`` (for
+    ``"adam"`` three times instead). In a process group, what converted layers added is averaged over its ranks.
+
+    Converted layers feed the momentum while backward runs: gradient clipping does not reach it (the orthogonalised
+    direction does not depend on its size), a gradient that is not finite is left out, and ``zero_grad`` does not take
+    anything back.
+
+    Raises:
+        UserError: a value outside its range, nothing to rotate, a float16 matrix, a gradient scaler.
+    """
+
+    _step_supports_amp_scaling = True  # so that a gradient scaler shows itself to step(), which refuses it
+
+    def __init__(
+        self,
+        model: nn.Module | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        *,
+        angle: float = 0.012,
+        block_size: int | None = None,
+        partitions: int | None = None,
+        partition_kind: str | None = None,
+        resample_every: int | None = None,
+        rule: str = "ortho",
+        alternate: bool = True,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum_dtype: str | None = None,
+        release_gradients: bool = False,
+        base: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
+        target_modules: str | tuple[str, ...] = "all-linear",
+        exclude_modules: str | tuple[str, ...] = ("lm_head",),
+        seed: int | None = None,
+    ) -> None:
+        layers = dict(single_step_layers(model)) if isinstance(model, nn.Module) else {}
+        given: dict[str, Any] = {"block_size": block_size, "partitions": partitions, "seed": seed}
+        given |= {"partition_kind": partition_kind, "rotation_dtype": momentum_dtype}
+        self._config = settings(layers, given, target_modules, exclude_modules)
+        check(rule, resample_every, momentum, angle, self._config)
+        self._rule, self._alternate, self._resample = rule, alternate, resample_every
+        self._momentum, self._nesterov, self._betas, self._eps = momentum, nesterov, betas, eps
+        self._moves = [_Move(side, i) for i in range(self._config.partitions) for side in ("in", "out")]
+        self._layers: dict[Tensor, SingleStepLinear] = {layer.weight: layer for layer in layers.values()}
+        self._fed: set[Tensor] = set()
+        self._orders: dict[tuple[Any, ...], Tensor] = {}
+        self._drawn: dict[tuple[Any, ...], int] = {}
+        self._make_base = base or (
+            lambda rest: torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        )
+        self._transposed: set[Tensor] = set()
+        if isinstance(model, nn.Module):
+            groups, self._transposed = model_groups(model, layers, self._config, angle)
+        else:
+            groups = list(model)
+        super().__init__(groups, {"lr": lr, "rotate": False})
+        self._base: torch.optim.Optimizer | None = None
+        self._names: dict[Tensor, str] = {}
+        for _, p in self._rotated():
+            if p.ndim not in (2, 3) or p.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+                raise UserError(
+                    f"POETX: cannot rotate a parameter of shape {tuple(p.shape)} and {p.dtype}; matrices (or stacks of "
+                    "them) in float32 or bfloat16 only"
+                )
+            self._names[p] = str(len(self._names))
+            if p in self._layers:
+                self._begin(p)
+                self._attach(p)
+            elif release_gradients:
+                p.register_post_accumulate_grad_hook(self._release)
+        if not self._names:
+            raise UserError("POETX: no group has 'rotate': True, so nothing would be rotated; use torch.optim.AdamW")
+        self._share()
+
+    def __reduce__(self) -> Any:
+        raise UserError("POETX cannot be copied or pickled: its layers feed one optimizer; save its state_dict()")
+
+    def _rotated(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        return ((group, p) for group in self.param_groups if group["rotate"] for p in group["params"])
+
+    def _share(self) -> None:
+        """The base optimizer over the other groups, with these very groups and this very state."""
+        rest = [group for group in self.param_groups if not group["rotate"]]
+        if rest and self._base is None:
+            self._base = self._make_base(rest)
+        if self._base is not None:
+            self._base.param_groups, self._base.state = rest, self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch; every tensor keeps its dtype, where torch would cast it to the weight's.
+
+        Raises:
+            UserError: the momentum was saved with other block sizes or partitions.
+        """
+        super().load_state_dict(state_dict)
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for index, p in zip(saved, params, strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor) and key != "step":
+                    self.state[p][key] = value.to(p.device, copy=True)
+        for _, p in self._rotated():
+            for side in ("in", "out") if self.state[p] else ():
+                sink = self.state[p].get(f"momentum_{side}")
+                if sink is None or sink.shape != self._sink_shape(p, side):
+                    raise UserError(
+                        "POETX: this state was saved with other blocks, partitions or rule; use the settings it was "
+                        "trained with, or start the optimizer anew"
+                    )
+            if p in self._layers:
+                self._attach(p)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step. Closures and gradient scalers are refused: a fold, and a momentum, cannot be taken back."""
+        if closure is not None:
+            raise UserError("POETX.step() takes no closure: it would have to undo a fold to evaluate twice")
+        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
+            raise UserError("POETX does not work with a gradient scaler; train in bfloat16, which needs none")
+        if self._base is not None:
+            self._base.step()
+        self._average()
+        for group in self.param_groups:
+            if group["rotate"]:
+                self._rotate(group)
+        self._fed.clear()
+
+    def _rotate(self, group: dict[str, Any]) -> None:
+        for p in group["params"]:
+            if p.grad is not None:
+                self._absorb(p)
+        moving = [p for p in group["params"] if p in self._fed or p in self._layers]
+        for p in moving:
+            self.state[p]["step"] += 1
+            if self._rule == "adam":
+                self._update_moments(self.state[p])
+        for turn, move in enumerate(self._moves):
+            batch: list[Tensor] = []
+            for p in moving:
+                if self._alternate and turn != (self.state[p]["step"] - 1) % len(self._moves):
+                    continue
+                if batch and not self._fits(batch, p, move):
+                    self._write(batch, move, group["lr"])
+                    batch = []
+                batch.append(p)
+            if batch:
+                self._write(batch, move, group["lr"])
+        for p in moving:
+            self._finish(p)
+
+    def _sides(self, p: Tensor, side: str) -> tuple[int, int]:
+        """Size and block size of one side."""
+        size = p.shape[-1] if (side == "in") != (p in self._transposed) else p.shape[-2]
+        return size, min(self._config.block_size, size)
+
+    def _matrices(self, p: Tensor, values: Tensor | None = None) -> Tensor:
+        """p, or values of its shape, as matrices [e, out, in]: a view."""
+        values = p.detach() if values is None else values
+        values = values.mT if p in self._transposed else values
+        return values if values.ndim == 3 else values.unsqueeze(0)
+
+    def _sink_shape(self, p: Tensor, side: str) -> tuple[int, int, int]:
+        size, block_size = self._sides(p, side)
+        blocks = block_count(size, block_size) * (p.shape[0] if p.ndim == 3 else 1)
+        return self._config.partitions, blocks, packed_size(block_size)
+
+    def _begin(self, p: Tensor) -> None:
+        state, dtype = self.state[p], getattr(torch, self._config.rotation_dtype)
+        if p.dtype == torch.float64:
+            dtype = torch.float64
+        state["step"] = 0
+        # [1] or [e]. What a fold's rounding adds to ‖W‖ the next one takes away, by this factor.
+        state["norm"] = torch.linalg.vector_norm(self._matrices(p), dim=(-2, -1), dtype=torch.float64)
+        state["scale"] = torch.ones_like(state["norm"])
+        names = ("momentum",) if self._rule == "ortho" else ("momentum", "first", "square")
+        for side in ("in", "out"):
+            for name in names:
+                state[f"{name}_{side}"] = torch.zeros(self._sink_shape(p, side), dtype=dtype, device=p.device)
+
+    def _attach(self, p: Tensor) -> None:
+        """Have the layer's backward add to this optimizer's momentum."""
+        state, layer = self.state[p], self._layers[p]
+        indices = range(self._config.partitions)
+        orders = {side: tuple(self._order(p, _Move(side, i)) for i in indices) for side in ("in", "out")}
+        anchor = torch.zeros((), device=p.device, requires_grad=True)
+        layer.sinks = Sinks(state["momentum_in"], state["momentum_out"], orders["in"], orders["out"], anchor)
+
+    def _order(self, p: Tensor, move: _Move) -> Tensor:
+        """The partition in force, as :class:`Sinks` has it; structured ones are shared by all sides of one size."""
+        size, block_size = self._sides(p, move.side)
+        own = "" if self._config.partition_kind == "structured" and move.index < 2 else f"{self._names[p]}/{move.side}"
+        draw = self.state[p]["step"] // self._resample if self._resample else 0
+        key = (move.index, size, block_size, own, p.device)
+        if key not in self._orders or self._drawn.get(key) != draw:
+            kind, seed = self._config.partition_kind, self._config.seed
+            order = partition(kind, move.index, size, block_size, seed=seed, name=own, draw=draw).to(p.device)
+            if kind == "structured" and move.index == 0:
+                order = order[:0]
+            # In place, so that the layer that reads it, compiled or not, sees the new one.
+            self._orders[key] = self._orders[key].copy_(order) if key in self._orders else order
+            self._drawn[key] = draw
+        return self._orders[key]
+
+    def _release(self, p: Tensor) -> None:
+        self._absorb(p)
+        p.grad = None
+
+    @torch.no_grad()
+    def _absorb(self, p: Tensor) -> None:
+        """Add a full gradient's share to the momentum, as a converted layer does in backward."""
+        if not self.state[p]:
+            self._begin(p)
+        assert p.grad is not None
+        pairs = list(zip(self._matrices(p), self._matrices(p, p.grad), strict=True))
+        for move in self._moves:
+            order = self._order(p, move)
+            order = order if order.numel() else None
+            block_size = self._sides(p, move.side)[1]
+            gradient = torch.cat([skew_gradient(W, dW, move.side, order, block_size) for W, dW in pairs])
+            add_to_(self.state[p][f"momentum_{move.side}"][move.index], gradient)
+        self._fed.add(p)
+
+    def _average(self) -> None:
+        """Mean over the ranks: a momentum is linear, and all ranks had the same one before this step's share."""
+        distributed = torch.distributed
+        if not (self._layers and distributed.is_available() and distributed.is_initialized()):
+            return
+        ranks = distributed.get_world_size()
+        for p in self._layers if ranks > 1 else ():
+            for side in ("in", "out"):
+                sink = self.state[p][f"momentum_{side}"]
+                distributed.all_reduce(sink)
+                sink.div_(ranks)
+
+    def _fits(self, batch: list[Tensor], p: Tensor, move: _Move) -> bool:
+        """Whether p's blocks can go through the batched iteration together with the batch's."""
+        first = batch[0]
+        block_size = self._sides(p, move.side)[1]
+        blocks = sum(self._sink_shape(q, move.side)[1] for q in (*batch, p))
+        alike = (first.dtype, first.device, self._sides(first, move.side)[1]) == (p.dtype, p.device, block_size)
+        return alike and blocks * block_size**2 <= _BATCH_ELEMENTS
+
+    def _write(self, batch: list[Tensor], move: _Move, angle: float) -> None:
+        """Fold one (side, partition) of every matrix of the batch."""
+        block_size = self._sides(batch[0], move.side)[1]
+        ahead = [self._direction(self.state[p], move) for p in batch]
+        Q = torch.cat([unpack_skew(q, 0, block_size) for q in ahead])
+        if self._rule == "ortho":
+            Q = orthogonalise(Q)
+        E = small_cayley_delta(Q.mul_(-angle), LARGEST_SINGULAR_VALUE * angle if self._rule == "ortho" else None)
+        for p, E_KBB in zip(batch, E.split([q.shape[0] for q in ahead]), strict=True):
+            state, order = self.state[p], self._order(p, move)
+            noise = stream(
+                self._config.seed, self._names[p], state["step"], f"rounding-{move.side}-{move.index}", p.device
+            )
+            matrices = self._matrices(p)
+            squares = [
+                fold_side_(W, E_W, move.side, order, scale=scale, generator=noise)
+                for W, E_W, scale in zip(matrices, E_KBB.chunk(len(matrices)), state["scale"], strict=True)
+            ]
+            norm = torch.stack(squares).sqrt()
+            state["scale"] = torch.where(norm > 0, state["norm"] / norm, 1.0)
+
+    def _direction(self, state: dict[str, Any], move: _Move) -> Tensor:
+        """What the step follows for one (side, partition), packed, in float32 or float64."""
+        key = f"{move.side}_{move.index}"
+        if self._rule == "adam":
+            steps = (state["step"] - 1) % self._resample + 1 if self._resample else state["step"]
+            first, second = (1 - beta**steps for beta in self._betas)
+            square = state[f"square_{move.side}"][move.index] / second
+            return (state[f"first_{move.side}"][move.index] / first) / (square.sqrt() + self._eps)
+        momentum = state[f"momentum_{move.side}"][move.index]
+        momentum = momentum.to(torch.promote_types(momentum.dtype, torch.float32))
+        if not self._nesterov:
+            return momentum
+        # Nesterov looks one gradient ahead; the gradient is what came since the copy was taken.
+        before = state.get(f"before_{key}")
+        gradient = momentum if before is None else momentum - before
+        return gradient.add(momentum, alpha=self._momentum)
+
+    def _update_moments(self, state: dict[str, Any]) -> None:
+        for side in ("in", "out"):
+            gradient = state[f"momentum_{side}"]
+            state[f"first_{side}"].lerp_(gradient, 1 - self._betas[0])
+            state[f"square_{side}"].lerp_(gradient.square(), 1 - self._betas[1])
+            gradient.zero_()
+
+    def _finish(self, p: Tensor) -> None:
+        """Make the momentum ready for the next step's gradients."""
+        state = self.state[p]
+        fresh = self._resample is not None and state["step"] % self._resample == 0
+        for side in ("in", "out"):
+            sink = state[f"momentum_{side}"]
+            if fresh:
+                for name in ("momentum", "first", "square"):
+                    if f"{name}_{side}" in state:
+                        state[f"{name}_{side}"].zero_()
+            elif self._rule == "ortho" and sink.dtype == torch.bfloat16:
+                stochastic_round_(sink, sink.float().mul_(self._momentum))
+            elif self._rule == "ortho":
+                sink.mul_(self._momentum)
+        if fresh:
+            for move in self._moves:
+                self._order(p, move)
+        for key in [key for key in state if key.startswith("before_")]:
+            del state[key]
+        if self._rule == "ortho" and self._nesterov:
+            for turn, move in enumerate(self._moves):
+                if not self._alternate or turn == state["step"] % len(self._moves):
+                    copy = state[f"momentum_{move.side}"][move.index].clone()
+                    state[f"before_{move.side}_{move.index}"] = copy
