@@ -245,7 +245,7 @@ def test_spectrum_reports_drift_against_a_reference():
     moved = spectrum(model, start)["0"]
     assert moved.drift_median == pytest.approx(0.5)
     assert moved.norm_ratio == pytest.approx(1.5)
-    with pytest.raises(UserError, match="no PoetLinear"):
+    with pytest.raises(UserError, match="no converted layer"):
         spectrum(mlp())
     with pytest.raises(UserError, match="no such layer"):
         spectrum(model, {})
