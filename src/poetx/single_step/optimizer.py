@@ -130,7 +130,7 @@ class POETX(torch.optim.Optimizer):
         )
         self._transposed: set[Tensor] = set()
         if isinstance(model, nn.Module):
-            groups, self._transposed = model_groups(model, layers, self._config, angle)
+            groups, self._transposed = model_groups(model, layers, self._config, angle, weight_decay)
         else:
             groups = list(model)
         super().__init__(groups, {"lr": lr, "rotate": False})
@@ -165,6 +165,11 @@ class POETX(torch.optim.Optimizer):
             self._base = self._make_base(rest)
         if self._base is not None:
             self._base.param_groups, self._base.state = rest, self.state
+
+    @property
+    def base(self) -> torch.optim.Optimizer | None:
+        """The optimizer of what is not rotated, for hooks; :meth:`step` steps it."""
+        return self._base
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch; every tensor keeps its dtype, where torch would cast it to the weight's.

@@ -216,12 +216,18 @@ def _accumulate_gradients(trainer: Trainer, forward: Any) -> float:
                 loss = chunked_loss(trainer.model, forward, inputs, labels) / tokens
             else:
                 loss = summed_loss(forward, inputs, labels) / tokens
-            if trainer.recipe.optimizer.release_gradients and not loss.isfinite():
-                return float(loss)  # backward would update embeddings and head with it
+            if _acts_in_backward(trainer.recipe) and not loss.isfinite():
+                return float(loss.detach())  # what backward does with it could not be taken back
             trainer.phase("backward")
             loss.backward()
             total += loss.detach()
     return float(total)
+
+
+def _acts_in_backward(recipe: Recipe) -> bool:
+    """Whether backward already updates parameters (released gradients) or a momentum (single-step layers)."""
+    single_step = recipe.poet is not None and recipe.poet.config.method == "single-step"
+    return recipe.optimizer.release_gradients or single_step
 
 
 def summed_loss(forward: Any, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -266,7 +272,7 @@ def save(trainer: Trainer) -> Path:
 
 def _save_if_finite(trainer: Trainer, *, last: bool) -> None:
     """A step may be finite and leave weights that are not; a checkpoint of those would replace a good one."""
-    if all(bool(p.isfinite().all()) for p in trainer.model.parameters() if p.requires_grad):
+    if all(bool(p.isfinite().all()) for p in trainer.model.parameters() if p.is_floating_point()):
         save(trainer)
         return
     saved = checkpoints(trainer.run_dir)

@@ -134,7 +134,10 @@ class DataRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class PoetRecipe:
-    """The fields of :class:`poetx.PoetConfig`, flat, and ``merge_every`` (steps; None: only at export)."""
+    """The fields of :class:`poetx.PoetConfig`, flat, and ``merge_every`` (steps; None: only at export).
+
+    With ``method: single-step``, which folds at every step, ``merge_every`` is None.
+    """
 
     merge_every: int | None = 200
     config: PoetConfig = field(default_factory=PoetConfig)
@@ -149,7 +152,12 @@ class PoetRecipe:
         hints = {"merge_every": int | None, **typing.get_type_hints(PoetConfig)}
         check_keys(values, list(hints), path=path)
         settings = {key: coerce(value, hints[key], path=join(path, key)) for key, value in values.items()}
-        merge_every = settings.pop("merge_every", 200)
+        single_step = settings.get("method") == "single-step"
+        merge_every = settings.pop("merge_every", None if single_step else 200)
+        if single_step and merge_every is not None:
+            raise UserError(
+                f"{path}.merge_every={merge_every}: {path}.method=single-step folds at every step; set null"
+            )
         try:
             return cls(merge_every=merge_every, config=PoetConfig(**settings))
         except UserError as error:
@@ -166,6 +174,7 @@ class OptimizerRecipe:
     release_gradients: bool = False  # update embeddings and head inside backward; needs clip null and one micro-batch
     lr: float = 1e-3  # of everything that is not a rotation
     poet_lr: float = 2.5e-4  # of the rotations
+    angle: float = 0.012  # of the rotations with poet.method=single-step instead: radians a step
     weight_decay: float = 0.0  # never applied to rotations
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -196,6 +205,8 @@ class OptimizerRecipe:
             raise UserError(
                 f"optimizer.state_dtype={self.state_dtype} is AdamW's; with optimizer.name={self.name} leave it out"
             )
+        if not 0 < self.angle < 0.5:
+            raise UserError(f"optimizer.angle={self.angle}: radians a step, between 0 and 0.5 (0.012 is usual)")
         if self.release_gradients and self.clip:
             raise UserError(
                 f"optimizer.release_gradients with optimizer.clip={self.clip:g}: the norm over all gradients is not "

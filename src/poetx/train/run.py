@@ -23,7 +23,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from poetx import merge_every, param_groups, spectrum, stack
+from poetx import POETX, merge_every, param_groups, spectrum, stack
+from poetx.convert import single_step_layers
 from poetx.errors import UserError
 from poetx.train import checkpoint as ckpt
 from poetx.train.data import PreparedData, prepare_data
@@ -119,7 +120,9 @@ def train(
         ends: Any = [
             end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None
         ]
-        stack.release_gradients(optimizer, ends, accumulation_steps=steps)
+        dense = optimizer.base if isinstance(optimizer, POETX) else optimizer
+        assert dense is not None
+        stack.release_gradients(dense, ends, accumulation_steps=steps)
     state = ckpt.TrainState(data_fingerprint=data.meta.fingerprint)
     start_spectrum = None
     if report is not None and recipe.train.spectrum_every is not None:
@@ -183,19 +186,25 @@ def _set_aside_newer(run_dir: Path, start: Path) -> None:
 
 
 def build_optimizer(model: torch.nn.Module, recipe: OptimizerRecipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer over :func:`poetx.param_groups` of ``model``."""
+    """The recipe's optimizer over :func:`poetx.param_groups` of ``model``; for single-step layers within POETX."""
+    settings: dict[str, Any] = {
+        "lr": recipe.lr,
+        "betas": recipe.betas,
+        "eps": recipe.eps,
+        "momentum": recipe.momentum,
+        "state_dtype": "same" if recipe.state_dtype == "float32" else recipe.state_dtype,
+    }
+    if next(single_step_layers(model), None) is not None:
+        return POETX(
+            model,
+            recipe.lr,
+            angle=recipe.angle,
+            weight_decay=recipe.weight_decay,
+            base=lambda groups: stack.build_optimizer(groups, recipe.base or recipe.name, **settings),
+        )
     poet_options = {"betas": recipe.poet_betas, "eps": recipe.poet_eps} if recipe.name == "adamw" else {}
     groups = param_groups(model, lr=recipe.lr, poet_lr=recipe.poet_lr, weight_decay=recipe.weight_decay, **poet_options)
-    return stack.build_optimizer(
-        groups,
-        recipe.name,
-        base=recipe.base,
-        lr=recipe.lr,
-        betas=recipe.betas,
-        eps=recipe.eps,
-        momentum=recipe.momentum,
-        state_dtype="same" if recipe.state_dtype == "float32" else recipe.state_dtype,
-    )
+    return stack.build_optimizer(groups, recipe.name, base=recipe.base, **settings)
 
 
 def _resume_point(recipe: Recipe, reporter: Reporter) -> tuple[Path, Recipe]:
@@ -324,7 +333,8 @@ def _title(trainer: Trainer, report: ConversionReport | None) -> str:
     else:
         assert recipe.poet is not None
         config = recipe.poet.config
-        method = f"POET-X {config.mode} b={config.block_size}, {len(report.converted)} layers converted"
+        name = "POET-X" if config.method == "poet-x" else "single-step POET-X"
+        method = f"{name} {config.mode} b={config.block_size}, {len(report.converted)} layers converted"
     return (
         f"{recipe.name}: {parameters / 1e6:.2f}M parameters ({trainable / 1e6:.2f}M trainable), {method}; "
         f"{data.meta.train_tokens / 1e6:.2f}M tokens, {recipe.train.steps} steps of "

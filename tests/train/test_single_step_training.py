@@ -1,0 +1,75 @@
+"""A recipe with poet.method=single-step: it trains, resumes to the bit, and exports the plain model it always was."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_loop import At, Tiny, curve, interrupt, same, weights
+
+from poetx.errors import UserError
+from poetx.train import loop
+from poetx.train.checkpoint import checkpoints
+from poetx.train.metrics import read_metrics
+from poetx.train.run import train
+
+SINGLE = ("poet.method=single-step", "poet.merge_every=null", "optimizer.angle=0.02")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("poet.mode=mem", "train.micro_batch_size=2", "model.gradient_checkpointing=true"),
+        ("poet.rotation_dtype=bfloat16", "train.dtype=bfloat16", "optimizer.state_dtype=int8"),
+        ("optimizer.name=smmf", "optimizer.release_gradients=true", "optimizer.clip=null", "train.chunked_loss=true"),
+    ],
+    ids=["plain", "mem", "bfloat16", "smmf"],
+)
+def test_stopping_and_resuming_changes_not_one_bit(tiny: Tiny, overrides: tuple[str, ...]) -> None:
+    straight = train(tiny(*SINGLE, *overrides, run_dir="straight"))
+    recipe = tiny(*SINGLE, *overrides, run_dir="stopped")
+    stopped = train(recipe, reporter=At(7, interrupt))
+    assert (stopped.step, stopped.signum) == (7, signal.SIGINT)
+    resumed = train(recipe, resume=True)
+    assert curve(resumed.run_dir) == curve(straight.run_dir)
+    assert same(weights(resumed), weights(straight))
+    assert not any(entry.get("merged") for entry in curve(straight.run_dir))
+
+
+def test_it_learns_and_its_checkpoint_is_the_plain_model(tiny: Tiny) -> None:
+    settings = ("train.steps=60", "train.eval_every=60", "train.checkpoint_every=60")
+    result = train(tiny(*SINGLE, *settings))
+    assert result.first_perplexity is not None
+    assert result.last_perplexity is not None
+    assert result.last_perplexity < 0.5 * result.first_perplexity
+    saved = load_file(checkpoints(result.run_dir)[-1] / "model.safetensors")
+    exported = load_file(Path(result.run_dir) / "export" / "model.safetensors")
+    assert saved.keys() == exported.keys()
+    assert all(torch.equal(saved[name], exported[name]) for name in saved)
+
+
+def test_a_loss_that_is_not_finite_reaches_no_momentum(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, calls = loop.summed_loss, []
+
+    def sometimes_nan(*args: object) -> torch.Tensor:
+        calls.append(None)
+        loss = plain(*args)  # type: ignore[arg-type]
+        return loss * float("nan") if len(calls) == 5 else loss
+
+    monkeypatch.setattr(loop, "summed_loss", sometimes_nan)
+    result = train(tiny(*SINGLE, "train.steps=8", "train.export=false", "train.eval_every=100"))
+    assert result.skipped_steps == 1
+    train_lines = [e for e in read_metrics(result.run_dir / "metrics.jsonl") if e["event"] == "train"]
+    assert [e["step"] for e in train_lines if e["skipped"]] == [4]
+    assert all(p.isfinite().all() for p in result.model.parameters())
+
+
+def test_merging_and_single_steps_exclude_each_other(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match=r"poet.merge_every=5: poet.method=single-step folds at every step"):
+        tiny("poet.method=single-step")
+    with pytest.raises(UserError, match=r"optimizer.angle=0.7: radians"):
+        tiny(*SINGLE[:2], "optimizer.angle=0.7").validate()
