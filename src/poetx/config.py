@@ -115,7 +115,7 @@ class PoetConfig:
             raise UserError(f"group_size={self.group_size!r}: must be a whole number of at least 2 (128 is usual)")
         if self.method == "single-step" and (self.weight_residual or self.weight_format is not None):
             raise UserError(
-                "method='single-step' with weight_residual or weight_format: folds at every step need the weight itself; "
+                "method='single-step' with weight_residual or weight_format: it folds the weight itself at every step; "
                 "use method='poet-x' for those"
             )
         if self.weight_format is not None:

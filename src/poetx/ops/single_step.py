@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from poetx.ops._dispatch import use_triton
 from poetx.ops._library import register_op
 from poetx.ops.cayley import pack_skew
 from poetx.ops.fold import full_precision_products, left_rotate, stochastic_round_
@@ -38,7 +39,7 @@ class Sinks(NamedTuple):
     """Where a layer's backward adds the gradient of its packed rotations, for K partitions of either side.
 
     sink_in [K, ⌈n / b_in⌉, P], sink_out [K, ⌈m / b_out⌉, P]: float32, float64 or bfloat16.
-    orders_in, orders_out: K tensors each, the coordinates [n] or [m] block after block, int32 or int64; an empty tensor
+    orders_in, orders_out: K tensors each, the coordinates [n] or [m] block after block, int32; an empty tensor
         stands for the contiguous partition.
     anchor: a scalar that requires a gradient and never gets one, so that backward runs whatever x requires.
     """
@@ -90,6 +91,11 @@ def _zeros(size: int, block_size: int, like: Tensor) -> Tensor:
 
 def _outer(first_NF: Tensor, second_NF: Tensor, order: Tensor, block_size: int) -> Tensor:
     """``firstᵀ · second`` on the blocks of a partition, [K, B, B]; an empty ``order`` is the contiguous one."""
+    if use_triton(first_NF, block_size):
+        from poetx.ops.triton import rotate as kernels
+
+        source = order if order.numel() else None
+        return kernels.outer(first_NF, second_NF, block_size, x_source=source, y_source=source)
     M = _zeros(first_NF.shape[1], block_size, first_NF)
     if not order.numel():
         add_block_outer_(M, first_NF, second_NF)

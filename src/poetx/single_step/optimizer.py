@@ -279,7 +279,8 @@ class POETX(torch.optim.Optimizer):
         key = (move.index, size, block_size, own, p.device)
         if key not in self._orders or self._drawn.get(key) != draw:
             kind, seed = self._config.partition_kind, self._config.seed
-            order = partition(kind, move.index, size, block_size, seed=seed, name=own, draw=draw).to(p.device)
+            order = partition(kind, move.index, size, block_size, seed=seed, name=own, draw=draw)
+            order = order.to(p.device, torch.int32)
             if kind == "structured" and move.index == 0:
                 order = order[:0]
             # In place, so that the layer that reads it, compiled or not, sees the new one.
