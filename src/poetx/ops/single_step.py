@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from poetx.ops._dispatch import use_triton
+from poetx.ops.dispatch import use_triton
 from poetx.ops._library import register_op
 from poetx.ops.cayley import pack_skew
 from poetx.ops.fold import full_precision_products, left_rotate, stochastic_round_
