@@ -29,8 +29,8 @@ def slices(x_NF: Tensor) -> Iterator[slice]:
 
 
 def gather(x_NF: Tensor, perm: Tensor, out: Tensor | None = None) -> Tensor:
-    """``x[:, perm]``, contiguous, or written into ``out``."""
-    if out is None and use_triton(x_NF, SMALLEST_BLOCK):
+    """``x[:, perm]``, contiguous, or written into ``out``; ``perm`` may name any columns, a permutation is fastest."""
+    if out is None and perm.numel() == x_NF.shape[1] and use_triton(x_NF, SMALLEST_BLOCK):
         from poetx.ops.triton import rotate as kernels
 
         if kernels.can_permute(x_NF):

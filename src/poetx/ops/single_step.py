@@ -24,9 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from poetx.ops.dispatch import use_triton
 from poetx.ops._library import register_op
 from poetx.ops.cayley import pack_skew
+from poetx.ops.dispatch import use_triton
 from poetx.ops.fold import full_precision_products, left_rotate, stochastic_round_
 from poetx.ops.rotate import add_block_outer_, gather, rotate, slices
 
