@@ -18,6 +18,7 @@ from typing import Any, Literal
 from poetx.config import PoetConfig
 from poetx.errors import UserError, nearest
 from poetx.train.schema import (
+    apply_override,
     build,
     check_keys,
     coerce,
@@ -360,7 +361,7 @@ def load_recipe(source: str | None = None, overrides: Sequence[str] = ()) -> Rec
     if source is not None and Path(source).is_dir() and source not in builtin_recipes():
         values["run_dir"] = source  # where the run is now, not where it was when it started
     for override in overrides:
-        _apply_override(values, override)
+        apply_override(values, override)
     _make_absolute(values)
     recipe = Recipe.from_dict(values)
     recipe.validate()
@@ -398,26 +399,3 @@ def _make_absolute(values: dict[str, Any]) -> None:
         if isinstance(part, dict) and isinstance(part.get(name), str) and part[name] != "builtin":
             # os.path leaves a "~nobody" as it is, where pathlib raises RuntimeError.
             part[name] = os.path.abspath(os.path.expanduser(part[name]))  # noqa: PTH100, PTH111
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    import yaml
-
-    key, equals, text = override.partition("=")
-    key = key.strip()
-    if not equals or not key:
-        raise UserError(f"{override!r}: an override is written key=value, for example train.steps=100")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{override!r}: the value is not valid YAML: {one_line(error)}") from None
-    *parents, last = key.split(".")
-    node = values
-    for depth, parent in enumerate(parents):
-        child = node.get(parent)
-        if child is None:  # absent, or `poet: null` about to get settings again
-            child = node[parent] = {}
-        if not isinstance(child, dict):
-            raise UserError(f"{key}: {'.'.join(parents[: depth + 1])} is a single value, it has no keys")
-        node = child
-    node[last] = value

@@ -135,3 +135,27 @@ def join(path: str, key: str) -> str:
 
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set ``a.b=value`` in nested ``values``; the value is read as YAML."""
+    import yaml
+
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise UserError(f"{override!r}: an override is written key=value, for example train.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{override!r}: the value is not valid YAML: {one_line(error)}") from None
+    *parents, last = key.split(".")
+    node = values
+    for depth, parent in enumerate(parents):
+        child = node.get(parent)
+        if child is None:  # absent, or `poet: null` about to get settings again
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"{key}: {'.'.join(parents[: depth + 1])} is a single value, it has no keys")
+        node = child
+    node[last] = value
