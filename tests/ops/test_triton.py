@@ -83,11 +83,14 @@ def test_blocks_of_two_sides(order, dtype, device):
 @pytest.mark.parametrize("q_dtype", DTYPES)
 @pytest.mark.parametrize(("size", "block_size"), SIZES)
 def test_gradient_of_the_packed_entries(size, block_size, q_dtype, device):
-    q = random_skew(size, block_size, dtype=q_dtype).to(device)
+    q = random_skew(size, block_size, dtype=q_dtype).to(device).requires_grad_()
     Gamma = draw(*q.shape[:1], block_size, block_size, dtype=torch.float32, device=device)
     with kernels_on(device):
-        (dq,) = cayley_kernels.cayley_backward([Gamma], [q], [size], block_size, narrow=False)
+        G = cayley_twin.cayley(q, size=size, block_size=block_size, order=3)
+        (dq,) = torch.autograd.grad(G, q, Gamma)
+    q = q.detach()
     want = exact(cayley_twin.cayley_backward, Gamma, q, size, block_size, 3)
+    assert relative_error(G.cpu(), exact(cayley_twin.cayley_forward, q, size, block_size, 3)) < TOLERANCE[torch.float32]
     assert dq.dtype == q_dtype
     assert relative_error(dq.cpu(), want) < TOLERANCE[q_dtype]
     assert dq.cpu()[want == 0].eq(0).all()
@@ -174,7 +177,7 @@ def test_permute(dtype, device):
         if dtype != torch.int32:
             assert torch.equal(rotate_twin.gather(x, perm), x[:, perm.long()])
         assert torch.equal(rotate_kernels.permute(strided(x), perm), x[:, perm.long()])
-        assert torch.equal(rotate_kernels.inverse(perm), perm.argsort().int())
+        assert torch.equal(rotate_twin.inverse(perm), perm.argsort().int())
 
 
 def layer_problem(dtype, device, tokens=37, n=41, m=75, block_size=32):

@@ -150,13 +150,34 @@ def _fake_cayley_backward(grad_G_KBB: Tensor, q_KP: Tensor, size: int, block_siz
     return torch.empty_like(q_KP)
 
 
-_cayley_op = register_op("cayley(Tensor q, int size, int block_size, int order) -> Tensor", _fake_cayley)(
-    cayley_forward
-)
+def _cayley(q_KP: Tensor, size: int, block_size: int, order: int) -> Tensor:
+    if use_triton(q_KP, block_size, missing=_missing(order)):
+        from poetx.ops.triton import cayley as kernels
+
+        return kernels.cayley([q_KP], [size], block_size, order, _compute_dtype(q_KP))[0]
+    return cayley_forward(q_KP, size, block_size, order)
+
+
+def _cayley_backward(grad_G_KBB: Tensor, q_KP: Tensor, size: int, block_size: int, order: int) -> Tensor:
+    if use_triton(q_KP, block_size, missing=_missing(order, gradient=True)):
+        from poetx.ops.triton import cayley as kernels
+
+        return kernels.cayley_backward([grad_G_KBB], [q_KP], [size], block_size, narrow=False)[0]
+    return cayley_backward(grad_G_KBB, q_KP, size, block_size, order)
+
+
+def _missing(order: int, *, gradient: bool = False) -> str | None:
+    """What there is no kernel for."""
+    if order == EXACT:
+        return "the exact Cayley transform has no kernel"
+    return f"the gradient of order {order} has no kernel" if gradient and order != 3 else None
+
+
+_cayley_op = register_op("cayley(Tensor q, int size, int block_size, int order) -> Tensor", _fake_cayley)(_cayley)
 _cayley_backward_op = register_op(
     "cayley_backward(Tensor grad_G, Tensor q, int size, int block_size, int order) -> Tensor",
     _fake_cayley_backward,
-)(cayley_backward)
+)(_cayley_backward)
 
 
 class _Cayley(torch.autograd.Function):
@@ -196,8 +217,7 @@ def cayley_pair(
 ) -> tuple[Tensor, Tensor]:
     """(G_in, G_out) of a layer with n inputs and m outputs, rounded to ``dtype`` once; not differentiable."""
     sides = ((q_in, n, block_size_in), (q_out, m, block_size_out))
-    missing = "the exact Cayley transform has no kernel" if order == EXACT else None
-    if all(use_triton(q, block_size, missing=missing) for q, _, block_size in sides):
+    if all(use_triton(q, block_size, missing=_missing(order)) for q, _, block_size in sides):
         from poetx.ops.triton import cayley as kernels
 
         if block_size_in == block_size_out:
@@ -235,8 +255,7 @@ def cayley_pair_backward(
     ``dtype`` is that of the activations behind them.
     """
     sides = ((dG_in, q_in, n, block_size_in), (dG_out, q_out, m, block_size_out))
-    missing = None if order == 3 else f"the gradient of order {order} has no kernel"
-    if all(use_triton(q, block_size, missing=missing) for _, q, _, block_size in sides):
+    if all(use_triton(q, block_size, missing=_missing(order, gradient=True)) for _, q, _, block_size in sides):
         from poetx.ops.triton import cayley as kernels
 
         narrow = dtype == torch.bfloat16

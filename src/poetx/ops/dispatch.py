@@ -64,28 +64,38 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def obstacle(tensor: Tensor, block_size: int) -> str | None:
-    """Why the Triton kernels cannot take activations or parameters like ``tensor``; None where they can."""
+def _obstacle(tensor: Tensor, block_size: int, dtypes: tuple[torch.dtype, ...]) -> str | None:
     from torch._subclasses.fake_tensor import FakeTensor  # not at import: it takes sympy with it
 
     if isinstance(tensor, FakeTensor):
         return "the tensors are fake"
-    if tensor.dtype not in _DTYPES:
-        return f"{str(tensor.dtype).removeprefix('torch.')}; the kernels take float32 and bfloat16"
+    if tensor.dtype not in dtypes:
+        found, *taken = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *dtypes))
+        return f"{found}; the kernel takes {' and '.join(taken)}"
     if block_size < SMALLEST_BLOCK:
         return f"blocks of {block_size}; the kernels take {SMALLEST_BLOCK} and more"
     return machine_obstacle(tensor.device)
 
 
-def use_triton(tensor: Tensor, block_size: int, *, missing: str | None = None) -> bool:
-    """Whether the Triton kernels take this call; ``missing`` says what they do not compute, if it is that.
+def use_triton(
+    tensor: Tensor,
+    block_size: int = SMALLEST_BLOCK,
+    *,
+    dtypes: tuple[torch.dtype, ...] = _DTYPES,
+    missing: str | None = None,
+) -> bool:
+    """Whether the Triton kernels take a tensor like this one: a call asks once.
+
+    Args:
+        dtypes: what the kernel in question takes.
+        missing: what the kernels do not compute, if it is that.
 
     Raises:
         UserError: they were asked for by :func:`use_kernels` and cannot.
     """
     if _wanted == "torch" or (_wanted == "auto" and tensor.device.type != "cuda"):
         return False
-    reason = missing or obstacle(tensor, block_size)
+    reason = missing or _obstacle(tensor, block_size, dtypes)
     if reason is not None and _wanted == "triton":
         raise UserError(f"use_kernels('triton'): {reason}; use 'auto' or 'torch'")
     return reason is None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from poetx.ops._library import device_type
-from poetx.ops.dispatch import SMALLEST_BLOCK, use_triton
+from poetx.ops.dispatch import use_triton
 
 #: Bytes of one slice of activations. 2 MiB is the L2 cache of one current server core.
 _SLICE_BYTES = {"cpu": 2 << 20}
@@ -30,7 +30,7 @@ def slices(x_NF: Tensor) -> Iterator[slice]:
 
 def gather(x_NF: Tensor, perm: Tensor, out: Tensor | None = None) -> Tensor:
     """``x[:, perm]``, contiguous, or written into ``out``; ``perm`` may name any columns, a permutation is fastest."""
-    if out is None and perm.numel() == x_NF.shape[1] and use_triton(x_NF, SMALLEST_BLOCK):
+    if out is None and perm.numel() == x_NF.shape[1] and use_triton(x_NF):
         from poetx.ops.triton import rotate as kernels
 
         if kernels.can_permute(x_NF):
@@ -43,6 +43,10 @@ def gather(x_NF: Tensor, perm: Tensor, out: Tensor | None = None) -> Tensor:
 
 def inverse(perm: Tensor) -> Tensor:
     """The permutation that undoes ``perm``, same dtype."""
+    if use_triton(perm, dtypes=(torch.int32, torch.int64)):
+        from poetx.ops.triton import rotate as kernels
+
+        return kernels.inverse(perm)
     return torch.empty_like(perm).scatter_(
         0, perm.long(), torch.arange(perm.numel(), dtype=perm.dtype, device=perm.device)
     )

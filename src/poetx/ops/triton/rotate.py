@@ -164,8 +164,10 @@ class _Tile(NamedTuple):
 
 #: Sizes are upper bounds: a tile never covers more than the power of two above a block. Tiles do not change the order
 #: of any sum, so that the choice does not change a bit.
-_PRODUCT_TILES = (_Tile(128, 128, 8, 3), _Tile(64, 256, 8, 3), _Tile(128, 256, 8, 3))
-_OUTER_TILES = (_Tile(128, 128, 8, 3), _Tile(128, 256, 8, 3))
+_SMALL, _WIDE, _LARGE = _Tile(128, 128, 8, 3), _Tile(64, 256, 8, 3), _Tile(128, 256, 8, 3)
+# Three TF32 products hold more operands: the largest tile would spill registers.
+_PRODUCT_TILES = {torch.bfloat16: (_SMALL, _WIDE, _LARGE), torch.float32: (_SMALL, _WIDE)}
+_OUTER_TILES = {torch.bfloat16: (_SMALL, _LARGE), torch.float32: (_SMALL,)}
 #: Programs that fill a large GPU about twice; a constant, so that results do not depend on the device's size.
 _PROGRAMS = 264
 #: Widest row, in elements, that :func:`permute` shuffles in shared memory.
@@ -221,7 +223,8 @@ def _product(
         return out
 
     flags = (transposed, source is not None, writes, bias is not None)
-    return fastest(_key("product", x_NF, B, *flags), x_NF.device, [partial(run, tile) for tile in _PRODUCT_TILES])
+    tiles = _PRODUCT_TILES[x_NF.dtype]
+    return fastest(_key("product", x_NF, B, *flags), x_NF.device, [partial(run, tile) for tile in tiles])
 
 
 def outer(
@@ -269,7 +272,7 @@ def outer(
         return out[0] if parts == 1 else out.sum(0)
 
     key = _key("outer", x_NF, B, x_source is not None, y_source is not None, y_NF.stride(1) == 1)
-    return fastest(key, x_NF.device, [partial(run, tile) for tile in _OUTER_TILES])
+    return fastest(key, x_NF.device, [partial(run, tile) for tile in _OUTER_TILES[x_NF.dtype]])
 
 
 def permute(x_NF: Tensor, source: Tensor) -> Tensor:
