@@ -14,7 +14,7 @@ def kernel_report() -> list[tuple[str, str]]:
 
     fits = f"Triton {triton.__version__}; PyTorch for float64 and for blocks below {SMALLEST_BLOCK}"
     return [
-        ("cayley", f"{fits}, for the exact transform and the gradient of order 7"),
+        ("cayley", f"{fits}, for the exact transform"),
         ("rotate", fits),
         ("outer", fits),
         ("fold", "PyTorch (float32 products whatever the settings; once per merge)"),

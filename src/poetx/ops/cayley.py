@@ -159,18 +159,16 @@ def _cayley(q_KP: Tensor, size: int, block_size: int, order: int) -> Tensor:
 
 
 def _cayley_backward(grad_G_KBB: Tensor, q_KP: Tensor, size: int, block_size: int, order: int) -> Tensor:
-    if use_triton(q_KP, block_size, missing=_missing(order, gradient=True)):
+    if use_triton(q_KP, block_size, missing=_missing(order)):
         from poetx.ops.triton import cayley as kernels
 
-        return kernels.cayley_backward([grad_G_KBB], [q_KP], [size], block_size, narrow=False)[0]
+        return kernels.cayley_backward([grad_G_KBB], [q_KP], [size], block_size, order, narrow=False)[0]
     return cayley_backward(grad_G_KBB, q_KP, size, block_size, order)
 
 
-def _missing(order: int, *, gradient: bool = False) -> str | None:
+def _missing(order: int) -> str | None:
     """What there is no kernel for."""
-    if order == EXACT:
-        return "the exact Cayley transform has no kernel"
-    return f"the gradient of order {order} has no kernel" if gradient and order != 3 else None
+    return "the exact Cayley transform has no kernel" if order == EXACT else None
 
 
 _cayley_op = register_op("cayley(Tensor q, int size, int block_size, int order) -> Tensor", _fake_cayley)(_cayley)
@@ -255,14 +253,18 @@ def cayley_pair_backward(
     ``dtype`` is that of the activations behind them.
     """
     sides = ((dG_in, q_in, n, block_size_in), (dG_out, q_out, m, block_size_out))
-    if all(use_triton(q, block_size, missing=_missing(order, gradient=True)) for _, q, _, block_size in sides):
+    if all(use_triton(q, block_size, missing=_missing(order)) for _, q, _, block_size in sides):
         from poetx.ops.triton import cayley as kernels
 
         narrow = dtype == torch.bfloat16
         if block_size_in == block_size_out:
-            dq_in, dq_out = kernels.cayley_backward([dG_in, dG_out], [q_in, q_out], [n, m], block_size_in, narrow)
+            dq_in, dq_out = kernels.cayley_backward(
+                [dG_in, dG_out], [q_in, q_out], [n, m], block_size_in, order, narrow
+            )
         else:
-            dq_in, dq_out = (kernels.cayley_backward([dG], [q], [size], b, narrow)[0] for dG, q, size, b in sides)
+            dq_in, dq_out = (
+                kernels.cayley_backward([dG], [q], [size], b, order, narrow)[0] for dG, q, size, b in sides
+            )
         return dq_in, dq_out
     if _alike(q_in, q_out, n, m, block_size_in, block_size_out):
         dG, q = torch.cat([dG_in, dG_out]), torch.cat([q_in, q_out])

@@ -7,6 +7,8 @@ With S = Q² the identity is kept out of every product, so that it costs no prec
     backward of order 3, from Γ = ∂L/∂G:                  launches: S; dB and D; dq
         dB = Γ + SΓ,  D = dB + Γ + Γ(S − 2Q),  T = D + Dᵀ
         dq = strict upper triangle of 2(dB − dBᵀ) − (QT + TQ)
+    backward of order 7:                                  launches: S; E and F; dX and dF; dB and D; dq
+        dX = Γ + ΓF in the place of Γ above,  dF = Γ + EᵀΓ,  D has (dF + dFᵀ)S more
 
 Products are of float32 and accumulate in float32; :func:`poetx.ops.triton.tuning.float32_precision` says how they are
 multiplied. The blocks of two packed tensors of one block size, a layer's two sides, share every launch.
@@ -152,23 +154,61 @@ def extend_kernel(
 
 
 @triton.jit
+def extend_gradient_kernel(
+    Gamma0,
+    Gamma1,
+    E,
+    F,
+    dX,
+    dF,
+    count0,
+    B: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dX = Γ + ΓF and dF = Γ + EᵀΓ: the gradients of both factors of (I + E)(I + F)."""
+    k = tl.program_id(1)
+    Gamma = Gamma0 + k * (B * B) if k < count0 else Gamma1 + (k - count0) * (B * B)
+    tiles: tl.constexpr = (B + TILE - 1) // TILE
+    i = tl.program_id(0) // tiles * TILE + tl.arange(0, TILE)
+    j = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
+    E_k, F_k = E + k * (B * B), F + k * (B * B)
+    left = tl.full([TILE, TILE], 0.0, tl.float32)
+    right = tl.full([TILE, TILE], 0.0, tl.float32)
+    for start in range(0, B, STEP):
+        m = start + tl.arange(0, STEP)
+        left = tl.dot(matrix_tile(Gamma, i, m, B), matrix_tile(F_k, m, j, B), left, input_precision=PRECISION)
+        Et = tl.trans(matrix_tile(E_k, m, i, B))
+        right = tl.dot(Et, matrix_tile(Gamma, m, j, B), right, input_precision=PRECISION)
+    own = matrix_tile(Gamma, i, j, B)
+    store_tile(dX + k * (B * B), own + left, i, j, B)
+    store_tile(dF + k * (B * B), own + right, i, j, B)
+
+
+@triton.jit
 def factor_gradient_kernel(
     Gamma0,
     Gamma1,
     q0,
     q1,
     S,
+    dF,
     dB,
     D,
     count0,
     size0,
     size1,
     B: tl.constexpr,
+    FACTORS: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dB = Γ + SΓ and D = dB + Γ + Γ(S − 2Q): the gradients of the factors I + 2Q + S, and of both together."""
+    """dB = Γ + SΓ and D = dB + Γ + Γ(S − 2Q): the gradients of the factor I + 2Q + S, and of both together.
+
+    With FACTORS D has (dF + dFᵀ)S more, by way of F = S².
+    """
     k = tl.program_id(1)
     if k < count0:
         q = q0 + k * (B * (B - 1) // 2)
@@ -189,6 +229,9 @@ def factor_gradient_kernel(
         left = tl.dot(matrix_tile(S_k, i, m, B), matrix_tile(Gamma, m, j, B), left, input_precision=PRECISION)
         Bt = matrix_tile(S_k, m, j, B) - 2 * skew_tile(q, m, j, limit, B)
         right = tl.dot(matrix_tile(Gamma, i, m, B), Bt, right, input_precision=PRECISION)
+        if FACTORS:
+            W = matrix_tile(dF + k * (B * B), i, m, B) + tl.trans(matrix_tile(dF + k * (B * B), m, i, B))
+            right = tl.dot(W, matrix_tile(S_k, m, j, B), right, input_precision=PRECISION)
     own = matrix_tile(Gamma, i, j, B)
     store_tile(dB + k * (B * B), own + left, i, j, B)
     store_tile(D + k * (B * B), 2 * own + left + right, i, j, B)
@@ -262,6 +305,11 @@ def _two(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return tensors[0], tensors[-1]
 
 
+def _halves(M_KBB: Tensor, count0: int) -> tuple[Tensor, Tensor]:
+    """Where the blocks of the first and of the second packed tensor begin (the whole twice if there is one)."""
+    return M_KBB, M_KBB[count0:] if len(M_KBB) > count0 else M_KBB
+
+
 def cayley(qs: Sequence[Tensor], sizes: Sequence[int], block_size: int, order: int, dtype: torch.dtype) -> list[Tensor]:
     """Blocks G [K_s, B, B] in ``dtype`` for each of one or two packed tensors q_s [K_s, P] of one block size.
 
@@ -291,39 +339,46 @@ def _cayley(qs, sizes, order, dtype, settings) -> list[Tensor]:
         launch(series_kernel, (tiles * tiles, count), *arguments, FACTORS=False, **settings)
         return blocks
     E, F = torch.empty_like(S), torch.empty_like(S)
-    E1 = E[count0:] if count > count0 else E
-    launch(series_kernel, (tiles * tiles, count), q0, q1, S, E, E1, F, count0, size0, size1, FACTORS=True, **settings)
+    arguments = (q0, q1, S, *_halves(E, count0), F, count0, size0, size1)
+    launch(series_kernel, (tiles * tiles, count), *arguments, FACTORS=True, **settings)
     launch(extend_kernel, (tiles * tiles, count), E, F, G0, G1, count0, **settings)
     return blocks
 
 
 def cayley_backward(
-    grads: Sequence[Tensor], qs: Sequence[Tensor], sizes: Sequence[int], block_size: int, narrow: bool
+    grads: Sequence[Tensor], qs: Sequence[Tensor], sizes: Sequence[int], block_size: int, order: int, narrow: bool
 ) -> list[Tensor]:
-    """∂L/∂q_s [K_s, P] in q_s's dtype from Γ_s [K_s, B, B], order 3.
+    """∂L/∂q_s [K_s, P] in q_s's dtype from Γ_s [K_s, B, B].
 
-    Twin of :func:`poetx.ops.cayley.cayley_backward`. Three launches, scratch of three float32 [ΣK, B, B].
+    Twin of :func:`poetx.ops.cayley.cayley_backward`. Three launches for order 3, five for order 7; scratch of three
+    (seven) float32 [ΣK, B, B].
 
     Args:
         narrow: the activations behind Γ are bfloat16, so that TF32 products lose nothing.
     """
+    assert order in (3, 7)
     assert len(qs) in (1, 2)
     qs, grads = [q.contiguous() for q in qs], [grad.contiguous() for grad in grads]
-    plans = [
-        partial(_cayley_backward, grads, qs, sizes, _settings(block_size, tile, narrow)) for tile in _GRADIENT_TILES
-    ]
-    key = ("cayley_backward", sum(map(len, qs)), block_size, narrow, grads[0].dtype, qs[0].dtype, qs[0].device)
+    tiles = [_settings(block_size, tile, narrow) for tile in _GRADIENT_TILES]
+    plans = [partial(_cayley_backward, grads, qs, sizes, order, settings) for settings in tiles]
+    key = ("cayley_backward", sum(map(len, qs)), block_size, order, narrow, grads[0].dtype, qs[0].dtype, qs[0].device)
     return fastest(key, qs[0].device, plans)
 
 
-def _cayley_backward(grads, qs, sizes, settings) -> list[Tensor]:
+def _cayley_backward(grads, qs, sizes, order, settings) -> list[Tensor]:
     (q0, q1), (count0, count) = _two(qs), (len(qs[0]), sum(map(len, qs)))
     B, tiles = settings["B"], ceil_div(settings["B"], settings["TILE"])
     upper, whole = (tiles * (tiles + 1) // 2, count), (tiles * tiles, count)
     sides = (count0, sizes[0], sizes[-1])
     S, dB, D = (torch.empty(count, B, B, dtype=torch.float32, device=q0.device) for _ in range(3))
+    dF = S
     launch(square_kernel, upper, q0, q1, S, *sides, **settings)
-    launch(factor_gradient_kernel, whole, *_two(grads), q0, q1, S, dB, D, *sides, **settings)
+    if order == 7:
+        E, F, dX, dF = (torch.empty_like(S) for _ in range(4))
+        launch(series_kernel, whole, q0, q1, S, *_halves(E, count0), F, *sides, FACTORS=True, **settings)
+        launch(extend_gradient_kernel, whole, *_two(grads), E, F, dX, dF, count0, **settings)
+        grads = _halves(dX, count0)
+    launch(factor_gradient_kernel, whole, *_two(grads), q0, q1, S, dF, dB, D, *sides, FACTORS=order == 7, **settings)
     dqs = [torch.empty_like(q) for q in qs]
     launch(pack_gradient_kernel, upper, dB, D, q0, q1, *_two(dqs), *sides, **settings)
     return dqs
