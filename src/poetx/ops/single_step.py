@@ -62,9 +62,14 @@ def block_count(size: int, block_size: int) -> int:
 
 
 def strided_order(size: int, block_size: int) -> Tensor:
-    """Coordinates k, k + r, k + 2r, … of block k for r blocks, one block after the other: [size], int64."""
+    """Coordinates k, k + r, k + 2r, … of block k for r blocks, one block after the other: [size], int64.
+
+    Backwards where b does not divide the size: else the last coordinates, which stand in the short last block of the
+    contiguous partition, would stand in the short last one here, too (of 257 by b = 256, the last would stay alone).
+    """
     blocks = block_count(size, block_size)
-    return torch.cat([torch.arange(start, size, blocks) for start in range(blocks)])
+    order = torch.cat([torch.arange(start, size, blocks) for start in range(blocks)])
+    return order.flip(0) if size % block_size else order
 
 
 def skew_gradient(W: Tensor, dW: Tensor, side: str, order: Tensor | None, block_size: int) -> Tensor:
