@@ -225,7 +225,7 @@ def cayley_pair(
         return G_in, G_out
     if _alike(q_in, q_out, n, m, block_size_in, block_size_out):
         G = cayley_forward(torch.cat([q_in, q_out]), n + m, block_size_in, order).to(dtype)
-        return G[: q_in.shape[0]], G[q_in.shape[0] :]
+        return G[: q_in.shape[0]].clone(), G[q_in.shape[0] :].clone()  # an operator's outputs must not share memory
     G_in, G_out = (cayley_forward(q, size, block_size, order).to(dtype) for q, size, block_size in sides)
     return G_in, G_out
 
@@ -269,7 +269,7 @@ def cayley_pair_backward(
     if _alike(q_in, q_out, n, m, block_size_in, block_size_out):
         dG, q = torch.cat([dG_in, dG_out]), torch.cat([q_in, q_out])
         dq = cayley_backward(dG, q, n + m, block_size_in, order)
-        return dq[: q_in.shape[0]], dq[q_in.shape[0] :]
+        return dq[: q_in.shape[0]].clone(), dq[q_in.shape[0] :].clone()
     dq_in, dq_out = (cayley_backward(dG, q, size, block_size, order) for dG, q, size, block_size in sides)
     return dq_in, dq_out
 

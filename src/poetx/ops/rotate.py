@@ -23,6 +23,7 @@ _OUTER_BYTES = 512 << 10
 
 
 def slices(x_NF: Tensor) -> Iterator[slice]:
+    """Ranges of rows whose features fit a cache (on an accelerator: bound a temporary)."""
     budget = _SLICE_BYTES.get(device_type(x_NF), _SLICE_BYTES_ELSEWHERE)
     rows = max(64, budget // max(1, x_NF.shape[1] * x_NF.element_size()))
     return (slice(start, start + rows) for start in range(0, x_NF.shape[0], rows))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from poetx.ops._library import device_type
-from poetx.ops.rotate import add_block_outer_, gather, zeros_like_blocks
+from poetx.ops.rotate import add_block_outer_, gather, slices, zeros_like_blocks
 
 #: Of the rows that are rotated before they are put in their places: the second-level cache of two current cores.
 _BYTES = 4 << 20
@@ -79,6 +79,14 @@ def dense_transposed(weight: Tensor, G_in: Tensor, G_out: Tensor, perm_in: Tenso
     return turned(turned(weight, G_out.transpose(1, 2), perm_out).T, G_in, perm_in)
 
 
+def _permuted(W_FC: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """``W[rows][:, columns]``, slice by slice: no second whole matrix, and the slice is still in cache."""
+    out = torch.empty_like(W_FC)
+    for some in slices(W_FC):
+        gather(W_FC.index_select(0, rows[some]), columns, out=out[some])
+    return out
+
+
 def backward_from_weight_gradient(
     g: Tensor,
     x: Tensor,
@@ -90,7 +98,7 @@ def backward_from_weight_gradient(
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dG_in, dG_out) without anything of the forward but x: through D = gᵀ x, W'·G_inᵀ and G_outᵀ·W'."""
-    D = gather((g.T @ x).index_select(0, perm_out), perm_in)
+    D = _permuted(g.T @ x, perm_out, perm_in)
     dG_in, dG_out = zeros_like_blocks(G_in), zeros_like_blocks(G_out)
     add_block_outer_(dG_out, turned(weight.T, G_in), D.T)
     half = turned(weight, G_out.transpose(1, 2))
