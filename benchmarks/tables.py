@@ -59,16 +59,14 @@ def merges() -> str:
 def layer() -> str:
     """Latest row of every shape and contestant; rows from before ``poetx bench`` had a ``candidate`` and stay out."""
     rows = [r for r in _rows("layer") if r["benchmark"] == "layer" and "contestant" in r]
-    latest = {
-        (r["tokens"], r["out_features"], r["in_features"], r["block_size"], r["dtype"], r["contestant"]): r
-        for r in rows
-    }
-    body = [
-        [f"{tokens} tokens, {m}×{n}, b={b}, {dtype}", contestant, f"{row['ms']:.1f}", f"{row['ratio']:.2f}"]
-        for (tokens, m, n, b, dtype, contestant), row in sorted(latest.items(), key=lambda item: item[0][:5])
-    ]
+    sizes = ("tokens", "out_features", "in_features", "block_size", "dtype", "compiled")
+    latest = {(*(r[key] for key in sizes), r["contestant"]): r for r in rows}
+    body = []
+    for (tokens, m, n, b, dtype, compiled, contestant), row in sorted(latest.items(), key=lambda item: item[0][:6]):
+        what = f"{tokens} tokens, {m}×{n}, b={b}, {dtype}" + (", compiled" if compiled else "")
+        body.append([what, contestant, f"{row['ms']:.1f}", f"{row['ratio']:.2f}"])
     device = next(reversed(latest.values()))["device"]
-    return _markdown([f"forward + backward on {device}", "layer", "ms", "× the first"], body)
+    return _markdown([f"forward + backward on {device}", "layer", "ms", "× nn.Linear"], body)
 
 
 def step() -> str:
