@@ -106,18 +106,18 @@ def _block_product(weight: Tensor, G: Tensor) -> Tensor:
 
 #: (format, kind, merges, angle at each): the last ones turn as far in fewer merges.
 MERGES = [
-    *((name, "", 300, 0.1) for name in ("int8", "bipolar-int8", "fp8", "int4", "nf4", "bipolar-int4")),
+    ("int8", "", 300, 0.1),
     ("int8", "nearest", 300, 0.1),
-    ("int8", "feedback", 300, 0.1),
     ("int8", "naive", 300, 0.1),
-    ("int4", "nearest", 300, 0.1),
+    ("int4", "", 300, 0.1),
     ("int4", "feedback", 300, 0.1),
-    ("int8", "", 300, 0.01),
-    ("int8", "nearest", 300, 0.01),
-    ("int4", "", 300, 0.01),
-    ("int4", "nearest", 300, 0.01),
+    ("int8", "feedback", 300, 0.1),
+    ("int4", "nearest", 300, 0.1),
+    ("int8", "", 300, 0.003),
+    ("int8", "nearest", 300, 0.003),
     ("int8", "", 75, 0.2),
     ("int4", "", 75, 0.2),
+    *((name, "", 300, 0.1) for name in ("nf4", "fp8", "bipolar-int8", "bipolar-int4")),
 ]
 
 
@@ -172,12 +172,14 @@ def merges(done: set[str]) -> Iterator[dict[str, Any]]:
 
 # -- quality ----------------------------------------------------------------------------------------------------------
 
-STEPS, MERGE_EVERY = 60, 15
+STEPS, MERGE_EVERY = 40, 8
 #: (format or "float32", kind, merge interval, seed), the most telling first.
 QUALITY = [
     *((name, "", MERGE_EVERY, seed) for seed in range(3) for name in ("float32", "int8")),
     *((name, "", MERGE_EVERY, 0) for name in ("int4", "nf4", "bipolar-int4", "fp8")),
-    *((name, kind, MERGE_EVERY, 0) for name in ("int8", "int4") for kind in ("nearest", "naive")),
+    ("int8", "nearest", MERGE_EVERY, 0),
+    ("int8", "naive", MERGE_EVERY, 0),
+    ("int4", "nearest", MERGE_EVERY, 0),
     ("int4", "feedback", MERGE_EVERY, 0),
     ("int4", "", STEPS, 0),
     ("float32", "", STEPS, 0),
