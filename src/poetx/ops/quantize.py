@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from poetx.ops.dispatch import SMALLEST_BLOCK, use_triton
+
 #: Weights that are worked on at once: what float32 (or int64, where a table is searched) temporaries are bounded by.
 #: The noise of stochastic rounding is drawn slice by slice, so this is part of what a seed means.
 _SLICE = 1 << 18
@@ -157,6 +159,16 @@ def _sorted_levels(name: str) -> tuple[Tensor, Tensor]:
         return values[keep][order], codes[keep][order]
 
 
+@functools.cache
+def _levels_by_code(name: str, device: torch.device) -> Tensor:
+    """float32 [2^bits]: what every code of a table format stands for, 0 for codes that are never written."""
+    levels, codes = _sorted_levels(name)
+    with torch.device("cpu"):
+        table = torch.zeros(2 ** format_of(name).bits, dtype=torch.float32)
+    table[codes.long()] = levels
+    return table.to(device)
+
+
 def _values(codes: Tensor, fmt: Format) -> Tensor:
     """float32 levels before scaling; for bipolar formats the code itself, whose affine map the scales carry."""
     if fmt.name == "fp8":
@@ -236,6 +248,22 @@ def dequantise(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """The stored weight [rows, columns] in ``dtype``; the arithmetic is float32's, rounded once."""
     fmt, columns, group_size = packed.format, packed.columns, packed.group_size
     out = torch.empty(packed.codes.shape[0], columns, dtype=dtype, device=packed.codes.device)
+    planes = [width for width, _ in _planes(fmt.bits)]
+    missing = None if len(planes) == 1 else f"{fmt.name}; the kernel takes codes of 2, 4 and 8 bits"
+    if use_triton(out, SMALLEST_BLOCK, missing=missing):
+        from poetx.ops.triton import quantize as kernels
+
+        return kernels.dequantise(
+            packed.codes,
+            packed.scale,
+            packed.offset,
+            _levels_by_code(fmt.name, out.device) if fmt.kind == "table" else None,
+            out,
+            group_size=group_size,
+            bits=fmt.bits,
+            top=fmt.top,
+            kind=fmt.kind,
+        )
     full = columns // group_size
     for rows in _slices(*out.shape):
         values = _values(unpack(packed.codes[rows], columns, fmt.bits), fmt)
