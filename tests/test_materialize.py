@@ -68,6 +68,7 @@ def test_fresh_weights_depend_on_the_seed_alone_and_leave_the_generator():
 @pytest.mark.parametrize("from_checkpoint", [False, True])
 def test_building_takes_the_finished_model_and_one_layer(from_checkpoint, tmp_path, monkeypatch):
     """Followed storage by storage: the peak over the finished model is a few copies of one layer, not of twelve."""
+    monkeypatch.setitem(quantize._READ_SLICE, "cpu", 1 << 12)
     monkeypatch.setattr(quantize, "_SLICE", 1 << 12)  # a small part of a layer, as it is of a large one
     size, layers = 256, 12
 

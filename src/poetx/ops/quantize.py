@@ -24,11 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from poetx.ops._library import device_type
 from poetx.ops.dispatch import SMALLEST_BLOCK, use_triton
 
 #: Weights that are worked on at once: what float32 (or int64, where a table is searched) temporaries are bounded by.
 #: The noise of stochastic rounding is drawn slice by slice, so this is part of what a seed means.
 _SLICE = 1 << 18
+#: The same for reading, where it decides nothing but speed: a cache's worth on a CPU, few launches elsewhere.
+_READ_SLICE = {"cpu": 1 << 18}
+_READ_SLICE_ELSEWHERE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -192,8 +196,8 @@ def _random_level(t: Tensor, levels: Tensor, noise: Tensor) -> Tensor:
 # -- to and fro -------------------------------------------------------------------------------------------------------
 
 
-def _slices(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, _SLICE // columns)
+def _slices(rows: int, columns: int, elements: int) -> Iterator[slice]:
+    step = max(1, elements // columns)
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
@@ -221,7 +225,7 @@ def quantise_(packed: Packed, weight: Tensor, *, noise: torch.Generator | None =
     """
     fmt = packed.format
     tiny = torch.finfo(torch.float32).tiny  # 0 / tiny for a group of zeros
-    for rows in _slices(*weight.shape):
+    for rows in _slices(*weight.shape, _SLICE):
         w = _groups(weight[rows].float(), min(packed.group_size, weight.shape[1]))
         if packed.offset is not None:
             low, high = w.aminmax(dim=2)
@@ -265,7 +269,7 @@ def dequantise(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
             kind=fmt.kind,
         )
     full = columns // group_size
-    for rows in _slices(*out.shape):
+    for rows in _slices(*out.shape, _READ_SLICE.get(device_type(out), _READ_SLICE_ELSEWHERE)):
         values = _values(unpack(packed.codes[rows], columns, fmt.bits), fmt)
         scale, offset = packed.scale[rows].float(), packed.offset
         if fmt.kind == "bipolar":
