@@ -29,8 +29,9 @@ import torch
 from torch import Tensor, nn
 
 import poetx
-from benchmarks.record import append, interleaved, median, provenance
+from benchmarks.record import append, provenance
 from poetx import PoetConfig, PoetLinear
+from poetx.bench.record import interleaved, median
 from poetx.ops.cayley import cayley
 from poetx.storage import PackedWeight
 
