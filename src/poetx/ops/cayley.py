@@ -233,7 +233,7 @@ def cayley_pair(
 def _alike(q_in: Tensor, q_out: Tensor, n: int, m: int, block_size_in: int, block_size_out: int) -> bool:
     """Whether the blocks of both sides can go through as one batch: on a CPU that is half the calls."""
     whole = block_size_in == block_size_out and n % block_size_in == 0 and m % block_size_out == 0
-    return whole and q_in.is_cpu and q_in.dtype == q_out.dtype
+    return whole and device_type(q_in) == "cpu" and q_in.dtype == q_out.dtype
 
 
 def cayley_pair_backward(
