@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poetx.ops._library import fake_cache, register_op
+from poetx.ops._library import device_type, fake_cache, register_op
 from poetx.ops.dispatch import use_triton
 from poetx.ops.reference import EXACT
 from poetx.ops.rotate import gather
