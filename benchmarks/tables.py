@@ -180,7 +180,56 @@ def _settings(row: dict[str, Any]) -> str:
     return ", ".join(rates + [f"{name} {value}" for name, value in others.items()])
 
 
-_TABLES = (merges, layer, step, continuity, stability, single_step)
+def _quantised(kind: str) -> list[dict[str, Any]]:
+    return [row for row in _rows("quantised") if row["benchmark"] == f"quantised-{kind}"]
+
+
+def quantised_merges() -> str:
+    """Error against a float32 layer with the same rotations, as merges go on."""
+    body = []
+    for row in _quantised("merges"):
+        error = row["error_after"]
+        cells = [f"{error[key]:.3f}" if key in error else "" for key in ("1", "10", "75", "300")]
+        cells += [f"{row['mean_norm_ratio']:.5f}", f"{row['median_singular_value_change']:.1e}"]
+        body.append([f"{row['format']}, {row['kind']}", f"{row['angle']:g}", *cells])
+    head = ["requantisation", "θ a merge", *(f"error after {n}" for n in (1, 10, 75, 300))]
+    return _markdown([*head, "mean ‖W‖ ratio", "median change of singular values"], body)
+
+
+def quantised_quality() -> str:
+    """Validation loss beside the float32 base of the same seed and interval."""
+    rows = _quantised("quality")
+    base = {(r["seed"], r["merge_every"]): r["validation_loss"] for r in rows if r["format"] == "float32"}
+    body = []
+    for row in rows:
+        start = base.get((row["seed"], row["merge_every"]))
+        difference = "" if start is None else f"{row['validation_loss'] - start:+.4f}"
+        name = row["format"] if row["format"] == "float32" else f"{row['format']}, {row['kind']}"
+        body.append([name, str(row["merge_every"]), str(row["seed"]), f"{row['validation_loss']:.4f}", difference])
+    return _markdown(["base", "merged every", "seed", "validation loss", "against float32"], body)
+
+
+def quantised_speed() -> str:
+    """Tokens a second of *mem*'s."""
+    rows = {row["cell"]: row for row in _quantised("speed")}.values()
+    shapes = list(dict.fromkeys((r["out_features"], r["in_features"]) for r in rows))
+    names = [name for name in dict.fromkeys(r["candidate"] for r in rows) if name != "mem"]
+    find = {(r["candidate"], r["out_features"], r["in_features"]): r["tokens_per_second_of_mem"] for r in rows}
+    body = [[name, *(f"{find[name, m, n]:.2f}" for m, n in shapes)] for name in names]
+    return _markdown(["tokens/s against mem, 1024 tokens", *(f"{m}×{n}" for m, n in shapes)], body)
+
+
+_TABLES = (
+    merges,
+    layer,
+    step,
+    continuity,
+    stability,
+    single_step,
+    quantised_merges,
+    quantised_quality,
+    quantised_speed,
+)
 TABLES: dict[str, Callable[[], str]] = {t.__name__: t for t in _TABLES}
 
 
