@@ -149,8 +149,9 @@ def test_what_is_saved(mode, b, keeps_y):
 
 
 def test_the_cheaper_route_follows_the_arithmetic():
-    assert cheaper_route(4096, 4096, 256, 1) == "tokens"
-    assert cheaper_route(256, 256, 64, 2) == "weight"
+    assert cheaper_route(4096, 4096, 256, contiguous=1, gathered=1) == "tokens"
+    assert cheaper_route(256, 256, 64, contiguous=1, gathered=0) == "tokens"
+    assert cheaper_route(256, 256, 64, contiguous=1, gathered=1) == "weight"
 
 
 @pytest.mark.parametrize("recompute", ["fast", "mem"])

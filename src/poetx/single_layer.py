@@ -106,7 +106,9 @@ class SingleStepLinear(nn.Module):
     def route(self) -> str:
         """``"tokens"`` or ``"weight"``: how backward gets the rotations' gradient, by what it costs."""
         block_size = max(self.block_size_in, self.block_size_out)
-        return cheaper_route(self.out_features, self.in_features, block_size, self.config.partitions)
+        contiguous = int(self.config.partition_kind == "structured")
+        counts = {"contiguous": contiguous, "gathered": self.config.partitions - contiguous}
+        return cheaper_route(self.out_features, self.in_features, block_size, **counts)
 
     @property
     def rotation_count(self) -> int:

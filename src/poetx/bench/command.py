@@ -38,7 +38,7 @@ def layer(
     block_size: Annotated[int, typer.Option(min=2)] = 128,
     contestants: Annotated[
         str, typer.Option(help="Separated by commas; the first is what the others are compared with.")
-    ] = "linear,original,fast,mem",
+    ] = "linear,original,fast,mem,single-step",
     parts: Annotated[bool, typer.Option("--parts/--no-parts", help="Also time the parts of a layer.")] = True,
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile every contestant.")] = False,
     dtype: _DTYPE = "auto",
@@ -47,7 +47,7 @@ def layer(
     out: _OUT = None,
     as_json: _JSON = False,
 ) -> None:
-    """Forward and backward of one layer: nn.Linear, the original weight-centric POET, POET-X fast and mem."""
+    """Forward and backward of one layer: nn.Linear, the original POET, POET-X fast and mem, single-step."""
     from poetx.bench.layer import Shape, bench_layer
 
     place, kind = _place(device, dtype)

@@ -25,6 +25,9 @@ from poetx.ops.rotate import (
     rotate_scatter,
     rotate_scatter_backward,
 )
+from poetx.ops.single_step import skew_gradient
+from poetx.single_layer import SingleStepLinear
+from poetx.single_step import POETX
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +109,23 @@ def _linear(shape: Shape) -> nn.Module:
     return nn.Linear(shape.in_features, shape.out_features, bias=False, device=shape.device, dtype=shape.dtype)
 
 
+def _single_step(shape: Shape, partitions: int) -> SingleStepLinear:
+    config = PoetConfig(
+        method="single-step", block_size=shape.block_size, partitions=partitions, init="normalized", mode="fast"
+    )
+    layer = SingleStepLinear(
+        shape.in_features,
+        shape.out_features,
+        bias=False,
+        config=config,
+        name="bench",
+        device=shape.device,
+        dtype=shape.dtype,
+    )
+    POETX(nn.Sequential(layer))  # where backward adds to
+    return layer
+
+
 #: Who takes part: a name, and what builds the module from a :class:`Shape`. A module with ``rotations`` has to have
 #: ``dense_weight()`` as well, differentiable in them, for the gate. The first one is what the others are compared with.
 CONTESTANTS: dict[str, Callable[[Shape], nn.Module]] = {
@@ -113,6 +133,8 @@ CONTESTANTS: dict[str, Callable[[Shape], nn.Module]] = {
     "original": lambda shape: OriginalPoet(poet_layer(shape, "fast")),
     "fast": lambda shape: poet_layer(shape, "fast"),
     "mem": lambda shape: poet_layer(shape, "mem"),
+    "single-step": lambda shape: _single_step(shape, 1),
+    "single-step-2": lambda shape: _single_step(shape, 2),
 }
 
 
@@ -131,6 +153,15 @@ def check(name: str, module: nn.Module, x: Tensor, g: Tensor) -> None:
     x_wide, g_wide, W = x.detach().to(wide), g.to(wide), dense.detach().to(wide)
     gate(f"{name}: output", y, x_wide @ W.T, x.dtype)
     gate(f"{name}: input gradient", dx, g_wide @ W, x.dtype)
+    if isinstance(module, SingleStepLinear):
+        assert module.sinks is not None
+        for side, sink, orders, block_size in (
+            ("in", module.sinks.sink_in, module.sinks.orders_in, module.block_size_in),
+            ("out", module.sinks.sink_out, module.sinks.orders_out, module.block_size_out),
+        ):
+            for got, order in zip(sink, orders, strict=True):
+                chosen = order if order.numel() else None
+                gate(f"{name}: {side}", got, skew_gradient(W, g_wide.T @ x_wide, side, chosen, block_size), x.dtype)
     if rotations:
         dW = (g_wide.T @ x_wide).to(dense.dtype)
         for side, got, want in zip(("in", "out"), dq, torch.autograd.grad(dense, rotations, dW), strict=True):

@@ -26,6 +26,8 @@ CONTESTANTS: dict[str, tuple[str, ...]] = {
     "adamw": ("poet=null",),
     "fast": ("poet.mode=fast", *_KEEP),
     "mem": ("poet.mode=mem", *_KEEP),
+    "single-step": ("poet.method=single-step", "poet.merge_every=null", "poet.partitions=1", *_KEEP),
+    "single-step-2": ("poet.method=single-step", "poet.merge_every=null", *_KEEP),
 }
 _GATE_STEPS = 4
 
@@ -135,8 +137,9 @@ def _measure(
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     for name, run in runs.items():
         ms, poet = median(times[name]), run.recipe.poet
-        merge_ms = milliseconds(lambda run=run: merge_(run.model, run.optimizer), device) if poet else 0.0
-        amortised = ms + (merge_ms / poet.merge_every if poet and poet.merge_every else 0.0)
+        every = poet.merge_every if poet else None
+        merge_ms = milliseconds(lambda run=run: merge_(run.model, run.optimizer), device) if every else 0.0
+        amortised = ms + (merge_ms / every if every else 0.0)
         yield (
             {
                 "contestant": name,

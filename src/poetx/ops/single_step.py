@@ -30,9 +30,9 @@ from poetx.ops.dispatch import use_triton
 from poetx.ops.fold import full_precision_products, left_rotate, stochastic_round_
 from poetx.ops.rotate import add_block_outer_, gather, rotate, slices
 
-#: How many times faster the big products run than block outer products of the same arithmetic: decides the route.
-#: Measured in float32 on 2 CPU cores, 2048² and b=128: 180 against 60 GFLOP/s.
-_BLOCK_PENALTY = 3
+#: How many times faster the big products run than block outer products of the same arithmetic, contiguous ones and
+#: those that gather first: decides the route. 2 CPU cores, float32, 1024 tokens, 256 wide, b=64: 184, 105, 40 GFLOP/s.
+_CONTIGUOUS_PENALTY, _GATHER_PENALTY = 1.75, 4.6
 
 
 class Sinks(NamedTuple):
@@ -51,10 +51,14 @@ class Sinks(NamedTuple):
     anchor: Tensor
 
 
-def cheaper_route(out_features: int, in_features: int, block_size: int, partitions: int) -> str:
-    """``"tokens"`` or ``"weight"``, whichever takes less time: K·b·(m+n)·penalty against mn, whatever N is."""
+def cheaper_route(out_features: int, in_features: int, block_size: int, *, contiguous: int, gathered: int) -> str:
+    """``"tokens"`` or ``"weight"``, whichever takes less time for so many partitions of either kind, whatever N is.
+
+    Block products of activations take 2Nb(m+n) each, times what they are slower; the weight's gradient takes 2Nmn.
+    """
     m, n = out_features, in_features
-    return "tokens" if partitions * block_size * (m + n) * _BLOCK_PENALTY < m * n else "weight"
+    work = block_size * (m + n) * (contiguous * _CONTIGUOUS_PENALTY + gathered * _GATHER_PENALTY)
+    return "tokens" if work < m * n else "weight"
 
 
 def block_count(size: int, block_size: int) -> int:
