@@ -358,7 +358,7 @@ KINDS = {"merges": merges, "quality": quality, "speed": speed, "build": build}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("what", nargs="+", choices=KINDS)
     parser.add_argument("--model", default="llama-1b", help="what build builds")
     parser.add_argument("--limit", type=int, help="stop after so many new rows")

@@ -225,7 +225,7 @@ def quantise_(packed: Packed, weight: Tensor, *, noise: torch.Generator | None =
     """
     fmt = packed.format
     tiny = torch.finfo(torch.float32).tiny  # 0 / tiny for a group of zeros
-    for rows in _slices(*weight.shape, _SLICE):
+    for rows in _slices(weight.shape[0], weight.shape[1], _SLICE):
         w = _groups(weight[rows].float(), min(packed.group_size, weight.shape[1]))
         if packed.offset is not None:
             low, high = w.aminmax(dim=2)
@@ -269,7 +269,7 @@ def dequantise(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
             kind=fmt.kind,
         )
     full = columns // group_size
-    for rows in _slices(*out.shape, _READ_SLICE.get(device_type(out), _READ_SLICE_ELSEWHERE)):
+    for rows in _slices(out.shape[0], columns, _READ_SLICE.get(device_type(out), _READ_SLICE_ELSEWHERE)):
         values = _values(unpack(packed.codes[rows], columns, fmt.bits), fmt)
         scale, offset = packed.scale[rows].float(), packed.offset
         if fmt.kind == "bipolar":
