@@ -16,8 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from poetx.config import PoetConfig
 from poetx.convert import convert_, poet_layers
 from poetx.errors import UserError, nearest
-from poetx.memory.setup import SHAPES, TrainingSetup
+from poetx.memory.setup import SHAPES, SINGLE_STEP, TrainingSetup
 from poetx.optim import param_groups
+from poetx.single_step import POETX
 from poetx.stack.checkpointing import checkpoint_layers_
 from poetx.stack.combine import build_optimizer
 from poetx.stack.loss import chunk_loss_
@@ -80,8 +81,10 @@ def prepare_(model: nn.Module, setup: TrainingSetup) -> nn.Module:
     """Convert the dense meta model as the setup says and switch its savings on; the model to train."""
     if setup.is_poet:
         config = PoetConfig(
+            method="single-step" if setup.method in SINGLE_STEP else "poet-x",
             block_size=setup.block_size,
-            mode=setup.method,  # type: ignore[arg-type]
+            partitions=setup.partitions,
+            mode=SINGLE_STEP.get(setup.method, setup.method),  # type: ignore[arg-type]
             rotation_dtype=setup.rotation_dtype,
             neumann_order=setup.neumann_order,  # type: ignore[arg-type]
             weight_format=setup.weight_format,
@@ -151,7 +154,9 @@ def training_step(model: nn.Module, input_ids: Tensor, setup: TrainingSetup) -> 
     optimizers = build_optimizers(model, setup)
     if setup.release_gradients:
         for optimizer in optimizers:
-            release_gradients(optimizer, large_dense_parameters(model))
+            dense = optimizer.base if isinstance(optimizer, POETX) else optimizer
+            if dense is not None:
+                release_gradients(dense, large_dense_parameters(model))
     mixed = setup.method == "adamw-mixed"
 
     def forward() -> Tensor:
@@ -171,6 +176,8 @@ def build_optimizers(model: nn.Module, setup: TrainingSetup) -> list[torch.optim
     """The optimizers of the setup, each parameter in one of them. Learning rates do not matter here."""
     foreach = setup.device == "cuda"  # what torch.optim chooses there by itself
     options: dict[str, Any] = {"state_dtype": setup.optimizer_state, "foreach": foreach}
+    if setup.method in SINGLE_STEP:
+        return [POETX(model, base=lambda rest: build_optimizer(rest, setup.base_optimizer, **options))]
     if setup.is_poet:
         groups = param_groups(model, lr=1e-3, poet_lr=1e-3)
         return [build_optimizer(groups, base=setup.base_optimizer, **options)]

@@ -10,7 +10,8 @@ from poetx.config import WEIGHT_FORMATS
 from poetx.errors import UserError, nearest
 
 POET_METHODS = ("mem", "fast")
-METHODS = (*POET_METHODS, "adamw", "adamw-mixed", "adamw-8bit", "muon", "adafactor", "lora")
+SINGLE_STEP = {"single-step": "fast", "single-step-mem": "mem"}  # method: mode of its layers
+METHODS = (*POET_METHODS, *SINGLE_STEP, "adamw", "adamw-mixed", "adamw-8bit", "muon", "adafactor", "lora")
 #: Llama shapes by name: hidden, MLP, layers, heads, key-value heads, vocabulary; embeddings untied. All but the
 #: last are the papers'; "llama-1b-12" has half of llama-1b's layers.
 SHAPES = {
@@ -35,7 +36,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "device": ("cuda", "cpu"),
     "weight_format": (None, *WEIGHT_FORMATS),
 }
-_COUNTS = ("batch_size", "seq_len", "block_size", "lora_rank", "group_size")
+_COUNTS = ("batch_size", "seq_len", "block_size", "partitions", "lora_rank", "group_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +44,12 @@ class TrainingSetup:
     """One training step: who trains, on how many tokens, with which savings.
 
     Attributes:
-        method: POET-X ``"mem"`` or ``"fast"``; ``"adamw"`` on everything in ``dtype``; ``"adamw-mixed"``: float32
+        method: POET-X ``"mem"`` or ``"fast"``; its ``"single-step"`` form, or ``"single-step-mem"`` with layers in mode
+            *mem*; ``"adamw"`` on everything in ``dtype``; ``"adamw-mixed"``: float32
             weights and state under bfloat16 autocast; ``"adamw-8bit"``; ``"muon"`` (AdamW for embeddings, head and
             vectors); ``"adafactor"``; ``"lora"`` (needs peft).
         batch_size, seq_len: sequences in one backward pass and tokens in each.
-        block_size: of POET-X.
+        block_size: of POET-X. partitions: of its single-step form.
         dtype: of the weights and of the arithmetic.
         rotation_dtype: of the packed rotations; the papers' tables have bfloat16, the library's default is float32.
         optimizer_state: of AdamW: the parameter's dtype, bfloat16 with stochastic rounding, or 8 bits.
@@ -71,6 +73,7 @@ class TrainingSetup:
     batch_size: int = 1
     seq_len: int = 1024
     block_size: int = 256
+    partitions: int = 2
     dtype: str = "bfloat16"
     rotation_dtype: str = "float32"
     optimizer_state: str = "same"
@@ -114,7 +117,7 @@ class TrainingSetup:
 
     @property
     def is_poet(self) -> bool:
-        return self.method in POET_METHODS
+        return self.method in (*POET_METHODS, *SINGLE_STEP)
 
     @property
     def label(self) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from poetx.convert import poet_layers
+from poetx.convert import poet_layers, single_step_layers
 
 #: What a byte can belong to, in the order of the tables.
 CATEGORIES = ("frozen", "trainable", "gradient", "optimizer", "activations", "temporary")
@@ -224,6 +224,7 @@ def followed(tracker: StorageTracker, model: nn.Module) -> Iterator[None]:
 def adopt_state(tracker: StorageTracker, optimizers: Iterable[torch.optim.Optimizer], model: nn.Module) -> None:
     """Tell ``tracker`` about the tensors in the optimizers' state."""
     rotations = {id(p) for _, layer in poet_layers(model) for p in layer.rotations}
+    rotations |= {id(layer.weight) for _, layer in single_step_layers(model)}  # what its momentum is kept for
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
             tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor) and leaf.numel() > 1]
