@@ -58,6 +58,13 @@ TARGETS: dict[str, tuple[str, TrainingSetup, float]] = {
         full_stack(batch_size=2, seq_len=2048, weight_format="int8"),
         16.0,
     ),
+    # At most what mem takes with the same stack, the third row.
+    "8B, 1 × 1024, single-step, K=1, full stack": (
+        "llama-8b",
+        full_stack(method="single-step-mem", partitions=1),
+        18.14,
+    ),
+    "8B, 1 × 1024, single-step, K=2, full stack": ("llama-8b", full_stack(method="single-step-mem"), 18.14),
 }
 _CHECKPOINTED = {"activation_checkpointing": True, "chunked_loss": True}
 BATCHES: dict[str, TrainingSetup] = {

@@ -269,7 +269,7 @@ def small_cayley_delta(Q_KBB: Tensor, bound: float | None) -> Tensor:
 
 
 #: Elements of a weight that a fold holds in float32 at a time.
-_FOLD_ELEMENTS = 1 << 24
+_FOLD_ELEMENTS = 1 << 22
 
 
 def fold_side_(

@@ -37,7 +37,7 @@ from poetx.single_step.partitions import partition
 from poetx.single_step.setup import check, model_groups, settings
 
 #: Elements of unpacked blocks that one batched iteration takes.
-_BATCH_ELEMENTS = 1 << 25
+_BATCH_ELEMENTS = 1 << 23
 
 
 class _Move(NamedTuple):
