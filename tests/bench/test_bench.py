@@ -162,7 +162,7 @@ def test_gpu_suite_runs_in_rehearsal(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     for part in parts:
         rows = [json.loads(line) for line in (tmp_path / "out" / f"{part}.jsonl").read_text().splitlines()]
-        assert len(rows) == {"layer": 14, "ops": 3}[part]
+        assert len(rows) == {"layer": 15, "ops": 3}[part]
     assert "torch" in (tmp_path / "out" / "environment.log").read_text()
     result = subprocess.run([*command, "lyer"], env=environment, capture_output=True, text=True)
     assert result.returncode == 2

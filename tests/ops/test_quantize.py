@@ -5,6 +5,7 @@ import torch
 
 from poetx.config import WEIGHT_FORMATS
 from poetx.ops import quantize
+from poetx.ops._library import cached_tensors
 from poetx.ops.quantize import Packed, dequantise, format_of, pack, quantise_, row_bytes, unpack
 
 #: rows, columns, group size: whole groups, a ragged last one, one group, one column, a group longer than the row
@@ -154,3 +155,15 @@ def test_a_tenth_of_a_step_survives_on_average_and_is_lost_to_nearest(name, low,
     assert torch.equal(dequantise(stored(start + step / 10, name, 64)), start)
     moved = dequantise(stored(start + step / 10, name, 64, torch.Generator().manual_seed(7))) - start
     assert (moved.sum() / step.sum()).item() == pytest.approx(0.1, abs=0.03)
+
+
+def test_levels_first_asked_for_under_a_fake_mode_are_real_afterwards():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    levels_of = cached_tensors(quantize._sorted_levels.__wrapped__)
+    with FakeTensorMode():
+        levels_of("nf4")
+    levels, codes = levels_of("nf4")
+    assert type(levels) is torch.Tensor
+    assert levels.isfinite().all()
+    assert codes.unique().numel() == codes.numel()

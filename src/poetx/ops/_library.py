@@ -87,3 +87,23 @@ def register_op(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[...
         return call
 
     return decorate
+
+
+def cached_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``functools.cache`` for a function that makes tensors.
+
+    Under a fake mode neither may its tensors outlive it, nor may real ones be mixed into it, so nothing is kept then;
+    and what is kept is an ordinary tensor even where it is first asked for in inference mode.
+    """
+    kept: dict[tuple[Any, ...], Any] = {}
+
+    @functools.wraps(function)
+    def cached(*args: Any) -> Any:
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+            return function(*args)
+        if args not in kept:
+            with torch.inference_mode(False):
+                kept[args] = function(*args)
+        return kept[args]
+
+    return cached

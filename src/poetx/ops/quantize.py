@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from poetx.ops._library import device_type
+from poetx.ops._library import cached_tensors, device_type
 from poetx.ops.dispatch import SMALLEST_BLOCK, use_triton
 
 #: Weights that are worked on at once: what float32 (or int64, where a table is searched) temporaries are bounded by.
@@ -146,7 +146,7 @@ def unpack(bytes_RB: Tensor, columns: int, bits: int) -> Tensor:
 # -- levels -----------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
+@cached_tensors
 def _sorted_levels(name: str) -> tuple[Tensor, Tensor]:
     """Levels of a table format in ascending order, float32, and the code of each, uint8; on the CPU."""
     with torch.device("cpu"):
@@ -163,7 +163,7 @@ def _sorted_levels(name: str) -> tuple[Tensor, Tensor]:
         return values[keep][order], codes[keep][order]
 
 
-@functools.cache
+@cached_tensors
 def _levels_by_code(name: str, device: torch.device) -> Tensor:
     """float32 [2^bits]: what every code of a table format stands for, 0 for codes that are never written."""
     levels, codes = _sorted_levels(name)
