@@ -1,0 +1,63 @@
+"""What thousands of folds, one at every step, do to a weight's spectrum.
+
+    python -m benchmarks.single_step_spectrum --out benchmarks/results/single_step_spectrum.jsonl
+
+512×512, b = 128, two partitions, angle 0.015, gradients drawn at random with a fixed direction in them, so that steps add
+up instead of averaging out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.record import append, provenance
+from poetx import POETX
+
+SIZE, BLOCK, ANGLE = 512, 128, 0.015
+
+
+def run(dtype: torch.dtype, steps: int, seed: int) -> dict[str, float]:
+    """Relative singular-value change (median, largest), norm ratio, and how far the weight itself moved."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(SIZE, SIZE, generator=generator)
+    parameter = nn.Parameter((weight / weight.norm(dim=1, keepdim=True)).to(dtype))
+    first = parameter.detach().double()
+    start = torch.linalg.svdvals(first)
+    drift = torch.randn(SIZE, SIZE, generator=generator)
+    optimizer = POETX([{"params": [parameter], "lr": ANGLE, "rotate": True}], block_size=BLOCK, seed=seed)
+    for _ in range(steps):
+        parameter.grad = (drift + torch.randn(SIZE, SIZE, generator=generator)).to(dtype)
+        optimizer.step()
+    last = parameter.detach().double()
+    end = torch.linalg.svdvals(last)
+    change = (end - start).abs() / start
+    return {
+        "median_change": float(change.median()),
+        "largest_change": float(change.max()),
+        "norm_ratio": float(end.norm() / start.norm()),
+        "moved": float((last - first).norm() / first.norm()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="append JSON lines here")
+    args = parser.parse_args()
+    for dtype in (torch.float32, torch.bfloat16):
+        row = {"benchmark": "single-step-spectrum", "dtype": str(dtype).removeprefix("torch."), "steps": args.steps}
+        row |= {"angle": ANGLE, "size": SIZE, "block_size": BLOCK, "seed": args.seed} | run(
+            dtype, args.steps, args.seed
+        )
+        print(row, flush=True)
+        if args.out:
+            append(args.out, [row | provenance(torch.device("cpu"))])
+
+
+if __name__ == "__main__":
+    main()
