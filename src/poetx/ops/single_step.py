@@ -83,14 +83,29 @@ def skew_gradient(W: Tensor, dW: Tensor, side: str, order: Tensor | None, block_
     coordinates block after block; None: as they are. Accumulated in float32 (float64 for float64) before the
     difference is taken, which cancels most of it.
     """
-    first, second = (W, dW) if side == "in" else (dW.T, W.T)
-    if order is not None:
-        first, second = first.index_select(1, order), second.index_select(1, order)
-    size = first.shape[1]
+    size = W.shape[side == "in"]
+    M = _zeros(size, block_size, W)
     with full_precision_products():
-        M = _zeros(size, block_size, W)
-        add_block_outer_(M, first, second)
+        if side == "in":
+            if order is not None:
+                W, dW = gather(W, order), gather(dW, order)
+            add_block_outer_(M, W, dW)
+        else:
+            if order is not None:
+                W, dW = W.index_select(0, order), dW.index_select(0, order)
+            full = size // block_size
+            _rows_outer_(M[:full], dW[: full * block_size], W[: full * block_size])
+            if rest := size % block_size:
+                _rows_outer_(M[-1:, :rest, :rest], dW[-rest:], W[-rest:])
     return pack_skew(M, size).mul_(2)
+
+
+def _rows_outer_(M_KBB: Tensor, dW: Tensor, W: Tensor) -> None:
+    """``M_k = dW_k · W_kᵀ`` for blocks of rows; where the dtypes differ both are widened first."""
+    if M_KBB.shape[0]:
+        blocks = (t.unflatten(0, (M_KBB.shape[0], -1)).to(M_KBB.dtype) for t in (dW, W.contiguous()))
+        first, second = blocks
+        torch.bmm(first, second.transpose(1, 2), out=M_KBB)
 
 
 def _zeros(size: int, block_size: int, like: Tensor) -> Tensor:
