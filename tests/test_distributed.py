@@ -2,6 +2,7 @@
 
 import tempfile
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -9,19 +10,22 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers import relative_error
-from poetx import PoetConfig, convert_, merge_every, param_groups
+from poetx import POETX, PoetConfig, convert_, merge_every, param_groups
 
 
-def build():
+def build(method):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(11, 20), nn.GELU(), nn.Linear(20, 7))
-    convert_(model, PoetConfig(block_size=4, mode="mem", init="normalized"))
+    convert_(model, PoetConfig(method=method, block_size=4, mode="mem", init="normalized"))
     return model
 
 
-def train(model, batches):
-    optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3, poet_lr=1e-2))
-    merge_every(optimizer, model, steps=2)
+def train(model, batches, method):
+    if method == "single-step":
+        optimizer = POETX(model, angle=0.02)
+    else:
+        optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3, poet_lr=1e-2))
+        merge_every(optimizer, model, steps=2)
     for x in batches:
         model(x).square().mean().backward()
         optimizer.step()
@@ -33,24 +37,29 @@ def batches():
     return [torch.randn(8, 11, generator=generator) for _ in range(5)]
 
 
-def rank(index, directory):
+def rank(index, directory, method):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=index, world_size=2)
     torch.manual_seed(index)  # merging must not depend on the global generator
-    model = build()
+    model = build(method)
     torch.randn(index + 1)
-    train(DistributedDataParallel(model), [x[index * 4 : index * 4 + 4] for x in batches()])
+    train(DistributedDataParallel(model), [x[index * 4 : index * 4 + 4] for x in batches()], method)
     torch.save(model.state_dict(), f"{directory}/{index}.pt")
     dist.destroy_process_group()
 
 
-def test_two_ranks_stay_identical_and_follow_one_process():
+@pytest.mark.parametrize("method", ["poet-x", "single-step"])
+def test_two_ranks_stay_identical_and_follow_one_process(method):
     with tempfile.TemporaryDirectory() as directory:
-        mp.spawn(rank, args=(directory,), nprocs=2)
+        mp.spawn(rank, args=(directory, method), nprocs=2)
         first, second = (torch.load(f"{directory}/{index}.pt", weights_only=True) for index in range(2))
-    alone = build()
-    train(alone, batches())
-    assert first["0.merge_count"] == 2
+    alone = build(method)
+    start = build(method).state_dict()
+    train(alone, batches(), method)
+    if method == "poet-x":
+        assert first["0.merge_count"] == 2
+    else:
+        assert relative_error(first["0.weight"], start["0.weight"]) > 1e-2  # it moved
     for name, value in alone.state_dict().items():
         assert torch.equal(first[name], second[name]), name
         if value.is_floating_point() and value.numel() > 1:
