@@ -359,8 +359,11 @@ def test_refusals():
     saved = POETX(model).state_dict()
     other = mlp()
     convert_(other, PoetConfig(method="single-step", block_size=4, partitions=1))
+    optimizer = POETX(other)
+    before = {key: id(value) for p in optimizer._layers for key, value in optimizer.state[p].items()}
     with pytest.raises(UserError, match="saved with other blocks"):
-        POETX(other).load_state_dict(saved)
+        optimizer.load_state_dict(saved)
+    assert before == {key: id(value) for p in optimizer._layers for key, value in optimizer.state[p].items()}
 
 
 def test_a_gradient_scaler_is_refused():

@@ -177,23 +177,26 @@ class POETX(torch.optim.Optimizer):
         Raises:
             UserError: the momentum was saved with other block sizes or partitions.
         """
-        super().load_state_dict(state_dict)
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        for index, p in zip(saved, params, strict=True):
-            for key, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor) and key != "step":
-                    self.state[p][key] = value.to(p.device, copy=True)
-        for _, p in self._rotated():
-            for side in ("in", "out") if self.state[p] else ():
-                sink = self.state[p].get(f"momentum_{side}")
+        rotated = {p for _, p in self._rotated()}
+        # Before anything is replaced: a state that does not fit must leave this one as it was.
+        for index, p in zip(saved, params, strict=False):
+            entries = state_dict["state"].get(index, {})
+            for side in ("in", "out") if p in rotated and (entries or p in self._layers) else ():
+                sink = entries.get(f"momentum_{side}")
                 if sink is None or sink.shape != self._sink_shape(p, side):
                     raise UserError(
                         "POETX: this state was saved with other blocks, partitions or rule; use the settings it was "
                         "trained with, or start the optimizer anew"
                     )
-            if p in self._layers:
-                self._attach(p)
+        super().load_state_dict(state_dict)
+        for index, p in zip(saved, params, strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor) and key != "step":
+                    self.state[p][key] = value.to(p.device, copy=True)
+        for p in self._layers:
+            self._attach(p)
         self._share()
 
     @torch.no_grad()
