@@ -34,11 +34,12 @@ def packed_size(block_size: int) -> int:
 class _Triangle:
     """Where things are in one B × B block, for one device.
 
-    upper [P]: flat positions of the strict upper triangle, row by row. source [B·B]: for every flat position the
-    packed entry it comes from. sign [B, B]: +1 above the diagonal, −1 below, 0 on it.
+    upper, lower [P]: flat positions of the strict upper triangle, row by row, and of what mirrors them. source [B·B]:
+    for every flat position the packed entry it comes from. sign [B, B]: +1 above the diagonal, −1 below, 0 on it.
     """
 
     upper: Tensor
+    lower: Tensor
     source: Tensor
     sign: Tensor
 
@@ -58,7 +59,7 @@ def _triangle(block_size: int, device: torch.device) -> _Triangle:
             entry = torch.zeros(block_size, block_size, dtype=torch.int64, device=device)
             entry[rows, cols] = entry[cols, rows] = torch.arange(rows.numel(), device=device)
             sign = torch.ones(block_size, block_size, device=device).triu(1)
-            triangle = _Triangle(rows * block_size + cols, entry.flatten(), sign - sign.T)
+            triangle = _Triangle(rows * block_size + cols, cols * block_size + rows, entry.flatten(), sign - sign.T)
         if rows.is_meta and not faking:
             return triangle
         cache[key] = triangle
@@ -89,8 +90,11 @@ def _cut_(M_KBB: Tensor, size: int) -> Tensor:
 def pack_skew(M_KBB: Tensor, size: int) -> Tensor:
     """Strict upper triangle [K, P] of ``M − Mᵀ``: the gradient of q when M is that of Q."""
     block_size = M_KBB.shape[-1]
-    difference = _cut_(M_KBB - M_KBB.transpose(1, 2), size)
-    return gather(difference.view(-1, block_size * block_size), _triangle(block_size, M_KBB.device).upper)
+    triangle, flat = _triangle(block_size, M_KBB.device), M_KBB.reshape(-1, block_size * block_size)
+    q = flat.index_select(1, triangle.upper).sub_(flat.index_select(1, triangle.lower))
+    if rest := size % block_size:
+        q[-1].masked_fill_(triangle.upper % block_size >= rest, 0)
+    return q
 
 
 def _add_identity_(M_KBB: Tensor) -> Tensor:

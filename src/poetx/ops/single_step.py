@@ -27,7 +27,7 @@ from torch import Tensor
 from poetx.ops._library import register_op
 from poetx.ops.cayley import pack_skew
 from poetx.ops.dispatch import use_triton
-from poetx.ops.fold import full_precision_products, left_rotate, stochastic_round_
+from poetx.ops.fold import full_precision_products, stochastic_round_
 from poetx.ops.rotate import add_block_outer_, gather, rotate, slices
 
 #: How many times faster the big products run than block outer products of the same arithmetic, contiguous ones and
@@ -294,12 +294,13 @@ def fold_side_(
     order: Tensor,
     *,
     scale: Tensor,
-    generator: torch.Generator,
+    generator: torch.Generator | None,
 ) -> Tensor:
     """``W ← scale·(I + E)·W`` (side "out") or ``scale·W·(I + E)`` ("in"), in place; returns the new ‖W‖², float64.
 
     Args:
-        W: [m, n], float32, float64 or bfloat16, the last rounded stochastically. Products run in E's dtype.
+        W: [m, n], float32, float64 or bfloat16, the last rounded stochastically. Products run in E's dtype, in full
+            precision under :func:`poetx.ops.fold.full_precision_products`, which the caller enters.
         E_KBB: G − I for the blocks of a partition. order: as in :class:`Sinks`.
         scale: scalar. generator: of the rounding.
     """
@@ -307,22 +308,34 @@ def fold_side_(
     size, block_size = W.shape[dim], E_KBB.shape[-1]
     step = max(1, _FOLD_ELEMENTS // (W.numel() // size * block_size))
     square = torch.zeros((), dtype=torch.float64, device=W.device)
-    with full_precision_products():
-        for first in range(0, E_KBB.shape[0], step):
-            start, stop = first * block_size, min((first + step) * block_size, size)
-            E = E_KBB[first : first + step]
-            if order.numel():
-                index = order[start:stop].long()
-                piece = gather(W, index) if dim else W.index_select(0, index)
-            else:
-                piece = W.narrow(dim, start, stop - start)
-            moved = piece.to(E.dtype)
-            moved = moved + rotate(moved, E) if dim else left_rotate(moved, E.transpose(1, 2))
-            moved *= scale
-            square += torch.linalg.vector_norm(moved, dtype=torch.float64).square()
-            if order.numel():
-                rounded = stochastic_round_(torch.empty_like(moved, dtype=W.dtype), moved, generator)
-                W.index_copy_(dim, index, rounded)
-            else:
-                stochastic_round_(piece, moved, generator)
+    E_KBB = E_KBB * scale.to(E_KBB.dtype)
+    for first in range(0, E_KBB.shape[0], step):
+        start, stop = first * block_size, min((first + step) * block_size, size)
+        E, index = E_KBB[first : first + step], order[start:stop].long()
+        if not order.numel():
+            piece = W.narrow(dim, start, stop - start)
+        else:
+            piece = gather(W, index) if dim else W.index_select(0, index)
+        moved = piece.to(E.dtype)  # the very piece of W where it is contiguous and wide already
+        turned = rotate(moved, E) if dim else _left_product(E, moved)
+        moved.mul_(scale).add_(turned)
+        # The rows' norms first: as exact as a sum in float64 and many times faster.
+        square += torch.linalg.vector_norm(moved, dim=1).double().square().sum()
+        if order.numel():
+            rounded = stochastic_round_(torch.empty_like(moved, dtype=W.dtype), moved, generator)
+            W.index_copy_(dim, index, rounded)
+        elif moved.dtype != W.dtype:
+            stochastic_round_(piece, moved, generator)
     return square
+
+
+def _left_product(E_KBB: Tensor, W_FC: Tensor) -> Tensor:
+    """``Diag(E_1 … E_K) · W`` for W [F, C]; the last block is cut where F ends."""
+    out, block_size = torch.empty_like(W_FC, memory_format=torch.contiguous_format), E_KBB.shape[-1]
+    if full := W_FC.shape[0] // block_size:
+        shape = (full, block_size)
+        head = W_FC[: full * block_size].unflatten(0, shape)
+        torch.bmm(E_KBB[:full], head, out=out[: full * block_size].unflatten(0, shape))
+    if rest := W_FC.shape[0] % block_size:
+        torch.mm(E_KBB[-1, :rest, :rest], W_FC[-rest:], out=out[-rest:])
+    return out

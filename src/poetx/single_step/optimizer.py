@@ -22,7 +22,7 @@ from poetx.convert import single_step_layers
 from poetx.errors import UserError
 from poetx.layer import stream
 from poetx.ops.cayley import packed_size, unpack_skew
-from poetx.ops.fold import stochastic_round_
+from poetx.ops.fold import full_precision_products, stochastic_round_
 from poetx.ops.single_step import (
     Sinks,
     add_to_,
@@ -224,15 +224,12 @@ class POETX(torch.optim.Optimizer):
             if self._rule == "adam":
                 self._update_moments(self.state[p])
         for turn, move in enumerate(self._moves):
-            batch: list[Tensor] = []
-            for p in moving:
-                if self._alternate and turn != (self.state[p]["step"] - 1) % len(self._moves):
-                    continue
-                if batch and not self._fits(batch, p, move):
-                    self._write(batch, move, group["lr"])
-                    batch = []
-                batch.append(p)
-            if batch:
+            written = [
+                p
+                for p in moving
+                if not self._alternate or turn == (self.state[p]["step"] - 1) % len(self._moves)
+            ]
+            for batch in self._batches(written, move):
                 self._write(batch, move, group["lr"])
         for p in moving:
             self._finish(p)
@@ -322,51 +319,65 @@ class POETX(torch.optim.Optimizer):
                 distributed.all_reduce(sink)
                 sink.div_(ranks)
 
-    def _fits(self, batch: list[Tensor], p: Tensor, move: _Move) -> bool:
-        """Whether p's blocks can go through the batched iteration together with the batch's."""
-        first = batch[0]
-        block_size = self._sides(p, move.side)[1]
-        blocks = sum(self._sink_shape(q, move.side)[1] for q in (*batch, p))
-        alike = (first.dtype, first.device, self._sides(first, move.side)[1]) == (p.dtype, p.device, block_size)
-        return alike and blocks * block_size**2 <= _BATCH_ELEMENTS
+    def _batches(self, params: list[Tensor], move: _Move) -> Iterator[list[Tensor]]:
+        """Matrices whose blocks can go through one batched iteration: equal blocks, and not too many at a time."""
+        kinds: dict[tuple[Any, ...], list[Tensor]] = {}
+        for p in params:
+            kinds.setdefault((self._sides(p, move.side)[1], p.dtype, p.device), []).append(p)
+        for (block_size, *_), alike in kinds.items():
+            batch, elements = [], 0
+            for p in alike:
+                size = self._sink_shape(p, move.side)[1] * block_size**2
+                if batch and elements + size > _BATCH_ELEMENTS:
+                    yield batch
+                    batch, elements = [], 0
+                batch.append(p)
+                elements += size
+            yield batch
 
     def _write(self, batch: list[Tensor], move: _Move, angle: float) -> None:
         """Fold one (side, partition) of every matrix of the batch."""
-        block_size = self._sides(batch[0], move.side)[1]
-        ahead = [self._direction(self.state[p], move) for p in batch]
-        Q = torch.cat([unpack_skew(q, 0, block_size) for q in ahead])
+        Q = unpack_skew(self._direction(batch, move), 0, self._sides(batch[0], move.side)[1])
         if self._rule == "ortho":
             Q = orthogonalise(Q)
-        E = small_cayley_delta(Q.mul_(-angle), LARGEST_SINGULAR_VALUE * angle if self._rule == "ortho" else None)
-        for p, E_KBB in zip(batch, E.split([q.shape[0] for q in ahead]), strict=True):
-            state, order = self.state[p], self._order(p, move)
-            noise = stream(
-                self._config.seed, self._names[p], state["step"], f"rounding-{move.side}-{move.index}", p.device
-            )
-            matrices = self._matrices(p)
-            squares = [
-                fold_side_(W, E_W, move.side, order, scale=scale, generator=noise)
-                for W, E_W, scale in zip(matrices, E_KBB.chunk(len(matrices)), state["scale"], strict=True)
-            ]
-            norm = torch.stack(squares).sqrt()
-            state["scale"] = torch.where(norm > 0, state["norm"] / norm, 1.0)
+        squares, counts = [], [self._sink_shape(p, move.side)[1] for p in batch]
+        with full_precision_products():
+            E = small_cayley_delta(Q.mul_(-angle), LARGEST_SINGULAR_VALUE * angle if self._rule == "ortho" else None)
+            for p, E_KBB in zip(batch, E.split(counts), strict=True):
+                state, order, matrices, noise = self.state[p], self._order(p, move), self._matrices(p), None
+                if p.dtype == torch.bfloat16:
+                    key = f"rounding-{move.side}-{move.index}"
+                    noise = stream(self._config.seed, self._names[p], state["step"], key, p.device)
+                squares += [
+                    fold_side_(W, E_W, move.side, order, scale=scale, generator=noise)
+                    for W, E_W, scale in zip(matrices, E_KBB.chunk(len(matrices)), state["scale"], strict=True)
+                ]
+        norms = torch.cat([self.state[p]["norm"] for p in batch])
+        ratio = norms / torch.stack(squares).sqrt()
+        scales = torch.where(ratio.isfinite(), ratio, 1.0)  # a matrix of zeros stays one
+        for p, scale in zip(batch, scales.split([self.state[p]["norm"].numel() for p in batch]), strict=True):
+            self.state[p]["scale"].copy_(scale)
 
-    def _direction(self, state: dict[str, Any], move: _Move) -> Tensor:
-        """What the step follows for one (side, partition), packed, in float32 or float64."""
-        key = f"{move.side}_{move.index}"
+    def _direction(self, batch: list[Tensor], move: _Move) -> Tensor:
+        """What the step follows for one (side, partition) of the batch, packed, in float32 or float64."""
+
         if self._rule == "adam":
-            steps = (state["step"] - 1) % self._resample + 1 if self._resample else state["step"]
-            first, second = (1 - beta**steps for beta in self._betas)
-            square = state[f"square_{move.side}"][move.index] / second
-            return (state[f"first_{move.side}"][move.index] / first) / (square.sqrt() + self._eps)
-        momentum = state[f"momentum_{move.side}"][move.index]
-        momentum = momentum.to(torch.promote_types(momentum.dtype, torch.float32))
+            return torch.cat([self._adam_direction(p, move) for p in batch])
+        now = [self.state[p][f"momentum_{move.side}"][move.index] for p in batch]
+        momentum = torch.cat(now).to(torch.promote_types(now[0].dtype, torch.float32))
         if not self._nesterov:
             return momentum
         # Nesterov looks one gradient ahead; the gradient is what came since the copy was taken.
-        before = state.get(f"before_{key}")
-        gradient = momentum if before is None else momentum - before
-        return gradient.add(momentum, alpha=self._momentum)
+        key = f"before_{move.side}_{move.index}"
+        before = [self.state[p].get(key, torch.zeros_like(q)) for p, q in zip(batch, now, strict=True)]
+        return momentum.mul_(1 + self._momentum).sub_(torch.cat(before))
+
+    def _adam_direction(self, p: Tensor, move: _Move) -> Tensor:
+        state = self.state[p]
+        steps = (state["step"] - 1) % self._resample + 1 if self._resample else state["step"]
+        first, second = (1 - beta**steps for beta in self._betas)
+        square = state[f"square_{move.side}"][move.index] / second
+        return (state[f"first_{move.side}"][move.index] / first) / (square.sqrt() + self._eps)
 
     def _update_moments(self, state: dict[str, Any]) -> None:
         for side in ("in", "out"):
