@@ -15,6 +15,7 @@ Init = Literal["keep", "normalized", "uniform"]
 NeumannOrder = Literal[3, 7, "exact"]
 Method = Literal["poet-x", "single-step"]
 PartitionKind = Literal["structured", "random"]
+Spectrum = Literal["fixed", "free"]
 
 #: How the frozen weight can be stored below bfloat16; see :mod:`poetx.ops.quantize`.
 WEIGHT_FORMATS = ("int8", "int4", "nf4", "fp8", *(f"bipolar-int{bits}" for bits in range(2, 9)))
@@ -22,6 +23,7 @@ WEIGHT_FORMATS = ("int8", "int4", "nf4", "fp8", *(f"bipolar-int{bits}" for bits 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "method": ("poet-x", "single-step"),
     "partition_kind": ("structured", "random"),
+    "spectrum": ("fixed", "free"),
     "mode": ("fast", "mem"),
     "init": ("keep", "normalized", "uniform"),
     "neumann_order": (3, 7, "exact"),
@@ -46,6 +48,8 @@ class PoetConfig:
             each with its own momentum. With one, only coordinates that share a block ever mix.
         partition_kind: of ``"single-step"``: ``"structured"`` (the first contiguous, the second strided, which
             together connect every pair; more are random) or ``"random"``.
+        spectrum: of ``"single-step"``: ``"fixed"`` turns the weight, so that its singular values stay. ``"free"`` moves
+            it by maps I + E whose blocks need not be rotations, with twice the state.
         init: ``"keep"`` leaves the weight, and so the model's function, alone (the only right choice for a
             pretrained model). ``"normalized"`` draws a Gaussian and scales every row to norm ``init_scale``.
             ``"uniform"`` makes all singular values ``init_scale``.
@@ -74,6 +78,7 @@ class PoetConfig:
     block_size: int = 256
     partitions: int = 2
     partition_kind: PartitionKind = "structured"
+    spectrum: Spectrum = "fixed"
     mode: Mode = "fast"
     init: Init = "keep"
     init_scale: float = 1.0

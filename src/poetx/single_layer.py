@@ -11,7 +11,7 @@ from poetx.config import PoetConfig
 from poetx.errors import UserError
 from poetx.layer import fresh_weight
 from poetx.ops.cayley import packed_size
-from poetx.ops.single_step import Sinks, block_count, cheaper_route, single_step_linear
+from poetx.ops.single_step import Sinks, cheaper_route, single_step_linear
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -113,19 +113,11 @@ class SingleStepLinear(nn.Module):
     @property
     def rotation_count(self) -> int:
         """Degrees of freedom of one partition of both sides."""
-        total = 0
+        total, free = 0, self.config.spectrum == "free"
         for size, block_size in ((self.in_features, self.block_size_in), (self.out_features, self.block_size_out)):
             full, rest = divmod(size, block_size)
-            total += full * packed_size(block_size) + packed_size(rest)
+            total += full * block_size**2 + rest**2 if free else full * packed_size(block_size) + packed_size(rest)
         return total
-
-    def sink_shape(self, side: str) -> tuple[int, int, int]:
-        """[partitions, blocks, packed entries] of what backward adds to, for side "in" or "out"."""
-        size, block_size = {
-            "in": (self.in_features, self.block_size_in),
-            "out": (self.out_features, self.block_size_out),
-        }[side]
-        return self.config.partitions, block_count(size, block_size), packed_size(block_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → y [..., out_features], in autocast's dtype if that is on, else in x's."""

@@ -5,7 +5,8 @@ need no weight gradient:
 
     M_out = dW·Wᵀ = ∂yᵀ·y        M_in = Wᵀ·dW = ∂xᵀ·x        (y before the bias)
 
-each restricted to the blocks of a partition. Two routes give the same numbers:
+each restricted to the blocks of a partition; M itself is the gradient of E in W ← (I + E)·W and W ← W·(I + E), for maps
+that need not be rotations. Two routes give the same numbers:
 
 - ``"tokens"``: block outer products of (∂x, x) and (∂y, y), 4Nmn + 2KNb(m+n) multiply-adds in all for K partitions,
   reading through the partition. Keeps y, or computes it again (2Nmn).
@@ -38,7 +39,8 @@ _CONTIGUOUS_PENALTY, _GATHER_PENALTY = 1.75, 4.6
 class Sinks(NamedTuple):
     """Where a layer's backward adds the gradient of its packed rotations, for K partitions of either side.
 
-    sink_in [K, ⌈n / b_in⌉, P], sink_out [K, ⌈m / b_out⌉, P]: float32, float64 or bfloat16.
+    sink_in [K, ⌈n / b_in⌉, P], sink_out [K, ⌈m / b_out⌉, P]: float32, float64 or bfloat16. [K, …, b, b] for maps that
+        need not be rotations.
     orders_in, orders_out: K tensors each, the coordinates [n] or [m] block after block, int32; an empty tensor
         stands for the contiguous partition.
     anchor: a scalar that requires a gradient and never gets one, so that backward runs whatever x requires.
@@ -77,11 +79,16 @@ def strided_order(size: int, block_size: int) -> Tensor:
 
 
 def skew_gradient(W: Tensor, dW: Tensor, side: str, order: Tensor | None, block_size: int) -> Tensor:
-    """∂L/∂q at Q = 0, packed [K, P], from a weight [m, n] and its gradient.
+    """∂L/∂q at Q = 0, packed [K, P], from a weight [m, n] and its gradient: of :func:`map_gradient`'s blocks."""
+    return pack_skew(map_gradient(W, dW, side, order, block_size), W.shape[side == "in"]).mul_(2)
 
-    ``side="out"``: M = dW·Wᵀ for W ← R·W. ``side="in"``: M = Wᵀ·dW for W ← W·P. ``order`` [size] lists the
-    coordinates block after block; None: as they are. Accumulated in float32 (float64 for float64) before the
-    difference is taken, which cancels most of it.
+
+def map_gradient(W: Tensor, dW: Tensor, side: str, order: Tensor | None, block_size: int) -> Tensor:
+    """∂L/∂E at E = 0, [K, B, B], from a weight [m, n] and its gradient.
+
+    ``side="out"``: M = dW·Wᵀ for W ← (I + E)·W. ``side="in"``: M = Wᵀ·dW for W ← W·(I + E). ``order`` [size] lists
+    the coordinates block after block; None: as they are. Accumulated in float32 (float64 for float64), because the
+    difference M − Mᵀ cancels most of it.
     """
     size = W.shape[side == "in"]
     M = _zeros(size, block_size, W)
@@ -97,7 +104,7 @@ def skew_gradient(W: Tensor, dW: Tensor, side: str, order: Tensor | None, block_
             _rows_outer_(M[:full], dW[: full * block_size], W[: full * block_size])
             if rest := size % block_size:
                 _rows_outer_(M[-1:, :rest, :rest], dW[-rest:], W[-rest:])
-    return pack_skew(M, size).mul_(2)
+    return M
 
 
 def _rows_outer_(M_KBB: Tensor, dW: Tensor, W: Tensor) -> None:
@@ -140,16 +147,17 @@ def _subtract_bias_(M_KBB: Tensor, g_NF: Tensor, bias: Tensor, order: Tensor) ->
     M_KBB.baddbmm_(total[:, :, None], bias[:, None, :], alpha=-1)
 
 
-def add_to_(sink_KP: Tensor, gradient_KP: Tensor) -> None:
-    """``sink += gradient``, nothing at all if the gradient is not finite; bfloat16 sinks round stochastically.
+def add_to_(sink: Tensor, M_KBB: Tensor, size: int) -> None:
+    """``sink += M``, or ``2 (M − Mᵀ)`` where the sink is packed, [K, P]; bfloat16 sinks round stochastically.
 
-    A gradient that is not finite cannot be taken back out of a running sum later, so it must not get in.
+    Nothing at all if M is not finite: it could not be taken back out of a running sum later.
     """
-    gradient_KP = torch.where(gradient_KP.sum().isfinite(), gradient_KP, 0.0)
-    if sink_KP.dtype == torch.bfloat16:
-        stochastic_round_(sink_KP, gradient_KP.add_(sink_KP))
+    gradient = M_KBB if sink.ndim == 3 else pack_skew(M_KBB, size).mul_(2)
+    gradient = torch.where(gradient.sum().isfinite(), gradient, 0.0)
+    if sink.dtype == torch.bfloat16:
+        stochastic_round_(sink, gradient.add_(sink))
     else:
-        sink_KP.add_(gradient_KP)
+        sink.add_(gradient)
 
 
 def _backward(
@@ -177,10 +185,11 @@ def _backward(
             ("out", sink_out, orders_out, block_size_out),
         ):
             for total, order in zip(sink, orders, strict=True):
-                add_to_(total, skew_gradient(W, dW, side, order if order.numel() else None, block_size))
+                M = map_gradient(W, dW, side, order if order.numel() else None, block_size)
+                add_to_(total, M, W.shape[side == "in"])
         return dx
     for total, order in zip(sink_in, orders_in, strict=True):
-        add_to_(total, pack_skew(_outer(dx, x, order, block_size_in), n).mul_(2))
+        add_to_(total, _outer(dx, x, order, block_size_in), n)
     if not needs_dx:
         dx = x.new_empty(0)
     if y is None:
@@ -189,7 +198,7 @@ def _backward(
         M = _outer(g, y, order, block_size_out)
         if bias is not None:
             _subtract_bias_(M, g, bias, order)
-        add_to_(total, pack_skew(M, m).mul_(2))
+        add_to_(total, M, m)
     return dx
 
 
@@ -283,6 +292,21 @@ def small_cayley_delta(Q_KBB: Tensor, bound: float | None) -> Tensor:
     return E.mul_(2)
 
 
+def balanced(E_KBB: Tensor, size: int) -> Tensor:
+    """``(I + E)/c − I`` with c² = 1 + ‖E‖²/b for each block: what a random E would add to ‖W‖ is taken off again.
+
+    Without it a weight grows by what its steps do not agree on, exponentially. ``size``: coordinates of all K blocks
+    together; the last block may have fewer than b.
+    """
+    blocks, block_size = E_KBB.shape[:2]
+    live = torch.full((blocks,), block_size, dtype=E_KBB.dtype, device=E_KBB.device)
+    live[-1] = size - (blocks - 1) * block_size
+    factor = (1 + E_KBB.square().sum((1, 2)) / live).rsqrt_()
+    E_KBB = E_KBB * factor[:, None, None]
+    E_KBB.diagonal(dim1=1, dim2=2).add_(factor[:, None] - 1)
+    return E_KBB
+
+
 #: Elements of a weight that a fold holds in float32 at a time.
 _FOLD_ELEMENTS = 1 << 22
 
@@ -293,8 +317,8 @@ def fold_side_(
     side: str,
     order: Tensor,
     *,
-    scale: Tensor,
-    generator: torch.Generator | None,
+    scale: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """``W ← scale·(I + E)·W`` (side "out") or ``scale·W·(I + E)`` ("in"), in place; returns the new ‖W‖², float64.
 
@@ -302,13 +326,14 @@ def fold_side_(
         W: [m, n], float32, float64 or bfloat16, the last rounded stochastically. Products run in E's dtype, in full
             precision under :func:`poetx.ops.fold.full_precision_products`, which the caller enters.
         E_KBB: G − I for the blocks of a partition. order: as in :class:`Sinks`.
-        scale: scalar. generator: of the rounding.
+        scale: scalar, or None for 1. generator: of the rounding.
     """
     dim = 0 if side == "out" else 1
     size, block_size = W.shape[dim], E_KBB.shape[-1]
     step = max(1, _FOLD_ELEMENTS // (W.numel() // size * block_size))
     square = torch.zeros((), dtype=torch.float64, device=W.device)
-    E_KBB = E_KBB * scale.to(E_KBB.dtype)
+    if scale is not None:
+        E_KBB = E_KBB * scale.to(E_KBB.dtype)
     for first in range(0, E_KBB.shape[0], step):
         start, stop = first * block_size, min((first + step) * block_size, size)
         E, index = E_KBB[first : first + step], order[start:stop].long()
@@ -318,7 +343,7 @@ def fold_side_(
             piece = gather(W, index) if dim else W.index_select(0, index)
         moved = piece.to(E.dtype)  # the very piece of W where it is contiguous and wide already
         turned = rotate(moved, E) if dim else _left_product(E, moved)
-        moved.mul_(scale).add_(turned)
+        moved = (moved if scale is None else moved.mul_(scale)).add_(turned)
         # The rows' norms first: as exact as a sum in float64 and many times faster.
         square += torch.linalg.vector_norm(moved, dim=1).double().square().sum()
         if order.numel():

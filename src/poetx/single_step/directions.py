@@ -1,11 +1,20 @@
-"""The direction of the "ortho" rule: momentum made orthogonal."""
+"""What a step follows: the rules "ortho" (momentum made orthogonal) and "adam", and the state each keeps of a matrix.
+
+Gradients arrive by addition, in ``state["momentum_in"]`` and ``state["momentum_out"]`` [K, blocks, …], between two
+steps.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from poetx.ops.fold import stochastic_round_
 
 # Five steps of the quintic Newton-Schulz iteration with the coefficients of Muon (Jordan et al. 2024): every singular
 # value ends near 1, between 0.7 and 1.2. Odd polynomials of a skew-symmetric matrix are skew-symmetric.
@@ -20,8 +29,8 @@ def _cpu_has_bfloat16_tiles() -> bool:
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
-def orthogonalise(X_KBB: Tensor) -> Tensor:
-    """The nearest skew-symmetric orthogonal-like matrices: five Newton–Schulz steps, antisymmetrised again.
+def orthogonalise(X_KBB: Tensor, *, skew: bool = True) -> Tensor:
+    """The nearest orthogonal-like matrices: five Newton–Schulz steps; of skew-symmetric ones, antisymmetrised again.
 
     In bfloat16 where that is several times faster; the singular values it gives are rough in any precision.
     """
@@ -33,4 +42,83 @@ def orthogonalise(X_KBB: Tensor) -> Tensor:
         A = torch.bmm(X, X.transpose(1, 2))
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     X = X.to(X_KBB.dtype)
-    return (X - X.transpose(1, 2)) / 2
+    return (X - X.transpose(1, 2)) / 2 if skew else X
+
+
+class Move(NamedTuple):
+    """One (side, partition): what a step may write."""
+
+    side: str  # "in": columns of the matrix, "out": rows
+    index: int
+
+
+@dataclass(frozen=True)
+class Ortho:
+    """Momentum, for :func:`orthogonalise`; with ``nesterov`` it looks one gradient ahead."""
+
+    momentum: float
+    nesterov: bool
+    entries = ("momentum",)
+
+    def absorb(self, state: dict[str, Any]) -> None:
+        """Gradients were added to the momentum itself."""
+
+    def direction(self, states: Sequence[dict[str, Any]], move: Move) -> Tensor:
+        """Of several matrices, one after the other, in float32 or float64."""
+        now = [state[f"momentum_{move.side}"][move.index] for state in states]
+        momentum = torch.cat(now).to(torch.promote_types(now[0].dtype, torch.float32))
+        if not self.nesterov:
+            return momentum
+        # The gradient is what came since the copy was taken.
+        key = f"before_{move.side}_{move.index}"
+        before = [state.get(key, torch.zeros_like(q)) for state, q in zip(states, now, strict=True)]
+        return momentum.mul_(1 + self.momentum).sub_(torch.cat(before))
+
+    def finish(self, state: dict[str, Any], upcoming: Iterable[Move], *, fresh: bool) -> None:
+        """Make the momentum ready for the gradients of the next step, which writes ``upcoming``."""
+        for side in ("in", "out"):
+            sink = state[f"momentum_{side}"]
+            if fresh:
+                sink.zero_()
+            elif sink.dtype == torch.bfloat16:
+                stochastic_round_(sink, sink.float().mul_(self.momentum))
+            else:
+                sink.mul_(self.momentum)
+        for key in [key for key in state if key.startswith("before_")]:
+            del state[key]
+        for move in upcoming if self.nesterov else ():
+            state[f"before_{move.side}_{move.index}"] = state[f"momentum_{move.side}"][move.index].clone()
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Elementwise moments of the gradient; ``resample``: after how many steps they start anew."""
+
+    betas: tuple[float, float]
+    eps: float
+    resample: int | None
+    entries = ("momentum", "first", "square")
+
+    def absorb(self, state: dict[str, Any]) -> None:
+        """Take the gradients out of where they arrived, into the moments."""
+        for side in ("in", "out"):
+            gradient = state[f"momentum_{side}"]
+            state[f"first_{side}"].lerp_(gradient, 1 - self.betas[0])
+            state[f"square_{side}"].lerp_(gradient.square(), 1 - self.betas[1])
+            gradient.zero_()
+
+    def direction(self, states: Sequence[dict[str, Any]], move: Move) -> Tensor:
+        """Of several matrices, one after the other, in float32 or float64."""
+        parts = []
+        for state in states:
+            steps = (state["step"] - 1) % self.resample + 1 if self.resample else state["step"]
+            first, second = (1 - beta**steps for beta in self.betas)
+            square = state[f"square_{move.side}"][move.index] / second
+            parts.append((state[f"first_{move.side}"][move.index] / first) / (square.sqrt() + self.eps))
+        return torch.cat(parts)
+
+    def finish(self, state: dict[str, Any], upcoming: Iterable[Move], *, fresh: bool) -> None:
+        """Start anew, if ``fresh``."""
+        for side in ("in", "out") if fresh else ():
+            for name in self.entries:
+                state[f"{name}_{side}"].zero_()

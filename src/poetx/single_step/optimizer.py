@@ -13,7 +13,7 @@ partitions, each with its own momentum, are updated at every step and written on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,29 +22,23 @@ from poetx.convert import single_step_layers
 from poetx.errors import UserError
 from poetx.layer import stream
 from poetx.ops.cayley import packed_size, unpack_skew
-from poetx.ops.fold import full_precision_products, stochastic_round_
+from poetx.ops.fold import full_precision_products
 from poetx.ops.single_step import (
     Sinks,
     add_to_,
+    balanced,
     block_count,
     fold_side_,
-    skew_gradient,
+    map_gradient,
     small_cayley_delta,
 )
 from poetx.single_layer import SingleStepLinear
-from poetx.single_step.directions import LARGEST_SINGULAR_VALUE, orthogonalise
+from poetx.single_step.directions import LARGEST_SINGULAR_VALUE, Adam, Move, Ortho, orthogonalise
 from poetx.single_step.partitions import partition
 from poetx.single_step.setup import check, model_groups, settings
 
 #: Elements of unpacked blocks that one batched iteration takes.
 _BATCH_ELEMENTS = 1 << 23
-
-
-class _Move(NamedTuple):
-    """One (side, partition): what a step may write."""
-
-    side: str  # "in": columns of the matrix, "out": rows
-    index: int
 
 
 class POETX(torch.optim.Optimizer):
@@ -64,6 +58,7 @@ class POETX(torch.optim.Optimizer):
         block_size: b, 256 unless the layers say; a side shorter than b is one block.
         partitions: how many of them each side has, 2 unless the layers say. ``partition_kind``: ``"structured"`` or
             ``"random"``.
+        spectrum: ``"fixed"`` (rotations) or ``"free"`` (any map near the identity); the layers decide, if any.
         resample_every: draw random partitions anew after so many steps, with their momentum reset. None: never.
         rule: ``"ortho"`` (orthogonalised momentum) or ``"adam"`` (elementwise).
         alternate: write one (side, partition) a step, in turn. False: all of them at every step.
@@ -98,6 +93,7 @@ class POETX(torch.optim.Optimizer):
         block_size: int | None = None,
         partitions: int | None = None,
         partition_kind: str | None = None,
+        spectrum: str | None = None,
         resample_every: int | None = None,
         rule: str = "ortho",
         alternate: bool = True,
@@ -114,13 +110,15 @@ class POETX(torch.optim.Optimizer):
         seed: int | None = None,
     ) -> None:
         layers = dict(single_step_layers(model)) if isinstance(model, nn.Module) else {}
-        given: dict[str, Any] = {"block_size": block_size, "partitions": partitions, "seed": seed}
+        given: dict[str, Any] = {"block_size": block_size, "partitions": partitions, "seed": seed, "spectrum": spectrum}
         given |= {"partition_kind": partition_kind, "rotation_dtype": momentum_dtype}
         self._config = settings(layers, given, target_modules, exclude_modules)
         check(rule, resample_every, momentum, angle, self._config)
-        self._rule, self._alternate, self._resample = rule, alternate, resample_every
-        self._momentum, self._nesterov, self._betas, self._eps = momentum, nesterov, betas, eps
-        self._moves = [_Move(side, i) for i in range(self._config.partitions) for side in ("in", "out")]
+        self._alternate, self._resample = alternate, resample_every
+        self._rule = Ortho(momentum, nesterov) if rule == "ortho" else Adam(betas, eps, resample_every)
+        self._bound = LARGEST_SINGULAR_VALUE if rule == "ortho" else None
+        self._free = self._config.spectrum == "free"
+        self._moves = [Move(side, i) for i in range(self._config.partitions) for side in ("in", "out")]
         self._layers: dict[Tensor, SingleStepLinear] = {layer.weight: layer for layer in layers.values()}
         self._fed: set[Tensor] = set()
         self._orders: dict[tuple[Any, ...], Tensor] = {}
@@ -221,18 +219,21 @@ class POETX(torch.optim.Optimizer):
         moving = [p for p in group["params"] if p in self._fed or p in self._layers]
         for p in moving:
             self.state[p]["step"] += 1
-            if self._rule == "adam":
-                self._update_moments(self.state[p])
-        for turn, move in enumerate(self._moves):
-            written = [
-                p
-                for p in moving
-                if not self._alternate or turn == (self.state[p]["step"] - 1) % len(self._moves)
-            ]
+            self._rule.absorb(self.state[p])
+        for move in self._moves:
+            written = [p for p in moving if move in self._written(self.state[p]["step"] - 1)]
             for batch in self._batches(written, move):
                 self._write(batch, move, group["lr"])
         for p in moving:
-            self._finish(p)
+            state = self.state[p]
+            fresh = self._resample is not None and state["step"] % self._resample == 0
+            self._rule.finish(state, self._written(state["step"]), fresh=fresh)
+            for move in self._moves if fresh else ():
+                self._order(p, move)
+
+    def _written(self, steps: int) -> list[Move]:
+        """What is written in the step after so many."""
+        return [self._moves[steps % len(self._moves)]] if self._alternate else self._moves
 
     def _sides(self, p: Tensor, side: str) -> tuple[int, int]:
         """Size and block size of one side."""
@@ -245,33 +246,34 @@ class POETX(torch.optim.Optimizer):
         values = values.mT if p in self._transposed else values
         return values if values.ndim == 3 else values.unsqueeze(0)
 
-    def _sink_shape(self, p: Tensor, side: str) -> tuple[int, int, int]:
+    def _sink_shape(self, p: Tensor, side: str) -> tuple[int, ...]:
+        """[partitions, blocks, P], or [partitions, blocks, b, b] for maps that need not be rotations."""
         size, block_size = self._sides(p, side)
         blocks = block_count(size, block_size) * (p.shape[0] if p.ndim == 3 else 1)
-        return self._config.partitions, blocks, packed_size(block_size)
+        entries = (block_size, block_size) if self._free else (packed_size(block_size),)
+        return self._config.partitions, blocks, *entries
 
     def _begin(self, p: Tensor) -> None:
         state, dtype = self.state[p], getattr(torch, self._config.rotation_dtype)
         if p.dtype == torch.float64:
             dtype = torch.float64
         state["step"] = 0
-        # [1] or [e]. What a fold's rounding adds to ‖W‖ the next one takes away, by this factor.
-        state["norm"] = torch.linalg.vector_norm(self._matrices(p), dim=(-2, -1), dtype=torch.float64)
-        state["scale"] = torch.ones_like(state["norm"])
-        names = ("momentum",) if self._rule == "ortho" else ("momentum", "first", "square")
+        if not self._free:  # [1] or [e]. What a fold's rounding adds to ‖W‖ the next one takes away, by this factor.
+            state["norm"] = torch.linalg.vector_norm(self._matrices(p), dim=(-2, -1), dtype=torch.float64)
+            state["scale"] = torch.ones_like(state["norm"])
         for side in ("in", "out"):
-            for name in names:
+            for name in self._rule.entries:
                 state[f"{name}_{side}"] = torch.zeros(self._sink_shape(p, side), dtype=dtype, device=p.device)
 
     def _attach(self, p: Tensor) -> None:
         """Have the layer's backward add to this optimizer's momentum."""
         state, layer = self.state[p], self._layers[p]
         indices = range(self._config.partitions)
-        orders = {side: tuple(self._order(p, _Move(side, i)) for i in indices) for side in ("in", "out")}
+        orders = {side: tuple(self._order(p, Move(side, i)) for i in indices) for side in ("in", "out")}
         anchor = torch.zeros((), device=p.device, requires_grad=True)
         layer.sinks = Sinks(state["momentum_in"], state["momentum_out"], orders["in"], orders["out"], anchor)
 
-    def _order(self, p: Tensor, move: _Move) -> Tensor:
+    def _order(self, p: Tensor, move: Move) -> Tensor:
         """The partition in force, as :class:`Sinks` has it; structured ones are shared by all sides of one size."""
         size, block_size = self._sides(p, move.side)
         own = "" if self._config.partition_kind == "structured" and move.index < 2 else f"{self._names[p]}/{move.side}"
@@ -303,8 +305,8 @@ class POETX(torch.optim.Optimizer):
             order = self._order(p, move)
             order = order if order.numel() else None
             block_size = self._sides(p, move.side)[1]
-            gradient = torch.cat([skew_gradient(W, dW, move.side, order, block_size) for W, dW in pairs])
-            add_to_(self.state[p][f"momentum_{move.side}"][move.index], gradient)
+            M = torch.cat([map_gradient(W, dW, move.side, order, block_size) for W, dW in pairs])
+            add_to_(self.state[p][f"momentum_{move.side}"][move.index], M, self._sides(p, move.side)[0])
         self._fed.add(p)
 
     def _average(self) -> None:
@@ -319,7 +321,7 @@ class POETX(torch.optim.Optimizer):
                 distributed.all_reduce(sink)
                 sink.div_(ranks)
 
-    def _batches(self, params: list[Tensor], move: _Move) -> Iterator[list[Tensor]]:
+    def _batches(self, params: list[Tensor], move: Move) -> Iterator[list[Tensor]]:
         """Matrices whose blocks can go through one batched iteration: equal blocks, and not too many at a time."""
         kinds: dict[tuple[Any, ...], list[Tensor]] = {}
         for p in params:
@@ -335,78 +337,34 @@ class POETX(torch.optim.Optimizer):
                 elements += size
             yield batch
 
-    def _write(self, batch: list[Tensor], move: _Move, angle: float) -> None:
+    def _write(self, batch: list[Tensor], move: Move, angle: float) -> None:
         """Fold one (side, partition) of every matrix of the batch."""
-        Q = unpack_skew(self._direction(batch, move), 0, self._sides(batch[0], move.side)[1])
-        if self._rule == "ortho":
-            Q = orthogonalise(Q)
-        squares, counts = [], [self._sink_shape(p, move.side)[1] for p in batch]
+        direction = self._rule.direction([self.state[p] for p in batch], move)
+        if not self._free:
+            direction = unpack_skew(direction, 0, self._sides(batch[0], move.side)[1])
+        if isinstance(self._rule, Ortho):
+            direction = orthogonalise(direction, skew=not self._free)
+        counts = [self._sink_shape(p, move.side)[1] for p in batch]
         with full_precision_products():
-            E = small_cayley_delta(Q.mul_(-angle), LARGEST_SINGULAR_VALUE * angle if self._rule == "ortho" else None)
+            Q = direction.mul_(-angle)
+            E = Q.mul_(2) if self._free else small_cayley_delta(Q, self._bound and self._bound * angle)
             for p, E_KBB in zip(batch, E.split(counts), strict=True):
-                state, order, matrices, noise = self.state[p], self._order(p, move), self._matrices(p), None
-                if p.dtype == torch.bfloat16:
-                    key = f"rounding-{move.side}-{move.index}"
-                    noise = stream(self._config.seed, self._names[p], state["step"], key, p.device)
-                squares += [
-                    fold_side_(W, E_W, move.side, order, scale=scale, generator=noise)
-                    for W, E_W, scale in zip(matrices, E_KBB.chunk(len(matrices)), state["scale"], strict=True)
-                ]
-        norms = torch.cat([self.state[p]["norm"] for p in batch])
-        ratio = norms / torch.stack(squares).sqrt()
-        scales = torch.where(ratio.isfinite(), ratio, 1.0)  # a matrix of zeros stays one
-        for p, scale in zip(batch, scales.split([self.state[p]["norm"].numel() for p in batch]), strict=True):
-            self.state[p]["scale"].copy_(scale)
+                self._fold(p, move, E_KBB)
 
-    def _direction(self, batch: list[Tensor], move: _Move) -> Tensor:
-        """What the step follows for one (side, partition) of the batch, packed, in float32 or float64."""
-
-        if self._rule == "adam":
-            return torch.cat([self._adam_direction(p, move) for p in batch])
-        now = [self.state[p][f"momentum_{move.side}"][move.index] for p in batch]
-        momentum = torch.cat(now).to(torch.promote_types(now[0].dtype, torch.float32))
-        if not self._nesterov:
-            return momentum
-        # Nesterov looks one gradient ahead; the gradient is what came since the copy was taken.
-        key = f"before_{move.side}_{move.index}"
-        before = [self.state[p].get(key, torch.zeros_like(q)) for p, q in zip(batch, now, strict=True)]
-        return momentum.mul_(1 + self._momentum).sub_(torch.cat(before))
-
-    def _adam_direction(self, p: Tensor, move: _Move) -> Tensor:
-        state = self.state[p]
-        steps = (state["step"] - 1) % self._resample + 1 if self._resample else state["step"]
-        first, second = (1 - beta**steps for beta in self._betas)
-        square = state[f"square_{move.side}"][move.index] / second
-        return (state[f"first_{move.side}"][move.index] / first) / (square.sqrt() + self._eps)
-
-    def _update_moments(self, state: dict[str, Any]) -> None:
-        for side in ("in", "out"):
-            gradient = state[f"momentum_{side}"]
-            state[f"first_{side}"].lerp_(gradient, 1 - self._betas[0])
-            state[f"square_{side}"].lerp_(gradient.square(), 1 - self._betas[1])
-            gradient.zero_()
-
-    def _finish(self, p: Tensor) -> None:
-        """Make the momentum ready for the next step's gradients."""
-        state = self.state[p]
-        fresh = self._resample is not None and state["step"] % self._resample == 0
-        for side in ("in", "out"):
-            sink = state[f"momentum_{side}"]
-            if fresh:
-                for name in ("momentum", "first", "square"):
-                    if f"{name}_{side}" in state:
-                        state[f"{name}_{side}"].zero_()
-            elif self._rule == "ortho" and sink.dtype == torch.bfloat16:
-                stochastic_round_(sink, sink.float().mul_(self._momentum))
-            elif self._rule == "ortho":
-                sink.mul_(self._momentum)
-        if fresh:
-            for move in self._moves:
-                self._order(p, move)
-        for key in [key for key in state if key.startswith("before_")]:
-            del state[key]
-        if self._rule == "ortho" and self._nesterov:
-            for turn, move in enumerate(self._moves):
-                if not self._alternate or turn == state["step"] % len(self._moves):
-                    copy = state[f"momentum_{move.side}"][move.index].clone()
-                    state[f"before_{move.side}_{move.index}"] = copy
+    def _fold(self, p: Tensor, move: Move, E_KBB: Tensor) -> None:
+        """Fold the blocks of one matrix, or stack of e."""
+        state, order, matrices, noise = self.state[p], self._order(p, move), self._matrices(p), None
+        if p.dtype == torch.bfloat16:
+            key = f"rounding-{move.side}-{move.index}"
+            noise = stream(self._config.seed, self._names[p], state["step"], key, p.device)
+        parts = E_KBB.chunk(len(matrices))
+        if self._free:
+            parts = [balanced(E, self._sides(p, move.side)[0]) for E in parts]
+        scales = state.get("scale", [None] * len(parts))
+        squares = [
+            fold_side_(W, E, move.side, order, scale=scale, generator=noise)
+            for W, E, scale in zip(matrices, parts, scales, strict=True)
+        ]
+        if not self._free:
+            ratio = state["norm"] / torch.stack(squares).sqrt()
+            state["scale"] = torch.where(ratio.isfinite(), ratio, 1.0)  # a matrix of zeros stays one
