@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from helpers import TOLERANCE, relative_error
 from poetx import POETX, PoetConfig, SingleStepLinear, UserError, convert_, merge_every, spectrum, to_dense_
-from poetx.ops.single_step import cheaper_route, single_step_linear, skew_gradient
+from poetx.ops.single_step import cheaper_route, map_gradient, single_step_linear, skew_gradient
 from poetx.stack import checkpoint_layers_
 from test_convert import gpt2, llama, mlp
 
@@ -29,9 +29,11 @@ def attached(m, n, b, *, bias, dtype=torch.float64, **settings):
 @pytest.mark.parametrize("route", ["tokens", "weight"])
 @pytest.mark.parametrize("keep_y", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("gradient_of", [skew_gradient, map_gradient])
 @pytest.mark.parametrize(("m", "n", "b"), SIZES)
-def test_backward_feeds_the_sinks_and_gives_the_plain_gradients(m, n, b, bias, keep_y, route):
-    layer, _ = attached(m, n, b, bias=bias, partitions=3)
+def test_backward_feeds_the_sinks_and_gives_the_plain_gradients(m, n, b, gradient_of, bias, keep_y, route):
+    kind = "free" if gradient_of is map_gradient else "fixed"
+    layer, _ = attached(m, n, b, bias=bias, partitions=3, spectrum=kind)
     x = torch.randn(3, 5, n, dtype=torch.float64, requires_grad=True)
     weight = layer.weight.detach().requires_grad_()
     want = nn.functional.linear(x, weight, layer.bias)
@@ -55,7 +57,7 @@ def test_backward_feeds_the_sinks_and_gives_the_plain_gradients(m, n, b, bias, k
         block_size = block_sizes[side == "out"]
         for total, order in zip(sink, orders, strict=True):
             order = order if order.numel() else None
-            gradient = skew_gradient(weight.detach(), expected[1], side, order, block_size)
+            gradient = gradient_of(weight.detach(), expected[1], side, order, block_size)
             if gradient.numel():
                 assert relative_error(total, gradient) < TOLERANCE[torch.float64]
 
@@ -69,9 +71,10 @@ VARIANTS = [
     {"partitions": 3},
     {"partition_kind": "random"},
     {"partition_kind": "random", "partitions": 1, "resample_every": 3},
+    {"spectrum": "free"},
     {"mode": "mem"},
 ]
-LAYER_KEYS = ("partitions", "partition_kind", "mode", "block_size")
+LAYER_KEYS = ("partitions", "partition_kind", "spectrum", "mode", "block_size")
 
 
 def both_forms(build, settings):

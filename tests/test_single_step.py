@@ -10,7 +10,7 @@ from helpers import TOLERANCE, random_skew, relative_error
 from poetx import POETX, PoetConfig, UserError, convert_
 from poetx.ops.cayley import cayley, unpack_skew
 from poetx.ops.reference import EXACT, block_diagonal
-from poetx.ops.single_step import fold_side_, skew_gradient, small_cayley_delta
+from poetx.ops.single_step import balanced, fold_side_, map_gradient, skew_gradient, small_cayley_delta
 from poetx.single_step.directions import orthogonalise
 from poetx.single_step.partitions import partition
 from test_convert import gpt2, llama, mlp
@@ -54,6 +54,30 @@ def test_gradient_at_the_identity_is_autograds(m, n, b, kind):
             assert relative_error(got, torch.autograd.grad(loss(weight), q)[0]) < TOLERANCE[torch.float64]
 
 
+@pytest.mark.parametrize(("m", "n", "b"), SIZES)
+def test_gradient_of_a_free_map_is_autograds(m, n, b):
+    W = torch.randn(m, n, dtype=torch.float64)
+    dW = torch.randn(m, n, dtype=torch.float64)  # of a loss that is linear in W: ⟨dW, W⟩
+    order = orders(m, n, "random")
+    for side, size in (("out", m), ("in", n)):
+        block = min(b, size)
+        blocks = torch.zeros(-(-size // block), block, block, dtype=torch.float64, requires_grad=True)
+        E = torch.zeros(size, size, dtype=torch.float64)
+        E = E.index_put((order[side][:, None], order[side][None]), block_diagonal(blocks, size))
+        moved = E @ W if side == "out" else W @ E
+        got = map_gradient(W, dW, side, order[side], block)
+        assert relative_error(got, torch.autograd.grad((dW * moved).sum(), blocks)[0]) < TOLERANCE[torch.float64]
+
+
+def test_a_balanced_map_and_its_opposite_keep_the_norm_on_average():
+    E = 0.3 * torch.randn(3, 4, 4, dtype=torch.float64)
+    E[2, 3:], E[2, :, 3:] = 0, 0  # 11 coordinates
+    identity = torch.eye(4, dtype=torch.float64)
+    squares = sum((identity + balanced(sign * E, 11))[..., :4].square() for sign in (1, -1)) / 2
+    assert squares[:2].sum((1, 2)).tolist() == pytest.approx([4, 4])
+    assert squares[2, :3, :3].sum().item() == pytest.approx(3)
+
+
 @pytest.mark.parametrize("kind", ["structured", "random"])
 @pytest.mark.parametrize(("m", "n", "b"), SIZES)
 def test_a_fold_is_the_product_with_the_rotation(m, n, b, kind):
@@ -80,6 +104,13 @@ def test_orthogonalise_gives_skew_matrices_with_singular_values_near_one():
     assert values.min() > 0.5
     assert values.max() < 1.3
     assert orthogonalise(torch.zeros(1, 4, 4)).eq(0).all()
+
+
+def test_orthogonalise_takes_general_matrices():
+    O = orthogonalise(torch.randn(3, 16, 16), skew=False)  # noqa: E741
+    values = torch.linalg.svdvals(O)
+    assert values.min() > 0.3
+    assert values.max() < 1.3
 
 
 def test_random_partitions_depend_on_name_and_draw_only():
@@ -139,6 +170,28 @@ def test_it_learns_and_the_singular_values_stay(settings):
         assert ((now - values).abs() / values).median() < 1e-5
 
 
+FREE = [
+    {},
+    {"alternate": False, "angle": 0.01},
+    {"rule": "adam", "angle": 0.004},
+    {"partitions": 1},
+    {"partition_kind": "random", "resample_every": 7},
+]
+
+
+@pytest.mark.parametrize("settings", FREE, ids=str)
+def test_with_a_free_spectrum_it_reaches_what_rotations_cannot(settings):
+    model, x, y = problem()
+    with torch.no_grad():
+        model[0].weight.mul_(0.25)
+    fixed, free = copy.deepcopy(model), model
+    losses = [
+        train(m, x, y, POETX(m, lr=3e-3, block_size=8, spectrum=kind, **({"angle": 0.02} | settings)), 150)[-1]
+        for m, kind in ((fixed, "fixed"), (free, "free"))
+    ]
+    assert losses[1] < 0.8 * losses[0]
+
+
 def test_bfloat16_weights_keep_their_spectrum():
     model, x, y = problem(torch.bfloat16)
     start = torch.linalg.svdvals(model[0].weight.detach().double())
@@ -150,7 +203,7 @@ def test_bfloat16_weights_keep_their_spectrum():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+@pytest.mark.parametrize("settings", [*VARIANTS, {"spectrum": "free"}], ids=str)
 def test_save_load_continue_is_bitwise(settings, dtype):
     def start():
         model, x, y = problem(dtype)
@@ -231,6 +284,7 @@ def test_momentum_is_a_small_part_of_adamws_state(shapes, block_size, shares):
         ({"partitions": 0}, "partitions=0: must be a whole number"),
         ({"angle": 0.7}, "angle=0.7: radians"),
         ({"block_size": 1}, "block_size=1"),
+        ({"spectrum": "any"}, "spectrum='any': must be one of 'fixed', 'free'"),
         ({"resample_every": 5}, "structured partitions are fixed"),
         ({"target_modules": ("nothing",)}, "matches no linear layer"),
     ],
