@@ -25,7 +25,7 @@ from poetx.ops.rotate import (
     rotate_scatter,
     rotate_scatter_backward,
 )
-from poetx.ops.single_step import skew_gradient
+from poetx.ops.single_step import map_gradient, skew_gradient
 from poetx.single_layer import SingleStepLinear
 from poetx.single_step import POETX
 
@@ -109,10 +109,8 @@ def _linear(shape: Shape) -> nn.Module:
     return nn.Linear(shape.in_features, shape.out_features, bias=False, device=shape.device, dtype=shape.dtype)
 
 
-def _single_step(shape: Shape, partitions: int) -> SingleStepLinear:
-    config = PoetConfig(
-        method="single-step", block_size=shape.block_size, partitions=partitions, init="normalized", mode="fast"
-    )
+def _single_step(shape: Shape, **settings: Any) -> SingleStepLinear:
+    config = PoetConfig(method="single-step", block_size=shape.block_size, init="normalized", mode="fast", **settings)
     layer = SingleStepLinear(
         shape.in_features,
         shape.out_features,
@@ -133,8 +131,9 @@ CONTESTANTS: dict[str, Callable[[Shape], nn.Module]] = {
     "original": lambda shape: OriginalPoet(poet_layer(shape, "fast")),
     "fast": lambda shape: poet_layer(shape, "fast"),
     "mem": lambda shape: poet_layer(shape, "mem"),
-    "single-step": lambda shape: _single_step(shape, 1),
-    "single-step-2": lambda shape: _single_step(shape, 2),
+    "single-step": lambda shape: _single_step(shape, partitions=1),
+    "single-step-2": lambda shape: _single_step(shape, partitions=2),
+    "single-step-free": lambda shape: _single_step(shape, partitions=1, spectrum="free"),
 }
 
 
@@ -155,13 +154,14 @@ def check(name: str, module: nn.Module, x: Tensor, g: Tensor) -> None:
     gate(f"{name}: input gradient", dx, g_wide @ W, x.dtype)
     if isinstance(module, SingleStepLinear):
         assert module.sinks is not None
+        gradient_of = map_gradient if module.config.spectrum == "free" else skew_gradient
         for side, sink, orders, block_size in (
             ("in", module.sinks.sink_in, module.sinks.orders_in, module.block_size_in),
             ("out", module.sinks.sink_out, module.sinks.orders_out, module.block_size_out),
         ):
             for got, order in zip(sink, orders, strict=True):
                 chosen = order if order.numel() else None
-                gate(f"{name}: {side}", got, skew_gradient(W, g_wide.T @ x_wide, side, chosen, block_size), x.dtype)
+                gate(f"{name}: {side}", got, gradient_of(W, g_wide.T @ x_wide, side, chosen, block_size), x.dtype)
     if rotations:
         dW = (g_wide.T @ x_wide).to(dense.dtype)
         for side, got, want in zip(("in", "out"), dq, torch.autograd.grad(dense, rotations, dW), strict=True):

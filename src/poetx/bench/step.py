@@ -21,13 +21,15 @@ from poetx.train.run import build_optimizer
 
 # Fresh weights are drawn on the CPU, minutes for 8B, and a step takes as long on any: keep the dense model's.
 _KEEP = ("poet.init=keep", "poet.init_scale=1.0")
+_SINGLE = ("poet.method=single-step", "poet.merge_every=null", *_KEEP)
 #: Who takes part, as overrides of the recipe. The first one is what the others are compared with.
 CONTESTANTS: dict[str, tuple[str, ...]] = {
     "adamw": ("poet=null",),
     "fast": ("poet.mode=fast", *_KEEP),
     "mem": ("poet.mode=mem", *_KEEP),
-    "single-step": ("poet.method=single-step", "poet.merge_every=null", "poet.partitions=1", *_KEEP),
-    "single-step-2": ("poet.method=single-step", "poet.merge_every=null", *_KEEP),
+    "single-step": (*_SINGLE, "poet.partitions=1"),
+    "single-step-2": (*_SINGLE, "poet.partitions=2"),
+    "single-step-free": (*_SINGLE, "poet.partitions=1", "poet.spectrum=free"),
 }
 _GATE_STEPS = 4
 
