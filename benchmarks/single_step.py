@@ -72,7 +72,7 @@ class Run:
     ``embed_std``: of the embedding at the start. ``options``: further arguments of :class:`poetx.POETX`.
     """
 
-    method: str = "single-step"  # or adamw, muon, poet-x
+    method: str = "single-step"  # or adamw, adamw-split (``matrix_lr`` for the matrices), muon, poet-x
     scale: str = "small"
     seed: int = 0
     steps: int | None = None
@@ -246,8 +246,9 @@ def optimizer_for(model: Any, run: Run) -> tuple[Any, list[Tensor], list[nn.Para
         {"params": decay, "weight_decay": run.weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    if run.method == "adamw":
-        groups.append({"params": matrices, "weight_decay": run.weight_decay})
+    if run.method in ("adamw", "adamw-split"):
+        lr = run.lr if run.method == "adamw" else run.matrix_lr
+        groups.append({"params": matrices, "weight_decay": run.weight_decay, "lr": lr})
         return torch.optim.AdamW(groups, lr=run.lr, betas=betas), matrices, list(model.parameters())
     muon = torch.optim.Muon(
         matrices, lr=run.matrix_lr, weight_decay=run.weight_decay, adjust_lr_fn="match_rms_adamw", **run.options

@@ -192,6 +192,18 @@ def test_with_a_free_spectrum_it_reaches_what_rotations_cannot(settings):
     assert losses[1] < 0.8 * losses[0]
 
 
+def test_a_free_spectrum_does_not_grow_by_noise():
+    """Steps along random gradients: unbalanced they would multiply ‖W‖ by (1 + 4·0.05²)^(300/2), 4.5."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(48, 32))
+    start = weight.detach().norm()
+    optimizer = POETX([{"params": [weight], "lr": 0.05, "rotate": True}], block_size=16, spectrum="free")
+    for _ in range(300):
+        weight.grad = torch.randn_like(weight)
+        optimizer.step()
+    assert 0.7 < weight.detach().norm() / start < 1.4
+
+
 def test_bfloat16_weights_keep_their_spectrum():
     model, x, y = problem(torch.bfloat16)
     start = torch.linalg.svdvals(model[0].weight.detach().double())
