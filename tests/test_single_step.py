@@ -10,7 +10,7 @@ from helpers import TOLERANCE, random_skew, relative_error
 from poetx import POETX, PoetConfig, UserError, convert_
 from poetx.ops.cayley import cayley, unpack_skew
 from poetx.ops.reference import EXACT, block_diagonal
-from poetx.ops.single_step import balanced, fold_side_, map_gradient, skew_gradient, small_cayley_delta
+from poetx.ops.single_step import fold_side_, map_gradient, skew_gradient, small_cayley_delta
 from poetx.single_step.directions import orthogonalise
 from poetx.single_step.partitions import partition
 from test_convert import gpt2, llama, mlp
@@ -67,15 +67,6 @@ def test_gradient_of_a_free_map_is_autograds(m, n, b):
         moved = E @ W if side == "out" else W @ E
         got = map_gradient(W, dW, side, order[side], block)
         assert relative_error(got, torch.autograd.grad((dW * moved).sum(), blocks)[0]) < TOLERANCE[torch.float64]
-
-
-def test_a_balanced_map_and_its_opposite_keep_the_norm_on_average():
-    E = 0.3 * torch.randn(3, 4, 4, dtype=torch.float64)
-    E[2, 3:], E[2, :, 3:] = 0, 0  # 11 coordinates
-    identity = torch.eye(4, dtype=torch.float64)
-    squares = sum((identity + balanced(sign * E, 11))[..., :4].square() for sign in (1, -1)) / 2
-    assert squares[:2].sum((1, 2)).tolist() == pytest.approx([4, 4])
-    assert squares[2, :3, :3].sum().item() == pytest.approx(3)
 
 
 @pytest.mark.parametrize("kind", ["structured", "random"])
@@ -180,28 +171,28 @@ FREE = [
 
 
 @pytest.mark.parametrize("settings", FREE, ids=str)
-def test_with_a_free_spectrum_it_reaches_what_rotations_cannot(settings):
+def test_with_a_free_spectrum_it_learns_and_the_singular_values_move(settings):
     model, x, y = problem()
-    with torch.no_grad():
-        model[0].weight.mul_(0.25)
-    fixed, free = copy.deepcopy(model), model
-    losses = [
-        train(m, x, y, POETX(m, lr=3e-3, block_size=8, spectrum=kind, **({"angle": 0.02} | settings)), 150)[-1]
-        for m, kind in ((fixed, "fixed"), (free, "free"))
-    ]
-    assert losses[1] < 0.8 * losses[0]
+    start = torch.linalg.svdvals(model[0].weight.detach().double())
+    optimizer = POETX(model, lr=3e-3, block_size=8, spectrum="free", **({"angle": 0.02} | settings))
+    losses = train(model, x, y, optimizer, 150)
+    assert losses[-1] < 0.3 * losses[0]
+    now = torch.linalg.svdvals(model[0].weight.detach().double())
+    assert ((now - start).abs() / start).median() > 0.01
+    assert abs(now.norm() / start.norm() - 1) < 1e-2
 
 
-def test_a_free_spectrum_does_not_grow_by_noise():
-    """Steps along random gradients: unbalanced they would multiply ‖W‖ by (1 + 4·0.05²)^(300/2), 4.5."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_free_spectrum_holds_the_norm(dtype):
+    """Steps along random gradients multiply ‖W‖ by more than e in 100 steps if it is not held."""
     torch.manual_seed(0)
-    weight = nn.Parameter(torch.randn(48, 32))
-    start = weight.detach().norm()
+    weight = nn.Parameter(torch.randn(48, 32).to(dtype))
+    start = weight.detach().float().norm()
     optimizer = POETX([{"params": [weight], "lr": 0.05, "rotate": True}], block_size=16, spectrum="free")
     for _ in range(300):
         weight.grad = torch.randn_like(weight)
         optimizer.step()
-    assert 0.7 < weight.detach().norm() / start < 1.4
+    assert abs(weight.detach().float().norm() / start - 1) < 0.05
 
 
 def test_bfloat16_weights_keep_their_spectrum():

@@ -49,7 +49,7 @@ class PoetConfig:
         partition_kind: of ``"single-step"``: ``"structured"`` (the first contiguous, the second strided, which
             together connect every pair; more are random) or ``"random"``.
         spectrum: of ``"single-step"``: ``"fixed"`` turns the weight, so that its singular values stay. ``"free"`` moves
-            it by maps I + E whose blocks need not be rotations, with twice the state.
+            it by maps I + E whose blocks need not be rotations and holds ‖W‖ only; twice the state.
         init: ``"keep"`` leaves the weight, and so the model's function, alone (the only right choice for a
             pretrained model). ``"normalized"`` draws a Gaussian and scales every row to norm ``init_scale``.
             ``"uniform"`` makes all singular values ``init_scale``.

@@ -292,21 +292,6 @@ def small_cayley_delta(Q_KBB: Tensor, bound: float | None) -> Tensor:
     return E.mul_(2)
 
 
-def balanced(E_KBB: Tensor, size: int) -> Tensor:
-    """``(I + E)/c − I`` with c² = 1 + ‖E‖²/b for each block: what a random E would add to ‖W‖ is taken off again.
-
-    Without it a weight grows by what its steps do not agree on, exponentially. ``size``: coordinates of all K blocks
-    together; the last block may have fewer than b.
-    """
-    blocks, block_size = E_KBB.shape[:2]
-    live = torch.full((blocks,), block_size, dtype=E_KBB.dtype, device=E_KBB.device)
-    live[-1] = size - (blocks - 1) * block_size
-    factor = (1 + E_KBB.square().sum((1, 2)) / live).rsqrt_()
-    E_KBB = E_KBB * factor[:, None, None]
-    E_KBB.diagonal(dim1=1, dim2=2).add_(factor[:, None] - 1)
-    return E_KBB
-
-
 #: Elements of a weight that a fold holds in float32 at a time.
 _FOLD_ELEMENTS = 1 << 22
 
@@ -317,7 +302,7 @@ def fold_side_(
     side: str,
     order: Tensor,
     *,
-    scale: Tensor | None = None,
+    scale: Tensor,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """``W ← scale·(I + E)·W`` (side "out") or ``scale·W·(I + E)`` ("in"), in place; returns the new ‖W‖², float64.
@@ -326,14 +311,13 @@ def fold_side_(
         W: [m, n], float32, float64 or bfloat16, the last rounded stochastically. Products run in E's dtype, in full
             precision under :func:`poetx.ops.fold.full_precision_products`, which the caller enters.
         E_KBB: G − I for the blocks of a partition. order: as in :class:`Sinks`.
-        scale: scalar, or None for 1. generator: of the rounding.
+        scale: scalar. generator: of the rounding.
     """
     dim = 0 if side == "out" else 1
     size, block_size = W.shape[dim], E_KBB.shape[-1]
     step = max(1, _FOLD_ELEMENTS // (W.numel() // size * block_size))
     square = torch.zeros((), dtype=torch.float64, device=W.device)
-    if scale is not None:
-        E_KBB = E_KBB * scale.to(E_KBB.dtype)
+    E_KBB = E_KBB * scale.to(E_KBB.dtype)
     for first in range(0, E_KBB.shape[0], step):
         start, stop = first * block_size, min((first + step) * block_size, size)
         E, index = E_KBB[first : first + step], order[start:stop].long()
@@ -343,7 +327,7 @@ def fold_side_(
             piece = gather(W, index) if dim else W.index_select(0, index)
         moved = piece.to(E.dtype)  # the very piece of W where it is contiguous and wide already
         turned = rotate(moved, E) if dim else _left_product(E, moved)
-        moved = (moved if scale is None else moved.mul_(scale)).add_(turned)
+        moved.mul_(scale).add_(turned)
         # The rows' norms first: as exact as a sum in float64 and many times faster.
         square += torch.linalg.vector_norm(moved, dim=1).double().square().sum()
         if order.numel():

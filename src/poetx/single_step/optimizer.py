@@ -26,7 +26,6 @@ from poetx.ops.fold import full_precision_products
 from poetx.ops.single_step import (
     Sinks,
     add_to_,
-    balanced,
     block_count,
     fold_side_,
     map_gradient,
@@ -58,7 +57,8 @@ class POETX(torch.optim.Optimizer):
         block_size: b, 256 unless the layers say; a side shorter than b is one block.
         partitions: how many of them each side has, 2 unless the layers say. ``partition_kind``: ``"structured"`` or
             ``"random"``.
-        spectrum: ``"fixed"`` (rotations) or ``"free"`` (any map near the identity); the layers decide, if any.
+        spectrum: ``"fixed"`` (rotations) or ``"free"`` (any map near the identity, with ‖W‖ held); the layers decide,
+            if any.
         resample_every: draw random partitions anew after so many steps, with their momentum reset. None: never.
         rule: ``"ortho"`` (orthogonalised momentum) or ``"adam"`` (elementwise).
         alternate: write one (side, partition) a step, in turn. False: all of them at every step.
@@ -258,9 +258,9 @@ class POETX(torch.optim.Optimizer):
         if p.dtype == torch.float64:
             dtype = torch.float64
         state["step"] = 0
-        if not self._free:  # [1] or [e]. What a fold's rounding adds to ‖W‖ the next one takes away, by this factor.
-            state["norm"] = torch.linalg.vector_norm(self._matrices(p), dim=(-2, -1), dtype=torch.float64)
-            state["scale"] = torch.ones_like(state["norm"])
+        # [1] or [e]. What a fold adds to ‖W‖, by rounding or a free spectrum, the next one takes away by this factor.
+        state["norm"] = torch.linalg.vector_norm(self._matrices(p), dim=(-2, -1), dtype=torch.float64)
+        state["scale"] = torch.ones_like(state["norm"])
         for side in ("in", "out"):
             for name in self._rule.entries:
                 state[f"{name}_{side}"] = torch.zeros(self._sink_shape(p, side), dtype=dtype, device=p.device)
@@ -357,14 +357,9 @@ class POETX(torch.optim.Optimizer):
         if p.dtype == torch.bfloat16:
             key = f"rounding-{move.side}-{move.index}"
             noise = stream(self._config.seed, self._names[p], state["step"], key, p.device)
-        parts = E_KBB.chunk(len(matrices))
-        if self._free:
-            parts = [balanced(E, self._sides(p, move.side)[0]) for E in parts]
-        scales = state.get("scale", [None] * len(parts))
         squares = [
             fold_side_(W, E, move.side, order, scale=scale, generator=noise)
-            for W, E, scale in zip(matrices, parts, scales, strict=True)
+            for W, E, scale in zip(matrices, E_KBB.chunk(len(matrices)), state["scale"], strict=True)
         ]
-        if not self._free:
-            ratio = state["norm"] / torch.stack(squares).sqrt()
-            state["scale"] = torch.where(ratio.isfinite(), ratio, 1.0)  # a matrix of zeros stays one
+        ratio = state["norm"] / torch.stack(squares).sqrt()
+        state["scale"] = torch.where(ratio.isfinite(), ratio, 1.0)  # a matrix of zeros stays one
