@@ -41,8 +41,10 @@ part_layer() {
         bench 60 layer layer --tokens 32 --in-features 32 --out-features 48 --block-size 16 --repeats 1
         return
     fi
-    bench 40 layer layer --tokens 2048 --in-features 4096 --out-features 4096 --block-size 256 --repeats 30
-    bench 40 layer layer --tokens 2048 --in-features 4096 --out-features 14336 --block-size 256 --repeats 20
+    bench 40 layer layer --tokens 2048 --in-features 4096 --out-features 4096 --block-size 256 --repeats 30 \
+        --contestants linear,original,fast,mem,single-step,single-step-free
+    bench 40 layer layer --tokens 2048 --in-features 4096 --out-features 14336 --block-size 256 --repeats 20 \
+        --contestants linear,original,fast,mem,single-step,single-step-free
     bench 30 layer layer --tokens 2048 --in-features 14336 --out-features 4096 --block-size 256 --repeats 20 \
         --contestants linear,fast,mem --no-parts
     bench 30 layer layer --tokens 16384 --in-features 4096 --out-features 4096 --block-size 256 --repeats 20 \
@@ -62,7 +64,8 @@ part_step() {
         bench 100 step step demo $tiny_model --seq-lens 16 --batch-sizes 2 --repeats 1
         return
     fi
-    bench 70 step step llama-1b --seq-lens 512,2048 --batch-sizes 1,8,24,48
+    bench 70 step step llama-1b --seq-lens 512,2048 --batch-sizes 1,8,24,48 \
+        --contestants adamw,fast,mem,single-step-free
     bench 130 step step llama-8b --seq-lens 512,1024,2048 --batch-sizes 1,4,12 --repeats 3
 }
 

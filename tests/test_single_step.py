@@ -264,18 +264,20 @@ def state_bytes(optimizer):
 
 
 @pytest.mark.parametrize(
-    ("shapes", "block_size", "shares"),
+    ("shapes", "shares"),
     [
-        ([(4096, 4096)] * 4 + [(14336, 4096)] * 2 + [(4096, 14336)], 256, (0.04, 0.08)),
-        ([(2304, 768), (768, 768), (3072, 768), (768, 3072)], 256, (0.12, 0.24)),
+        ([(4096, 4096)] * 4 + [(14336, 4096)] * 2 + [(4096, 14336)], (0.04, 0.08)),
+        ([(2304, 768), (768, 768), (3072, 768), (768, 3072)], (0.12, 0.24)),
     ],
     ids=["llama-8b", "gpt2"],
 )
-def test_momentum_is_a_small_part_of_adamws_state(shapes, block_size, shares):
-    """b(m+n)/2 numbers a partition beside AdamW's 2mn, in bytes of one decoder layer's real state."""
+@pytest.mark.parametrize(("kind", "block_size"), [("fixed", 256), ("free", 128)])
+def test_momentum_is_a_small_part_of_adamws_state(shapes, kind, block_size, shares):
+    """b(m+n)/2 numbers a partition (free: twice that) beside AdamW's 2mn, in bytes of one decoder layer's real state."""
     for partitions, share in zip((1, 2), shares, strict=True):
         model = nn.Sequential(*[nn.Linear(n, m, bias=False, device="meta") for m, n in shapes])
-        convert_(model, PoetConfig(method="single-step", block_size=block_size, partitions=partitions))
+        config = PoetConfig(method="single-step", block_size=block_size, partitions=partitions, spectrum=kind)
+        convert_(model, config)
         momentum = state_bytes(POETX(model))
         assert 0.5 * share < momentum / (2 * 4 * sum(m * n for m, n in shapes)) < share
 
