@@ -8,7 +8,8 @@
 Rows that the file has already are not made again, so that an interrupted run keeps what it has.
 
 Kinds of requantisation. No suffix: stochastic rounding, the library's. *nearest*: to the nearest level. *feedback*:
-to the nearest level, and the rounding error kept, stochastically rounded, in 4 more bits that only merging reads.
+to the nearest level, and the rounding error kept, stochastically rounded, in 4 more bits that only merging reads
+(``weight_residual``).
 *naive*: to the nearest level after a fold in bfloat16 of the truncated series' blocks, without norm correction.
 """
 
@@ -45,31 +46,17 @@ class Nearest(PackedWeight):
         super().write(weight, noise=None)
 
 
-class Feedback(PackedWeight):
-    """Keeps the rounding error in 4 more bits a weight, which only merging reads."""
-
-    residual: PackedWeight
-
-    def write(self, weight: Tensor, *, noise: torch.Generator | None) -> None:
-        super().write(weight, noise=None)
-        if "residual" not in self._modules:
-            self.residual = PackedWeight(*weight.shape, weight_format="int4", group_size=self.group_size)
-        self.residual.write(weight - super().read(), noise=noise)
-
-    def read(self) -> Tensor:
-        return super().read() + self.residual.read()
-
-    def visible(self) -> Tensor:
-        """What forward multiplies by."""
-        return super().read()
+def settings(name: str, kind: str) -> dict[str, Any]:
+    """What a format and a kind of requantisation add to a ``PoetConfig``."""
+    if name == "bfloat16":
+        return {}
+    return {"weight_format": name, "group_size": GROUP, "weight_residual": kind == "feedback"}
 
 
 def set_kind(layer: PoetLinear, kind: str) -> None:
-    """Make a freshly initialised quantised layer requantise in another way."""
-    if kind and layer.packed_weight is not None:
-        layer.packed_weight.__class__ = {"nearest": Nearest, "naive": Nearest, "feedback": Feedback}[kind]
-    if kind == "feedback":
-        layer.reset_parameters()
+    """Make a quantised layer round to nearest, where its kind asks for that."""
+    if kind in ("nearest", "naive") and layer.packed_weight is not None:
+        layer.packed_weight.__class__ = Nearest
 
 
 @torch.no_grad()
@@ -128,16 +115,15 @@ def merges(done: set[str]) -> Iterator[dict[str, Any]]:
             continue
         shared: dict[str, Any] = {"block_size": BLOCK, "init": "normalized", "mode": "mem"}
         exact = PoetLinear(SIZE, SIZE, bias=False, config=PoetConfig(**shared), name="merges")
-        config = PoetConfig(**shared, weight_format=name, group_size=GROUP)
+        config = PoetConfig(**shared, **settings(name, kind))
         layer = PoetLinear(SIZE, SIZE, bias=False, config=config, name="merges")
         set_kind(layer, kind)
         packed = layer.packed_weight
         assert packed is not None
-        visible = packed.visible if isinstance(packed, Feedback) else packed.read
-        start, generator = float(visible().norm()), torch.Generator().manual_seed(0)
+        start, generator = float(packed.read().norm()), torch.Generator().manual_seed(0)
         spectrum = torch.linalg.svdvals(exact.base_weight.detach().double())
         ratios, growth = [], {}
-        first = float((visible() - exact.base_weight).norm() / exact.base_norm)
+        first = float((packed.read() - exact.base_weight).norm() / exact.base_norm)
         for merge in range(1, count + 1):
             with torch.no_grad():
                 for mine, theirs in zip(layer.rotations, exact.rotations, strict=True):
@@ -147,10 +133,10 @@ def merges(done: set[str]) -> Iterator[dict[str, Any]]:
                 naive_fold(layer)
             exact.merge_()
             layer.merge_()
-            ratios.append(float(visible().norm()) / start)
+            ratios.append(float(packed.read().norm()) / start)
             if merge in (1, 3, 10, 30, 75, 100, 300):
-                growth[merge] = float((visible() - exact.base_weight).norm() / exact.base_norm)
-        end = torch.linalg.svdvals(visible().double())
+                growth[merge] = float((packed.read() - exact.base_weight).norm() / exact.base_norm)
+        end = torch.linalg.svdvals(packed.read().double())
         yield {
             "benchmark": "quantised-merges",
             "cell": cell,
@@ -223,7 +209,7 @@ def train(recipe: Any, data: Any, name: str, kind: str, interval: int, seed: int
     from poetx.train.sampler import batch_windows
     from poetx.train.schedule import lr_factor
 
-    shape, settings = recipe.model, recipe.optimizer
+    shape, rates = recipe.model, recipe.optimizer
     torch.manual_seed(seed)
     model: Any = AutoModelForCausalLM.from_config(
         LlamaConfig(
@@ -238,25 +224,24 @@ def train(recipe: Any, data: Any, name: str, kind: str, interval: int, seed: int
     )
     model = model.to(torch.bfloat16).train()
     parameters = sum(p.numel() for p in model.parameters())
-    quantised = {} if name == "bfloat16" else {"weight_format": name, "group_size": GROUP}
-    config = recipe.poet.config.to_dict() | {"mode": "mem", "seed": seed} | quantised
+    config = recipe.poet.config.to_dict() | {"mode": "mem", "seed": seed} | settings(name, kind)
     poetx.convert_(model, PoetConfig.from_dict(config))
     layers = [layer for _, layer in poetx.poet_layers(model)]
-    for layer in layers if kind else []:
+    for layer in layers:
         set_kind(layer, kind)
-    optimizer = torch.optim.AdamW(poetx.param_groups(model, lr=settings.lr, poet_lr=settings.poet_lr), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(poetx.param_groups(model, lr=rates.lr, poet_lr=rates.poet_lr), weight_decay=0.0)
     if kind == "naive":
         optimizer.register_step_post_hook(_naive_every(interval, layers))
     poetx.merge_every(optimizer, model, steps=interval)
     peaks = [group["lr"] for group in optimizer.param_groups]
     started = time.perf_counter()
     for step in range(STEPS):
-        factor = lr_factor(step, steps=STEPS, warmup_steps=settings.warmup_steps, min_ratio=settings.min_lr_ratio)
+        factor = lr_factor(step, steps=STEPS, warmup_steps=rates.warmup_steps, min_ratio=rates.min_lr_ratio)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * factor
         windows = batch_windows(step, batch_size=recipe.train.batch_size, windows=len(data.train), seed=seed)
         _loss(model, *data.train.batch(windows)).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        nn.utils.clip_grad_norm_(model.parameters(), rates.clip)
         optimizer.step()
         optimizer.zero_grad()
     seconds = time.perf_counter() - started
