@@ -9,8 +9,7 @@ Rows that the file has already are not made again, so that an interrupted run ke
 
 Kinds of requantisation. No suffix: stochastic rounding, the library's. *nearest*: to the nearest level. *feedback*:
 to the nearest level, and the rounding error kept, stochastically rounded, in 4 more bits that only merging reads
-(``weight_residual``).
-*naive*: to the nearest level after a fold in bfloat16 of the truncated series' blocks, without norm correction.
+(``weight_residual``). *naive*: to the nearest level after a fold in bfloat16 of the truncated series' blocks, without norm correction.
 """
 
 from __future__ import annotations
@@ -103,6 +102,7 @@ MERGES = [
     ("int8", "nearest", 300, 0.003),
     ("int8", "", 75, 0.2),
     ("int4", "", 75, 0.2),
+    ("int8", "feedback", 75, 0.2),
     *((name, "", 300, 0.1) for name in ("nf4", "fp8", "bipolar-int8", "bipolar-int4")),
 ]
 
