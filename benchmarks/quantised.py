@@ -9,7 +9,8 @@ Rows that the file has already are not made again, so that an interrupted run ke
 
 Kinds of requantisation. No suffix: stochastic rounding, the library's. *nearest*: to the nearest level. *feedback*:
 to the nearest level, and the rounding error kept, stochastically rounded, in 4 more bits that only merging reads
-(``weight_residual``). *naive*: to the nearest level after a fold in bfloat16 of the truncated series' blocks, without norm correction.
+(``weight_residual``). *naive*: to the nearest level after a fold in bfloat16 of the truncated series' blocks, without
+norm correction.
 """
 
 from __future__ import annotations
