@@ -3,6 +3,7 @@
     python -m benchmarks.quantised merges  --out benchmarks/results/quantised.jsonl
     python -m benchmarks.quantised quality --out benchmarks/results/quantised.jsonl
     python -m benchmarks.quantised speed   --out benchmarks/results/quantised.jsonl
+    python -m benchmarks.quantised step    --out benchmarks/results/quantised.jsonl
     python -m benchmarks.quantised build   --out benchmarks/results/quantised.jsonl
 
 Rows that the file has already are not made again, so that an interrupted run keeps what it has.
@@ -300,6 +301,17 @@ def speed(done: set[str], *, repeats: int = 60) -> Iterator[dict[str, Any]]:
                 }
 
 
+def step(done: set[str], *, repeats: int = 20) -> Iterator[dict[str, Any]]:
+    """Whole steps of the demo, a share of one merge counted in."""
+    from poetx.bench.step import bench_step
+
+    names = ("mem", "int8", "int4", "nf4", "fp8")
+    if all(name in done for name in names):
+        return
+    for row in bench_step("demo", contestants=names, repeats=repeats):
+        yield row | {"benchmark": "quantised-step", "cell": row["contestant"]}
+
+
 _BUILD = """
 import resource, sys, torch, poetx
 from transformers import AutoModelForCausalLM
@@ -339,7 +351,7 @@ def build(done: set[str], *, model: str = "llama-1b", weight_format: str = "int8
     }
 
 
-KINDS = {"merges": merges, "quality": quality, "speed": speed, "build": build}
+KINDS = {"merges": merges, "quality": quality, "speed": speed, "step": step, "build": build}
 
 
 def main() -> None:
