@@ -159,27 +159,28 @@ def merges(done: set[str]) -> Iterator[dict[str, Any]]:
 
 # -- quality ----------------------------------------------------------------------------------------------------------
 
-STEPS, MERGE_EVERY, BATCH = 100, 20, 4
+STEPS, MERGE_EVERY, BATCH, LAYERS = 100, 20, 4, 2
 #: (format or "bfloat16", kind, merge interval, seed), the most telling first.
 QUALITY = [
-    *((name, "", MERGE_EVERY, seed) for seed in range(3) for name in ("bfloat16", "int8")),
-    *((name, "", MERGE_EVERY, 0) for name in ("int4", "nf4", "fp8", "bipolar-int4", "bipolar-int2")),
+    *((name, "", MERGE_EVERY, seed) for seed in range(2) for name in ("bfloat16", "int8")),
+    *((name, "", MERGE_EVERY, 0) for name in ("int4", "nf4", "fp8", "bipolar-int4")),
+    *((name, "", MERGE_EVERY, 2) for name in ("bfloat16", "int8")),
     ("int8", "naive", MERGE_EVERY, 0),
-    ("bfloat16", "naive", MERGE_EVERY, 0),
     ("int4", "feedback", MERGE_EVERY, 0),
+    ("bipolar-int2", "", MERGE_EVERY, 0),
+    ("bfloat16", "naive", MERGE_EVERY, 0),
     ("int4", "", STEPS, 0),
     ("bfloat16", "", STEPS, 0),
-    ("int8", "nearest", MERGE_EVERY, 0),
     *((name, "", MERGE_EVERY, seed) for name in ("int4", "nf4", "fp8", "bipolar-int4") for seed in (1, 2)),
 ]
 
 
 def quality(done: set[str]) -> Iterator[dict[str, Any]]:
-    """Validation loss of the demo model after the same batches, schedule and first weights for every format."""
+    """Validation loss of a demo model of two layers after the same batches, schedule and first weights for every format."""
     from poetx.train.data import prepare_data
     from poetx.train.recipe import load_recipe
 
-    recipe = load_recipe("demo", [f"train.batch_size={BATCH}"])
+    recipe = load_recipe("demo", [f"train.batch_size={BATCH}", f"model.num_layers={LAYERS}"])
     data = prepare_data(recipe)
     for name, kind, interval, seed in QUALITY:
         cell = f"{name} {kind}".strip() + f" merged every {interval} seed {seed}"
