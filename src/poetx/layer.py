@@ -145,8 +145,8 @@ class PoetLinear(nn.Module):
         if self._like.is_meta:
             return
         self._reset_rotations()
-        weight = fresh_weight(self.config, self.out_features, self.in_features, self.name)
-        self._store(weight.to(self._like.device))
+        fresh = (self.config, self.out_features, self.in_features, self.name)
+        self._store(fresh_weight(*fresh).to(self._like.device))  # held by nobody else, so freed once it is permuted
         if self.bias is not None:
             self.bias.zero_()
 
@@ -165,7 +165,10 @@ class PoetLinear(nn.Module):
 
     def _store(self, native_weight: Tensor) -> None:
         """Write a weight [m, n] given in the native frame in the stored form, and note its norm."""
-        self._write(_permuted(native_weight, self.perm_out, self.perm_in), noise=None)
+        weight = _permuted(native_weight, self.perm_out, self.perm_in)
+        del native_weight
+        self._write(weight, noise=None)
+        del weight
         self.base_norm.copy_(torch.linalg.vector_norm(self._precise_weight(), dtype=torch.float64))
 
     def _write(self, weight: Tensor, *, noise: torch.Generator | None) -> None:
