@@ -43,13 +43,12 @@ def test_interpreted_equals_the_twin(name, rows, columns, group_size, dtype):
     ("tokens", "rows", "columns", "group_size"), [(1, 3, 64, 16), (5, 40, 37, 8), (70, 33, 150, 64), (2, 5, 1, 128)]
 )
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_interpreted_product_equals_the_twin(name, tokens, rows, columns, group_size, dtype, monkeypatch):
-    monkeypatch.setattr("poetx.ops.quantize.FUSED_TOKENS", tokens)  # 70: two tiles of tokens
+def test_the_interpreted_product_equals_the_twin(name, tokens, rows, columns, group_size, dtype):
     packed = stored(name, rows, columns, group_size)
     x = torch.randn(columns, tokens, generator=torch.Generator().manual_seed(1)).to(dtype).T  # strided
     want = x.double() @ dequantise(packed, dtype).double().T
     with interpreted(), nan_filled():
-        got = product(x, packed)
+        got = product(x, packed, most=tokens)  # 70: two tiles of tokens
     assert got.dtype == dtype
     assert got.shape == (tokens, rows)
     assert relative_error(got.double(), want) < 2 * DTYPES[dtype]
@@ -64,6 +63,19 @@ def test_only_few_tokens_are_fused():
         assert fused(x[1:], packed.format)
         assert not fused(x, packed.format)
         assert not fused(x[:0], packed.format)
+
+
+def test_bench_ops_compares_it_where_the_kernel_runs(monkeypatch):
+    from poetx.bench import ops as bench
+
+    monkeypatch.setattr(bench, "FEW_TOKENS", (1, 40))
+    sizes = {"tokens": (), "features": 32, "blocks": (), "block_sizes": ()}
+    arguments = {"device": torch.device("cpu"), "dtype": torch.float32, "repeats": 1}
+    with interpreted():
+        rows = list(bench.bench_ops(**arguments, **sizes))
+    assert [(row["weight_format"], row["tokens"]) for row in rows[:3]] == [("int8", 1), ("int8", 40), ("int4", 1)]
+    assert len(rows) == 6
+    assert list(bench.bench_ops(**arguments, **sizes)) == []
 
 
 @pytest.mark.parametrize("name", ["int8", "nf4"])

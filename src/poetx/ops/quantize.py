@@ -271,18 +271,19 @@ def _settings(packed: Packed) -> dict[str, Any]:
     return {"group_size": packed.group_size, "bits": fmt.bits, "top": fmt.top, "kind": fmt.kind}
 
 
-def fused(x: Tensor, fmt: Format) -> bool:
+def fused(x: Tensor, fmt: Format, *, most: int | None = None) -> bool:
     """Whether :func:`product` is to multiply by the codes themselves: few tokens, on a GPU with Triton.
 
     One tile of tokens decodes the weight once, as dequantising does, and spares its way through memory. What several
     tiles spare is not measured (``poetx bench ops`` does, on a GPU), so larger batches keep to the vendor's product.
+    ``most``: tokens instead of :data:`FUSED_TOKENS`.
     """
-    return 0 < x.shape[0] <= FUSED_TOKENS and use_triton(x, missing=_missing(fmt))
+    return 0 < x.shape[0] <= (FUSED_TOKENS if most is None else most) and use_triton(x, missing=_missing(fmt))
 
 
-def product(x: Tensor, packed: Packed) -> Tensor:
+def product(x: Tensor, packed: Packed, *, most: int | None = None) -> Tensor:
     """``x · dequantise(packed, x.dtype)ᵀ``: x [N, columns] → [N, rows], by one kernel where :func:`fused` says so."""
-    if not fused(x, packed.format):
+    if not fused(x, packed.format, most=most):
         return x @ dequantise(packed, x.dtype).T
     from poetx.ops.triton import quantize as kernels
 
