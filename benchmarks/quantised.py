@@ -176,7 +176,7 @@ QUALITY = [
 
 
 def quality(done: set[str]) -> Iterator[dict[str, Any]]:
-    """Validation loss of a demo model of two layers after the same batches, schedule and first weights for every format."""
+    """Validation loss of the demo model, of two layers, after the same batches and schedule from the same weights."""
     from poetx.train.data import prepare_data
     from poetx.train.recipe import load_recipe
 
