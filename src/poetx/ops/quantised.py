@@ -29,8 +29,9 @@ def _forward(x, codes, scale, offset, weight_format, group_size, q_in, q_out, pe
     packed = _packed(codes, scale, offset, weight_format, group_size, perm_in)
     if not fused(x, packed.format):
         return linear._mem_forward(x, dequantise(packed, x.dtype), q_in, q_out, perm_in, perm_out, bias, *sizes)
+    block_size_in, block_size_out, order = sizes
     features = perm_in.shape[0], perm_out.shape[0]
-    G_in, G_out = cayley_pair(q_in, q_out, *features, *sizes, x.dtype)
+    G_in, G_out = cayley_pair(q_in, q_out, *features, block_size_in, block_size_out, order, x.dtype)
     return rotate_scatter(product(gather_rotate(x, perm_in, G_in), packed), G_out, perm_out, bias)
 
 

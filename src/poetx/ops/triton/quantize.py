@@ -101,7 +101,7 @@ def product_kernel(
         place = start + tl.arange(0, STEP)
         here = (r < R)[:, None] & (place < RUN)[None, :]
         byte = tl.load(codes + row * row_bytes + place[None, :], mask=here, other=0).to(tl.int32)
-        for slot in tl.static_range(0, 8 // WIDTH):
+        for slot in tl.static_range(0, 8 // WIDTH):  # pyright: ignore[reportGeneralTypeIssues]
             c = slot * RUN + place
             inside = (place < RUN) & (c < C)
             mask = here & inside[None, :]
