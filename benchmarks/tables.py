@@ -207,7 +207,8 @@ def quantised_quality() -> str:
         base = {seed: loss.get(("bfloat16", "stochastic", every, seed)) for seed in mine}
         cells = [f"{mine[seed]:.4f}" if seed in mine else "" for seed in seeds]
         gaps = [f"{mine[seed] - value:+.4f}" for seed, value in base.items() if value is not None]
-        body.append([f"{name}, {kind}", str(every), *cells, ", ".join(gaps)])
+        is_base = (name, kind) == ("bfloat16", "stochastic")
+        body.append([f"{name}, {kind}", str(every), *cells, "" if is_base else ", ".join(gaps)])
     return _markdown(["base", "merged every", *(f"seed {seed}" for seed in seeds), "against bfloat16"], body)
 
 
