@@ -3,13 +3,15 @@
     python -m benchmarks.quantised merges  --out benchmarks/results/quantised.jsonl
     python -m benchmarks.quantised quality --out benchmarks/results/quantised.jsonl
     python -m benchmarks.quantised speed   --out benchmarks/results/quantised.jsonl
+    python -m benchmarks.quantised step    --out benchmarks/results/quantised.jsonl
     python -m benchmarks.quantised build   --out benchmarks/results/quantised.jsonl
 
 Rows that the file has already are not made again, so that an interrupted run keeps what it has.
 
 Kinds of requantisation. No suffix: stochastic rounding, the library's. *nearest*: to the nearest level. *feedback*:
-to the nearest level, and the rounding error kept, stochastically rounded, in 4 more bits that only merging reads.
-*naive*: to the nearest level after a fold in bfloat16 of the truncated series' blocks, without norm correction.
+to the nearest level, and the rounding error kept, stochastically rounded, in 4 more bits that only merging reads
+(``weight_residual``). *naive*: to the nearest level after a fold in bfloat16 of the truncated series' blocks, without
+norm correction.
 """
 
 from __future__ import annotations
@@ -45,40 +47,24 @@ class Nearest(PackedWeight):
         super().write(weight, noise=None)
 
 
-class Feedback(PackedWeight):
-    """Keeps the rounding error in 4 more bits a weight, which only merging reads."""
-
-    residual: PackedWeight
-
-    def write(self, weight: Tensor, *, noise: torch.Generator | None) -> None:
-        super().write(weight, noise=None)
-        if "residual" not in self._modules:
-            self.residual = PackedWeight(*weight.shape, weight_format="int4", group_size=self.group_size)
-        self.residual.write(weight - super().read(), noise=noise)
-
-    def read(self) -> Tensor:
-        return super().read() + self.residual.read()
-
-    def visible(self) -> Tensor:
-        """What forward multiplies by."""
-        return super().read()
+def settings(name: str, kind: str) -> dict[str, Any]:
+    """What a format and a kind of requantisation add to a ``PoetConfig``."""
+    if name == "bfloat16":
+        return {}
+    return {"weight_format": name, "group_size": GROUP, "weight_residual": kind == "feedback"}
 
 
 def set_kind(layer: PoetLinear, kind: str) -> None:
-    """Make a freshly initialised quantised layer requantise in another way."""
-    assert layer.packed_weight is not None
-    if kind:
-        layer.packed_weight.__class__ = {"nearest": Nearest, "naive": Nearest, "feedback": Feedback}[kind]
-    if kind == "feedback":
-        layer.reset_parameters()
+    """Make a quantised layer round to nearest, where its kind asks for that."""
+    if kind in ("nearest", "naive") and layer.packed_weight is not None:
+        layer.packed_weight.__class__ = Nearest
 
 
 @torch.no_grad()
 def naive_fold(layer: PoetLinear) -> None:
     """Blocks by the order-3 series, blocks and weight in bfloat16, no norm correction; rotations back to zero."""
     packed = layer.packed_weight
-    assert packed is not None
-    weight = packed.read().bfloat16()
+    weight = (layer.base_weight if packed is None else packed.read()).bfloat16()
     G_in, G_out = (
         cayley(q, size=size, block_size=b, order=3).bfloat16()
         for q, size, b in (
@@ -87,10 +73,10 @@ def naive_fold(layer: PoetLinear) -> None:
         )
     )
     weight = _block_product(_block_product(weight, G_in.mT).T, G_out).T
-    packed.write(weight.float(), noise=None)
+    layer._write(weight.float(), noise=None)
     for skew in layer.rotations:
         skew.zero_()
-    layer.base_norm.copy_(packed.read().norm())
+    layer.base_norm.copy_(torch.linalg.vector_norm(layer._precise_weight(), dtype=torch.float64))
 
 
 def _block_product(weight: Tensor, G: Tensor) -> Tensor:
@@ -118,6 +104,7 @@ MERGES = [
     ("int8", "nearest", 300, 0.003),
     ("int8", "", 75, 0.2),
     ("int4", "", 75, 0.2),
+    ("int8", "feedback", 75, 0.2),
     *((name, "", 300, 0.1) for name in ("nf4", "fp8", "bipolar-int8", "bipolar-int4")),
 ]
 
@@ -130,16 +117,15 @@ def merges(done: set[str]) -> Iterator[dict[str, Any]]:
             continue
         shared: dict[str, Any] = {"block_size": BLOCK, "init": "normalized", "mode": "mem"}
         exact = PoetLinear(SIZE, SIZE, bias=False, config=PoetConfig(**shared), name="merges")
-        config = PoetConfig(**shared, weight_format=name, group_size=GROUP)
+        config = PoetConfig(**shared, **settings(name, kind))
         layer = PoetLinear(SIZE, SIZE, bias=False, config=config, name="merges")
         set_kind(layer, kind)
         packed = layer.packed_weight
         assert packed is not None
-        visible = packed.visible if isinstance(packed, Feedback) else packed.read
-        start, generator = float(visible().norm()), torch.Generator().manual_seed(0)
+        start, generator = float(packed.read().norm()), torch.Generator().manual_seed(0)
         spectrum = torch.linalg.svdvals(exact.base_weight.detach().double())
         ratios, growth = [], {}
-        first = float((visible() - exact.base_weight).norm() / exact.base_norm)
+        first = float((packed.read() - exact.base_weight).norm() / exact.base_norm)
         for merge in range(1, count + 1):
             with torch.no_grad():
                 for mine, theirs in zip(layer.rotations, exact.rotations, strict=True):
@@ -149,10 +135,10 @@ def merges(done: set[str]) -> Iterator[dict[str, Any]]:
                 naive_fold(layer)
             exact.merge_()
             layer.merge_()
-            ratios.append(float(visible().norm()) / start)
+            ratios.append(float(packed.read().norm()) / start)
             if merge in (1, 3, 10, 30, 75, 100, 300):
-                growth[merge] = float((visible() - exact.base_weight).norm() / exact.base_norm)
-        end = torch.linalg.svdvals(visible().double())
+                growth[merge] = float((packed.read() - exact.base_weight).norm() / exact.base_norm)
+        end = torch.linalg.svdvals(packed.read().double())
         yield {
             "benchmark": "quantised-merges",
             "cell": cell,
@@ -173,27 +159,28 @@ def merges(done: set[str]) -> Iterator[dict[str, Any]]:
 
 # -- quality ----------------------------------------------------------------------------------------------------------
 
-STEPS, MERGE_EVERY = 40, 8
-#: (format or "float32", kind, merge interval, seed), the most telling first.
+STEPS, MERGE_EVERY, BATCH, LAYERS = 100, 20, 4, 2
+#: (format or "bfloat16", kind, merge interval, seed), the most telling first.
 QUALITY = [
-    *((name, "", MERGE_EVERY, seed) for seed in range(3) for name in ("float32", "int8")),
-    *((name, "", MERGE_EVERY, 0) for name in ("int4", "nf4", "bipolar-int4", "fp8")),
-    ("int8", "nearest", MERGE_EVERY, 0),
+    *((name, "", MERGE_EVERY, seed) for seed in range(2) for name in ("bfloat16", "int8")),
+    *((name, "", MERGE_EVERY, 0) for name in ("int4", "nf4", "fp8", "bipolar-int4")),
+    *((name, "", MERGE_EVERY, 2) for name in ("bfloat16", "int8")),
     ("int8", "naive", MERGE_EVERY, 0),
-    ("int4", "nearest", MERGE_EVERY, 0),
     ("int4", "feedback", MERGE_EVERY, 0),
+    ("bipolar-int2", "", MERGE_EVERY, 0),
+    ("bfloat16", "naive", MERGE_EVERY, 0),
     ("int4", "", STEPS, 0),
-    ("float32", "", STEPS, 0),
-    ("bipolar-int8", "", MERGE_EVERY, 0),
+    ("bfloat16", "", STEPS, 0),
+    *((name, "", MERGE_EVERY, seed) for name in ("int4", "nf4", "fp8", "bipolar-int4") for seed in (1, 2)),
 ]
 
 
 def quality(done: set[str]) -> Iterator[dict[str, Any]]:
-    """Validation loss of the demo model after the same batches, schedule and first weights for every format."""
+    """Validation loss of the demo model, of two layers, after the same batches and schedule from the same weights."""
     from poetx.train.data import prepare_data
     from poetx.train.recipe import load_recipe
 
-    recipe = load_recipe("demo", [])
+    recipe = load_recipe("demo", [f"train.batch_size={BATCH}", f"model.num_layers={LAYERS}"])
     data = prepare_data(recipe)
     for name, kind, interval, seed in QUALITY:
         cell = f"{name} {kind}".strip() + f" merged every {interval} seed {seed}"
@@ -218,14 +205,14 @@ def quality(done: set[str]) -> Iterator[dict[str, Any]]:
 
 
 def train(recipe: Any, data: Any, name: str, kind: str, interval: int, seed: int) -> tuple[float, float, int]:
-    """Validation loss, seconds and parameters of one run in float32."""
+    """Validation loss, seconds and parameters of one run of a bfloat16 model."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from benchmarks.stack import _loss, validate
     from poetx.train.sampler import batch_windows
     from poetx.train.schedule import lr_factor
 
-    shape, settings = recipe.model, recipe.optimizer
+    shape, rates = recipe.model, recipe.optimizer
     torch.manual_seed(seed)
     model: Any = AutoModelForCausalLM.from_config(
         LlamaConfig(
@@ -237,27 +224,27 @@ def train(recipe: Any, data: Any, name: str, kind: str, interval: int, seed: int
             pad_token_id=None,
         ),
         dtype=torch.float32,
-    ).train()
+    )
+    model = model.to(torch.bfloat16).train()
     parameters = sum(p.numel() for p in model.parameters())
-    quantised = {} if name == "float32" else {"weight_format": name, "group_size": GROUP}
-    config = recipe.poet.config.to_dict() | {"mode": "mem", "seed": seed} | quantised
+    config = recipe.poet.config.to_dict() | {"mode": "mem", "seed": seed} | settings(name, kind)
     poetx.convert_(model, PoetConfig.from_dict(config))
     layers = [layer for _, layer in poetx.poet_layers(model)]
-    for layer in layers if kind else []:
+    for layer in layers:
         set_kind(layer, kind)
-    optimizer = torch.optim.AdamW(poetx.param_groups(model, lr=settings.lr, poet_lr=settings.poet_lr), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(poetx.param_groups(model, lr=rates.lr, poet_lr=rates.poet_lr), weight_decay=0.0)
     if kind == "naive":
         optimizer.register_step_post_hook(_naive_every(interval, layers))
     poetx.merge_every(optimizer, model, steps=interval)
     peaks = [group["lr"] for group in optimizer.param_groups]
     started = time.perf_counter()
     for step in range(STEPS):
-        factor = lr_factor(step, steps=STEPS, warmup_steps=settings.warmup_steps, min_ratio=settings.min_lr_ratio)
+        factor = lr_factor(step, steps=STEPS, warmup_steps=rates.warmup_steps, min_ratio=rates.min_lr_ratio)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * factor
         windows = batch_windows(step, batch_size=recipe.train.batch_size, windows=len(data.train), seed=seed)
         _loss(model, *data.train.batch(windows)).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        nn.utils.clip_grad_norm_(model.parameters(), rates.clip)
         optimizer.step()
         optimizer.zero_grad()
     seconds = time.perf_counter() - started
@@ -315,6 +302,17 @@ def speed(done: set[str], *, repeats: int = 60) -> Iterator[dict[str, Any]]:
                 }
 
 
+def step(done: set[str], *, repeats: int = 20) -> Iterator[dict[str, Any]]:
+    """Whole steps of the demo, a share of one merge counted in."""
+    from poetx.bench.step import bench_step
+
+    names = ("mem", "int8", "int4", "nf4", "fp8")
+    if all(name in done for name in names):
+        return
+    for row in bench_step("demo", contestants=names, repeats=repeats):
+        yield row | {"benchmark": "quantised-step", "cell": row["contestant"]}
+
+
 _BUILD = """
 import resource, sys, torch, poetx
 from transformers import AutoModelForCausalLM
@@ -354,7 +352,7 @@ def build(done: set[str], *, model: str = "llama-1b", weight_format: str = "int8
     }
 
 
-KINDS = {"merges": merges, "quality": quality, "speed": speed, "build": build}
+KINDS = {"merges": merges, "quality": quality, "speed": speed, "step": step, "build": build}
 
 
 def main() -> None:

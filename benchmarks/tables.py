@@ -197,26 +197,39 @@ def quantised_merges() -> str:
 
 
 def quantised_quality() -> str:
-    """Validation loss beside the float32 base of the same seed and interval."""
+    """Validation loss of every seed, and how far it is from the bfloat16 base's of the same seed and interval."""
     rows = _quantised("quality")
-    base = {(r["seed"], r["merge_every"]): r["validation_loss"] for r in rows if r["format"] == "float32"}
+    loss = {(r["format"], r["kind"], r["merge_every"], r["seed"]): r["validation_loss"] for r in rows}
+    seeds = sorted({r["seed"] for r in rows})
     body = []
-    for row in rows:
-        start = base.get((row["seed"], row["merge_every"]))
-        difference = "" if start is None else f"{row['validation_loss'] - start:+.4f}"
-        name = row["format"] if row["format"] == "float32" else f"{row['format']}, {row['kind']}"
-        body.append([name, str(row["merge_every"]), str(row["seed"]), f"{row['validation_loss']:.4f}", difference])
-    return _markdown(["base", "merged every", "seed", "validation loss", "against float32"], body)
+    for name, kind, every in dict.fromkeys((r["format"], r["kind"], r["merge_every"]) for r in rows):
+        mine = {seed: loss[name, kind, every, seed] for seed in seeds if (name, kind, every, seed) in loss}
+        base = {seed: loss.get(("bfloat16", "stochastic", every, seed)) for seed in mine}
+        cells = [f"{mine[seed]:.4f}" if seed in mine else "" for seed in seeds]
+        gaps = [f"{mine[seed] - value:+.4f}" for seed, value in base.items() if value is not None]
+        is_base = (name, kind) == ("bfloat16", "stochastic")
+        body.append([f"{name}, {kind}", str(every), *cells, "" if is_base else ", ".join(gaps)])
+    return _markdown(["base", "merged every", *(f"seed {seed}" for seed in seeds), "against bfloat16"], body)
 
 
 def quantised_speed() -> str:
-    """Tokens a second of *mem*'s."""
+    """Tokens a second of *mem*'s, of one layer and of a whole step of the demo."""
     rows = {row["cell"]: row for row in _quantised("speed")}.values()
     shapes = list(dict.fromkeys((r["out_features"], r["in_features"]) for r in rows))
     names = [name for name in dict.fromkeys(r["candidate"] for r in rows) if name != "mem"]
     find = {(r["candidate"], r["out_features"], r["in_features"]): r["tokens_per_second_of_mem"] for r in rows}
-    body = [[name, *(f"{find[name, m, n]:.2f}" for m, n in shapes)] for name in names]
-    return _markdown(["tokens/s against mem, 1024 tokens", *(f"{m}×{n}" for m, n in shapes)], body)
+    steps = {row["contestant"]: f"{row['speed_ratio']:.2f}" for row in _quantised("step")}
+    body = [[name, *(f"{find[name, m, n]:.2f}" for m, n in shapes), steps.get(name, "")] for name in names]
+    return _markdown(["tokens/s against mem, 1024 tokens", *(f"{m}×{n}" for m, n in shapes), "demo step"], body)
+
+
+def quantised_build() -> str:
+    """Host memory of building a model on its quantised size."""
+    body = [
+        [row["cell"], *(f"{row[key]:.3f}" for key in ("converted_layers_in_bfloat16_gib", "finished_gib", "peak_gib"))]
+        for row in _quantised("build")
+    ]
+    return _markdown(["GiB", "its linears in bfloat16", "finished model", "peak while building"], body)
 
 
 _TABLES = (
@@ -229,6 +242,7 @@ _TABLES = (
     quantised_merges,
     quantised_quality,
     quantised_speed,
+    quantised_build,
 )
 TABLES: dict[str, Callable[[], str]] = {t.__name__: t for t in _TABLES}
 

@@ -34,15 +34,18 @@ def logits(model):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("weight_format", [None, "int8", "nf4"])
-def test_from_a_checkpoint_equals_converting_the_loaded_model(weight_format, tied, tmp_path):
+@pytest.mark.parametrize(
+    ("weight_format", "residual"), [(None, False), ("int8", False), ("int8", True), ("nf4", False)]
+)
+def test_from_a_checkpoint_equals_converting_the_loaded_model(weight_format, residual, tied, tmp_path):
     config = llama(tie_word_embeddings=tied)
     torch.manual_seed(0)
     loaded = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     loaded.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    convert_(loaded, PoetConfig(weight_format=weight_format, **XQ))
-    model = materialize_(on_meta(config, weight_format=weight_format), tmp_path)
+    settings = {"weight_format": weight_format, "weight_residual": residual}
+    convert_(loaded, PoetConfig(**settings, **XQ))
+    model = materialize_(on_meta(config, **settings), tmp_path)
     want = loaded.state_dict()
     assert model.state_dict().keys() == want.keys()
     for name, value in model.state_dict().items():
@@ -65,8 +68,9 @@ def test_fresh_weights_depend_on_the_seed_alone_and_leave_the_generator():
     assert embedding.std().item() == pytest.approx(0.02, rel=0.1)
 
 
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("from_checkpoint", [False, True])
-def test_building_takes_the_finished_model_and_one_layer(from_checkpoint, tmp_path, monkeypatch):
+def test_building_takes_the_finished_model_and_one_layer(from_checkpoint, residual, tmp_path, monkeypatch):
     """Followed storage by storage: the peak over the finished model is a few copies of one layer, not of twelve."""
     monkeypatch.setitem(quantize._READ_SLICE, "cpu", 1 << 12)
     monkeypatch.setattr(quantize, "_SLICE", 1 << 12)  # a small part of a layer, as it is of a large one
@@ -79,7 +83,7 @@ def test_building_takes_the_finished_model_and_one_layer(from_checkpoint, tmp_pa
         save_file(linears().state_dict(), tmp_path / "model.safetensors")
     with torch.device("meta"):
         model = linears()
-    convert_(model, PoetConfig(**XQ, weight_format="int8"))
+    convert_(model, PoetConfig(**XQ, weight_format="int8", weight_residual=residual))
     tracker = StorageTracker()
     with tracker:
         tracker.enter_phase("build")

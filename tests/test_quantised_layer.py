@@ -10,6 +10,7 @@ from torch import nn
 from helpers import TOLERANCE, relative_error
 from poetx import PoetConfig, PoetLinear, UserError, convert_, to_dense_
 from poetx.config import WEIGHT_FORMATS
+from poetx.layer import fresh_weight
 from poetx.memory.tracker import StorageTracker, followed
 
 
@@ -79,13 +80,15 @@ def test_nothing_of_the_weights_size_in_high_precision_is_saved():
     assert {t.data_ptr() for t in saved} >= set(stored)
 
 
-def test_at_most_one_layers_weight_is_alive_in_high_precision():
+@pytest.mark.parametrize("residual", [False, True])
+def test_at_most_one_layers_weight_is_alive_in_high_precision(residual):
     """Followed storage by storage through forward, backward, step and merge of three layers."""
     from poetx import merge_
     from poetx.ops._library import transparent_operators
 
     size = 256
-    model = nn.Sequential(*(make(m=size, n=size, bias=False, block_size=16, group_size=64) for _ in range(3)))
+    settings = {"block_size": 16, "group_size": 64, "weight_residual": residual}
+    model = nn.Sequential(*(make(m=size, n=size, bias=False, **settings) for _ in range(3)))
     alive = {}
 
     class Watch(StorageTracker):
@@ -127,14 +130,15 @@ def test_storage_is_integers_and_scales():
     assert all(p.numel() < 64 * 64 for p in layer.parameters())
 
 
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("weight_format", ["int8", "nf4", "bipolar-int3"])
-def test_save_load_continue_deepcopy_and_casts(weight_format, tmp_path):
+def test_save_load_continue_deepcopy_and_casts(weight_format, residual, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    layer = make(weight_format)
+    layer = make(weight_format, weight_residual=residual)
     layer.merge_()
     save_file(layer.state_dict(), tmp_path / "layer.safetensors")
-    other = make(weight_format, seed=0)
+    other = make(weight_format, weight_residual=residual)
     other.load_state_dict(load_file(tmp_path / "layer.safetensors"))
     buffer = io.BytesIO()
     torch.save(layer.state_dict(), buffer)
@@ -171,6 +175,41 @@ def test_three_hundred_merges_hold_the_norm():
     assert max(abs(r - 1) for r in ratios) < 5e-3
 
 
+@pytest.mark.parametrize("weight_format", ["int8", "int4", "nf4", "bipolar-int3"])
+def test_the_residual_changes_what_merges_keep_and_not_what_forward_sees(weight_format):
+    plain, residual = (make(weight_format, bias=False, weight_residual=kept) for kept in (False, True))
+    x = torch.randn(3, 20)
+    assert torch.equal(plain(x), residual(x))
+    assert torch.equal(plain.dense_weight(), residual.dense_weight())
+    native = fresh_weight(plain.config, 24, 20, "layer")[plain.perm_out.long()][:, plain.perm_in.long()]
+    lost = relative_error(residual.packed_weight.read(), native)
+    assert relative_error(residual.packed_weight.read(precise=True), native) < 0.1 * lost
+
+    state = residual.state_dict()
+    extra = {key: value.dtype for key, value in state.items() if key not in plain.state_dict()}
+    assert extra == {"packed_weight.residual.codes": torch.uint8, "packed_weight.residual.scale": torch.bfloat16}
+    assert state["packed_weight.residual.codes"].shape == (24, 10)
+
+
+@pytest.mark.parametrize(("weight_format", "gain"), [("int8", 5), ("int4", 4)])
+def test_thirty_merges_lose_far_less_with_a_residual(weight_format, gain):
+    """Against a float32 layer that folds the same rotations: the error of what forward multiplies by."""
+    settings = {"m": 64, "n": 64, "bias": False, "angle": 0, "block_size": 16, "group_size": 64}
+    config = PoetConfig(block_size=16, mode="mem", init="normalized")
+    exact = PoetLinear(64, 64, bias=False, config=config, name="layer")
+    layers = [exact, *(make(weight_format, **settings, weight_residual=kept) for kept in (False, True))]
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(30):
+        drawn = [torch.randn(skew.shape, generator=generator) * 0.1 / (2 * 15**0.5) for skew in exact.rotations]
+        for layer in layers:
+            with torch.no_grad():
+                for skew, value in zip(layer.rotations, drawn, strict=True):
+                    skew.copy_(value)
+            layer.merge_()
+    plain, residual = (relative_error(layer.dense_weight(), exact.dense_weight()) for layer in layers[1:])
+    assert gain * residual < plain
+
+
 def test_compiles_to_one_graph_and_survives_merges():
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -202,13 +241,14 @@ def test_meta_then_reset_equals_built_on_the_device():
 LOGITS = {"int8": 0.02, "fp8": 0.06, "bipolar-int8": 0.02, "int4": 0.25, "nf4": 0.25, "bipolar-int4": 0.3}
 
 
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("weight_format", LOGITS)
-def test_conversion_preserves_the_function_within_the_format_and_export_within_bfloat16(weight_format):
+def test_conversion_preserves_the_function_within_the_format_and_export_within_bfloat16(weight_format, residual):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.SiLU(), nn.Linear(96, 64), nn.SiLU(), nn.Linear(64, 64)).bfloat16()
     x = torch.randn(32, 64).bfloat16()
     before = model(x)
-    config = PoetConfig(block_size=16, mode="mem", weight_format=weight_format, group_size=64)
+    config = PoetConfig(block_size=16, mode="mem", weight_format=weight_format, group_size=64, weight_residual=residual)
     report = convert_(model, config)
     assert [layer.name for layer in report.converted] == ["0", "2", "4"]
     assert 0 < relative_error(model(x), before) < LOGITS[weight_format]
@@ -221,11 +261,9 @@ def test_conversion_preserves_the_function_within_the_format_and_export_within_b
     assert relative_error(model(x), quantised) < TOLERANCE[torch.bfloat16]
 
 
-def test_fast_and_residual_are_refused_with_the_reason():
+def test_fast_is_refused_with_the_reason():
     with pytest.raises(UserError, match=r"mode='fast' with weight_format='int8'.*use mode='mem'"):
         PoetConfig(weight_format="int8")
-    with pytest.raises(UserError, match="weight_residual with weight_format"):
-        PoetConfig(weight_format="int8", mode="mem", weight_residual=True)
     with pytest.raises(UserError, match="weight_format='int9'.*did you mean 'int8'"):
         PoetConfig(weight_format="int9", mode="mem")
     with pytest.raises(UserError, match="group_size=1"):

@@ -64,7 +64,8 @@ class PoetConfig:
             steps of 2.5e-4 vanish below half a unit in the last place of bfloat16. Of ``"single-step"``: dtype of the
             momentum, which bfloat16 serves with stochastic rounding.
         weight_residual: keep 8 more bits of a bfloat16 weight in an int8 tensor (3 bytes a weight in all), which
-            only merging reads and writes: ten times less rounding noise in the spectrum of a long run.
+            only merging reads and writes: ten times less rounding noise in the spectrum of a long run. With a
+            ``weight_format`` 4 more bits of it, to the same end.
         weight_format: store the frozen weight as ``"int8"`` or ``"int4"`` (affine), ``"nf4"``, ``"fp8"`` (e4m3) or
             ``"bipolar-int2"`` … ``"bipolar-int8"``, dequantised on the fly (POET-XQ). None: in the model's dtype.
             Needs ``mode="mem"``: what *fast* saves for backward would cost more than the format spares.
@@ -137,11 +138,6 @@ class PoetConfig:
             raise UserError(
                 f"mode={self.mode!r} with weight_format={self.weight_format!r}: fast keeps a product of the layer for "
                 "backward, which costs more memory than the format spares; use mode='mem'"
-            )
-        if self.weight_residual:
-            raise UserError(
-                f"weight_residual with weight_format={self.weight_format!r}: the residual completes a bfloat16 weight; "
-                "use one of the two"
             )
 
     def to_dict(self) -> dict[str, Any]:

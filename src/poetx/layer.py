@@ -51,7 +51,7 @@ class PoetLinear(nn.Module):
         perm_in [n], perm_out [m]: int32. merge_count: int64 scalar. base_norm: ‖W0‖, float64 scalar.
         residual [m, n]: int8, only with ``config.weight_residual`` and a bfloat16 weight.
         packed_weight: with ``config.weight_format``, a :class:`poetx.storage.PackedWeight` instead of ``base_weight``,
-            which is None then.
+            which is None then; with ``config.weight_residual`` it holds its own residual.
 
     Args:
         in_features, out_features: sizes, at least 1.
@@ -106,7 +106,11 @@ class PoetLinear(nn.Module):
         else:
             self.register_parameter("base_weight", None)
             self.packed_weight = PackedWeight(
-                *shape, weight_format=config.weight_format, group_size=config.group_size, device=device
+                *shape,
+                weight_format=config.weight_format,
+                group_size=config.group_size,
+                residual=config.weight_residual,
+                device=device,
             )
         self.skew_in = self._new_skew(in_features, self.block_size_in)
         self.skew_out = self._new_skew(out_features, self.block_size_out)
@@ -115,7 +119,7 @@ class PoetLinear(nn.Module):
             self.register_buffer(side, torch.empty(size, dtype=torch.int32, device=device))
         self.register_buffer("merge_count", torch.empty((), dtype=torch.int64, device=device))
         self.register_buffer("base_norm", torch.empty((), dtype=torch.float64, device=device))
-        keeps_residual = config.weight_residual and dtype == torch.bfloat16
+        keeps_residual = config.weight_residual and dtype == torch.bfloat16 and self.packed_weight is None
         self.register_buffer(
             "residual", torch.empty(shape, dtype=torch.int8, device=device) if keeps_residual else None
         )
@@ -141,8 +145,8 @@ class PoetLinear(nn.Module):
         if self._like.is_meta:
             return
         self._reset_rotations()
-        weight = fresh_weight(self.config, self.out_features, self.in_features, self.name)
-        self._store(weight.to(self._like.device))
+        fresh = (self.config, self.out_features, self.in_features, self.name)
+        self._store(fresh_weight(*fresh).to(self._like.device))  # held by nobody else, so freed once it is permuted
         if self.bias is not None:
             self.bias.zero_()
 
@@ -161,7 +165,10 @@ class PoetLinear(nn.Module):
 
     def _store(self, native_weight: Tensor) -> None:
         """Write a weight [m, n] given in the native frame in the stored form, and note its norm."""
-        self._write(_permuted(native_weight, self.perm_out, self.perm_in), noise=None)
+        weight = _permuted(native_weight, self.perm_out, self.perm_in)
+        del native_weight
+        self._write(weight, noise=None)
+        del weight
         self.base_norm.copy_(torch.linalg.vector_norm(self._precise_weight(), dtype=torch.float64))
 
     def _write(self, weight: Tensor, *, noise: torch.Generator | None) -> None:
@@ -180,7 +187,7 @@ class PoetLinear(nn.Module):
     def _precise_weight(self) -> Tensor:
         """W' with every bit there is of it: ``base_weight``, or a new float32 tensor."""
         if self.packed_weight is not None:
-            return self.packed_weight.read()
+            return self.packed_weight.read(precise=True)
         if self.residual is not None and self.base_weight.dtype == torch.bfloat16:
             return join_bits(self.base_weight, self.residual)
         return self.base_weight
@@ -317,7 +324,8 @@ class PoetLinear(nn.Module):
             moves.append(_inverse(perm)[fresh.to(perm.device)])
             perm.copy_(fresh)
         noise = stream(self.config.seed, self.name, count, "rounding", self._like.device)
-        self._write(_permuted(weight, moves[1], moves[0]), noise=noise)
+        weight = _permuted(weight, moves[1], moves[0])
+        self._write(weight, noise=noise)
         self.skew_in.zero_()
         self.skew_out.zero_()
         self.merge_count.fill_(count)

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from poetx.ops.quantize import Packed, dequantise, format_of, quantise_
 
+#: What the rounding error of a weight is kept in: symmetric about zero, as it is.
+RESIDUAL_FORMAT = "bipolar-int4"
+
 
 class PackedWeight(nn.Module):
     """A weight [rows, columns] stored as :mod:`poetx.ops.quantize` says. Never trained, never called.
@@ -21,11 +24,14 @@ class PackedWeight(nn.Module):
     Args:
         weight_format: one of :data:`poetx.config.WEIGHT_FORMATS`.
         group_size: neighbours in a row that share a scale.
+        residual: keep what rounding loses in a second ``PackedWeight`` of 4 bits, :attr:`residual`, so that the
+            next merge starts from the weight and not from what was left of it.
     """
 
     codes: Tensor
     scale: Tensor
     offset: Tensor | None
+    residual: PackedWeight | None
 
     def __init__(
         self,
@@ -34,6 +40,7 @@ class PackedWeight(nn.Module):
         *,
         weight_format: str,
         group_size: int,
+        residual: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -42,6 +49,8 @@ class PackedWeight(nn.Module):
         empty = Packed.empty(rows, columns, weight_format, group_size, device)
         for name in ("codes", "scale", "offset"):
             self.register_buffer(name, getattr(empty, name))
+        settings = {"weight_format": RESIDUAL_FORMAT, "group_size": group_size, "device": device}
+        self.residual = PackedWeight(rows, columns, **settings) if residual else None
 
     @property
     def packed(self) -> Packed:
@@ -49,12 +58,18 @@ class PackedWeight(nn.Module):
         return Packed(self.codes, self.scale, self.offset, self.columns, self.format, self.group_size)
 
     def write(self, weight: Tensor, *, noise: torch.Generator | None) -> None:
-        """Round ``weight`` [rows, columns] into the buffers: to nearest without ``noise``, else stochastically."""
-        quantise_(self.packed, weight, noise=noise)
+        """Round ``weight`` [rows, columns] into the buffers: to nearest without ``noise``, else stochastically.
 
-    def read(self) -> Tensor:
-        """The stored weight [rows, columns], float32."""
-        return dequantise(self.packed)
+        With a residual the weight is rounded to nearest, and only its error by ``noise``.
+        """
+        quantise_(self.packed, weight, noise=None if self.residual is not None else noise)
+        if self.residual is not None:
+            self.residual.write(self.read().neg_().add_(weight), noise=noise)
+
+    def read(self, *, precise: bool = False) -> Tensor:
+        """The stored weight [rows, columns], float32: what forward multiplies by; ``precise``, with its residual."""
+        weight = dequantise(self.packed)
+        return weight if self.residual is None or not precise else weight.add_(self.residual.read())
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PackedWeight:
         """``.to()`` and the like: the scales move, but stay bfloat16, in which every one of them is exact."""

@@ -56,6 +56,7 @@ def test_json_and_plot(app, config, tmp_path):
         (["--model", "nowhere"], "nowhere: no such shape"),
         (["--gpu", "-3"], "gpu=-3.0"),
         (["--mode", "fast", "--weight-format", "int8"], "weight_format=int8: is for method='mem'"),
+        (["--mode", "adamw", "--weight-residual"], "weight_residual: is for method='mem' or 'fast'"),
         (["--weight-format", "int9"], "did you mean 'int8'"),
         (["--plot", "a.gif"], "must end in .png"),
         (["--mode", "muon", "--optimizer-state", "int8"], "optimizer_state=int8"),

@@ -79,7 +79,8 @@ def compiled_for(capability: int) -> Iterator[list]:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tuning, "interpreted", lambda kernel: False)
-            patch.setattr(rotate, "interpreted", lambda kernel: False)
+            for module in (rotate, quantize):
+                patch.setattr(module, "interpreted", lambda kernel: False)
             for module in (cayley, quantize, rotate):
                 for name, value in vars(module).copy().items():
                     if isinstance(value, JITFunction) and name.endswith("_kernel"):

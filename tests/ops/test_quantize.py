@@ -167,3 +167,12 @@ def test_levels_first_asked_for_under_a_fake_mode_are_real_afterwards():
     assert type(levels) is torch.Tensor
     assert levels.isfinite().all()
     assert codes.unique().numel() == codes.numel()
+
+
+def test_every_code_of_fp8_reads_as_torch_casts_it():
+    codes = torch.tensor([c for c in range(256) if c & 0x7F != 0x7F], dtype=torch.uint8)  # two are NaN
+    packed = Packed.empty(2, len(codes), "fp8", len(codes), None)
+    packed.codes.copy_(codes)
+    packed.scale.copy_(torch.tensor([[0.75], [2.0**-120]]))
+    want = codes.view(torch.float8_e4m3fn).float() * packed.scale.float()
+    assert torch.equal(dequantise(packed), want)

@@ -47,11 +47,11 @@ def stopped(recipe: Recipe, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
             train(recipe)
 
 
-@pytest.mark.parametrize("weight_format", ["int8", "nf4"])
+@pytest.mark.parametrize(("weight_format", "residual"), [("int8", False), ("nf4", True)])
 def test_a_run_learns_resumes_bitwise_across_a_merge_and_exports_what_it_trained(
-    tiny: Tiny, weight_format: str, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, weight_format: str, residual: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = (*XQ, f"poet.weight_format={weight_format}")
+    settings = (*XQ, f"poet.weight_format={weight_format}", f"poet.weight_residual={str(residual).lower()}")
     straight = train(tiny(*settings, run_dir="straight"))
     assert straight.last_perplexity is not None
     assert straight.first_perplexity is not None

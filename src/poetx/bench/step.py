@@ -27,6 +27,7 @@ CONTESTANTS: dict[str, tuple[str, ...]] = {
     "adamw": ("poet=null",),
     "fast": ("poet.mode=fast", *_KEEP),
     "mem": ("poet.mode=mem", *_KEEP),
+    **{name: ("poet.mode=mem", f"poet.weight_format={name}", *_KEEP) for name in ("int8", "int4", "nf4", "fp8")},
     "single-step": (*_SINGLE, "poet.partitions=1"),
     "single-step-2": (*_SINGLE, "poet.partitions=2"),
     "single-step-free": (*_SINGLE, "poet.partitions=1", "poet.spectrum=free"),

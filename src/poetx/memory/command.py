@@ -50,6 +50,9 @@ def memory(
         str | None, typer.Option(help="Of mem's frozen weight: int8, int4, nf4, fp8, bipolar-int2 … bipolar-int8.")
     ] = None,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale in such a format.")] = 128,
+    weight_residual: Annotated[
+        bool, typer.Option("--weight-residual", help="4 more bits in such a format, 8 in bfloat16, for merging.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(help="Sequences in one backward pass.")] = 1,
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 1024,
     dtype: Annotated[str, typer.Option(help="Of weights and arithmetic: bfloat16 or float32.")] = "bfloat16",
@@ -80,6 +83,7 @@ def memory(
         "block_size": block_size,
         "weight_format": weight_format,
         "group_size": group_size,
+        "weight_residual": weight_residual,
         "batch_size": batch_size,
         "seq_len": seq_len,
         "dtype": dtype,
@@ -109,7 +113,8 @@ def _setup(
     if method in WEIGHT_FORMATS:
         method, settings = "mem", settings | {"weight_format": method}
     elif method != "mem" and not alone:
-        settings = settings | {"weight_format": None}
+        kept = {"weight_residual": settings["weight_residual"] and method in POET_METHODS}
+        settings = settings | {"weight_format": None} | kept
     setup = TrainingSetup(method=method, **settings)
     if alone or setup.uses_own_adamw:
         setup = setup.replace(optimizer_state=optimizer_state)

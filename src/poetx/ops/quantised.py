@@ -1,6 +1,7 @@
 """The layer over a quantised base (XQ): *mem*, with W' dequantised inside forward and again inside backward.
 
-Between the two nothing in high precision of W's size is alive; during either one layer's W' is, in x's dtype.
+Between the two nothing in high precision of W's size is alive; during either one layer's W' is, in x's dtype, except
+that on a GPU a forward of few tokens multiplies by the codes themselves (:func:`poetx.ops.quantize.fused`).
 """
 
 from __future__ import annotations
@@ -10,26 +11,32 @@ from torch import Tensor
 
 from poetx.ops import linear
 from poetx.ops._library import register_op
-from poetx.ops.quantize import Packed, dequantise, format_of
+from poetx.ops.cayley import cayley_pair
+from poetx.ops.quantize import Packed, dequantise, format_of, fused, product
 from poetx.ops.rebuild import rebuild
+from poetx.ops.rotate import gather_rotate, rotate_scatter
 
 _STORED = "Tensor codes, Tensor scale, Tensor? offset, str weight_format, int group_size"
 _ROTATIONS = "Tensor q_in, Tensor q_out, Tensor perm_in, Tensor perm_out"
 _SIZES = "int block_size_in, int block_size_out, int order"
 
 
-def _weight(codes, scale, offset, weight_format: str, group_size: int, perm_in: Tensor, dtype: torch.dtype) -> Tensor:
-    packed = Packed(codes, scale, offset, perm_in.shape[0], format_of(weight_format), group_size)
-    return dequantise(packed, dtype)
+def _packed(codes, scale, offset, weight_format: str, group_size: int, perm_in: Tensor) -> Packed:
+    return Packed(codes, scale, offset, perm_in.shape[0], format_of(weight_format), group_size)
 
 
 def _forward(x, codes, scale, offset, weight_format, group_size, q_in, q_out, perm_in, perm_out, bias, *sizes):
-    weight = _weight(codes, scale, offset, weight_format, group_size, perm_in, x.dtype)
-    return linear._mem_forward(x, weight, q_in, q_out, perm_in, perm_out, bias, *sizes)
+    packed = _packed(codes, scale, offset, weight_format, group_size, perm_in)
+    if not fused(x, packed.format):
+        return linear._mem_forward(x, dequantise(packed, x.dtype), q_in, q_out, perm_in, perm_out, bias, *sizes)
+    block_size_in, block_size_out, order = sizes
+    features = perm_in.shape[0], perm_out.shape[0]
+    G_in, G_out = cayley_pair(q_in, q_out, *features, block_size_in, block_size_out, order, x.dtype)
+    return rotate_scatter(product(gather_rotate(x, perm_in, G_in), packed), G_out, perm_out, bias)
 
 
 def _backward(g, x, codes, scale, offset, weight_format, group_size, q_in, q_out, perm_in, perm_out, *settings):
-    weight = _weight(codes, scale, offset, weight_format, group_size, perm_in, x.dtype)
+    weight = dequantise(_packed(codes, scale, offset, weight_format, group_size, perm_in), x.dtype)
     return linear._mem_backward(g, x, weight, q_in, q_out, perm_in, perm_out, *settings)
 
 

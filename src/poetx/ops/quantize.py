@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,8 @@ _SLICE = 1 << 18
 #: The same for reading, where it decides nothing but speed: a cache's worth on a CPU, few launches elsewhere.
 _READ_SLICE = {"cpu": 1 << 18}
 _READ_SLICE_ELSEWHERE = 1 << 24
+#: Tokens up to which a product reads codes instead of a dequantised weight, where the kernel runs at all.
+FUSED_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -174,9 +177,12 @@ def _levels_by_code(name: str, device: torch.device) -> Tensor:
 
 
 def _values(codes: Tensor, fmt: Format) -> Tensor:
-    """float32 levels before scaling; for bipolar formats the code itself, whose affine map the scales carry."""
+    """float32 levels before scaling; the scales carry bipolar codes' affine map and fp8's factor of 256."""
     if fmt.name == "fp8":
-        return codes.view(torch.float8_e4m3fn).float()
+        # e4m3's exponent and mantissa where float16 has them read 2⁻⁸ of the value, subnormals included; shifting the
+        # sign-extended byte puts the sign at both of the top bits. Torch's own cast is not vectorised on a CPU.
+        wide = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~(1 << 14))
+        return wide.view(torch.float16).float()
     if fmt.name == "nf4":
         levels = _sorted_levels("nf4")[0].to(codes.device)
         return torch.index_select(levels, 0, codes.flatten().int()).view(codes.shape)
@@ -248,32 +254,58 @@ def quantise_(packed: Packed, weight: Tensor, *, noise: torch.Generator | None =
         packed.codes[rows] = pack(codes.flatten(1)[:, : weight.shape[1]], fmt.bits)
 
 
+def _missing(fmt: Format) -> str | None:
+    """What the kernels do not read."""
+    one_plane = len(list(_planes(fmt.bits))) == 1
+    return None if one_plane else f"{fmt.name}; the kernel takes codes of 2, 4 and 8 bits"
+
+
+def _stored(packed: Packed) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The tensors that the kernels take."""
+    levels = _levels_by_code(packed.format.name, packed.codes.device) if packed.format.kind == "table" else None
+    return packed.codes, packed.scale, packed.offset, levels
+
+
+def _settings(packed: Packed) -> dict[str, Any]:
+    fmt = packed.format
+    return {"group_size": packed.group_size, "bits": fmt.bits, "top": fmt.top, "kind": fmt.kind}
+
+
+def fused(x: Tensor, fmt: Format, *, most: int | None = None) -> bool:
+    """Whether :func:`product` is to multiply by the codes themselves: few tokens, on a GPU with Triton.
+
+    One tile of tokens decodes the weight once, as dequantising does, and spares its way through memory. What several
+    tiles spare is not measured (``poetx bench ops`` does, on a GPU), so larger batches keep to the vendor's product.
+    ``most``: tokens instead of :data:`FUSED_TOKENS`.
+    """
+    return 0 < x.shape[0] <= (FUSED_TOKENS if most is None else most) and use_triton(x, missing=_missing(fmt))
+
+
+def product(x: Tensor, packed: Packed, *, most: int | None = None) -> Tensor:
+    """``x · dequantise(packed, x.dtype)ᵀ``: x [N, columns] → [N, rows], by one kernel where :func:`fused` says so."""
+    if not fused(x, packed.format, most=most):
+        return x @ dequantise(packed, x.dtype).T
+    from poetx.ops.triton import quantize as kernels
+
+    return kernels.product(x, *_stored(packed), **_settings(packed))
+
+
 def dequantise(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """The stored weight [rows, columns] in ``dtype``; the arithmetic is float32's, rounded once."""
     fmt, columns, group_size = packed.format, packed.columns, packed.group_size
     out = torch.empty(packed.codes.shape[0], columns, dtype=dtype, device=packed.codes.device)
-    planes = [width for width, _ in _planes(fmt.bits)]
-    missing = None if len(planes) == 1 else f"{fmt.name}; the kernel takes codes of 2, 4 and 8 bits"
-    if use_triton(out, SMALLEST_BLOCK, missing=missing):
+    if use_triton(out, SMALLEST_BLOCK, missing=_missing(fmt)):
         from poetx.ops.triton import quantize as kernels
 
-        return kernels.dequantise(
-            packed.codes,
-            packed.scale,
-            packed.offset,
-            _levels_by_code(fmt.name, out.device) if fmt.kind == "table" else None,
-            out,
-            group_size=group_size,
-            bits=fmt.bits,
-            top=fmt.top,
-            kind=fmt.kind,
-        )
+        return kernels.dequantise(*_stored(packed), out, **_settings(packed))
     full = columns // group_size
     for rows in _slices(out.shape[0], columns, _READ_SLICE.get(device_type(out), _READ_SLICE_ELSEWHERE)):
         values = _values(unpack(packed.codes[rows], columns, fmt.bits), fmt)
         scale, offset = packed.scale[rows].float(), packed.offset
         if fmt.kind == "bipolar":
             scale, offset = 2 * scale, -fmt.top * scale
+        elif fmt.name == "fp8":
+            scale = 256 * scale
         elif offset is not None:
             offset = offset[rows].float()
         head = values[:, : full * group_size].unflatten(1, (full, group_size))
