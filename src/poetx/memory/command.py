@@ -70,6 +70,9 @@ def memory(
     release_gradients: Annotated[
         bool, typer.Option("--release-gradients", help="Update embeddings and head during backward.")
     ] = False,
+    recompute: Annotated[
+        str, typer.Option(help="Inside checkpointed layers: fast (one product fewer), mem (smaller), or auto.")
+    ] = "auto",
     stack: Annotated[
         bool, typer.Option("--stack", help="All savings: the last three, 8-bit state, bfloat16 rotations.")
     ] = False,
@@ -89,6 +92,7 @@ def memory(
         "dtype": dtype,
         "rotation_dtype": rotation_dtype,
         "activation_checkpointing": checkpointing or stack,
+        "recompute": recompute,
         "chunked_loss": chunked_loss or stack,
         "release_gradients": release_gradients or stack,
     }
