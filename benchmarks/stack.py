@@ -138,17 +138,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--batch-size", type=int, default=2, help="sequences in a batch; the recipe has 8")
     parser.add_argument("--only", nargs="*", choices=list(VARIANTS), help="these variants (default: all)")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended to")
     args = parser.parse_args()
-    recipe = load_recipe("demo", [])
+    recipe = load_recipe("demo", [f"train.batch_size={args.batch_size}"])
     data = prepare_data(recipe)
     origin = provenance(torch.device("cpu"))
     lines = args.out.read_text().splitlines() if args.out.exists() else []
-    done = {(row["variant"], row["seed"], row["steps"]) for row in map(json.loads, lines)}
+    done = {(row["variant"], row["seed"], row["steps"], row.get("batch_size", 8)) for row in map(json.loads, lines)}
     for seed in args.seeds:
         for name in args.only or VARIANTS:
-            if (name, seed, args.steps) in done:
+            if (name, seed, args.steps, args.batch_size) in done:
                 continue
             loss, seconds = train(recipe, data, VARIANTS[name], steps=args.steps, seed=seed)
             row = {
@@ -157,6 +158,7 @@ def main() -> None:
                 "settings": PLAIN | VARIANTS[name],
                 "seed": seed,
                 "steps": args.steps,
+                "batch_size": args.batch_size,
                 "validation_loss": round(loss, 5),
                 "seconds_a_step": round(seconds, 3),
             }
