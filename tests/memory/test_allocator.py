@@ -19,7 +19,8 @@ def test_segments_by_size():
         before = allocator.reserved
         held.append(allocator.allocate(size))
         assert allocator.reserved - before == segment * MIB, size
-    assert held[0].size == 512 and held[1].size == MIB
+    assert held[0].size == 512
+    assert held[1].size == MIB
     # 12 MiB for 11: the rest of 1 MiB is no block of its own
     assert held[4].size == 12 * MIB
 
@@ -62,7 +63,8 @@ def test_what_is_held_is_more_than_what_is_used_and_ends_at_the_card():
     )
     setup = TrainingSetup(method="adamw", seq_len=256)
     estimate = estimate_memory(config, setup, card_gib=math.inf)
-    assert not estimate.extrapolated and estimate.reserved is not None
+    assert not estimate.extrapolated
+    assert estimate.reserved is not None
     assert estimate.peak < estimate.reserved < 2 * estimate.peak
     tight = estimate_memory(config, setup, card_gib=0.99 * estimate.reserved / 2**30)
     assert tight.reserved is None or tight.reserved < estimate.reserved
