@@ -64,7 +64,7 @@ TARGETS: dict[str, tuple[str, TrainingSetup, float]] = {
     ),
     "8B, 1 × 1024, single-step, K=2, full stack": ("llama-8b", full_stack(method="single-step-mem"), 18.14),
 }
-_CHECKPOINTED = {"activation_checkpointing": True, "chunked_loss": True}
+_CHECKPOINTED: dict[str, Any] = {"activation_checkpointing": True, "chunked_loss": True}
 BATCHES: dict[str, TrainingSetup] = {
     "AdamW mixed": TrainingSetup(method="adamw-mixed"),
     "AdamW bf16": TrainingSetup(method="adamw"),
@@ -224,6 +224,7 @@ def render(path: Path) -> None:
     text = document.read_text(encoding="utf-8")
     tables = {
         "published": _published_table,
+        "held": _held_table,
         "targets": _target_table,
         "batches": _batch_table,
         "sequences": _sequence_table,
@@ -239,27 +240,33 @@ def render(path: Path) -> None:
 
 
 def _published_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
+    return _cells_table(rows.get("memory-published", {}), "predicted_gib")
+
+
+def _held_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
+    found = {name.removeprefix("held "): row for name, row in rows.get("memory-held", {}).items()}
+    return _cells_table(found, "held_gib")
+
+
+def _cells_table(found: dict[str, dict[str, Any]], key: str) -> str:
     lines = [
         "| | " + " | ".join(f"{model.removeprefix('llama-').upper()} {n}" for model in SIZES for n in LENGTHS) + " |"
     ]
     lines.append("|---" * 10 + "|")
     for method, block_size in PUBLISHED:
         label = f"{method} {block_size or ''}".strip()
-        cells = []
-        for model in SIZES:
-            for seq_len in LENGTHS:
-                row = rows.get("memory-published", {}).get(f"{label} {model} {seq_len}")
-                cells.append(_cell(row))
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        cells = [found.get(f"{label} {model} {seq_len}") for model in SIZES for seq_len in LENGTHS]
+        if any(cells):
+            lines.append(f"| {label} | " + " | ".join(_cell(row, key) for row in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(row: dict[str, Any] | None) -> str:
+def _cell(row: dict[str, Any] | None, key: str) -> str:
     if row is None:
         return "–"
-    if row["published_gib"] is None:
-        return f"{row['predicted_gib']:.2f} / OOM"
-    return f"{row['predicted_gib']:.2f} / {row['published_gib']:.2f} ({row['error_percent']:+.0f} %)"
+    predicted, reported = ("OOM" if row[name] is None else f"{row[name]:.2f}" for name in (key, "published_gib"))
+    error = row["error_percent"]
+    return f"{predicted} / {reported}" + ("" if error is None else f" ({error:+.1f} %)")
 
 
 def _target_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
@@ -295,17 +302,18 @@ def _sequence_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
 def _stack_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
     """From the rows of ``benchmarks.stack``, which lie next to ours: differences to the plain run of the same seed."""
     path = RESULTS / "stack.jsonl"
-    rows_by_name: dict[str, dict[int, dict[str, Any]]] = {}
+    losses: dict[tuple[int, str], dict[int, float]] = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         row = json.loads(line)
-        rows_by_name.setdefault(row["variant"], {})[row["seed"]] = row
-    plain = {seed: row["validation_loss"] for seed, row in rows_by_name.get("plain", {}).items()}
-    lines = ["| savings | seeds | loss | difference to plain |", "|---|---|---|---|"]
-    for name, found in rows_by_name.items():
-        losses = {seed: row["validation_loss"] for seed, row in found.items() if seed in plain}
-        differences = ", ".join(f"{loss - plain[seed]:+.4f}" for seed, loss in sorted(losses.items()))
-        mean = sum(losses.values()) / max(1, len(losses))
-        lines.append(f"| {name} | {len(losses)} | {mean:.4f} | {differences} |")
+        losses.setdefault((row.get("batch_size", 8), row["variant"]), {})[row["seed"]] = row["validation_loss"]
+    lines = ["| batch | savings | loss | difference to plain, seed by seed | mean |", "|---|---|---|---|---|"]
+    for (batch, name), found in sorted(losses.items(), key=lambda item: item[0][0]):
+        plain = losses.get((batch, "plain"), {})
+        differences = [loss - plain[seed] for seed, loss in sorted(found.items()) if seed in plain]
+        if differences:
+            shown = ", ".join(f"{difference:+.4f}" for difference in differences)
+            loss, mean = (sum(values) / len(values) for values in (found.values(), differences))
+            lines.append(f"| {batch} | {name} | {loss:.4f} | {shown} | **{mean:+.4f}** |")
     return "\n".join(lines) + "\n"
 
 

@@ -49,7 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "float32, full stack": _STACK,
     "float32, checkpointing and chunked loss": {"mode": "mem", "saving": True},
 }
-for _rate in (0.1, 0.2, 0.5, 1.0):
+for _rate in (0.1, 0.5, 1.0, 2.0):
     VARIANTS[f"bf16, full stack, SMMF at {_rate:g} of the rate"] = _BF16 | _STACK | {"base": "smmf", "base_lr": _rate}
 VARIANTS["bf16, full stack, H-Fac"] = _BF16 | _STACK | {"base": "hfac"}
 
@@ -135,7 +135,7 @@ def validate(model: Any, data: Any, recipe: Any) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batch-size", type=int, default=2, help="sequences in a batch; the recipe has 8")
