@@ -184,7 +184,7 @@ class _AllBut(set[str]):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", nargs="+", choices=[*KINDS, "render"])
     parser.add_argument("--out", type=Path, required=True, help="JSON lines: appended to, or rendered")
     parser.add_argument("--only", nargs="*", help="these cells, of the kind named")
