@@ -35,21 +35,19 @@ PUBLISHED: dict[tuple[str, int], tuple[float | None, ...]] = {
     ("mem", 256): (11.96, 13.28, 15.47, 25.94, 27.87, 31.74, 35.65, 41.62, 47.21),
     ("mem", 512): (16.31, 18.33, 20.48, 32.93, 35.94, 40.44, 49.63, 53.26, 59.02),
 }
+#: What an 80 GB H100 has, and what a process takes of it before its first tensor (GB of 2³⁰ bytes).
+CARD, CONTEXT = 79.1, 0.5
 TARGETS: dict[str, tuple[str, TrainingSetup, float]] = {
-    "8B, 1 × 1024, mem, no checkpointing": ("llama-8b", paper(), 25.5),
+    # bfloat16 state is rounded stochastically: torch's own AdamW loses by rounding (benchmarks.stack)
+    "8B, 1 × 1024, mem, no checkpointing": ("llama-8b", paper(optimizer_state="bfloat16"), 25.5),
     "the same, checkpointing and chunked loss": (
         "llama-8b",
-        paper(activation_checkpointing=True, chunked_loss=True),
+        paper(optimizer_state="bfloat16", activation_checkpointing=True, chunked_loss=True),
         20.5,
     ),
     "the same, 8-bit state and released gradients": ("llama-8b", full_stack(), 18.5),
     "13B, 1 × 2048, full stack": ("llama-13b", full_stack(seq_len=2048), 32.0),
     "Llama-3.1-8B shape, 2 × 2048, full stack": ("llama-3.1-8b", full_stack(batch_size=2, seq_len=2048), 22.0),
-    "Llama-3.1-8B shape, 2 × 2048, full stack, SMMF": (
-        "llama-3.1-8b",
-        full_stack(batch_size=2, seq_len=2048, base_optimizer="smmf"),
-        22.0,
-    ),
     "8B, 1 × 1024, int8, full stack": ("llama-8b", full_stack(weight_format="int8"), 12.5),
     "8B, 1 × 1024, int4, full stack": ("llama-8b", full_stack(weight_format="int4"), 9.0),
     "13B, 1 × 2048, int8, full stack": ("llama-13b", full_stack(seq_len=2048, weight_format="int8"), 22.0),
@@ -66,22 +64,22 @@ TARGETS: dict[str, tuple[str, TrainingSetup, float]] = {
     ),
     "8B, 1 × 1024, single-step, K=2, full stack": ("llama-8b", full_stack(method="single-step-mem"), 18.14),
 }
-_CHECKPOINTED = {"activation_checkpointing": True, "chunked_loss": True}
+_CHECKPOINTED: dict[str, Any] = {"activation_checkpointing": True, "chunked_loss": True}
 BATCHES: dict[str, TrainingSetup] = {
     "AdamW mixed": TrainingSetup(method="adamw-mixed"),
     "AdamW bf16": TrainingSetup(method="adamw"),
     "POET-X fast": paper(method="fast"),
-    "POET-X mem": paper(),
+    "POET-X mem": paper(optimizer_state="bfloat16"),
     "POET-X mem, 8-bit state": paper(optimizer_state="int8"),
     "AdamW mixed, chunked loss": TrainingSetup(method="adamw-mixed", chunked_loss=True),
     "AdamW bf16, chunked loss": TrainingSetup(method="adamw", chunked_loss=True),
-    "POET-X mem, chunked loss": paper(chunked_loss=True),
+    "POET-X mem, chunked loss": paper(optimizer_state="bfloat16", chunked_loss=True),
     "AdamW mixed, checkpointing and chunked loss": TrainingSetup(method="adamw-mixed", **_CHECKPOINTED),
     "AdamW bf16, checkpointing and chunked loss": TrainingSetup(method="adamw", **_CHECKPOINTED),
-    "POET-X mem, checkpointing and chunked loss": paper(**_CHECKPOINTED),
-    "the same, mem inside checkpointed layers": paper(recompute="mem", **_CHECKPOINTED),
-    "POET-X mem, full stack, mem inside checkpointed layers": full_stack(recompute="mem"),
-    "POET-X mem, H-Fac for embeddings and head": paper(base_optimizer="hfac"),
+    "AdamW bf16, full stack": TrainingSetup(method="adamw-8bit", release_gradients=True, **_CHECKPOINTED),
+    "POET-X mem, checkpointing and chunked loss": paper(optimizer_state="bfloat16", **_CHECKPOINTED),
+    "the same, fast inside checkpointed layers": paper(optimizer_state="bfloat16", recompute="fast", **_CHECKPOINTED),
+    "POET-X mem, full stack": full_stack(),
 }
 SWEEP = tuple(2048 << i for i in range(7))
 SWEEP_SETUPS = {
@@ -90,10 +88,11 @@ SWEEP_SETUPS = {
 }
 
 
-def predict(kind: str, name: str, model: str, setup: TrainingSetup) -> dict[str, Any]:
-    started = time.perf_counter()
-    estimate = estimate_memory(model, setup)
-    return {
+def predict(kind: str, name: str, model: str, setup: TrainingSetup, *, card_gib: float | None = None) -> dict[str, Any]:
+    started, worked = time.perf_counter(), time.process_time()
+    estimate = estimate_memory(model, setup, card_gib=card_gib)
+    held = {} if card_gib is None else {"reserved_gib": estimate.reserved and round(estimate.reserved / GIB, 3)}
+    return held | {
         "benchmark": f"memory-{kind}",
         "cell": name,
         "model": model,
@@ -105,20 +104,42 @@ def predict(kind: str, name: str, model: str, setup: TrainingSetup) -> dict[str,
         "trainable": estimate.trainable,
         "setup": estimate.to_dict()["setup"],
         "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(time.process_time() - worked, 1),
     }
 
 
-def published(done: set[str]) -> Iterator[dict[str, Any]]:
+def _published_cells() -> Iterator[tuple[str, str, TrainingSetup, float | None]]:
     for (method, block_size), cells in PUBLISHED.items():
         for index, reported in enumerate(cells):
             model, seq_len = SIZES[index // 3], LENGTHS[index % 3]
             setup = paper(method=method, seq_len=seq_len, **({"block_size": block_size} if block_size else {}))
-            name = f"{method} {block_size or ''}".strip() + f" {model} {seq_len}"
-            if name in done:
-                continue
+            yield f"{method} {block_size or ''}".strip() + f" {model} {seq_len}", model, setup, reported
+
+
+def published(done: set[str]) -> Iterator[dict[str, Any]]:
+    for name, model, setup, reported in _published_cells():
+        if name not in done:
             row = predict("published", name, model, setup)
-            error = None if reported is None else round(100 * (row["predicted_gib"] / reported - 1), 1)
-            yield row | {"published_gib": reported, "error_percent": error}
+            yield row | {"published_gib": reported, "error_percent": _error(row["predicted_gib"], reported)}
+
+
+def held(done: set[str]) -> Iterator[dict[str, Any]]:
+    """The same cells as what the process holds: the caching allocator's segments and the CUDA context."""
+    for name, model, setup, reported in _published_cells():
+        if f"held {name}" not in done:
+            row = predict("held", f"held {name}", model, setup, card_gib=CARD - CONTEXT)
+            total = None if row["reserved_gib"] is None else round(row["reserved_gib"] + CONTEXT, 3)
+            yield row | {
+                "held_gib": total,
+                "published_gib": reported,
+                "error_percent": _error(total, reported),
+                "card_gib": CARD,
+                "context_gib": CONTEXT,
+            }
+
+
+def _error(predicted: float | None, reported: float | None) -> float | None:
+    return None if predicted is None or reported is None else round(100 * (predicted / reported - 1), 1)
 
 
 def targets(done: set[str]) -> Iterator[dict[str, Any]]:
@@ -152,7 +173,7 @@ def sequences(done: set[str]) -> Iterator[dict[str, Any]]:
             yield row | {"seq_len": seq_len, "line": name}
 
 
-KINDS = {"published": published, "targets": targets, "batches": batches, "sequences": sequences}
+KINDS = {"published": published, "held": held, "targets": targets, "batches": batches, "sequences": sequences}
 
 
 class _AllBut(set[str]):
@@ -163,7 +184,7 @@ class _AllBut(set[str]):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", nargs="+", choices=[*KINDS, "render"])
     parser.add_argument("--out", type=Path, required=True, help="JSON lines: appended to, or rendered")
     parser.add_argument("--only", nargs="*", help="these cells, of the kind named")
@@ -180,7 +201,7 @@ def main() -> None:
         for row in KINDS[what](done):
             append(args.out, [row | origin])
             shown = (
-                row.get("predicted_gib"),
+                row.get("held_gib") or row.get("predicted_gib"),
                 row.get("published_gib") or row.get("at_most_gib"),
                 row.get("largest_batch"),
             )
@@ -203,6 +224,7 @@ def render(path: Path) -> None:
     text = document.read_text(encoding="utf-8")
     tables = {
         "published": _published_table,
+        "held": _held_table,
         "targets": _target_table,
         "batches": _batch_table,
         "sequences": _sequence_table,
@@ -218,33 +240,42 @@ def render(path: Path) -> None:
 
 
 def _published_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
+    return _cells_table(rows.get("memory-published", {}), "predicted_gib")
+
+
+def _held_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
+    found = {name.removeprefix("held "): row for name, row in rows.get("memory-held", {}).items()}
+    return _cells_table(found, "held_gib")
+
+
+def _cells_table(found: dict[str, dict[str, Any]], key: str) -> str:
     lines = [
         "| | " + " | ".join(f"{model.removeprefix('llama-').upper()} {n}" for model in SIZES for n in LENGTHS) + " |"
     ]
     lines.append("|---" * 10 + "|")
     for method, block_size in PUBLISHED:
         label = f"{method} {block_size or ''}".strip()
-        cells = []
-        for model in SIZES:
-            for seq_len in LENGTHS:
-                row = rows.get("memory-published", {}).get(f"{label} {model} {seq_len}")
-                cells.append(_cell(row))
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        cells = [found.get(f"{label} {model} {seq_len}") for model in SIZES for seq_len in LENGTHS]
+        if any(cells):
+            lines.append(f"| {label} | " + " | ".join(_cell(row, key) for row in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(row: dict[str, Any] | None) -> str:
+def _cell(row: dict[str, Any] | None, key: str) -> str:
     if row is None:
         return "–"
-    if row["published_gib"] is None:
-        return f"{row['predicted_gib']:.2f} / OOM"
-    return f"{row['predicted_gib']:.2f} / {row['published_gib']:.2f} ({row['error_percent']:+.0f} %)"
+    predicted, reported = ("OOM" if row[name] is None else f"{row[name]:.2f}" for name in (key, "published_gib"))
+    error = row["error_percent"]
+    return f"{predicted} / {reported}" + ("" if error is None else f" ({error:+.1f} %)")
 
 
 def _target_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
     names = ("frozen", "trainable", "gradient", "optimizer", "activations", "temporary")
     lines = [f"| setting | at most | predicted | {' | '.join(names)} |", "|---" * 9 + "|"]
-    for row in rows.get("memory-target", {}).values():
+    for name in TARGETS:
+        row = rows.get("memory-target", {}).get(name)
+        if row is None:
+            continue
         parts = " | ".join(f"{row['gib'][name]:.2f}" for name in names)
         lines.append(f"| {row['cell']} | {row['at_most_gib']} | **{row['predicted_gib']:.2f}** | {parts} |")
     return "\n".join(lines) + "\n"
@@ -252,8 +283,10 @@ def _target_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 def _batch_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
     lines = ["| on 24 GB | largest batch | its peak |", "|---|---|---|"]
-    for row in rows.get("memory-batch", {}).values():
-        lines.append(f"| {row['cell']} | {row['largest_batch']} | {row['predicted_gib']:.2f} |")
+    for name in BATCHES:
+        row = rows.get("memory-batch", {}).get(name)
+        if row:
+            lines.append(f"| {name} | {row['largest_batch']} | {row['predicted_gib']:.2f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -269,17 +302,18 @@ def _sequence_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
 def _stack_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
     """From the rows of ``benchmarks.stack``, which lie next to ours: differences to the plain run of the same seed."""
     path = RESULTS / "stack.jsonl"
-    rows_by_name: dict[str, dict[int, dict[str, Any]]] = {}
+    losses: dict[tuple[int, str], dict[int, float]] = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         row = json.loads(line)
-        rows_by_name.setdefault(row["variant"], {})[row["seed"]] = row
-    plain = {seed: row["validation_loss"] for seed, row in rows_by_name.get("plain", {}).items()}
-    lines = ["| savings | seeds | loss | difference to plain |", "|---|---|---|---|"]
-    for name, found in rows_by_name.items():
-        losses = {seed: row["validation_loss"] for seed, row in found.items() if seed in plain}
-        differences = ", ".join(f"{loss - plain[seed]:+.4f}" for seed, loss in sorted(losses.items()))
-        mean = sum(losses.values()) / max(1, len(losses))
-        lines.append(f"| {name} | {len(losses)} | {mean:.4f} | {differences} |")
+        losses.setdefault((row.get("batch_size", 8), row["variant"]), {})[row["seed"]] = row["validation_loss"]
+    lines = ["| batch | savings | loss | difference to plain, seed by seed | mean |", "|---|---|---|---|---|"]
+    for (batch, name), found in sorted(losses.items(), key=lambda item: item[0][0]):
+        plain = losses.get((batch, "plain"), {})
+        differences = [loss - plain[seed] for seed, loss in sorted(found.items()) if seed in plain]
+        if differences:
+            shown = ", ".join(f"{difference:+.4f}" for difference in differences)
+            loss, mean = (sum(values) / len(values) for values in (found.values(), differences))
+            lines.append(f"| {batch} | {name} | {loss:.4f} | {shown} | **{mean:+.4f}** |")
     return "\n".join(lines) + "\n"
 
 

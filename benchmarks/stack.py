@@ -30,25 +30,28 @@ from poetx.train.schedule import lr_factor
 
 PLAIN: dict[str, Any] = {
     "dtype": "float32",
+    "mode": "fast",
     "rotation_dtype": "float32",
     "state": "torch",
     "release": False,
     "saving": False,
     "base": None,
+    "base_lr": 1.0,  # times the recipe's rate, for what is no rotation
 }
-_STACK = {"rotation_dtype": "bfloat16", "state": "int8", "release": True, "saving": True}
+_BF16 = {"dtype": "bfloat16", "rotation_dtype": "bfloat16", "mode": "mem"}
+_STACK = {"rotation_dtype": "bfloat16", "mode": "mem", "state": "int8", "release": True, "saving": True}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "full stack": _STACK,
-    "full stack, float32 rotations": _STACK | {"rotation_dtype": "float32"},
-    "full stack, SMMF for the rest": _STACK | {"base": "smmf"},
-    "full stack, H-Fac for the rest": _STACK | {"base": "hfac"},
-    "bf16 rotations and state, torch's AdamW": {"rotation_dtype": "bfloat16"},
-    "bf16 base": {"dtype": "bfloat16"},
-    "bf16 base, rotations and state: the paper's": {"dtype": "bfloat16", "rotation_dtype": "bfloat16"},
-    "bf16 base, full stack": _STACK | {"dtype": "bfloat16"},
-    "checkpointing and chunked loss": {"saving": True},
+    "bf16, torch's AdamW: the paper's": _BF16,
+    "bf16, stochastic rounding": _BF16 | {"state": "bfloat16"},
+    "bf16, stochastic rounding, checkpointing and chunked loss": _BF16 | {"state": "bfloat16", "saving": True},
+    "bf16, full stack": _BF16 | _STACK,
+    "float32, full stack": _STACK,
+    "float32, checkpointing and chunked loss": {"mode": "mem", "saving": True},
 }
+for _rate in (0.1, 0.5, 1.0, 2.0):
+    VARIANTS[f"bf16, full stack, SMMF at {_rate:g} of the rate"] = _BF16 | _STACK | {"base": "smmf", "base_lr": _rate}
+VARIANTS["bf16, full stack, H-Fac"] = _BF16 | _STACK | {"base": "hfac"}
 
 
 def train(recipe: Any, data: Any, variant: dict[str, Any], *, steps: int, seed: int) -> tuple[float, float]:
@@ -69,11 +72,11 @@ def train(recipe: Any, data: Any, variant: dict[str, Any], *, steps: int, seed: 
         dtype=torch.float32,  # drawn alike for every dtype
     )
     model = model.to(getattr(torch, options["dtype"])).train()
-    changes = {"rotation_dtype": options["rotation_dtype"], "seed": seed}
+    changes = {"rotation_dtype": options["rotation_dtype"], "mode": options["mode"], "seed": seed}
     poetx.convert_(model, poetx.PoetConfig.from_dict(recipe.poet.config.to_dict() | changes))
     if options["saving"]:
         chunk_loss_(checkpoint_layers_(model))
-    groups = poetx.param_groups(model, lr=settings.lr, poet_lr=settings.poet_lr)
+    groups = poetx.param_groups(model, lr=settings.lr * options["base_lr"], poet_lr=settings.poet_lr)
     optimizers = _optimizers(groups, options)
     handle = poetx.merge_every(optimizers[0], model, steps=recipe.poet.merge_every)
     large = large_dense_parameters(model)
@@ -132,20 +135,21 @@ def validate(model: Any, data: Any, recipe: Any) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--batch-size", type=int, default=2, help="sequences in a batch; the recipe has 8")
     parser.add_argument("--only", nargs="*", choices=list(VARIANTS), help="these variants (default: all)")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended to")
     args = parser.parse_args()
-    recipe = load_recipe("demo", [])
+    recipe = load_recipe("demo", [f"train.batch_size={args.batch_size}"])
     data = prepare_data(recipe)
     origin = provenance(torch.device("cpu"))
     lines = args.out.read_text().splitlines() if args.out.exists() else []
-    done = {(row["variant"], row["seed"], row["steps"]) for row in map(json.loads, lines)}
+    done = {(row["variant"], row["seed"], row["steps"], row.get("batch_size", 8)) for row in map(json.loads, lines)}
     for seed in args.seeds:
         for name in args.only or VARIANTS:
-            if (name, seed, args.steps) in done:
+            if (name, seed, args.steps, args.batch_size) in done:
                 continue
             loss, seconds = train(recipe, data, VARIANTS[name], steps=args.steps, seed=seed)
             row = {
@@ -154,6 +158,7 @@ def main() -> None:
                 "settings": PLAIN | VARIANTS[name],
                 "seed": seed,
                 "steps": args.steps,
+                "batch_size": args.batch_size,
                 "validation_loss": round(loss, 5),
                 "seconds_a_step": round(seconds, 3),
             }

@@ -157,7 +157,7 @@ def test_the_cheaper_route_follows_the_arithmetic():
     assert cheaper_route(256, 256, 64, contiguous=1, gathered=1) == "weight"
 
 
-@pytest.mark.parametrize("recompute", ["fast", "mem"])
+@pytest.mark.parametrize("recompute", ["fast", "mem", "auto"])
 def test_activation_checkpointing_changes_nothing(recompute):
     runs = []
     for checkpointed in (False, True):

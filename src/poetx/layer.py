@@ -97,6 +97,7 @@ class PoetLinear(nn.Module):
         self.block_size_in = min(config.block_size, in_features)
         self.block_size_out = min(config.block_size, out_features)
         self.name, self.transposed = name, transposed
+        self.fast_tokens = 0  # up to so many tokens mode is fast; see poetx.stack.checkpoint_layers_
         shape = (out_features, in_features)
         # Empty, so that whatever moves or casts the module says which dtype and device it has, base_weight or not.
         self.register_buffer("_like", torch.empty(0, device=device, dtype=dtype), persistent=False)
@@ -230,7 +231,8 @@ class PoetLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → y [..., out_features], in autocast's dtype if that is on, else in x's."""
-        factors = kept_factors(x) if self.config.mode == "mem" and torch.is_grad_enabled() else None
+        mode = "fast" if x.numel() <= self.fast_tokens * self.in_features else self.config.mode
+        factors = kept_factors(x) if mode == "mem" and torch.is_grad_enabled() else None
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as nn.Linear does
             x = x.to(torch.get_autocast_dtype(x.device.type))
         elif x.dtype != self.weight_dtype:
@@ -255,7 +257,7 @@ class PoetLinear(nn.Module):
         if self.packed_weight is not None:
             return quantised_linear(x, self.packed_weight.packed, *rotations, **settings)
         blocks = self.shared_blocks if self.shared_blocks and self.shared_blocks[0].dtype == x.dtype else None
-        return poet_linear(x, self.base_weight, *rotations, mode=self.config.mode, blocks=blocks, **settings)
+        return poet_linear(x, self.base_weight, *rotations, mode=mode, blocks=blocks, **settings)
 
     @property
     def order(self) -> int:

@@ -60,6 +60,7 @@ class SingleStepLinear(nn.Module):
         weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self._check_dtype()
+        self.fast_tokens = 0  # up to so many tokens mode is fast; see poetx.stack.checkpoint_layers_
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.sinks: Sinks | None = None
         self.reset_parameters()
@@ -145,7 +146,7 @@ class SingleStepLinear(nn.Module):
             self.sinks,
             block_sizes=(self.block_size_in, self.block_size_out),
             route=self.route,
-            keep_y=self.config.mode == "fast",
+            keep_y=self.config.mode == "fast" or x.numel() <= self.fast_tokens * self.in_features,
         )
 
     def dense_weight(self) -> Tensor:

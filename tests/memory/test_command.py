@@ -34,7 +34,9 @@ def test_table_bar_and_batch(app, config):
     assert table.exit_code == 0, table.exception
     for word in ("adamw", "mem", "int8", "activations", "of rotations", "peak", "█"):
         assert word in table.stdout
-    card = runner.invoke(app, [*shared, "--mode", "adamw", "--gpu", "0.01"])
+    assert "held by the allocator" not in table.stdout
+    card = runner.invoke(app, [*shared, "--mode", "adamw", "--gpu", "0.01", "--reserved"])
+    assert "held by the allocator" in card.stdout
     assert "adamw on 0.01 GB: fits, up to batch" in card.stdout
 
 
@@ -58,6 +60,8 @@ def test_json_and_plot(app, config, tmp_path):
         (["--mode", "fast", "--weight-format", "int8"], "weight_format=int8: is for method='mem'"),
         (["--mode", "adamw", "--weight-residual"], "weight_residual: is for method='mem' or 'fast'"),
         (["--weight-format", "int9"], "did you mean 'int8'"),
+        (["--compare", " , "], "names no mode"),
+        (["--mode", "int8", "--weight-format", "int4"], "weight_format=int4: mode=int8"),
         (["--plot", "a.gif"], "must end in .png"),
         (["--mode", "muon", "--optimizer-state", "int8"], "optimizer_state=int8"),
     ],

@@ -53,6 +53,8 @@ def read_config(model: Any) -> Any:
         )
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
+        if "model_type" not in values:
+            raise UserError(f"model={model}: not a model's config (it has no model_type)")
         return AutoConfig.for_model(values.pop("model_type"), **values)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"model={model}: not a model's config ({' '.join(str(error).split())})") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -70,8 +71,15 @@ def memory(
     release_gradients: Annotated[
         bool, typer.Option("--release-gradients", help="Update embeddings and head during backward.")
     ] = False,
+    recompute: Annotated[
+        str, typer.Option(help="Inside checkpointed layers: fast (one product fewer), mem (smaller), or auto.")
+    ] = "auto",
     stack: Annotated[
         bool, typer.Option("--stack", help="All savings: the last three, 8-bit state, bfloat16 rotations.")
+    ] = False,
+    reserved: Annotated[
+        bool,
+        typer.Option("--reserved", help="Also what the process will hold: the caching allocator's segments. Slower."),
     ] = False,
     gpu: Annotated[float | None, typer.Option(help="Card's memory in GB (2^30 bytes): find the largest batch.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a bar chart here (.png, .svg or .pdf).")] = None,
@@ -89,19 +97,22 @@ def memory(
         "dtype": dtype,
         "rotation_dtype": rotation_dtype,
         "activation_checkpointing": checkpointing or stack,
+        "recompute": recompute,
         "chunked_loss": chunked_loss or stack,
         "release_gradients": release_gradients or stack,
     }
     if stack:
         settings["rotation_dtype"] = "bfloat16"
         optimizer_state = "int8" if optimizer_state == "same" else optimizer_state
-    modes = [name.strip() for name in compare.split(",") if name.strip()] if compare else [mode]
+    modes = [mode] if compare is None else [name.strip() for name in compare.split(",") if name.strip()]
+    if not modes:
+        raise UserError(f"compare={compare}: names no mode; for example --compare adamw,mem")
     setups = [_setup(name, settings, optimizer_state, base_optimizer, alone=len(modes) == 1) for name in modes]
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"plot={plot}: must end in .png, .svg or .pdf")
     if gpu is not None and not gpu > 0:
         raise UserError(f"gpu={gpu}: must be a positive number of GB")
-    _run(model, setups, gpu=gpu, plot=plot, as_json=as_json)
+    _run(model, setups, gpu=gpu, plot=plot, as_json=as_json, reserved=reserved)
 
 
 def _setup(
@@ -111,6 +122,10 @@ def _setup(
     from poetx.memory.setup import POET_METHODS, TrainingSetup
 
     if method in WEIGHT_FORMATS:
+        if alone and settings["weight_format"] not in (None, method):
+            raise UserError(
+                f"weight_format={settings['weight_format']}: mode={method} is another format; use one of them"
+            )
         method, settings = "mem", settings | {"weight_format": method}
     elif method != "mem" and not alone:
         kept = {"weight_residual": settings["weight_residual"] and method in POET_METHODS}
@@ -123,7 +138,9 @@ def _setup(
     return setup
 
 
-def _run(model: str, setups: list[TrainingSetup], *, gpu: float | None, plot: Path | None, as_json: bool) -> None:
+def _run(
+    model: str, setups: list[TrainingSetup], *, gpu: float | None, plot: Path | None, as_json: bool, reserved: bool
+) -> None:
     from rich.console import Console
 
     from poetx.memory.estimate import estimate_memory
@@ -133,7 +150,7 @@ def _run(model: str, setups: list[TrainingSetup], *, gpu: float | None, plot: Pa
     estimates, limits = [], []
     for setup in setups:
         with Console(stderr=True).status(f"{setup.label}: one step of {model} on fake tensors"):
-            estimates.append(estimate_memory(model, setup))
+            estimates.append(estimate_memory(model, setup, card_gib=math.inf if reserved else None))
             if gpu is not None:
                 limits.append(largest_batch(model, setup, gpu))
     if plot is not None:
@@ -166,7 +183,8 @@ def _show_table(console: Any, model: str, estimates: list[MemoryEstimate]) -> No
 
     setup = estimates[0].setup
     title = f"{model}, batch {setup.batch_size} x {setup.seq_len}, {setup.dtype}: peak of one step, GB (2^30 bytes)"
-    table = Table(title=title, title_justify="left")
+    console.print(title, highlight=False, soft_wrap=True)
+    table = Table()
     table.add_column("", no_wrap=True)
     for estimate in estimates:
         table.add_column(estimate.setup.label, justify="right", no_wrap=True)
@@ -177,6 +195,8 @@ def _show_table(console: Any, model: str, estimates: list[MemoryEstimate]) -> No
     table.add_section()
     table.add_row("peak", *(f"{e.gib:.2f}" for e in estimates), style="bold")
     table.add_row("when", *(e.phase for e in estimates))
+    if estimates[0].reserved is not None:
+        table.add_row("held by the allocator", *(f"{(e.reserved or 0) / GIB:.2f}" for e in estimates))
     table.add_row("trained parameters", *(f"{e.trainable / 1e6:.1f}M" for e in estimates))
     console.print(table)
     width = max(20, min(60, console.width - 24))

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from poetx.errors import UserError
+from poetx.memory.allocator import OutOfMemory, replay
 from poetx.memory.build import Step, fake_, meta_model, prepare_, read_config, training_step, with_layers
 from poetx.memory.setup import TrainingSetup
 from poetx.memory.tracker import CATEGORIES, PHASES, Split, StorageTracker, adopt_state, followed
@@ -50,6 +51,8 @@ class MemoryEstimate:
         tokens: in one backward pass. parameters: all of them; trainable: those that train.
         extrapolated: whether decoder layers were extrapolated from a few.
         setup: what was asked.
+        reserved: bytes that CUDA's caching allocator holds at most, if that was asked; None also where the card is
+            too small for it. Without the CUDA context, half a GB.
     """
 
     peak: int
@@ -62,6 +65,7 @@ class MemoryEstimate:
     trainable: int
     extrapolated: bool
     setup: TrainingSetup
+    reserved: int | None = None
 
     @property
     def gib(self) -> float:
@@ -84,10 +88,16 @@ class _Run:
     splits: dict[str, Split] = field(default_factory=dict)
     parameters: int = 0
     trainable: int = 0
+    reserved: int | None = None
 
 
 def estimate_memory(
-    model: Any, setup: TrainingSetup | None = None, *, every_layer: bool = False, **changes: Any
+    model: Any,
+    setup: TrainingSetup | None = None,
+    *,
+    every_layer: bool = False,
+    card_gib: float | None = None,
+    **changes: Any,
 ) -> MemoryEstimate:
     """Predict the peak memory of one training step, without a GPU and without the memory.
 
@@ -104,18 +114,23 @@ def estimate_memory(
         setup: what trains and how; ``changes`` are settings of it to change.
         every_layer: run all decoder layers instead of extrapolating from 3 and 4 of them. Both give the same number
             (a test holds that) for a model of equal layers; others are run whole anyway.
+        card_gib: say what the caching allocator would hold, too, on a card with so much memory beside the CUDA
+            context (``math.inf`` for any): every layer is run, and the storages are replayed by the allocator's
+            rules. What kernels allocate inside themselves is not among them.
 
     Raises:
-        UserError: a model or a setting that does not exist.
+        UserError: a model or a setting that does not exist; ``card_gib`` with ``device="cpu"``.
     """
     setup = (setup or TrainingSetup()).replace(**changes)
+    if card_gib is not None and setup.device != "cuda":
+        raise UserError(f"card_gib={card_gib}: is about CUDA's allocator; use device='cuda'")
     if callable(model):
-        return _result(_run_factory(model, setup), setup, extrapolated=False)
+        return _result(_run_factory(model, setup, card_gib), setup, extrapolated=False)
     config = read_config(model)
     _check_length(config, setup)
     depth = int(getattr(config, "num_hidden_layers", 0) or 0)
-    if every_layer or depth <= max(_FEW) or not _uniform(config, setup):
-        return _result(_run_config(config, setup), setup, extrapolated=False)
+    if every_layer or card_gib is not None or depth <= max(_FEW) or not _uniform(config, setup):
+        return _result(_run_config(config, setup, card_gib), setup, extrapolated=False)
     few = [_run_config(with_layers(config, layers), setup) for layers in _FEW]
     return _result(_extrapolate(few[0], few[1], depth), setup, extrapolated=True)
 
@@ -126,14 +141,14 @@ def _check_length(config: Any, setup: TrainingSetup) -> None:
         raise UserError(f"rope_type={kind}: its tables depend on the data, which an estimate has none of; use default")
 
 
-def _run_factory(factory: Callable[[], Any], setup: TrainingSetup) -> _Run:
+def _run_factory(factory: Callable[[], Any], setup: TrainingSetup, card_gib: float | None) -> _Run:
     with torch.device("meta"):
         model = factory()
-    return _take_step(model.train(), setup)
+    return _take_step(model.train(), setup, card_gib)
 
 
-def _run_config(config: Any, setup: TrainingSetup) -> _Run:
-    return _take_step(meta_model(config, setup), setup)
+def _run_config(config: Any, setup: TrainingSetup, card_gib: float | None = None) -> _Run:
+    return _take_step(meta_model(config, setup), setup, card_gib)
 
 
 _UNIFORM: dict[str, bool] = {}
@@ -151,7 +166,7 @@ def _uniform(config: Any, setup: TrainingSetup) -> bool:
     return _UNIFORM[key]
 
 
-def _take_step(model: nn.Module, setup: TrainingSetup) -> _Run:
+def _take_step(model: nn.Module, setup: TrainingSetup, card_gib: float | None) -> _Run:
     model = prepare_(model, setup)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake_(model, mode)
@@ -178,6 +193,9 @@ def _take_step(model: nn.Module, setup: TrainingSetup) -> _Run:
     )
     for label in tracker.labels:
         run.splits[label] = tracker.split(label)
+    if card_gib is not None:
+        with contextlib.suppress(OutOfMemory):
+            run.reserved = replay(tracker.records, card=card_gib * GIB)
     return run
 
 
@@ -340,6 +358,7 @@ def _result(run: _Run, setup: TrainingSetup, *, extrapolated: bool) -> MemoryEst
         trainable=run.trainable,
         extrapolated=extrapolated,
         setup=setup,
+        reserved=run.reserved,
     )
 
 

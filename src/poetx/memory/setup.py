@@ -32,7 +32,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "rotation_dtype": ("float32", "bfloat16"),
     "optimizer_state": ("same", "bfloat16", "int8"),
     "base_optimizer": ("adamw", "adafactor", "smmf", "hfac"),
-    "recompute": POET_METHODS,
+    "recompute": ("auto", "fast", "mem"),
     "device": ("cuda", "cpu"),
     "weight_format": (None, *WEIGHT_FORMATS),
 }
@@ -56,7 +56,8 @@ class TrainingSetup:
         base_optimizer: what POET-X trains embeddings, head and norms with.
         activation_checkpointing: keep each decoder layer's input only.
         recompute: mode of POET-X's layers inside a checkpointed decoder layer: ``"fast"`` keeps x · P · W0ᵀ of each
-            while that decoder layer's backward runs; ``"mem"`` does not, for one more product.
+            while that decoder layer's backward runs; ``"mem"`` does not, for one more product; ``"auto"`` is *fast*
+            up to in_features tokens (:func:`poetx.stack.checkpoint_layers_`).
         chunked_loss: never the full logits.
         release_gradients: embeddings and head are updated, and their gradients freed, during backward.
         lora_rank: of ``"lora"``, on every linear layer of attention and MLP.
@@ -80,7 +81,7 @@ class TrainingSetup:
     optimizer_state: str = "same"
     base_optimizer: str = "adamw"
     activation_checkpointing: bool = False
-    recompute: str = "fast"
+    recompute: str = "auto"
     chunked_loss: bool = False
     release_gradients: bool = False
     lora_rank: int = 160

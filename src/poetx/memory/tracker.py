@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,6 +164,11 @@ class StorageTracker(TorchDispatchMode):
     def current(self) -> int:
         """Bytes alive now."""
         return self._current
+
+    @property
+    def records(self) -> Sequence[Record]:
+        """Every storage so far, in the order of birth."""
+        return self._records
 
     @property
     def labels(self) -> list[str]:

@@ -24,7 +24,10 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return max(lists, key=len, default=[])
 
 
-def checkpoint_layers_(model: nn.Module, *, recompute: str = "fast") -> nn.Module:
+RECOMPUTE = ("auto", "fast", "mem")
+
+
+def checkpoint_layers_(model: nn.Module, *, recompute: str = "auto") -> nn.Module:
     """Keep only the input of every decoder layer for backward, and compute the layer again there, in place.
 
     ``transformers`` models use their own gradient checkpointing (not reentrant); any other model has the forward of
@@ -33,13 +36,15 @@ def checkpoint_layers_(model: nn.Module, *, recompute: str = "fast") -> nn.Modul
     Args:
         recompute: mode of the rotated layers inside. ``"fast"``: what a layer keeps then lives only while that
             layer's backward runs, and its big product is computed twice (forward and recompute) instead of three
-            times. ``"mem"`` keeps even that away. Layers with a quantised weight stay in *mem*, their only mode.
+            times. ``"mem"`` keeps even that away. ``"auto"`` is *fast* as long as what it keeps, [tokens,
+            out_features], is no larger than the layer's weight: up to in_features tokens; beyond, *mem*. Layers with
+            a quantised weight stay in *mem*, their only mode.
 
     Raises:
-        UserError: no repeated layers to be found, or ``recompute`` neither ``"fast"`` nor ``"mem"``.
+        UserError: no repeated layers to be found, or ``recompute`` none of :data:`RECOMPUTE`.
     """
-    if recompute not in ("fast", "mem"):
-        raise UserError(f"recompute={recompute!r}: must be fast or mem")
+    if recompute not in RECOMPUTE:
+        raise UserError(f"recompute={recompute!r}: must be one of {', '.join(RECOMPUTE)}")
     layers = decoder_layers(model)
     if not layers:
         raise UserError("the model has no nn.ModuleList of repeated layers to checkpoint; use torch.utils.checkpoint")
@@ -57,7 +62,9 @@ def checkpoint_layers_(model: nn.Module, *, recompute: str = "fast") -> nn.Modul
     for layer in layers:
         for _, rotated in converted_layers(layer):
             if rotated.config.weight_format is None:
-                rotated.config = dataclasses.replace(rotated.config, mode=recompute)  # type: ignore[arg-type]
+                mode: Any = "fast" if recompute == "fast" else "mem"
+                rotated.config = dataclasses.replace(rotated.config, mode=mode)
+                rotated.fast_tokens = rotated.in_features if recompute == "auto" else 0
     return model
 
 
