@@ -62,6 +62,11 @@ TARGETS: dict[str, tuple[str, TrainingSetup, float]] = {
         full_stack(method="single-step-mem", partitions=1),
         18.14,
     ),
+    "8B, 1 × 1024, single-step, free spectrum, K=1, b=128, full stack": (
+        "llama-8b",
+        full_stack(method="single-step-mem", partitions=1, spectrum="free", block_size=128),
+        18.14,
+    ),
     "8B, 1 × 1024, single-step, K=2, full stack": ("llama-8b", full_stack(method="single-step-mem"), 18.14),
 }
 _CHECKPOINTED: dict[str, Any] = {"activation_checkpointing": True, "chunked_loss": True}

@@ -273,7 +273,7 @@ def state_bytes(optimizer):
 )
 @pytest.mark.parametrize(("kind", "block_size"), [("fixed", 256), ("free", 128)])
 def test_momentum_is_a_small_part_of_adamws_state(shapes, kind, block_size, shares):
-    """b(m+n)/2 numbers a partition (free: twice that) beside AdamW's 2mn, in bytes of one decoder layer's real state."""
+    """b(m+n)/2 numbers a partition (free: twice) beside AdamW's 2mn, in bytes of one decoder layer's real state."""
     for partitions, share in zip((1, 2), shares, strict=True):
         model = nn.Sequential(*[nn.Linear(n, m, bias=False, device="meta") for m, n in shapes])
         config = PoetConfig(method="single-step", block_size=block_size, partitions=partitions, spectrum=kind)

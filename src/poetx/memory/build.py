@@ -86,6 +86,7 @@ def prepare_(model: nn.Module, setup: TrainingSetup) -> nn.Module:
             method="single-step" if setup.method in SINGLE_STEP else "poet-x",
             block_size=setup.block_size,
             partitions=setup.partitions,
+            spectrum=setup.spectrum,  # type: ignore[arg-type]
             mode=SINGLE_STEP.get(setup.method, setup.method),  # type: ignore[arg-type]
             rotation_dtype=setup.rotation_dtype,
             neumann_order=setup.neumann_order,  # type: ignore[arg-type]

@@ -43,10 +43,15 @@ def memory(
     ] = "llama-1b",
     mode: Annotated[
         str,
-        typer.Option(help="mem, fast, adamw, adamw-mixed, adamw-8bit, muon, adafactor, lora, or a --weight-format."),
+        typer.Option(
+            help="mem, fast, single-step, single-step-mem, adamw, adamw-mixed, adamw-8bit, muon, adafactor, lora, or a "
+            "--weight-format."
+        ),
     ] = "mem",
     compare: Annotated[str | None, typer.Option(help="Several modes, separated by commas.")] = None,
     block_size: Annotated[int, typer.Option(help="Of POET-X.")] = 256,
+    partitions: Annotated[int, typer.Option(help="Of single-step.")] = 2,
+    spectrum: Annotated[str, typer.Option(help="Of single-step: fixed or free.")] = "fixed",
     weight_format: Annotated[
         str | None, typer.Option(help="Of mem's frozen weight: int8, int4, nf4, fp8, bipolar-int2 … bipolar-int8.")
     ] = None,
@@ -89,6 +94,8 @@ def memory(
 
     settings: dict[str, Any] = {
         "block_size": block_size,
+        "partitions": partitions,
+        "spectrum": spectrum,
         "weight_format": weight_format,
         "group_size": group_size,
         "weight_residual": weight_residual,

@@ -30,6 +30,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "method": METHODS,
     "dtype": ("bfloat16", "float32"),
     "rotation_dtype": ("float32", "bfloat16"),
+    "spectrum": ("fixed", "free"),
     "optimizer_state": ("same", "bfloat16", "int8"),
     "base_optimizer": ("adamw", "adafactor", "smmf", "hfac"),
     "recompute": ("auto", "fast", "mem"),
@@ -49,7 +50,7 @@ class TrainingSetup:
             weights and state under bfloat16 autocast; ``"adamw-8bit"``; ``"muon"`` (AdamW for embeddings, head and
             vectors); ``"adafactor"``; ``"lora"`` (needs peft).
         batch_size, seq_len: sequences in one backward pass and tokens in each.
-        block_size: of POET-X. partitions: of its single-step form.
+        block_size: of POET-X. partitions, spectrum: of its single-step form.
         dtype: of the weights and of the arithmetic.
         rotation_dtype: of the packed rotations; the papers' tables have bfloat16, the library's default is float32.
         optimizer_state: of AdamW: the parameter's dtype, bfloat16 with stochastic rounding, or 8 bits.
@@ -76,6 +77,7 @@ class TrainingSetup:
     seq_len: int = 1024
     block_size: int = 256
     partitions: int = 2
+    spectrum: str = "fixed"
     dtype: str = "bfloat16"
     rotation_dtype: str = "float32"
     optimizer_state: str = "same"
