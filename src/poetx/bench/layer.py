@@ -87,18 +87,16 @@ class OriginalPoet(nn.Module):
         return F.linear(x, self.dense_weight())
 
 
+def _arguments(shape: Shape, **settings: Any) -> dict[str, Any]:
+    """Of a layer of either method."""
+    config = PoetConfig(block_size=shape.block_size, init="normalized", **settings)
+    sizes = {"in_features": shape.in_features, "out_features": shape.out_features, "bias": False}
+    return sizes | {"config": config, "name": "bench", "device": shape.device, "dtype": shape.dtype}
+
+
 def poet_layer(shape: Shape, mode: str) -> PoetLinear:
     """A layer whose rotations are not the identity: angles of a few tenths, from a fixed seed."""
-    config = PoetConfig(block_size=shape.block_size, mode=mode, init="normalized")  # type: ignore[arg-type]
-    layer = PoetLinear(
-        shape.in_features,
-        shape.out_features,
-        bias=False,
-        config=config,
-        name="bench",
-        device=shape.device,
-        dtype=shape.dtype,
-    )
+    layer = PoetLinear(**_arguments(shape, mode=mode))
     with torch.no_grad():
         for skew in layer.rotations:
             skew.normal_(std=0.15 / shape.block_size**0.5, generator=torch.Generator(shape.device).manual_seed(0))
@@ -110,16 +108,7 @@ def _linear(shape: Shape) -> nn.Module:
 
 
 def _single_step(shape: Shape, **settings: Any) -> SingleStepLinear:
-    config = PoetConfig(method="single-step", block_size=shape.block_size, init="normalized", mode="fast", **settings)
-    layer = SingleStepLinear(
-        shape.in_features,
-        shape.out_features,
-        bias=False,
-        config=config,
-        name="bench",
-        device=shape.device,
-        dtype=shape.dtype,
-    )
+    layer = SingleStepLinear(**_arguments(shape, method="single-step", mode="fast", **settings))
     POETX(nn.Sequential(layer))  # where backward adds to
     return layer
 
