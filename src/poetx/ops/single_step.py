@@ -153,7 +153,11 @@ def add_to_(sink: Tensor, M_KBB: Tensor, size: int) -> None:
     Nothing at all if M is not finite: it could not be taken back out of a running sum later.
     """
     gradient = M_KBB if sink.ndim == 3 else pack_skew(M_KBB, size).mul_(2)
-    gradient = torch.where(gradient.sum().isfinite(), gradient, 0.0)
+    finite = gradient.sum().isfinite()
+    if type(gradient) is not Tensor or not gradient.is_cpu:  # no value to look at, or a device to wait for
+        gradient = torch.where(finite, gradient, 0.0)
+    elif not finite:
+        return
     if sink.dtype == torch.bfloat16:
         stochastic_round_(sink, gradient.add_(sink))
     else:
