@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.record import append, provenance
+from benchmarks.weights import weight_statistics
 from poetx import POETX, PoetConfig, convert_, merge_every, param_groups
 from poetx.layer import fresh_weight
 
@@ -279,7 +280,7 @@ def data_for(scale: Scale, text: str, cache: Path) -> Any:
 
 
 def train(run: Run, *, text: str, cache: Path) -> dict[str, Any]:
-    """Train once. The row: settings, losses, speed, bytes of state (all, and for the matrices), peak memory."""
+    """Train once. The row: settings, losses, weights, speed, bytes of state (all, and for the matrices), peak memory."""
     from poetx.train.sampler import batch_windows, evenly_spread
 
     scale = SCALES[run.scale]
@@ -289,6 +290,7 @@ def train(run: Run, *, text: str, cache: Path) -> dict[str, Any]:
     model = build(run, scale).to(device)
     optimizer, matrices, clipped = optimizer_for(model, run)
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
+    start_weights = weight_statistics(model)
 
     def forward(inputs: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
@@ -333,6 +335,7 @@ def train(run: Run, *, text: str, cache: Path) -> dict[str, Any]:
         "tokens": steps * scale.batch * scale.seq_len,
         "loss": _validation_loss(model, loss_of, data, evenly_spread, scale),
         "train_curve": curve,
+        "weights": {"start": start_weights, "end": weight_statistics(model)},
         "tokens_per_s": round(scale.batch * scale.seq_len / sorted(seconds)[len(seconds) // 2]),
         "state_bytes": sum(state_bytes.values()),
         "matrix_state_bytes": sum(size for p, size in state_bytes.items() if id(p) in ids),
