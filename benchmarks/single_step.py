@@ -280,7 +280,7 @@ def data_for(scale: Scale, text: str, cache: Path) -> Any:
 
 
 def train(run: Run, *, text: str, cache: Path) -> dict[str, Any]:
-    """Train once. The row: settings, losses, weights, speed, bytes of state (all, and for the matrices), peak memory."""
+    """Train once. The row: settings, losses, weights, speed, bytes of state (all, for the matrices), peak memory."""
     from poetx.train.sampler import batch_windows, evenly_spread
 
     scale = SCALES[run.scale]
