@@ -20,6 +20,7 @@ from poetx.ops.reference import EXACT
 pytest.importorskip("triton", reason="the kernels need triton, which exists for Linux only")
 from kernel_helpers import compiled_for, interpreted, nan_filled
 
+from poetx.ops.single_step import _outer
 from poetx.ops.triton import cayley as cayley_kernels
 from poetx.ops.triton import rotate as rotate_kernels
 from poetx.ops.triton import tuning
@@ -160,6 +161,25 @@ def test_every_plan_and_tile_gives_the_same_bits(device, monkeypatch):
             cayley_kernels.cayley([q], [size], block_size, 3, dtype)
             cayley_kernels.cayley_backward([G.float()], [q], [size], block_size, 7, True)
     assert max(compared) > 1
+
+
+@on_each
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("features", "block_size"), SIZES)
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_whole_outer_products_are_zero_beyond_a_ragged_end(features, block_size, contiguous, dtype, device):
+    """The single step keeps blocks whole, so that what stands beyond the end would be written into its momentum."""
+    x, y = (draw(37, features, dtype=dtype, device=device, seed=seed) for seed in (0, 1))
+    generator = torch.Generator().manual_seed(2)
+    order = torch.empty(0) if contiguous else torch.randperm(features, generator=generator)
+    order = order.to(device, torch.int32)
+    want = exact(_outer, x, y, order, block_size)
+    with kernels_on(device):
+        got = _outer(x, y, order, block_size)
+    rest = features % block_size
+    assert got[-1, rest:].abs().max() == 0
+    assert got[-1, :, rest:].abs().max() == 0
+    torch.testing.assert_close(got.cpu().double(), want, rtol=1e-5, atol=1e-4)
 
 
 @on_each
