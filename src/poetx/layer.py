@@ -20,7 +20,8 @@ from poetx.ops.reference import EXACT
 from poetx.storage import PackedWeight
 
 _ORDERS = {3: 3, 7: 7, "exact": EXACT}
-_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+#: Of weights, and what products run in.
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def stream(seed: int, name: str, count: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -88,7 +89,7 @@ class PoetLinear(nn.Module):
         super().__init__()
         self.config = config = config or PoetConfig(init="normalized")
         dtype = dtype or torch.get_default_dtype()
-        if dtype not in _DTYPES:
+        if dtype not in DTYPES:
             raise UserError(
                 f"{name or 'PoetLinear'}: {str(dtype).removeprefix('torch.')} is not supported (its range needs "
                 "loss scaling); use bfloat16 or float32"
@@ -233,19 +234,7 @@ class PoetLinear(nn.Module):
         """x [..., in_features] → y [..., out_features], in autocast's dtype if that is on, else in x's."""
         mode = "fast" if x.numel() <= self.fast_tokens * self.in_features else self.config.mode
         factors = kept_factors(x) if mode == "mem" and torch.is_grad_enabled() else None
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as nn.Linear does
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        elif x.dtype != self.weight_dtype:
-            raise RuntimeError(
-                f"{self.name or 'PoetLinear'}: input is {x.dtype}, weight is {self.weight_dtype}; "
-                "cast one of them or use torch.autocast"
-            )
-        if x.shape[-1] != self.in_features:  # a kernel would read beyond the permutation's end
-            raise RuntimeError(
-                f"{self.name or 'PoetLinear'}: input is {tuple(x.shape)}, the last size must be {self.in_features}"
-            )
-        if x.dtype not in _DTYPES:
-            raise UserError(f"{self.name or 'PoetLinear'}: {x.dtype} autocast is not supported; use bfloat16")
+        x = checked_input(x, self.in_features, self.weight_dtype, self.name or "PoetLinear")
         rotations = (self.skew_in, self.skew_out, self.perm_in, self.perm_out)
         settings: dict[str, Any] = {
             "block_size_in": self.block_size_in,
@@ -345,7 +334,7 @@ class PoetLinear(nn.Module):
                 grad, skew.grad = skew.grad, None
                 skew.data = value.to(skew.device)
                 skew.grad = None if grad is None else grad.to(skew.dtype)
-        if self.weight_dtype not in _DTYPES:
+        if self.weight_dtype not in DTYPES:
             raise UserError(f"{self.name or 'PoetLinear'}: {self.weight_dtype} is not supported; use bfloat16")
         return self
 
@@ -361,6 +350,26 @@ def _inverse(perm: Tensor) -> Tensor:
 def _permuted(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """``weight[rows][:, columns]`` in one copy."""
     return weight[rows.long()[:, None], columns.long()]
+
+
+def checked_input(x: Tensor, in_features: int, weight_dtype: torch.dtype, name: str) -> Tensor:
+    """x [..., in_features] in the dtype that a layer computes in: autocast's if that is on, else the weight's.
+
+    Raises:
+        RuntimeError: another dtype without autocast, or another last size, as from ``nn.Linear``.
+        UserError: float16 autocast.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as nn.Linear does
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    elif x.dtype != weight_dtype:
+        raise RuntimeError(
+            f"{name}: input is {x.dtype}, weight is {weight_dtype}; cast one of them or use torch.autocast"
+        )
+    if x.shape[-1] != in_features:  # a kernel would read beyond the permutation's end
+        raise RuntimeError(f"{name}: input is {tuple(x.shape)}, the last size must be {in_features}")
+    if x.dtype not in DTYPES:
+        raise UserError(f"{name}: {x.dtype} autocast is not supported; use bfloat16")
+    return x
 
 
 def fresh_weight(config: PoetConfig, out_features: int, in_features: int, name: str) -> Tensor:

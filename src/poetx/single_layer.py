@@ -9,11 +9,9 @@ from torch import Tensor, nn
 
 from poetx.config import PoetConfig
 from poetx.errors import UserError
-from poetx.layer import fresh_weight
+from poetx.layer import DTYPES, checked_input, fresh_weight
 from poetx.ops.cayley import packed_size
 from poetx.ops.single_step import Sinks, cheaper_route, single_step_linear
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 class SingleStepLinear(nn.Module):
@@ -66,7 +64,7 @@ class SingleStepLinear(nn.Module):
         self.reset_parameters()
 
     def _check_dtype(self) -> None:
-        if self.weight.dtype not in _DTYPES:
+        if self.weight.dtype not in DTYPES:
             raise UserError(
                 f"{self.name or 'SingleStepLinear'}: {self.weight.dtype} is not supported (its range needs loss "
                 "scaling); use bfloat16 or float32"
@@ -122,15 +120,7 @@ class SingleStepLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → y [..., out_features], in autocast's dtype if that is on, else in x's."""
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as nn.Linear does
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        elif x.dtype != self.weight.dtype:
-            raise RuntimeError(
-                f"{self.name or 'SingleStepLinear'}: input is {x.dtype}, weight is {self.weight.dtype}; "
-                "cast one of them or use torch.autocast"
-            )
-        if x.dtype not in _DTYPES:
-            raise UserError(f"{self.name or 'SingleStepLinear'}: {x.dtype} autocast is not supported; use bfloat16")
+        x = checked_input(x, self.in_features, self.weight.dtype, self.name or "SingleStepLinear")
         if self.sinks is None or not torch.is_grad_enabled():
             if self.training and torch.is_grad_enabled():
                 raise UserError(
