@@ -14,11 +14,10 @@ from torch import nn
 from poetx.config import PoetConfig
 from poetx.errors import UserError, nearest
 from poetx.foreign import dense_weight, foreign_buffers, is_foreign
-from poetx.layer import PoetLinear
+from poetx.layer import DTYPES, PoetLinear
 from poetx.single_layer import SingleStepLinear
 from poetx.storage import PackedWeight
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 #: Names that checkpoints in the wild give to several matrices held as one.
 _FUSED = re.compile(r"(^|\.)(c_attn|qkv|qkv_proj|query_key_value|Wqkv|in_proj|gate_up_proj|kv_proj|q_attn)$")
 
@@ -218,7 +217,7 @@ def find_targets(model: nn.Module, config: PoetConfig, *, foreign: bool = False)
             reason = _refusal(module, shared, foreign=foreign)
         if reason is not None:
             reasons[module] = reason
-        elif not (foreign and is_foreign(module)) and module.weight.dtype not in _DTYPES:
+        elif not (foreign and is_foreign(module)) and module.weight.dtype not in DTYPES:
             raise UserError(
                 f"{name}: {module.weight.dtype} is not supported (its range needs loss scaling); convert the "
                 "model to bfloat16 or float32 first"
@@ -255,7 +254,7 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
 
     total = sum(p.numel() for p in model.parameters())
     found = find_targets(model, config, foreign=True)
-    others = (p.dtype for p in model.parameters() if p.dtype in _DTYPES and not p.is_meta)
+    others = (p.dtype for p in model.parameters() if p.dtype in DTYPES and not p.is_meta)
     dtype = next(others, torch.get_default_dtype())
     converted = []
     for name in list(found.layers):
