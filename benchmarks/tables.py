@@ -9,14 +9,13 @@ number in it is typed by hand.
 from __future__ import annotations
 
 import json
-import math
 import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import RESULTS
+from benchmarks.record import RESULTS, by_setting, mean_loss
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/log.md")
@@ -131,12 +130,9 @@ def stability() -> str:
 
 def single_step() -> str:
     """Every setting measured, best first within a budget: mean and range over its seeds."""
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for row in _rows("single_step"):
-        setting = json.loads(row["key"]) | {"steps": row["steps"], "seed": None, "compile": None}
-        runs.setdefault(json.dumps(setting, sort_keys=True), []).append(row)
     body = []
-    for rows in sorted(runs.values(), key=lambda rows: (rows[0]["scale"], rows[0]["tokens"], _mean_loss(rows))):
+    runs = by_setting(_rows("single_step"))
+    for rows in sorted(runs, key=lambda rows: (rows[0]["scale"], rows[0]["tokens"], mean_loss(rows))):
         row = rows[0]
         losses = [r["loss"] for r in rows if r["loss"] is not None]
         spread = f"{min(losses):.3f} to {max(losses):.3f}" if len(losses) > 1 else ""
@@ -145,7 +141,7 @@ def single_step() -> str:
                 f"{row['scale']}, {row['tokens'] / 1e6:.1f}M",
                 row["method"],
                 _settings(row),
-                f"{_mean_loss(rows):.3f}",
+                f"{mean_loss(rows):.3f}",
                 spread,
                 str(len(rows)),
                 f"{row['matrix_state_bytes'] / 1e6:.1f}",
@@ -153,10 +149,6 @@ def single_step() -> str:
         )
     head = ["model, tokens", "method", "settings", "validation loss", "range", "seeds", "MB of state for the matrices"]
     return _markdown(head, body)
-
-
-def _mean_loss(rows: list[dict[str, Any]]) -> float:
-    return statistics.mean(math.inf if row["loss"] is None else row["loss"] for row in rows)
 
 
 def _settings(row: dict[str, Any]) -> str:

@@ -1,13 +1,17 @@
 """The comparison of methods: every method trains, a run that has its row is not repeated, words become settings."""
 
+import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks import curves
 from benchmarks import single_step as bench
+from benchmarks.record import by_setting, mean_loss
 
 
 @pytest.fixture
@@ -90,3 +94,22 @@ def test_final_takes_the_best_of_each_method():
         )
     ]
     assert [(run.lr, run.seed) for run in bench.final(rows)] == [(2e-3, 1), (2e-3, 2)]
+
+
+def test_seeds_are_averaged_and_the_best_setting_is_drawn(tmp_path, monkeypatch):
+    def row(method, lr, seed, loss):
+        run = bench.Run(method, lr=lr, seed=seed)
+        facts = {"steps": 9, "tokens": 9, "loss": loss, "key": run.key(), "train_curve": [3.0] * 4}
+        return dataclasses.asdict(run) | facts
+
+    rows = [row("adamw", 1.0, 0, 2.0), row("adamw", 1.0, 1, 4.0), row("adamw", 2.0, 0, 3.5), row("muon", 1.0, 0, None)]
+    assert sorted(len(same) for same in by_setting(rows)) == [1, 1, 2]
+    assert [mean_loss(same) for same in by_setting(rows)] == [3.0, 3.5, math.inf]
+    (best,) = curves.best_settings(rows[:3]).values()
+    assert [r["loss"] for r in best] == [2.0, 4.0]
+
+    source = tmp_path / "rows.jsonl"
+    source.write_text("\n".join(json.dumps(row(method, 1.0, 0, 2.0)) for method in ("adamw", "muon", "single-step")))
+    monkeypatch.setattr("sys.argv", ["curves", "--rows", str(source), "--plot", str(tmp_path / "plot.png")])
+    curves.main()
+    assert (tmp_path / "plot.png").stat().st_size > 10_000

@@ -1,0 +1,67 @@
+"""Training loss over tokens of the recorded single-step runs: each method's best setting at every budget, all seeds.
+
+python -m benchmarks.curves --scale small --plot docs/single-step.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import RESULTS, by_setting, mean_loss
+
+_COLOURS = {"adamw": "tab:gray", "adamw-split": "tab:blue", "muon": "tab:orange", "poet-x": "tab:purple"}
+
+
+def best_settings(rows: list[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """Rows of all seeds of the setting with the lowest mean validation loss, for each (method, tokens)."""
+    best: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for same in by_setting(rows):
+        at = (same[0]["method"], same[0]["tokens"])
+        if at not in best or mean_loss(same) < mean_loss(best[at]):
+            best[at] = same
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=Path, default=RESULTS / "single_step.jsonl")
+    parser.add_argument("--scale", default="small")
+    parser.add_argument("--plot", type=Path, required=True)
+    args = parser.parse_args()
+    rows = [json.loads(line) for line in args.rows.read_text().splitlines()]
+    best = best_settings([row for row in rows if row["scale"] == args.scale and row["loss"] is not None])
+    budgets = sorted({tokens for _, tokens in best if sum(at == tokens for _, at in best) > 2})
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(budgets), figsize=(5.5 * len(budgets), 4), layout="constrained", squeeze=False)
+    for tokens, axis in zip(budgets, axes[0], strict=True):
+        # The first tenth is warm-up and the same for all.
+        for (method, _), same in sorted((item for item in best.items() if item[0][1] == tokens), key=_loss):
+            for index, row in enumerate(same):
+                points = range(2, len(row["train_curve"]))
+                axis.plot(
+                    [tokens / 1e6 * (i + 1) / len(row["train_curve"]) for i in points],
+                    [row["train_curve"][i] for i in points],
+                    color=_COLOURS.get(method, "tab:red"),
+                    label=None if index else f"{method}: {mean_loss(same):.3f} ({len(same)} seeds)",
+                )
+        axis.set_xlabel("tokens, millions")
+        axis.set_ylabel("training loss, nats")
+        axis.set_title(f"{tokens / 1e6:.1f}M tokens; in the legend, validation loss at the end", fontsize=9)
+        axis.legend(fontsize=8)
+    figure.savefig(args.plot, dpi=110)
+
+
+def _loss(item: tuple[tuple[str, int], list[dict[str, Any]]]) -> float:
+    return mean_loss(item[1])
+
+
+if __name__ == "__main__":
+    main()
