@@ -145,10 +145,21 @@ def single_step() -> str:
                 spread,
                 str(len(rows)),
                 f"{row['matrix_state_bytes'] / 1e6:.1f}",
+                _weights(rows),
             ]
         )
     head = ["model, tokens", "method", "settings", "validation loss", "range", "seeds", "MB of state for the matrices"]
+    head.append("effective rank and RMS of the matrices, at the start and after training")
     return _markdown(head, body)
+
+
+def _weights(rows: list[dict[str, Any]]) -> str:
+    """Of the first seed for which it was recorded."""
+    weights = next((row["weights"] for row in rows if "weights" in row), None)
+    if weights is None:
+        return ""
+    rank, rms = ([weights[when][what] for when in ("start", "end")] for what in ("effective_rank", "rms"))
+    return f"{rank[0]:.2f} → {rank[1]:.2f}, {rms[0]:.3f} → {rms[1]:.3f}"
 
 
 def _settings(row: dict[str, Any]) -> str:
