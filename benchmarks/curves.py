@@ -31,9 +31,13 @@ def main() -> None:
     parser.add_argument("--scale", default="small")
     parser.add_argument("--plot", type=Path, required=True)
     args = parser.parse_args()
+    if not args.rows.exists():
+        parser.error(f"--rows {args.rows}: no such file; `python -m benchmarks.single_step sweep` writes it")
     rows = [json.loads(line) for line in args.rows.read_text().splitlines()]
     best = best_settings([row for row in rows if row["scale"] == args.scale and row["loss"] is not None])
     budgets = sorted({tokens for _, tokens in best if sum(at == tokens for _, at in best) > 2})
+    if not budgets:
+        parser.error(f"--scale {args.scale}: no budget at which three methods ran in {args.rows}")
 
     import matplotlib
 

@@ -96,7 +96,7 @@ def test_final_takes_the_best_of_each_method():
     assert [(run.lr, run.seed) for run in bench.final(rows)] == [(2e-3, 1), (2e-3, 2)]
 
 
-def test_seeds_are_averaged_and_the_best_setting_is_drawn(tmp_path, monkeypatch):
+def test_seeds_are_averaged_and_the_best_setting_is_drawn(tmp_path, monkeypatch, capsys):
     def row(method, lr, seed, loss):
         run = bench.Run(method, lr=lr, seed=seed)
         facts = {"steps": 9, "tokens": 9, "loss": loss, "key": run.key(), "train_curve": [3.0] * 4}
@@ -113,3 +113,9 @@ def test_seeds_are_averaged_and_the_best_setting_is_drawn(tmp_path, monkeypatch)
     monkeypatch.setattr("sys.argv", ["curves", "--rows", str(source), "--plot", str(tmp_path / "plot.png")])
     curves.main()
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+    for words, message in ((["--scale", "wide"], "no budget"), (["--rows", "nowhere"], "no such file")):
+        monkeypatch.setattr("sys.argv", ["curves", "--rows", str(source), "--plot", "x.png", *words])
+        with pytest.raises(SystemExit, match="2"):
+            curves.main()
+        assert message in capsys.readouterr().err
