@@ -16,10 +16,12 @@ _COLOURS = {"adamw": "tab:gray", "adamw-split": "tab:blue", "muon": "tab:orange"
 
 
 def best_settings(rows: list[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:
-    """Rows of all seeds of the setting with the lowest mean validation loss, for each (method, tokens)."""
+    """Rows of all seeds of the setting with the lowest mean validation loss, for each (method and blocks, tokens)."""
     best: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for same in by_setting(rows):
-        at = (same[0]["method"], same[0]["tokens"])
+        row = same[0]
+        blocks = f", b={row['block_size']}" if row["method"] in ("poet-x", "single-step") else ""
+        at = (row["method"] + blocks, row["tokens"])
         if at not in best or mean_loss(same) < mean_loss(best[at]):
             best[at] = same
     return best
@@ -47,14 +49,15 @@ def main() -> None:
     figure, axes = plt.subplots(1, len(budgets), figsize=(5.5 * len(budgets), 4), layout="constrained", squeeze=False)
     for tokens, axis in zip(budgets, axes[0], strict=True):
         # The first tenth is warm-up and the same for all.
-        for (method, _), same in sorted((item for item in best.items() if item[0][1] == tokens), key=_loss):
+        for (name, _), same in sorted((item for item in best.items() if item[0][1] == tokens), key=_loss):
             for index, row in enumerate(same):
                 points = range(2, len(row["train_curve"]))
                 axis.plot(
                     [tokens / 1e6 * (i + 1) / len(row["train_curve"]) for i in points],
                     [row["train_curve"][i] for i in points],
-                    color=_COLOURS.get(method, "tab:red"),
-                    label=None if index else f"{method}: {mean_loss(same):.3f} ({len(same)} seeds)",
+                    color=_COLOURS.get(row["method"], "tab:red"),
+                    linestyle="-" if row["block_size"] == 64 else "--",
+                    label=None if index else f"{name}: {mean_loss(same):.3f} ({len(same)} seeds)",
                 )
         axis.set_xlabel("tokens, millions")
         axis.set_ylabel("training loss, nats")
