@@ -13,13 +13,14 @@ _PACKAGES = ("poetx", "torch", "numpy", "safetensors", "transformers", "tokenize
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what matters to a run."""
+    """Installed versions of what matters to a run; torch's names its build, too."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
+    found["torch"] = torch.__version__  # the package's metadata may leave out +cpu or +cu130
     return found
 
 
