@@ -181,10 +181,10 @@ def train_step(trainer: Trainer, forward: Any) -> StepResult:
         merges=merges.merges if merges else 0,
         steps_since_merge=merges.steps_since_merge if merges else 0,
     )
-    loss = _accumulate_gradients(trainer, forward)
+    total = _accumulate_gradients(trainer, forward)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    norm = float(grad_norm)
+    loss, norm = torch.stack([total.double(), grad_norm.to(total.device).double()]).cpu().tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad()
         _count_bad_step(trainer, loss, norm)
@@ -199,8 +199,8 @@ def train_step(trainer: Trainer, forward: Any) -> StepResult:
     return StepResult(loss, norm, clip, merged=merged, skipped=False)
 
 
-def _accumulate_gradients(trainer: Trainer, forward: Any) -> float:
-    """Backward over the micro-batches of the current step; the mean loss over all its tokens."""
+def _accumulate_gradients(trainer: Trainer, forward: Any) -> torch.Tensor:
+    """Backward over the micro-batches of the current step; the mean loss over all its tokens, a scalar."""
     settings, train = trainer.recipe.train, trainer.data.train
     windows = batch_windows(trainer.state.step, batch_size=settings.batch_size, windows=len(train), seed=settings.seed)
     tokens = settings.batch_size * train.seq_len
@@ -217,11 +217,11 @@ def _accumulate_gradients(trainer: Trainer, forward: Any) -> float:
             else:
                 loss = summed_loss(forward, inputs, labels) / tokens
             if _acts_in_backward(trainer.recipe) and not loss.isfinite():
-                return float(loss.detach())  # what backward does with it could not be taken back
+                return loss.detach()  # what backward does with it could not be taken back
             trainer.phase("backward")
             loss.backward()
             total += loss.detach()
-    return float(total)
+    return total
 
 
 def _acts_in_backward(recipe: Recipe) -> bool:

@@ -1,0 +1,159 @@
+"""An accelerator made of host memory: tensors of another device, with values, on a machine that has none.
+
+PyTorch takes it for a real one: the library's branches for "not a CPU" run, a tensor left on the host fails as it would
+on a GPU, and every time the host waits for a value or moves data is counted. What it cannot tell: anything about CUDA
+itself, or time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import traceback
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+NAME = "accel"
+DEVICE = f"{NAME}:0"
+#: Operators that a GPU takes tensors of both sides for: copies, and indices that it fetches itself.
+_BOTH_SIDES = {"_to_copy", "copy_", "index", "index_put", "index_put_", "_index_put_impl_"}
+#: Operators whose result's size depends on values, so that the host has to wait for them.
+_WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_dim", "_unique2"}
+
+Crossings = list[str]
+_crossings: Crossings | None = None
+
+
+class OnAccelerator(Tensor):
+    """A tensor whose device is the accelerator and whose values are in ``value``, on the host."""
+
+    value: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, value: Tensor) -> OnAccelerator:
+        facts = {"strides": value.stride(), "storage_offset": value.storage_offset(), "dtype": value.dtype}
+        made = torch.Tensor._make_wrapper_subclass(cls, value.shape, device=torch.device(DEVICE), **facts)
+        made.value = value
+        return made
+
+    def data_ptr(self) -> int:
+        return self.value.data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.value.untyped_storage()
+
+    def __repr__(self) -> str:
+        return f"OnAccelerator({self.value})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+class _HostGenerator(torch.Generator):
+    """A generator for the accelerator: PyTorch can be given none from Python."""
+
+    def __new__(cls, device: Any = "cpu") -> _HostGenerator:
+        return super().__new__(cls, "cpu")
+
+
+class _Factories(TorchDispatchMode):
+    """Makes what is asked for on the accelerator."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    name = func.overloadpacket.__name__
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    here = [tensor for tensor in tensors if isinstance(tensor, OnAccelerator)]
+    host = [tensor for tensor in tensors if not isinstance(tensor, OnAccelerator) and tensor.ndim]
+    if here and host and name not in _BOTH_SIDES:
+        raise RuntimeError(f"{func}: tensors on the accelerator {_shapes(here)} and on the host {_shapes(host)}")
+    device = kwargs.get("device")
+    lands = bool(here) if device is None else torch.device(device).type == NAME
+    if name == "copy_":
+        lands = isinstance(args[0], OnAccelerator)
+    comes = isinstance(tensors[-1 if name == "copy_" else 0], OnAccelerator) if tensors else lands
+    _note(name, moved=name in ("_to_copy", "copy_") and lands != comes, waits=bool(here) and name in _WAITING)
+    if device is not None:
+        kwargs = kwargs | {"device": "cpu" if lands else device}
+    host_args, host_kwargs = tree_map_only(OnAccelerator, lambda tensor: tensor.value, (args, kwargs))
+    out = func(*host_args, **host_kwargs)
+    if not lands:
+        return out
+    given = {id(tensor.value): tensor for tensor in here}  # in place and ``out=``: the very tensor that was given
+    return tree_map_only(Tensor, lambda made: given[id(made)] if id(made) in given else OnAccelerator(made), out)
+
+
+def _shapes(tensors: list[Tensor]) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in tensors]
+
+
+def _note(name: str, *, moved: bool, waits: bool) -> None:
+    if _crossings is None or not (moved or waits):
+        return
+    ours = [frame for frame in traceback.extract_stack() if "/poetx/" in frame.filename]
+    _crossings.append(f"{name} at {ours[-1].filename.rpartition('/')[2]}: {ours[-1].line}" if ours else name)
+
+
+@functools.cache
+def _register() -> torch.library.Library:
+    """Once in a process, and for good: PyTorch has no way back."""
+    from torch.utils import backend_registration as registration
+
+    class Module(registration._DummyBackendModule):
+        def get_amp_supported_dtype(self) -> list[torch.dtype]:
+            return [torch.bfloat16]
+
+    registration._setup_privateuseone_for_python_backend(NAME, backend_module=Module())
+    library = torch.library.Library("aten", "IMPL")  # what PyTorch's own C++ calls, where no mode sees it
+
+    def empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memory=None):
+        return OnAccelerator(torch.empty_strided(size, stride, dtype=dtype, device="cpu"))
+
+    def empty(size, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
+        return OnAccelerator(torch.empty(size, dtype=dtype, device="cpu"))
+
+    def copy_from(source, target, non_blocking=False):
+        getattr(target, "value", target).copy_(getattr(source, "value", source))
+        return target
+
+    library.impl("empty_strided", empty_strided, "PrivateUse1")
+    library.impl("empty.memory_format", empty, "PrivateUse1")
+    library.impl("_copy_from", copy_from, "PrivateUse1")
+    return library
+
+
+def available() -> bool:
+    """Whether this PyTorch can be given a device from Python."""
+    from torch.utils import backend_registration
+
+    return hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+
+
+@contextlib.contextmanager
+def accelerator() -> Iterator[torch.device]:
+    """Tensors can be made on, and moved to, the device that this yields. Its generators are the host's."""
+    _register()
+    with _Factories(), mock.patch.object(torch, "Generator", _HostGenerator):
+        yield torch.device(DEVICE)
+
+
+@contextlib.contextmanager
+def crossings() -> Iterator[Crossings]:
+    """Every wait for a value and every move between host and accelerator, by operator and by our line of code."""
+    global _crossings
+    before, _crossings = _crossings, []
+    try:
+        yield _crossings
+    finally:
+        _crossings = before

@@ -1,0 +1,71 @@
+"""A whole run on a device that is not the CPU: trained, stopped, resumed, exported."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+import torch
+import train_helpers
+from test_loop import At, Tiny, curve, interrupt
+
+import accelerator
+from accelerator import crossings
+from poetx.train import loop, run
+from poetx.train.export import load_run
+
+FORMS = {
+    "fast": ("poet.mode=fast",),
+    "mem and its stack": ("poet.mode=mem", "train.chunked_loss=true", "model.gradient_checkpointing=true"),
+    "single-step": ("poet.method=single-step", "poet.merge_every=null", "optimizer.angle=0.02"),
+}
+pytestmark = pytest.mark.skipif(not accelerator.available(), reason="this torch takes no device from Python")
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch):
+    with accelerator.accelerator() as device:
+        monkeypatch.setattr(run, "resolve_device", lambda wanted: device)
+        yield device
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_trains_as_on_the_cpu_and_resumes_to_the_bit(name: str, tiny: Tiny, device: torch.device) -> None:
+    whole = run.train(tiny(*FORMS[name], run_dir="whole"))
+    recipe = tiny(*FORMS[name], run_dir="cut")
+    assert run.train(recipe, reporter=At(7, interrupt)).signum == signal.SIGINT
+    run.train(recipe, resume=True)
+    assert curve(recipe.directory) == curve(whole.run_dir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "resolve_device", lambda wanted: torch.device("cpu"))
+        on_cpu = run.train(tiny(*FORMS[name], run_dir="cpu"))
+    assert losses(whole) == pytest.approx(losses(on_cpu), rel=1e-4)
+    assert load_run(str(whole.run_dir), device="cpu").model is not None
+
+
+def losses(result: run.RunResult) -> list[float]:
+    return train_helpers.curve(result.run_dir)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_step_of_the_loop_waits_once_at_its_end(
+    name: str, tiny: Tiny, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For loss and norm together. Transformers waits once itself, single-step before backward touches a momentum."""
+    plain, seen = loop.train_step, []
+
+    def counted(*args):
+        with crossings() as now:
+            result = plain(*args)
+        seen.append(now)
+        return result
+
+    monkeypatch.setattr(loop, "train_step", counted)
+    run.train(tiny(*FORMS[name], "train.steps=4"))
+    where = [crossing.partition(" at loop.py: ")[2] for crossing in seen[-1]]
+    inputs, _, *waits, end = [line.partition(" = ")[2] or line for line in where]
+    assert inputs == "inputs.to(trainer.device), labels.to(trainer.device)"
+    assert waits[0].startswith("forward(")
+    assert [line for line in waits[1:] if "isfinite" not in line] == []
+    assert len(waits) == 1 + (name == "single-step")
+    assert end.startswith("torch.stack(")
