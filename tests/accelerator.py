@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 NAME = "accel"
 DEVICE = f"{NAME}:0"
@@ -42,6 +41,15 @@ class OnAccelerator(Tensor):
         made = torch.Tensor._make_wrapper_subclass(cls, value.shape, device=torch.device(DEVICE), **facts)
         made.value = value
         return made
+
+    @property
+    def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.detach()
+
+    @data.setter
+    def data(self, other: OnAccelerator) -> None:
+        Tensor.data.__set__(self, other)
+        self.value = other.value
 
     def data_ptr(self) -> int:
         return self.value.data_ptr()
@@ -73,7 +81,7 @@ class _Factories(TorchDispatchMode):
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = func.overloadpacket.__name__
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     here = [tensor for tensor in tensors if isinstance(tensor, OnAccelerator)]
     host = [tensor for tensor in tensors if not isinstance(tensor, OnAccelerator) and tensor.ndim]
     if here and host and name not in _BOTH_SIDES:
@@ -86,12 +94,38 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     _note(name, moved=name in ("_to_copy", "copy_") and lands != comes, waits=bool(here) and name in _WAITING)
     if device is not None:
         kwargs = kwargs | {"device": "cpu" if lands else device}
-    host_args, host_kwargs = tree_map_only(OnAccelerator, lambda tensor: tensor.value, (args, kwargs))
-    out = func(*host_args, **host_kwargs)
+    out = func(*_map(_on_host, args), **_map(_on_host, kwargs))
     if not lands:
         return out
     given = {id(tensor.value): tensor for tensor in here}  # in place and ``out=``: the very tensor that was given
-    return tree_map_only(Tensor, lambda made: given[id(made)] if id(made) in given else OnAccelerator(made), out)
+    return _map(lambda made: _wrapped(made, given), out)
+
+
+def _wrapped(made: Any, given: dict[int, OnAccelerator]) -> Any:
+    if not isinstance(made, Tensor):
+        return made
+    return given[id(made)] if id(made) in given else OnAccelerator(made)
+
+
+def _on_host(leaf: Any) -> Any:
+    return leaf.value if isinstance(leaf, OnAccelerator) else leaf
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    """As ``torch.utils._pytree`` does, for what operators take and give: a tenth of its time."""
+    if isinstance(tree, (tuple, list, dict)):
+        for branch in tree.values() if isinstance(tree, dict) else tree:
+            yield from _leaves(branch)
+    else:
+        yield tree
+
+
+def _map(change: Callable[[Any], Any], tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {name: _map(change, branch) for name, branch in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return type(tree)([_map(change, branch) for branch in tree])
+    return change(tree)
 
 
 def _shapes(tensors: list[Tensor]) -> list[tuple[int, ...]]:
