@@ -20,6 +20,8 @@ _SLICE_BYTES_ELSEWHERE = 256 << 20
 #: Bytes of activations that one outer product on a CPU takes at a time: 128 tokens of 1024 float32, or 64 of 2048,
 #: are best, twice as many half as fast.
 _OUTER_BYTES = 512 << 10
+#: Blocks up to this size are outer products that gain nothing from that.
+_SMALL_BLOCK = 64
 
 
 def slices(x_NF: Tensor) -> Iterator[slice]:
@@ -86,6 +88,19 @@ def add_block_outer_(total_KBB: Tensor, x_NF: Tensor, y_NF: Tensor) -> None:
         _add_matmul_(total_KBB[:full], head_x.transpose(1, 2), head_y)
     if rest := tail_x.shape[1]:
         _add_matmul_(total_KBB[-1:, :rest, :rest], tail_x.T[None], tail_y[None])
+
+
+def block_outer_products(x_NF: Tensor, y_NF: Tensor, block_size: int) -> Tensor:
+    """``x_kᵀ · y_k`` for every block k, [K, B, B], float32 (float64 for float64); zero beyond a ragged end."""
+    blocks, rest = divmod(x_NF.shape[1], block_size)
+    dtype = torch.promote_types(x_NF.dtype, torch.float32)
+    # A product that need not be cut is faster than one that adds, and takes a third of the calls.
+    if not rest and x_NF.dtype == y_NF.dtype == dtype and (block_size <= _SMALL_BLOCK or device_type(x_NF) != "cpu"):
+        shape = (-1, blocks, block_size)
+        return torch.bmm(x_NF.view(shape).permute(1, 2, 0), y_NF.view(shape).transpose(0, 1))
+    total = torch.zeros(blocks + (rest > 0), block_size, block_size, dtype=dtype, device=x_NF.device)
+    add_block_outer_(total, x_NF, y_NF)
+    return total
 
 
 def _add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:

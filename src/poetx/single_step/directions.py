@@ -71,23 +71,29 @@ class Ortho:
             return momentum
         # The gradient is what came since the copy was taken.
         key = f"before_{move.side}_{move.index}"
-        before = [state.get(key, torch.zeros_like(q)) for state, q in zip(states, now, strict=True)]
+        before = [state[key] if key in state else torch.zeros_like(q) for state, q in zip(states, now, strict=True)]
         return momentum.mul_(1 + self.momentum).sub_(torch.cat(before))
 
-    def finish(self, state: dict[str, Any], upcoming: Iterable[Move], *, fresh: bool) -> None:
-        """Make the momentum ready for the gradients of the next step, which writes ``upcoming``."""
+    def restart(self, state: dict[str, Any]) -> None:
+        """Forget what came so far."""
         for side in ("in", "out"):
-            sink = state[f"momentum_{side}"]
-            if fresh:
-                sink.zero_()
-            elif sink.dtype == torch.bfloat16:
+            state[f"momentum_{side}"].zero_()
+
+    def finish(self, states: Sequence[tuple[dict[str, Any], Iterable[Move]]]) -> None:
+        """Make momenta ready for the gradients of the next step; each state comes with what that step will write."""
+        wide = []
+        for sink in (state[f"momentum_{side}"] for state, _ in states for side in ("in", "out")):
+            if sink.dtype == torch.bfloat16:
                 stochastic_round_(sink, sink.float().mul_(self.momentum))
             else:
-                sink.mul_(self.momentum)
-        for key in [key for key in state if key.startswith("before_")]:
-            del state[key]
-        for move in upcoming if self.nesterov else ():
-            state[f"before_{move.side}_{move.index}"] = state[f"momentum_{move.side}"][move.index].clone()
+                wide.append(sink)
+        if wide:
+            torch._foreach_mul_(wide, self.momentum)  # pyright: ignore[reportPrivateImportUsage]
+        for state, upcoming in states:
+            for key in [key for key in state if key.startswith("before_")]:
+                del state[key]
+            for move in upcoming if self.nesterov else ():
+                state[f"before_{move.side}_{move.index}"] = state[f"momentum_{move.side}"][move.index].clone()
 
 
 @dataclass(frozen=True)
@@ -117,8 +123,11 @@ class Adam:
             parts.append((state[f"first_{move.side}"][move.index] / first) / (square.sqrt() + self.eps))
         return torch.cat(parts)
 
-    def finish(self, state: dict[str, Any], upcoming: Iterable[Move], *, fresh: bool) -> None:
-        """Start anew, if ``fresh``."""
-        for side in ("in", "out") if fresh else ():
+    def restart(self, state: dict[str, Any]) -> None:
+        """Forget what came so far."""
+        for side in ("in", "out"):
             for name in self.entries:
                 state[f"{name}_{side}"].zero_()
+
+    def finish(self, states: Sequence[tuple[dict[str, Any], Iterable[Move]]]) -> None:
+        """The moments are ready as they are."""

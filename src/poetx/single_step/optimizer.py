@@ -224,12 +224,12 @@ class POETX(torch.optim.Optimizer):
             written = [p for p in moving if move in self._written(self.state[p]["step"] - 1)]
             for batch in self._batches(written, move):
                 self._write(batch, move, group["lr"])
-        for p in moving:
-            state = self.state[p]
-            fresh = self._resample is not None and state["step"] % self._resample == 0
-            self._rule.finish(state, self._written(state["step"]), fresh=fresh)
-            for move in self._moves if fresh else ():
+        fresh = [p for p in moving if self._resample and self.state[p]["step"] % self._resample == 0]
+        for p in fresh:
+            self._rule.restart(self.state[p])
+            for move in self._moves:
                 self._order(p, move)
+        self._rule.finish([(self.state[p], self._written(self.state[p]["step"])) for p in moving])
 
     def _written(self, steps: int) -> list[Move]:
         """What is written in the step after so many."""
@@ -348,18 +348,20 @@ class POETX(torch.optim.Optimizer):
         with full_precision_products():
             Q = direction.mul_(-angle)
             E = Q.mul_(2) if self._free else small_cayley_delta(Q, self._bound and self._bound * angle)
-            for p, E_KBB in zip(batch, E.split(counts), strict=True):
-                self._fold(p, move, E_KBB)
+            squares = [self._fold(p, move, E_KBB) for p, E_KBB in zip(batch, E.split(counts), strict=True)]
+        norms = torch.cat([self.state[p]["norm"] for p in batch])
+        ratios = norms / torch.stack([square for matrices in squares for square in matrices]).sqrt()
+        scales = torch.where(ratios.isfinite(), ratios, 1.0)  # a matrix of zeros stays one
+        for p, scale in zip(batch, scales.split([len(matrices) for matrices in squares]), strict=True):
+            self.state[p]["scale"] = scale
 
-    def _fold(self, p: Tensor, move: Move, E_KBB: Tensor) -> None:
-        """Fold the blocks of one matrix, or stack of e."""
+    def _fold(self, p: Tensor, move: Move, E_KBB: Tensor) -> list[Tensor]:
+        """Fold the blocks of one matrix, or stack of e; the new ‖W‖² of each."""
         state, order, matrices, noise = self.state[p], self._order(p, move), self._matrices(p), None
         if p.dtype == torch.bfloat16:
             key = f"rounding-{move.side}-{move.index}"
             noise = stream(self._config.seed, self._names[p], state["step"], key, p.device)
-        squares = [
+        return [
             fold_side_(W, E, move.side, order, scale=scale, generator=noise)
             for W, E, scale in zip(matrices, E_KBB.chunk(len(matrices)), state["scale"], strict=True)
         ]
-        ratio = state["norm"] / torch.stack(squares).sqrt()
-        state["scale"] = torch.where(ratio.isfinite(), ratio, 1.0)  # a matrix of zeros stays one

@@ -19,7 +19,6 @@ FORMS = {
     "mem and its stack": ("poet.mode=mem", "train.chunked_loss=true", "model.gradient_checkpointing=true"),
     "single-step": ("poet.method=single-step", "poet.merge_every=null", "optimizer.angle=0.02"),
 }
-pytestmark = pytest.mark.skipif(not accelerator.available(), reason="this torch takes no device from Python")
 
 
 @pytest.fixture
