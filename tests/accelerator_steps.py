@@ -12,6 +12,7 @@ from torch import nn
 import accelerator
 from accelerator import crossings
 from poetx import POETX, PoetConfig, convert_, merge_, merge_every, param_groups, stack, to_dense_
+from poetx.ops.single_step import add_to_
 
 
 @pytest.fixture
@@ -138,6 +139,19 @@ def test_the_dense_model_comes_back_where_it_was(name: str, device: torch.device
     to_dense_(model)
     assert {p.device for p in model.parameters()} == {device}
     torch.testing.assert_close(model(input_ids=ids).logits.cpu(), before.cpu(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_gradient_that_is_not_finite_adds_nothing_and_nobody_waits(packed: bool, device: torch.device) -> None:
+    sink = torch.ones((2, 6) if packed else (2, 4, 4), device=device)
+    M = torch.ones(2, 4, 4, device=device)
+    M[1, 0, 2] = float("nan")
+    with crossings() as seen:
+        add_to_(sink, M, 8)
+    assert seen == []
+    assert sink.cpu().eq(1).all()
+    add_to_(sink, torch.arange(32.0, device=device).view(2, 4, 4), 8)
+    assert sink.cpu().ne(1).any()
 
 
 def test_a_tensor_left_on_the_host_is_noticed(device: torch.device) -> None:

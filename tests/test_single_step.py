@@ -10,6 +10,7 @@ from helpers import TOLERANCE, random_skew, relative_error
 from poetx import POETX, PoetConfig, UserError, convert_
 from poetx.ops.cayley import cayley, unpack_skew
 from poetx.ops.reference import EXACT, block_diagonal
+from poetx.ops.rotate import block_outer_products
 from poetx.ops.single_step import fold_side_, map_gradient, skew_gradient, small_cayley_delta
 from poetx.single_step.directions import orthogonalise
 from poetx.single_step.partitions import partition
@@ -85,6 +86,18 @@ def test_a_fold_is_the_product_with_the_rotation(m, n, b, kind):
         square = fold_side_(got, E, side, order[side], scale=scale, generator=torch.Generator())
         assert relative_error(got, 0.5 * want) < TOLERANCE[torch.float64]
         assert square.item() == pytest.approx(0.25 * want.square().sum().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("size", "block_size"), [(96, 32), (128, 64), (160, 80), (100, 32), (20, 64)])
+def test_block_outer_products_are_the_blocks_of_the_whole_product(size, block_size, dtype):
+    x, y = torch.randn(37, 2 * size, dtype=torch.float64).to(dtype).chunk(2, dim=1)  # rows with a gap between them
+    got = block_outer_products(x, y, block_size)
+    whole = torch.zeros(got.shape[0] * block_size, got.shape[0] * block_size, dtype=torch.float64)
+    whole[:size, :size] = x.double().T @ y.double()
+    want = torch.stack([whole[i : i + block_size, i : i + block_size] for i in range(0, size, block_size)])
+    assert got.dtype == torch.promote_types(dtype, torch.float32)
+    assert relative_error(got, want) < TOLERANCE[got.dtype]
 
 
 def test_orthogonalise_gives_skew_matrices_with_singular_values_near_one():
