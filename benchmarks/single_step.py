@@ -70,7 +70,8 @@ class Run:
     ``matrix_lr``: of Muon (update RMS matched to AdamW's), of Adam on packed rotations, or the angle of single-step.
     ``init``: of the linear layers inside the blocks; ``"default"`` is the model's own N(0, 0.02), times ``init_scale``.
     ``out_scale``: a further factor on the layers that write to the residual stream (o_proj, down_proj).
-    ``embed_std``: of the embedding at the start. ``options``: further arguments of :class:`poetx.POETX`.
+    ``matrix_decay``: d divides ``matrix_lr`` by √(1 + d · share of the steps done), besides the schedule of all: what a
+    growing weight does to the relative size of a step. ``embed_std``: of the embedding at the start. ``options``: further arguments of :class:`poetx.POETX`.
     """
 
     method: str = "single-step"  # or adamw, adamw-split (``matrix_lr`` for the matrices), muon, poet-x
@@ -88,6 +89,7 @@ class Run:
     embed_std: float = 0.02
     block_size: int = 64
     merge_every: int | None = None
+    matrix_decay: float = 0.0
     precision: str = "bf16"
     compile: bool = True
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -308,6 +310,8 @@ def train(run: Run, *, text: str, cache: Path) -> dict[str, Any]:
         start = time.perf_counter()
         for group, peak in zip(optimizer.param_groups, peak_lrs, strict=True):
             group["lr"] = peak * factor(step, steps)
+            if any(p is matrices[0] for p in group["params"]):
+                group["lr"] /= math.sqrt(1 + run.matrix_decay * step / steps)
         windows = batch_windows(step, batch_size=scale.batch, windows=len(data.train), seed=run.seed)
         total = torch.zeros((), device=device)
         for first in range(0, len(windows), chunk):

@@ -1,0 +1,106 @@
+"""Does it matter which features share a block? The demo, with other permutations than the paper's random ones.
+
+    python -m benchmarks.permutations --out benchmarks/results/permutations.jsonl
+
+``random``: every feature by itself, the paper's. ``groups of 16``: runs of 16 adjacent features stay together, so a
+gather moves whole cache lines of float32. ``strided``: from merge to merge each side is contiguous or strided in turn,
+the input's side when the output's is not, so that no list of indices is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks.record import append, provenance
+from poetx.layer import PoetLinear, stream
+from poetx.ops.single_step import strided_order
+
+Draw = Callable[[PoetLinear, int], tuple[Tensor, Tensor]]
+
+
+def _sides(layer: PoetLinear) -> tuple[tuple[str, int, int], ...]:
+    return ("in", layer.in_features, layer.block_size_in), ("out", layer.out_features, layer.block_size_out)
+
+
+def grouped(width: int) -> Draw:
+    """Runs of ``width`` features in random order; the last run is shorter where ``width`` does not divide the side."""
+
+    def draw(layer: PoetLinear, merge_count: int) -> tuple[Tensor, Tensor]:
+        perms = []
+        for side, size, _ in _sides(layer):
+            generator = stream(layer.config.seed, layer.name, merge_count, side)
+            order = torch.randperm(-(-size // width), generator=generator, device="cpu")
+            perm = (order[:, None] * width + torch.arange(width)).flatten()
+            perms.append(perm[perm < size])
+        return tuple(perms)  # type: ignore[return-value]
+
+    return draw
+
+
+def strided(layer: PoetLinear, merge_count: int) -> tuple[Tensor, Tensor]:
+    """Contiguous and strided in turn."""
+    return tuple(  # type: ignore[return-value]
+        strided_order(size, block_size) if (merge_count + i) % 2 else torch.arange(size)
+        for i, (_, size, block_size) in enumerate(_sides(layer))
+    )
+
+
+KINDS: dict[str, Draw] = {"random": PoetLinear._draw_permutations, "groups of 16": grouped(16), "strided": strided}
+
+
+def run(kind: str, seed: int, settings: list[str], directory: Path) -> dict[str, Any]:
+    """Train the demo; its last validation loss."""
+    from poetx.train.recipe import load_recipe
+    from poetx.train.run import train
+
+    overrides = [
+        f"run_dir={directory / f'{kind}-{seed}'.replace(' ', '-')}",
+        f"train.seed={seed}",
+        f"poet.seed={seed}",
+        "train.export=false",
+        *settings,
+    ]
+    recipe = load_recipe("demo", overrides)
+    with mock.patch.object(PoetLinear, "_draw_permutations", KINDS[kind]):
+        train(recipe)
+    assert recipe.run_dir is not None
+    lines = (Path(recipe.run_dir) / "metrics.jsonl").read_text().splitlines()
+    losses = [row["loss"] for row in map(json.loads, lines) if row["event"] == "validation"]
+    return {
+        "benchmark": "permutations",
+        "kind": kind,
+        "seed": seed,
+        "settings": settings,
+        "steps": recipe.train.steps,
+        "merges": recipe.train.steps // (recipe.poet.merge_every or recipe.train.steps) if recipe.poet else 0,
+        "loss": losses[-1],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--set", nargs="*", default=[], help="overrides of the recipe, key=value")
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended to")
+    args = parser.parse_args()
+    origin = provenance(torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as scratch:
+        for seed in args.seeds:
+            for kind in args.kinds:
+                row = run(kind, seed, args.set, Path(scratch))
+                append(args.out, [row | origin])
+                print(f"{kind:15} seed {seed}  {row['loss']:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
