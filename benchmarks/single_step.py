@@ -71,7 +71,8 @@ class Run:
     ``init``: of the linear layers inside the blocks; ``"default"`` is the model's own N(0, 0.02), times ``init_scale``.
     ``out_scale``: a further factor on the layers that write to the residual stream (o_proj, down_proj).
     ``matrix_decay``: d divides ``matrix_lr`` by √(1 + d · share of the steps done), besides the schedule of all: what a
-    growing weight does to the relative size of a step. ``embed_std``: of the embedding at the start. ``options``: further arguments of :class:`poetx.POETX`.
+    growing weight does to the relative size of a step.
+    ``embed_std``: of the embedding at the start. ``options``: further arguments of :class:`poetx.POETX`.
     """
 
     method: str = "single-step"  # or adamw, adamw-split (``matrix_lr`` for the matrices), muon, poet-x
