@@ -282,3 +282,11 @@ def test_fresh_weights_do_not_depend_on_what_was_there():
     assert torch.equal(first[0].base_weight, second[0].base_weight)
     torch.testing.assert_close(first[0].dense_weight().norm(dim=1), torch.full((20,), 2.0))
     assert isinstance(first[0], PoetLinear)
+
+
+@pytest.mark.parametrize(("block_size", "more"), [(8, True), (4, False)])
+def test_blocks_larger_than_the_weight_are_pointed_out(block_size, more):
+    model = nn.ModuleDict({"a": nn.Linear(8, 8, bias=False)})
+    settings = {"method": "single-step", "spectrum": "free", "partitions": 1}
+    report = convert_(model, PoetConfig(block_size=block_size, **settings))
+    assert ("a smaller block_size saves memory" in str(report)) == more

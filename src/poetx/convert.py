@@ -270,6 +270,8 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
                 continue
             notes.append(f"was {_kind(module)}")
         layer = _LAYERS[config.method].from_linear(module, config=config, name=name, weight=weight)
+        if layer.rotation_count > layer.in_features * layer.out_features:
+            notes.append("its blocks hold more numbers than its weight: a smaller block_size saves memory")
         del found.places[module], module, weight
         for place in places:
             parent, _, child = place.rpartition(".")
