@@ -71,7 +71,8 @@ class Run:
     ``init``: of the linear layers inside the blocks; ``"default"`` is the model's own N(0, 0.02), times ``init_scale``.
     ``out_scale``: a further factor on the layers that write to the residual stream (o_proj, down_proj).
     ``matrix_decay``: d divides ``matrix_lr`` by √(1 + d · share of the steps done), besides the schedule of all: what a
-    growing weight does to the relative size of a step.
+    growing weight does to the relative size of a step. ``norm_growth``: g lets the norm that single-step holds grow by
+    √(1 + g) over the run, linearly in its square.
     ``embed_std``: of the embedding at the start. ``options``: further arguments of :class:`poetx.POETX`.
     """
 
@@ -91,6 +92,7 @@ class Run:
     block_size: int = 64
     merge_every: int | None = None
     matrix_decay: float = 0.0
+    norm_growth: float = 0.0
     precision: str = "bf16"
     compile: bool = True
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -321,6 +323,10 @@ def train(run: Run, *, text: str, cache: Path) -> dict[str, Any]:
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(clipped, run.clip)
         optimizer.step()
+        if run.norm_growth:
+            before = steps / run.norm_growth + step
+            for p in matrices:
+                optimizer.state[p]["norm"] *= math.sqrt(1 + 1 / before)
         for p in model.parameters():
             p.grad = None
         recent += float(total)
