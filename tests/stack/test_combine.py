@@ -8,7 +8,7 @@ from torch import nn
 
 import poetx
 from poetx import UserError
-from poetx.stack import CombinedOptimizer, build_optimizer, release_gradients
+from poetx.stack import AdamW, CombinedOptimizer, build_optimizer, release_gradients
 
 BASES = ["adafactor", "smmf", "hfac"]
 
@@ -73,12 +73,13 @@ def test_a_merge_resets_the_rotations_alone():
     assert not set(optimizer.optimizers[0].state) & rotations
 
 
+@pytest.mark.parametrize("state_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("base", BASES)
-def test_saved_and_loaded_it_goes_on_bitwise(base, dtype):
+@pytest.mark.parametrize("base", [None, *BASES])
+def test_saved_and_loaded_it_goes_on_bitwise(base, dtype, state_dtype):
     def start():
         model = model_of(dtype)
-        optimizer = build_optimizer(groups_of(model), base=base, state_dtype="int8")
+        optimizer = build_optimizer(groups_of(model), base=base, state_dtype=state_dtype)
         poetx.merge_every(optimizer, model, steps=3)
         return model, optimizer
 
@@ -104,6 +105,27 @@ def test_released_gradients_and_copies():
     train(plain, [a], 1, first=3)
     train(twin, [c], 1, first=3)
     assert equal(weights(plain), weights(twin))
+
+
+def test_small_steps_move_bfloat16_parameters_unless_torchs_own_optimizer_is_asked_for():
+    moved = {}
+    for state_dtype in ("auto", "float32", "same"):
+        parameter = nn.Parameter(torch.ones(8192, dtype=torch.bfloat16))
+        optimizer = build_optimizer([{"params": [parameter]}], lr=1e-3, state_dtype=state_dtype)
+        for _ in range(50):
+            parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        moved[state_dtype] = 1 - float(parameter.detach().float().mean())
+    assert moved["same"] == 0
+    for state_dtype in ("auto", "float32"):
+        assert moved[state_dtype] == pytest.approx(0.05 + 50e-5, rel=0.05), state_dtype  # weight decay as torch has it
+
+
+def test_wide_parameters_keep_torchs_own_optimizer():
+    assert type(build_optimizer(groups_of(model_of()))) is torch.optim.AdamW
+    mixed = build_optimizer(groups_of(model_of(torch.bfloat16)))
+    assert [type(optimizer) for optimizer in mixed.optimizers] == [torch.optim.AdamW, AdamW]
+    assert type(build_optimizer(groups_of(model_of(torch.bfloat16)), state_dtype="same")) is torch.optim.AdamW
 
 
 def test_mistakes_are_named():

@@ -10,7 +10,7 @@ from torch import Tensor
 from poetx.errors import UserError, nearest
 from poetx.stack._base import SLICE, SlicedOptimizer, compute_dtype, write_
 
-STATE_DTYPES = ("float32", "bfloat16", "int8")
+STATE_DTYPES = ("same", "float32", "bfloat16", "int8")
 #: Elements that share one scale in the 8-bit state.
 BLOCK = 256
 #: Parameters below this size keep float32 state: there is nothing to save.
@@ -29,7 +29,8 @@ class AdamW(SlicedOptimizer):
 
     Args:
         params: parameters or groups, as for any torch optimizer.
-        state_dtype: ``"float32"``, ``"bfloat16"`` or ``"int8"``; a group may set its own.
+        state_dtype: ``"float32"``, ``"bfloat16"``, ``"int8"``, or ``"same"``, bfloat16 for bfloat16 parameters and
+            float32 for wider ones; a group may set its own.
         seed: of the rounding noise.
 
     Raises:
@@ -63,7 +64,11 @@ class AdamW(SlicedOptimizer):
                 )
 
     def _update(self, parameter: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        kind = "float32" if parameter.numel() < _SMALL else group["state_dtype"]
+        kind = group["state_dtype"]
+        if kind == "same":
+            kind = "bfloat16" if parameter.dtype == torch.bfloat16 else "float32"
+        if parameter.numel() < _SMALL:
+            kind = "float32"
         if len(state) == 1:
             for moment in _CODES:
                 _initialise(state, moment, parameter, kind)

@@ -76,7 +76,7 @@ def build_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     momentum: float = 0.0,
-    state_dtype: str = "same",
+    state_dtype: str = "auto",
     foreach: bool | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer ``name`` over ``groups``, with ``base`` for all of them but the rotations if that is given.
@@ -85,7 +85,10 @@ def build_optimizer(
         groups: as :func:`poetx.param_groups` makes them; what a group sets itself goes before the arguments here.
         name, base: of :data:`OPTIMIZERS`.
         betas, eps: AdamW's. momentum: SGD's. foreach: of torch's AdamW.
-        state_dtype: of AdamW's moments: ``"same"`` as the parameter (torch's own AdamW), ``"bfloat16"``, ``"int8"``.
+        state_dtype: of AdamW's moments. ``"auto"``: the parameter's, and bfloat16 parameters and their moments are
+            rounded stochastically (:class:`poetx.stack.AdamW`): ``torch.optim.AdamW`` rounds to nearest and loses
+            every step below half a unit in the last place, so at a rate of 1e-3 a norm's weight never leaves 1.
+            ``"same"``: the parameter's, by torch's own AdamW. ``"float32"``, ``"bfloat16"``, ``"int8"``.
 
     Raises:
         UserError: a name that does not exist, or ``base`` for groups without rotations.
@@ -94,20 +97,29 @@ def build_optimizer(
     def make(kind: str, chosen: Sequence[dict[str, Any]], seed: int) -> torch.optim.Optimizer:
         if kind not in OPTIMIZERS:
             raise UserError(f"optimizer {kind!r}: must be one of {', '.join(OPTIMIZERS)}{nearest(kind, OPTIMIZERS)}")
-        if kind == "adamw" and state_dtype == "same":
+        if kind == "adamw" and (state_dtype == "same" or (state_dtype in ("auto", "float32") and not _narrow(chosen))):
             return torch.optim.AdamW(chosen, lr=lr, betas=betas, eps=eps, foreach=foreach)
         if kind == "adamw":
-            return AdamW(chosen, lr=lr, betas=betas, eps=eps, state_dtype=state_dtype, seed=seed)
+            kept = "same" if state_dtype == "auto" else state_dtype
+            return AdamW(chosen, lr=lr, betas=betas, eps=eps, state_dtype=kept, seed=seed)
         if kind == "sgd":
             return torch.optim.SGD(chosen, lr=lr, momentum=momentum)
         if kind == "adafactor":
             return torch.optim.Adafactor(chosen, lr=lr)
         return SMMF(chosen, lr=lr, seed=seed) if kind == "smmf" else HFac(chosen, lr=lr, seed=seed)
 
-    if base is None or base == name:
-        return make(name, groups, 0)
+    groups = [group | {"params": list(group["params"])} for group in groups]
     rotations = [group for group in groups if group.get("name") == "rotations"]
     rest = [group for group in groups if group.get("name") != "rotations"]
+    if base is None or base == name:
+        # float32 rotations beside bfloat16 embeddings: many small tensors, which torch steps all at once.
+        differ = name == "adamw" and state_dtype == "auto" and _narrow(rotations) != _narrow(rest)
+        if not (rotations and rest and differ):
+            return make(name, groups, 0)
     if not rotations:
         raise UserError(f"base={base}: the model has no rotations, whose optimizer {name} would be; use name={base!r}")
-    return CombinedOptimizer(make(name, rotations, 0), make(base, rest, 1)) if rest else make(name, groups, 0)
+    return CombinedOptimizer(make(name, rotations, 0), make(base or name, rest, 1)) if rest else make(name, groups, 0)
+
+
+def _narrow(groups: Sequence[dict[str, Any]]) -> bool:
+    return any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])

@@ -171,7 +171,7 @@ class OptimizerRecipe:
 
     name: Literal["adamw", "sgd", "adafactor", "smmf", "hfac"] = "adamw"
     base: Literal["adamw", "sgd", "adafactor", "smmf", "hfac"] | None = None  # for all but rotations; None: name
-    state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"  # of AdamW's moments
+    state_dtype: Literal["auto", "same", "float32", "bfloat16", "int8"] = "auto"  # AdamW's; stack.build_optimizer
     release_gradients: bool = False  # update embeddings and head inside backward; needs clip null and one micro-batch
     lr: float = 1e-3  # of everything that is not a rotation
     poet_lr: float = 2.5e-4  # of the rotations
@@ -202,7 +202,7 @@ class OptimizerRecipe:
             "clip_ramp_until",
             "warmup_steps",
         )
-        if self.state_dtype != "float32" and "adamw" not in (self.name, self.base):
+        if self.state_dtype != "auto" and "adamw" not in (self.name, self.base):
             raise UserError(
                 f"optimizer.state_dtype={self.state_dtype} is AdamW's; with optimizer.name={self.name} leave it out"
             )

@@ -192,7 +192,7 @@ def build_optimizer(model: torch.nn.Module, recipe: OptimizerRecipe) -> torch.op
         "betas": recipe.betas,
         "eps": recipe.eps,
         "momentum": recipe.momentum,
-        "state_dtype": "same" if recipe.state_dtype == "float32" else recipe.state_dtype,
+        "state_dtype": recipe.state_dtype,
     }
     if next(single_step_layers(model), None) is not None:
         return POETX(
