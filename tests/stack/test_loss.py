@@ -117,3 +117,13 @@ def test_models_it_would_be_wrong_for_are_refused():
         chunked_cross_entropy(torch.randn(3, 4), torch.randn(5, 4), torch.zeros(2, dtype=torch.long))
     with pytest.raises(UserError, match="reduction"):
         chunked_cross_entropy(torch.randn(2, 4), torch.randn(5, 4), torch.zeros(2, dtype=torch.long), reduction="avg")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "words"),
+    [("logits_soft_cap", 30.0, "changes the logits"), ("output_router_logits", True, "the routers' loss")],
+)
+def test_what_a_config_adds_to_the_loss_is_refused(model, setting, value, words):
+    setattr(model.config, setting, value)
+    with pytest.raises(UserError, match=words):
+        chunk_loss_(model)

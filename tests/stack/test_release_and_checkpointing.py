@@ -169,3 +169,17 @@ def test_the_big_product_runs_no_more_often_than_it_must():
         counts[recompute, ids.numel()] = seen.count / len(weights)
     # forward, recompute, (recompute,) gradient of the input
     assert counts == {("fast", 34): 3, ("mem", 34): 4, ("auto", 17): 3, ("auto", 68): 4}
+
+
+def test_a_released_gradient_that_is_not_finite_counts_as_none_and_a_skipped_step_can_be_told():
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    handle = release_gradients(optimizer, [parameter])
+    (parameter * torch.tensor([1.0, float("inf"), 1.0])).sum().backward()
+    assert torch.equal(parameter.detach(), torch.ones(3))
+    with pytest.raises(UserError, match="a second backward"):
+        parameter.sum().backward()
+    handle.reset()
+    optimizer.zero_grad()
+    parameter.sum().backward()
+    assert torch.equal(parameter.detach(), torch.zeros(3))

@@ -175,6 +175,11 @@ def test_bfloat16_trains_with_float32_rotations(tiny: Tiny) -> None:
     assert result.last_perplexity is not None
     assert result.first_perplexity is not None
     assert result.last_perplexity < result.first_perplexity
+    # Steps of 1e-3 are below half a unit in the last place of a weight of 1.
+    small = train(tiny("train.dtype=bfloat16", "train.export=false", "optimizer.lr=1e-3", run_dir="small"))
+    norms = [tensor for name, tensor in weights(small).items() if "norm.weight" in name]
+    assert norms
+    assert all((tensor != 1).any() for tensor in norms)
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:

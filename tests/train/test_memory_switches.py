@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+import torch
 from train_helpers import curve
 
 from poetx.errors import UserError
 from poetx.report import write_report
+from poetx.train import loop
 from poetx.train.metrics import read_metrics
 from poetx.train.recipe import Recipe, load_recipe
 from poetx.train.run import train
@@ -47,6 +50,9 @@ def test_exact_switches_leave_the_curve_as_it_was(tiny: Tiny, switch: str, mode:
         ("optimizer.base=adafactor",),
         ("optimizer.base=smmf", "optimizer.state_dtype=int8", "optimizer.release_gradients=true"),
         ("optimizer.state_dtype=int8", "optimizer.release_gradients=true", "train.chunked_loss=true"),
+        ("train.dtype=bfloat16",),
+        ("train.dtype=bfloat16", "optimizer.state_dtype=same"),
+        ("train.dtype=bfloat16", "poet.method=single-step", "poet.merge_every=null"),
     ],
 )
 def test_small_state_learns_and_resumes_bitwise(tiny: Tiny, settings: tuple[str, ...]) -> None:
@@ -93,3 +99,24 @@ def test_measuring_memory_leaves_the_curve_and_says_what_each_phase_took(tiny: T
         assert sizes["total"] == sum(size for name, size in sizes.items() if name != "total")
     assert lines[1]["phases"]["backward"]["activations"] > 0
     assert "Memory by phase" in write_report(run_dir, run_dir / "report.html").read_text()
+
+
+def test_a_skipped_step_does_not_stop_a_run_that_releases_gradients(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total_norm, count = torch.nn.utils.get_total_norm, iter(range(1000))
+
+    def get_total_norm(*args: Any, **settings: Any) -> torch.Tensor:
+        return total_norm(*args, **settings) * (float("inf") if next(count) == 4 else 1)
+
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", get_total_norm)
+    result = train(tiny(*SHORT, "optimizer.release_gradients=true"))
+    assert (result.step, result.skipped_steps) == (12, 1)
+
+
+def test_validation_makes_no_logits_either_with_the_chunked_loss(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = read_metrics(train(tiny(*SHORT, run_dir="plain")).run_dir / "metrics.jsonl")
+    monkeypatch.setattr(loop, "summed_loss", None)
+    chunked = read_metrics(train(tiny(*SHORT, "train.chunked_loss=true")).run_dir / "metrics.jsonl")
+    first = [next(e["loss"] for e in lines if e["event"] == "validation") for lines in (plain, chunked)]
+    assert first[0] == pytest.approx(first[1], rel=1e-6)

@@ -92,3 +92,12 @@ def test_devices_and_dtypes() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="sees no CUDA device"):
             resolve_device("cuda")
+
+
+def test_a_config_takes_over_the_tokenizers_special_tokens(tiny: Tiny, tmp_path: Path) -> None:
+    config = build(tiny("train.dtype=float32")).config
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = 7, 8, 0
+    config.save_pretrained(tmp_path)
+    model = build(tiny(*NO_SIZES, "train.dtype=float32", f"model.config={tmp_path}"))
+    assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (0, 0, None)
+    assert (model.get_input_embeddings().weight[0] != 0).any()

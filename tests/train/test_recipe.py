@@ -8,6 +8,7 @@ import pytest
 
 from poetx.errors import UserError
 from poetx.train.recipe import Recipe, builtin_recipes, differing_keys, load_recipe
+from poetx.train.remarks import remarks
 
 BIG = [name for name in builtin_recipes() if not name.startswith("demo")]
 
@@ -145,3 +146,46 @@ def test_only_cadence_and_places_may_differ_on_resume() -> None:
 def test_from_dict_is_the_inverse_of_to_dict() -> None:
     recipe = load_recipe("demo", ["poet.target_modules=[q_proj, v_proj]", "optimizer.clip=0"])
     assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+def test_a_home_directory_is_meant_by_its_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert load_recipe("demo", ["run_dir=~/runs/x"]).directory == Path("/home/somebody/runs/x")
+    assert load_recipe("demo", ["run_dir=runs/x"]).directory == Path("runs/x")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "seeds"),
+    [([], (0, 0)), (["train.seed=3"], (3, 3)), (["train.seed=3", "poet.seed=4"], (3, 4)), (["poet.seed=4"], (0, 4))],
+)
+def test_one_seed_is_enough(overrides: list[str], seeds: tuple[int, int]) -> None:
+    recipe = load_recipe("demo", overrides)
+    assert recipe.poet is not None
+    assert (recipe.train.seed, recipe.poet.config.seed) == seeds
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], ()),
+        (["optimizer.angle=0.02"], ("optimizer.angle",)),
+        (["poet.spectrum=free", "poet.partitions=1"], ("poet.partitions", "poet.spectrum")),
+        (["poet=null"], ("optimizer.poet_lr",)),
+        (["optimizer.name=adafactor", "optimizer.betas=[0.9,0.95]"], ("optimizer.betas",)),
+        (["optimizer.momentum=0.9"], ("optimizer.momentum",)),
+        (["optimizer.base=sgd", "optimizer.momentum=0.9"], ()),
+        (["poet.method=single-step", "poet.merge_every=null"], ("optimizer.poet_lr", "poet.neumann_order")),
+        (["optimizer.warmup_steps=900"], ("ends at 33% of its peak",)),
+    ],
+)
+def test_settings_without_effect_are_named(overrides: list[str], words: tuple[str, ...]) -> None:
+    said = "; ".join(remarks(load_recipe("demo", overrides)))
+    assert bool(said) == bool(words)
+    assert all(word in said for word in words)
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_built_in_recipes_set_nothing_in_vain(name: str) -> None:
+    overrides = [] if name.startswith("demo") else ["data.train=text"]
+    assert remarks(load_recipe(name, overrides)) == []

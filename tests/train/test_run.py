@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from train_helpers import curve
 
 from poetx.errors import UserError
 from poetx.train import checkpoint as ckpt
@@ -198,3 +199,17 @@ def test_killed_without_warning_and_resumed_is_bitwise_the_uninterrupted_run(
 
     assert curve(killed) == curve(straight.run_dir)
     assert list((killed / "checkpoints").glob(".*")) == []
+
+
+def test_text_that_has_moved_can_be_resumed(tiny: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("some words to begin with\n" * 4000)
+    settings = (f"data.cache_dir={tmp_path / 'c'}", "data.validation_fraction=0.5", "train.checkpoint_every=2")
+    whole = train(tiny(f"data.train={path}", *settings, "train.steps=4", run_dir="whole"))
+    parts = tiny(f"data.train={path}", *settings, "train.steps=4", run_dir="parts")
+    train(parts)
+    (parts.directory / "checkpoints" / "step-00000004" / "manifest.json").unlink()
+    path.rename(tmp_path / "elsewhere.txt")
+    moved = tiny(f"data.train={tmp_path / 'elsewhere.txt'}", *settings, "train.steps=4", run_dir="parts")
+    resumed = train(moved, resume=True)
+    assert curve(resumed.run_dir) == curve(whole.run_dir)

@@ -108,7 +108,8 @@ def build_optimizer(
             return torch.optim.Adafactor(chosen, lr=lr)
         return SMMF(chosen, lr=lr, seed=seed) if kind == "smmf" else HFac(chosen, lr=lr, seed=seed)
 
-    groups = [group | {"params": list(group["params"])} for group in groups]
+    for group in groups:  # the very groups, not copies: POETX hands out its own
+        group["params"] = list(group["params"])
     rotations = [group for group in groups if group.get("name") == "rotations"]
     rest = [group for group in groups if group.get("name") != "rotations"]
     if base is None or base == name:

@@ -25,6 +25,7 @@ _CHUNK_BYTES = 128 << 20
 #: Settings of ``transformers`` configs that change the logits after the head, and the value that changes nothing.
 _LOGIT_SETTINGS: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (None,),
+    "logits_soft_cap": (None,),
     "logit_scale": (None, 1, 1.0),
     "logits_scaling": (None, 1, 1.0),
     "lm_head_multiplier": (None, 1, 1.0),
@@ -135,12 +136,17 @@ def chunk_loss_(model: nn.Module, *, chunk_bytes: int = _CHUNK_BYTES) -> nn.Modu
 
     Raises:
         UserError: the model has no base model or head, or its config changes the logits after the head (soft
-            capping, scaling), which this would leave out.
+            capping, scaling) or adds the loss of routers, which this would leave out.
     """
     plain = model.forward
     if isinstance(plain, functools.partial) and plain.func is _forward:
         return model
     check_head(model)
+    if getattr(getattr(model, "config", None), "output_router_logits", False):
+        raise UserError(
+            "chunked loss: output_router_logits=True of this model's config adds the routers' loss, which would be "
+            "left out; set it to False, or train with the plain loss"
+        )
     # The class's own forward, so that a copy of the model calls the copy's.
     model.forward = functools.partial(_forward, model, chunk_bytes)  # type: ignore[method-assign]
     return model

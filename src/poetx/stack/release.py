@@ -23,12 +23,16 @@ class ReleaseHandle:
         self._hooks: list[Any] = [p.register_post_accumulate_grad_hook(self._release) for p in params]
         self._hooks.append(optimizer.register_step_post_hook(self._finish))
 
+    def reset(self) -> None:
+        """Call this when a step is skipped instead of taken, so that the next backward is not refused."""
+        self._released.clear()
+
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
 
     def _finish(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._released.clear()
+        self.reset()
 
     @torch.no_grad()
     def _release(self, parameter: Tensor) -> None:
@@ -38,6 +42,10 @@ class ReleaseHandle:
                 "used and gone; train without gradient accumulation, or without releasing gradients"
             )
         self._released.add(id(parameter))
+        assert parameter.grad is not None
+        # Nobody can skip this step later: numbers that are not finite would stay in weight and state.
+        finite = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).isfinite()
+        parameter.grad.masked_fill_(~finite, 0)
         if self._max_norm is not None:
             torch.nn.utils.clip_grad_norm_([parameter], self._max_norm)
         self._step_alone(parameter)
@@ -68,7 +76,8 @@ def release_gradients(
     """Update these parameters inside ``backward()`` and drop each gradient at once; ``optimizer.step()`` does the rest.
 
     The same numbers as without it: the optimizer's own step runs on each parameter with its group's learning rate
-    and its own state, so set the learning rate before backward. Parameters of other optimizers are passed over.
+    and its own state, so set the learning rate before backward. Parameters of other optimizers are passed over. A
+    gradient that is not finite is taken for zero, because nobody can skip that step any more.
 
     Args:
         optimizer: any torch optimizer whose step treats parameters one by one.

@@ -20,7 +20,7 @@ from poetx.errors import UserError
 from poetx.memory import measure_memory
 from poetx.reuse import shared_blocks
 from poetx.spectra import LayerSpectrum, spectrum
-from poetx.stack import chunked_cross_entropy
+from poetx.stack import ReleaseHandle, chunked_cross_entropy
 from poetx.train.checkpoint import TrainState, checkpoints, load_rng, save_checkpoint
 from poetx.train.data import PreparedData, TokenWindows
 from poetx.train.environment import peak_memory_gib
@@ -71,6 +71,7 @@ class Trainer:
     reporter: Reporter
     phase: Callable[[str], None] = _no_phase  # told when forward and backward begin, while memory is measured
     start_spectrum: dict[str, LayerSpectrum] | None = None  # of the model before its first step, where it is watched
+    release: ReleaseHandle | None = None
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,8 @@ def train_step(trainer: Trainer, forward: Any) -> StepResult:
     loss, norm = torch.stack([total.double(), grad_norm.to(total.device).double()]).cpu().tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad()
+        if trainer.release is not None:
+            trainer.release.reset()
         _count_bad_step(trainer, loss, norm)
         return StepResult(loss, norm, clip, merged=False, skipped=True)
     if clip is not None and norm > clip:
@@ -244,14 +247,29 @@ def chunked_loss(model: Any, forward: Any, inputs: torch.Tensor, labels: torch.T
 
 
 @torch.no_grad()
-def evaluate(model: Any, data: TokenWindows, windows: list[int], *, batch_size: int, device: torch.device) -> float:
-    """Mean loss in nats a token over these windows, the model in eval mode for the duration."""
+def evaluate(
+    model: Any,
+    data: TokenWindows,
+    windows: list[int],
+    *,
+    batch_size: int,
+    device: torch.device,
+    chunked: bool = False,
+) -> float:
+    """Mean loss in nats a token over these windows, the model in eval mode for the duration.
+
+    ``chunked``: without the logits, as :func:`chunked_loss`.
+    """
     was_training = model.training
     model.eval()
     total = 0.0
     for start in range(0, len(windows), batch_size):
         inputs, labels = data.batch(windows[start : start + batch_size])
-        total += float(summed_loss(model, inputs.to(device), labels.to(device)))
+        inputs, labels = inputs.to(device), labels.to(device)
+        if chunked:
+            total += float(chunked_loss(model, model.base_model, inputs, labels))
+        else:
+            total += float(summed_loss(model, inputs, labels))
     model.train(was_training)
     return total / (len(windows) * data.seq_len)
 
@@ -309,7 +327,14 @@ def stop_signals() -> Iterator[StopRequest]:
 def _validate(trainer: Trainer, started: float) -> None:
     settings, data = trainer.recipe.train, trainer.data.validation
     windows = evenly_spread(settings.eval_windows, len(data))
-    loss = evaluate(trainer.model, data, windows, batch_size=settings.micro_batch, device=trainer.device)
+    loss = evaluate(
+        trainer.model,
+        data,
+        windows,
+        batch_size=settings.micro_batch,
+        device=trainer.device,
+        chunked=settings.chunked_loss,
+    )
     entry = trainer.metrics.write(
         "validation",
         trainer.state.step,

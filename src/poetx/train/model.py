@@ -109,6 +109,9 @@ def _fresh(
     shape = recipe.model
     if shape.config:
         config = _read_config(shape.config, AutoConfig)
+        # Those in the file belong to another tokenizer.
+        config.bos_token_id = config.eos_token_id = end_of_text_id
+        config.pad_token_id = None
     else:
         assert shape.hidden_size and shape.intermediate_size and shape.num_layers and shape.num_heads  # noqa: PT018
         config = LlamaConfig(

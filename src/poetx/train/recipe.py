@@ -2,7 +2,8 @@
 
 A recipe is found by a built-in name, by the path of a YAML file, or by the directory of an earlier run.
 Overrides are ``a.b=value`` strings whose values are read as YAML. Keys are strict: a misspelt key is an error that
-names the nearest right one, so that no setting is ever ignored in silence.
+names the nearest right one, and :func:`poetx.train.remarks.remarks` says which have no effect, so that no setting is
+ever ignored in silence.
 """
 
 from __future__ import annotations
@@ -34,10 +35,14 @@ RECIPE_DIR = Path(__file__).resolve().parent.parent / "recipes"
 DEFAULT_RECIPE = "demo"
 
 # A resumed run may differ from its checkpoint in these, and in nothing else: none of them changes a weight.
-# The device is here because a checkpoint is portable; bitwise equality is only promised on one kind of device.
+# The device is here because a checkpoint is portable; bitwise equality is only promised on one kind of device. Text may
+# have moved: the fingerprint of its tokens is compared.
 FREE_ON_RESUME = (
     "name",
     "run_dir",
+    "data.train",
+    "data.validation",
+    "data.tokenizer",
     "data.cache_dir",
     "train.device",
     "train.eval_every",
@@ -363,6 +368,7 @@ def load_recipe(source: str | None = None, overrides: Sequence[str] = ()) -> Rec
     for override in overrides:
         apply_override(values, override)
     _make_absolute(values)
+    _share_seed(values)
     recipe = Recipe.from_dict(values)
     recipe.validate()
     return recipe
@@ -393,9 +399,18 @@ def differing_keys(old: Recipe, new: Recipe) -> list[str]:
 
 def _make_absolute(values: dict[str, Any]) -> None:
     """Paths as they are meant here and now, so that a run can be resumed from another directory."""
+    if isinstance(values.get("run_dir"), str):
+        values["run_dir"] = os.path.expanduser(values["run_dir"])  # noqa: PTH111
     for key in _PATHS:
         section, _, name = key.partition(".")
         part = values.get(section)
         if isinstance(part, dict) and isinstance(part.get(name), str) and part[name] != "builtin":
             # os.path leaves a "~nobody" as it is, where pathlib raises RuntimeError.
             part[name] = os.path.abspath(os.path.expanduser(part[name]))  # noqa: PTH100, PTH111
+
+
+def _share_seed(values: dict[str, Any]) -> None:
+    """``train.seed`` is also the seed of permutations and fresh converted weights, unless ``poet.seed`` is given."""
+    train, poet = values.get("train"), values.setdefault("poet", {})
+    if isinstance(train, dict) and "seed" in train and isinstance(poet, dict):
+        poet.setdefault("seed", train["seed"])

@@ -35,6 +35,7 @@ from poetx.train.metrics import MetricsWriter, read_metrics
 from poetx.train.model import build_model, convert_model, resolve_device, resolve_dtype
 from poetx.train.progress import Reporter, RunInfo
 from poetx.train.recipe import OptimizerRecipe, Recipe, differing_keys, load_recipe
+from poetx.train.remarks import remarks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,6 +105,8 @@ def train(
     dtype = resolve_dtype(recipe.train.dtype, device)
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, dtype=dtype))
 
+    for text in remarks(recipe):
+        reporter.note(text)
     data = prepare_data(recipe, progress=reporter.stage)
     reporter.stage("Building the model")
     model = build_model(recipe, vocab_size=data.meta.vocab_size, end_of_text_id=data.meta.end_of_text_id, device=device)
@@ -115,6 +118,7 @@ def train(
     merges = None
     if recipe.poet is not None and recipe.poet.merge_every is not None:
         merges = merge_every(optimizer, model, steps=recipe.poet.merge_every)
+    release = None
     if recipe.optimizer.release_gradients:
         steps = recipe.train.batch_size // recipe.train.micro_batch
         ends: Any = [
@@ -122,7 +126,7 @@ def train(
         ]
         dense = optimizer.base if isinstance(optimizer, POETX) else optimizer
         assert dense is not None
-        stack.release_gradients(dense, ends, accumulation_steps=steps)
+        release = stack.release_gradients(dense, ends, accumulation_steps=steps)
     state = ckpt.TrainState(data_fingerprint=data.meta.fingerprint)
     start_spectrum = None
     if report is not None and recipe.train.spectrum_every is not None:
@@ -153,6 +157,7 @@ def train(
             metrics=MetricsWriter(run_dir / "metrics.jsonl", step=state.step),
             reporter=reporter,
             start_spectrum=start_spectrum,
+            release=release,
         )
         return _train_and_export(trainer, start, report)
 
@@ -256,7 +261,9 @@ def _write_run_files(
             shutil.rmtree(run_dir / name, ignore_errors=True)
         for name in _OWN_FILES:
             (run_dir / name).unlink(missing_ok=True)
-    (run_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    temporary = run_dir / "recipe.yaml.tmp"  # a resumed run writes it again, and a kill must not leave half of it
+    temporary.write_text(recipe.to_yaml(), encoding="utf-8")
+    temporary.replace(run_dir / "recipe.yaml")
     (run_dir / "environment.json").write_text(json.dumps(describe(device), indent=2), encoding="utf-8")
     text = "dense baseline: nothing was converted (poet: null)" if report is None else str(report)
     (run_dir / "conversion.txt").write_text(text + "\n", encoding="utf-8")
