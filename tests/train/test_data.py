@@ -118,6 +118,21 @@ def test_an_existing_tokenizer_is_used(tiny: Tiny, tmp_path: Path) -> None:
         prepare_data(tiny(f"data.tokenizer={path}"))
 
 
+def test_truncation_and_padding_of_a_tokenizer_file_are_left_aside(tiny: Tiny, corpus: Path, tmp_path: Path) -> None:
+    own = train_tokenizer(["alpha beta gamma"], vocab_size=300)
+    counts = set()
+    for name in ("plain", "truncated", "padded"):
+        if name != "plain":
+            own.enable_truncation(8)
+        if name == "padded":
+            own.enable_padding(length=50_000)
+        path = tmp_path / f"{name}.json"
+        own.save(str(path))
+        meta = prepare_data(tiny(f"data.tokenizer={path}")).meta
+        counts.add((meta.train_tokens, meta.validation_tokens, meta.fingerprint))
+    assert len(counts) == 1
+
+
 def test_builtin_is_the_standard_library_without_its_tests() -> None:
     files = open_corpus("builtin").files
     assert len(files) > 300

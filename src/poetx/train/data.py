@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 TOKENIZER_CHARACTERS = 64 << 20  # a BPE learns nothing new from more text than this
 Progress = Callable[[str], None]
 

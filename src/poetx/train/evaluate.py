@@ -11,6 +11,7 @@ from poetx.train.data import TokenWindows, encode_corpus, prepare_data, window_c
 from poetx.train.export import LoadedModel, load_run
 from poetx.train.loop import evaluate
 from poetx.train.metrics import perplexity
+from poetx.train.tokenizer import whole_text
 
 DEFAULT_SEQ_LEN = 256  # for an exported model, which does not say what it was trained with
 
@@ -57,7 +58,8 @@ def _own_windows(run_dir: Path, loaded: LoadedModel, seq_len: int) -> TokenWindo
 
 
 def _other_windows(loaded: LoadedModel, data: str, seq_len: int) -> TokenWindows:
-    tokens = encode_corpus(data, loaded.tokenizer.backend_tokenizer, loaded.tokenizer.eos_token_id, key="--data")
+    tokenizer = whole_text(loaded.tokenizer.backend_tokenizer)
+    tokens = encode_corpus(data, tokenizer, loaded.tokenizer.eos_token_id, key="--data")
     if window_count(len(tokens), seq_len) == 0:
         raise UserError(f"--data={data}: {len(tokens)} tokens, fewer than one window of {seq_len} + 1; lower --seq-len")
     return TokenWindows(tokens, seq_len=seq_len)
