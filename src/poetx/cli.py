@@ -162,7 +162,9 @@ def evaluate(
         typer.Option(help="Text to evaluate on (as data.train in a recipe). Default: the run's own."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in one forward pass.")] = 8,
-    seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens in a window. Default: the run's.")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in a window. Default: the run's; of a model, up to 256.")
+    ] = None,
     device: _DEVICE = "auto",
 ) -> None:
     """Loss and perplexity on validation text."""
