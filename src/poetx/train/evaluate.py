@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from poetx.errors import UserError
 from poetx.train.checkpoint import find_checkpoint, read_state
@@ -12,6 +13,9 @@ from poetx.train.export import LoadedModel, load_run
 from poetx.train.loop import evaluate
 from poetx.train.metrics import perplexity
 from poetx.train.tokenizer import whole_text
+
+if TYPE_CHECKING:
+    import numpy as np
 
 DEFAULT_SEQ_LEN = 256  # for an exported model, which says at most how many positions it has
 
@@ -67,12 +71,16 @@ def _own_windows(run_dir: Path, loaded: LoadedModel, seq_len: int) -> TokenWindo
             f"{run_dir}: its text ({loaded.recipe.data.train}) or tokenizer has changed since it was trained; "
             "give --data PATH"
         )
-    return TokenWindows(data.validation.tokens, seq_len=seq_len)
+    return _windows(data.validation.tokens, seq_len, "the run's validation text")
 
 
 def _other_windows(loaded: LoadedModel, data: str, seq_len: int) -> TokenWindows:
     tokenizer = whole_text(loaded.tokenizer.backend_tokenizer)
     tokens = encode_corpus(data, tokenizer, loaded.tokenizer.eos_token_id, key="--data")
+    return _windows(tokens, seq_len, f"--data={data}")
+
+
+def _windows(tokens: np.ndarray, seq_len: int, source: str) -> TokenWindows:
     if window_count(len(tokens), seq_len) == 0:
-        raise UserError(f"--data={data}: {len(tokens)} tokens, fewer than one window of {seq_len} + 1; lower --seq-len")
+        raise UserError(f"{source}: {len(tokens)} tokens, fewer than one window of {seq_len} + 1; lower --seq-len")
     return TokenWindows(tokens, seq_len=seq_len)
