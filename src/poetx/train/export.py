@@ -32,18 +32,31 @@ class LoadedModel:
     recipe: Recipe | None  # None for an exported directory
     notes: list[str]  # one line about every broken checkpoint that was passed over
 
+    @property
+    def end_of_text_id(self) -> int:
+        """The token between documents. Raises :class:`UserError` when the tokenizer names none."""
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(
+                f"{self.tokenizer.name_or_path}: its tokenizer names no end-of-text token; "
+                "give tokenizer_config.json there an eos_token"
+            )
+        return self.tokenizer.eos_token_id
+
 
 def save_tokenizer(file: Path, end_of_text: str, source: str | None, directory: Path) -> None:
-    """Write the tokenizer as transformers reads it.
+    """Write the tokenizer as transformers reads it, with the token that ended the documents in training.
 
     Args:
         file: its ``tokenizer.json``.
-        source: where the user's own tokenizer came from; a directory there is copied with all its settings.
+        source: where the user's own tokenizer came from; a directory there is copied with all its other settings.
     """
     from transformers import AutoTokenizer
 
     if source is not None and Path(source).expanduser().is_dir():
         tokenizer = AutoTokenizer.from_pretrained(Path(source).expanduser(), local_files_only=True)
+        if tokenizer.bos_token in (None, tokenizer.eos_token):  # a token of its own for beginnings stays
+            tokenizer.bos_token = end_of_text
+        tokenizer.eos_token = end_of_text
     else:
         tokenizer = fast_tokenizer(file, end_of_text)
     tokenizer.save_pretrained(directory)
@@ -154,7 +167,7 @@ def generate_text(
 
     inputs = loaded.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
     if inputs.numel() == 0:
-        inputs = torch.tensor([[loaded.tokenizer.eos_token_id]])
+        inputs = torch.tensor([[loaded.end_of_text_id]])
     positions = getattr(loaded.model.config, "max_position_embeddings", None)
     if positions is not None:  # the end of the prompt, and no more new tokens than there is room for
         inputs = inputs[:, -max(1, positions - max_new_tokens) :]

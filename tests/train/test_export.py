@@ -1,0 +1,62 @@
+"""The tokenizer that a run saves, and what comes back from a run or an exported directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from poetx.errors import UserError
+from poetx.train.evaluate import evaluate_run
+from poetx.train.export import export_model, generate_text, load_run
+from poetx.train.recipe import Recipe
+from poetx.train.run import train
+from poetx.train.tokenizer import END_OF_TEXT, train_tokenizer
+
+Tiny = Callable[..., Recipe]
+CONFIGS = {
+    "none": None,
+    "no class": {"tokenizer_class": "PreTrainedTokenizerFast"},
+    "another end": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "bos_token": "<|im_end|>"},
+    "a beginning": {"tokenizer_class": "Qwen2Tokenizer", "eos_token": END_OF_TEXT, "bos_token": "<|im_end|>"},
+}
+
+
+def tokenizer_directory(directory: Path, config: dict[str, str] | None) -> Path:
+    directory.mkdir()
+    tokenizer = train_tokenizer(["alpha beta gamma"], vocab_size=300)
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    if config is not None:
+        (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_end_of_text_of_training_is_used_ever_after(tiny: Tiny, tmp_path: Path, name: str) -> None:
+    own = tokenizer_directory(tmp_path / "own", CONFIGS[name])
+    result = train(tiny(f"data.tokenizer={own}", f"data.end_of_text={END_OF_TEXT}", "train.steps=1"))
+    export_model(load_run(str(result.run_dir)).model, result.run_dir / "tokenizer", tmp_path / "again")
+    data = tmp_path / "two.jsonl"
+    data.write_text('{"text": "alpha"}\n{"text": "beta"}\n')
+    for place in (result.run_dir, result.export_dir, tmp_path / "again"):
+        loaded = load_run(str(place), device="cpu")
+        assert loaded.tokenizer.eos_token == END_OF_TEXT
+        assert loaded.tokenizer.bos_token == ("<|im_end|>" if name == "a beginning" else END_OF_TEXT)
+        assert loaded.model.config.eos_token_id == loaded.end_of_text_id == 0
+        assert evaluate_run(str(place), data=str(data), seq_len=2).tokens > 0
+        assert isinstance(generate_text(loaded, "", max_new_tokens=3), str)
+
+
+def test_a_model_from_elsewhere_without_an_end_of_text_is_one_line(tiny: Tiny, tmp_path: Path, corpus: Path) -> None:
+    export = train(tiny("train.steps=1")).export_dir
+    assert export is not None
+    (export / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(UserError, match=r"export: its tokenizer names no end-of-text token"):
+        evaluate_run(str(export), data=str(corpus / "0.txt"))
+    loaded = load_run(str(export))
+    assert isinstance(generate_text(loaded, "alpha", max_new_tokens=3), str)
+    with pytest.raises(UserError, match="names no end-of-text token"):
+        generate_text(loaded, "", max_new_tokens=3)
