@@ -133,6 +133,18 @@ def test_truncation_and_padding_of_a_tokenizer_file_are_left_aside(tiny: Tiny, c
     assert len(counts) == 1
 
 
+@pytest.mark.parametrize(("largest", "dtype"), [(500, np.uint16), (70_000, np.uint32)])
+def test_ids_with_gaps_count_up_to_the_largest(tiny: Tiny, tmp_path: Path, largest: int, dtype: type) -> None:
+    content = json.loads(train_tokenizer(["alpha beta gamma"], vocab_size=300).to_str())
+    content["model"]["vocab"]["a"] = largest
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    data = prepare_data(tiny(f"data.tokenizer={path}"))
+    assert data.meta.vocab_size == largest + 1
+    assert data.train.tokens.dtype == dtype
+    assert data.train.tokens.max() == largest
+
+
 def test_builtin_is_the_standard_library_without_its_tests() -> None:
     files = open_corpus("builtin").files
     assert len(files) > 300

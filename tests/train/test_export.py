@@ -50,6 +50,25 @@ def test_the_end_of_text_of_training_is_used_ever_after(tiny: Tiny, tmp_path: Pa
         assert isinstance(generate_text(loaded, "", max_new_tokens=3), str)
 
 
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_a_run_whose_ids_have_gaps_is_evaluated_and_exported(tiny: Tiny, tmp_path: Path, tied: str) -> None:
+    content = json.loads(train_tokenizer(["alpha beta gamma"], vocab_size=300).to_str())
+    content["model"]["vocab"]["a"] = 500
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    own = f"data.tokenizer={tmp_path / 'tokenizer.json'}"
+    result = train(tiny(own, f"model.tie_embeddings={tied}", "train.steps=1"))
+    assert load_run(str(result.run_dir)).model.config.vocab_size == 501
+    assert evaluate_run(str(result.run_dir), data=None).perplexity == pytest.approx(result.last_perplexity, rel=0.1)
+
+
+def test_a_run_does_not_depend_on_tokens_that_transformers_adds(tiny: Tiny) -> None:
+    result = train(tiny("train.steps=1"))
+    tokenizer = load_run(str(result.run_dir)).tokenizer
+    tokenizer.add_tokens(["<one more>"])
+    tokenizer.save_pretrained(result.run_dir / "tokenizer")
+    assert load_run(str(result.run_dir)).model.config.vocab_size == result.model.config.vocab_size
+
+
 def test_a_model_from_elsewhere_without_an_end_of_text_is_one_line(tiny: Tiny, tmp_path: Path, corpus: Path) -> None:
     export = train(tiny("train.steps=1")).export_dir
     assert export is not None

@@ -27,6 +27,7 @@ from poetx.train.corpus import PIECE, Corpus, held_out, open_corpus
 from poetx.train.recipe import DataRecipe, Recipe
 from poetx.train.tokenizer import (
     END_OF_TEXT,
+    embeddings_needed,
     find_end_of_text,
     read_tokenizer,
     tokenizer_file,
@@ -205,7 +206,7 @@ def _write_tokens(
     tokenizer: Tokenizer,
     end_of_text: str,
 ) -> DataMeta:
-    vocab_size = tokenizer.get_vocab_size()
+    vocab_size = embeddings_needed(tokenizer)
     end_id = tokenizer.token_to_id(end_of_text)
     assert end_id is not None
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"

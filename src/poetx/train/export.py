@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from poetx.errors import UserError
-from poetx.train.checkpoint import find_checkpoint, load_model
+from poetx.train.checkpoint import find_checkpoint, load_model, read_state
 from poetx.train.model import build_model, convert_model, resolve_device, resolve_dtype
 from poetx.train.recipe import Recipe, load_recipe
 from poetx.train.schema import one_line
@@ -124,12 +124,26 @@ def rebuild_run(run_dir: Path, device: torch.device) -> RebuiltRun:
     tokenizer = AutoTokenizer.from_pretrained(run_dir / TOKENIZER_DIR, local_files_only=True)
     model = build_model(
         dataclasses.replace(recipe, train=train),
-        vocab_size=len(tokenizer),
+        vocab_size=_vocab_size(checkpoint, recipe),
         end_of_text_id=tokenizer.eos_token_id,
         device=device,
     )
     convert_model(model, recipe, device)
     return RebuiltRun(model, tokenizer, recipe, checkpoint, notes)
+
+
+def _vocab_size(checkpoint: Path, recipe: Recipe) -> int:
+    """Embeddings of a Llama shape as it was trained. A config or pretrained model has its own number: 0 asks for none.
+
+    The saved tokenizer need not say it: transformers' classes may add tokens to what its file has.
+    """
+    from safetensors import safe_open
+
+    if recipe.model.config or recipe.model.pretrained:
+        return 0
+    name = "model.embed_tokens.weight"
+    with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
+        return file.get_slice(read_state(checkpoint).aliases.get(name, name)).get_shape()[0]
 
 
 def _load_checkpoint(run_dir: Path, device: torch.device) -> LoadedModel:

@@ -61,6 +61,11 @@ def whole_text(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
+def embeddings_needed(tokenizer: Tokenizer) -> int:
+    """One more than the largest id. More than there are tokens where a file leaves ids out."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
 def find_end_of_text(tokenizer: Tokenizer, wanted: str | None, *, file: Path) -> str:
     """The token between documents: ``wanted``, or the one named beside ``file``, or a usual name.
 
