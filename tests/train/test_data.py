@@ -54,6 +54,32 @@ def test_jsonl_and_a_validation_file_of_its_own(tiny: Tiny, tmp_path: Path) -> N
     assert decode(data, "validation") == "held out text " * 30 + "<|endoftext|>"
 
 
+@pytest.mark.parametrize("directory", [False, True])
+def test_json_lines_under_the_name_json(tiny: Tiny, tmp_path: Path, directory: bool) -> None:
+    """The naming of C4: ``c4-train.00000-of-01024.json``."""
+    place = tmp_path / "c4"
+    place.mkdir()
+    lines = [json.dumps({"url": "x", "text": f"document {i} " * 9}) for i in range(30)]
+    (place / "c4-train.00000-of-01024.json").write_text("\n" + "\n".join(lines))
+    source = place if directory else next(place.iterdir())
+    data = prepare_data(tiny(f"data.train={source}"))
+    assert decode(data, "train").startswith("document 0 document 0")
+    assert "url" not in decode(data, "train")
+
+
+@pytest.mark.parametrize(
+    "content", ['{"content": "a"}\n', '[{"text": "a"}]', '{\n  "text": "a"\n}', "[" * 20_000, "\n"]
+)
+def test_other_json_is_refused_by_itself_and_text_among_code(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    for source in (path, tmp_path):
+        with pytest.raises(UserError, match=r'no JSON lines with a "text" field \(a\.json\).*rename it to \.txt'):
+            open_corpus(str(source))
+    (tmp_path / "b.py").write_text("b")
+    assert open_corpus(str(tmp_path)).kind == "directory"
+
+
 def test_the_cache_is_reused_until_a_source_changes(tiny: Tiny, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("some words to begin with\n" * 4000)
@@ -188,5 +214,5 @@ def test_an_empty_directory_and_a_mixed_one(tmp_path: Path) -> None:
         open_corpus(str(tmp_path))
     (tmp_path / "a.jsonl").write_text('{"text": "a"}')
     (tmp_path / "b.txt").write_text("b")
-    with pytest.raises(UserError, match="mixes JSONL"):
+    with pytest.raises(UserError, match=r"mixes JSONL \(a\.jsonl\) and other files \(b\.txt\)"):
         open_corpus(str(tmp_path))
