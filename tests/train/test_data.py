@@ -80,6 +80,12 @@ def test_other_json_is_refused_by_itself_and_text_among_code(tmp_path: Path, con
     assert open_corpus(str(tmp_path)).kind == "directory"
 
 
+def test_a_byte_order_mark_before_json_lines(tiny: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"document {i} " * 9}) for i in range(30)), encoding="utf-8-sig")
+    assert decode(prepare_data(tiny(f"data.train={path}")), "train").startswith("document 0 ")
+
+
 def test_the_cache_is_reused_until_a_source_changes(tiny: Tiny, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("some words to begin with\n" * 4000)
@@ -187,6 +193,10 @@ MISTAKES = {
     "late.jsonl": (b'{"text": "a"}\n{"txt": "b"}\n', r'late\.jsonl, line 2: no "text" field'),
     "number.jsonl": (b'{"text": 3}\n', r'number\.jsonl, line 1: "text" is int'),
     "broken.jsonl": (b'{"text": "a"}\n{"text"\n', r"broken\.jsonl, line 2: not JSON"),
+    "deep.jsonl": (
+        b'{"text": "a"}\n{"text": "b", "more": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n",
+        r"deep\.jsonl, line 2: brackets nested too deeply",
+    ),
     "list.jsonl": (b"[1]\n", r'list\.jsonl, line 1: no "text" field'),
     "short.jsonl": (b'{"text": "a"}\n{"text": "b"}\n', r"training text has \d+ tokens, fewer than one window"),
     "single.jsonl": (b'{"text": "' + b"word " * 500 + b'"}\n', r"holds out none of the documents"),

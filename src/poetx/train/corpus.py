@@ -209,7 +209,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _jsonl_documents(path: Path) -> Iterator[Document]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield _split(_jsonl_text(line, f"{path}, line {number}"))
@@ -222,6 +222,8 @@ def _jsonl_text(line: str, place: str) -> str:
         record = json.loads(line)
     except ValueError as error:
         raise UserError(f"{place}: not JSON ({getattr(error, 'msg', 'a number that is too long')})") from None
+    except RecursionError:
+        raise UserError(f"{place}: brackets nested too deeply to be read; remove the line") from None
     if not isinstance(record, dict) or "text" not in record:
         raise UserError(f'{place}: no "text" field')
     text = record["text"]
