@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import transformers
+from safetensors import SafetensorError
 
 from poetx.errors import UserError
 from poetx.train.evaluate import evaluate_run
@@ -67,6 +69,28 @@ def test_a_run_does_not_depend_on_tokens_that_transformers_adds(tiny: Tiny) -> N
     tokenizer.add_tokens(["<one more>"])
     tokenizer.save_pretrained(result.run_dir / "tokenizer")
     assert load_run(str(result.run_dir)).model.config.vocab_size == result.model.config.vocab_size
+
+
+@pytest.mark.parametrize("error", [SafetensorError("I/O error: No space left on device"), OSError(28, "No space left")])
+def test_a_full_disk_during_the_export_is_one_line_and_leaves_nothing(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(model: object, directory: Path) -> None:
+        directory.mkdir()
+        (directory / "model.safetensors").write_text("half")
+        raise error
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
+    recipe = tiny("train.steps=1")
+    with pytest.raises(UserError, match=r"run/export: the model could not be written .*No space left") as caught:
+        train(recipe)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"out: the model could not be written .*poetx export RUN DIR"):
+        export_model(load_run(str(recipe.directory)).model, recipe.directory / "tokenizer", tmp_path / "out")
+    assert not [path for path in tmp_path.rglob("*") if "out" in path.name or "export" in path.name]
+    monkeypatch.undo()
+    export_model(load_run(str(recipe.directory)).model, recipe.directory / "tokenizer", tmp_path / "out")
+    assert load_run(str(tmp_path / "out")).recipe is None
 
 
 def test_a_model_from_elsewhere_without_an_end_of_text_is_one_line(tiny: Tiny, tmp_path: Path, corpus: Path) -> None:

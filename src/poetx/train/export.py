@@ -66,7 +66,12 @@ def export_model(model: PreTrainedModel, tokenizer_dir: Path, directory: Path) -
     """Fold ``model`` to plain linears **in place** and write it with its tokenizer to ``directory``.
 
     The directory is replaced as a whole: written beside itself, then renamed.
+
+    Raises:
+        UserError: the disk is full or not writable; nothing half-written is left.
     """
+    from safetensors import SafetensorError
+
     from poetx import to_dense_
 
     to_dense_(model)
@@ -79,9 +84,15 @@ def export_model(model: PreTrainedModel, tokenizer_dir: Path, directory: Path) -
             shutil.copyfile(file, temporary / file.name)
         shutil.rmtree(directory, ignore_errors=True)
         temporary.replace(directory)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        if not isinstance(error, OSError | SafetensorError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+        raise UserError(
+            f"{directory}: the model could not be written ({reason}); the run's checkpoints are untouched: "
+            "free some space, then write it with poetx export RUN DIR"
+        ) from None
 
 
 def load_run(run: str, *, device: str = "auto") -> LoadedModel:
