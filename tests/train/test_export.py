@@ -93,6 +93,22 @@ def test_a_full_disk_during_the_export_is_one_line_and_leaves_nothing(
     assert load_run(str(tmp_path / "out")).recipe is None
 
 
+def test_generating_with_a_single_position(tiny: Tiny) -> None:
+    loaded = load_run(str(train(tiny("data.seq_len=1", "train.steps=1")).run_dir))
+    assert loaded.model.config.max_position_embeddings == 1
+    assert len(loaded.tokenizer(generate_text(loaded, "alpha beta", temperature=0.0)).input_ids) <= 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_diverged_model_generates_nothing(tiny: Tiny, temperature: float) -> None:
+    loaded = load_run(str(train(tiny("train.steps=1")).run_dir))
+    assert isinstance(generate_text(loaded, "alpha", max_new_tokens=2, temperature=temperature), str)
+    for value in ("nan", "inf"):
+        loaded.model.lm_head.weight.data.fill_(float(value))
+        with pytest.raises(UserError, match="output is not finite"):
+            generate_text(loaded, "alpha", max_new_tokens=2, temperature=temperature)
+
+
 def test_a_model_from_elsewhere_without_an_end_of_text_is_one_line(tiny: Tiny, tmp_path: Path, corpus: Path) -> None:
     export = train(tiny("train.steps=1")).export_dir
     assert export is not None

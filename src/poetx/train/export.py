@@ -187,8 +187,13 @@ def generate_text(
     top_k: int = 50,
     seed: int = 0,
 ) -> str:
-    """The continuation of ``prompt``, without it. ``temperature=0`` takes the likeliest token each time."""
+    """The continuation of ``prompt``, without it. ``temperature=0`` takes the likeliest token each time.
+
+    Raises:
+        UserError: the model's output is not finite.
+    """
     import torch
+    from transformers import LogitsProcessorList
 
     inputs = loaded.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
     if inputs.numel() == 0:
@@ -196,7 +201,7 @@ def generate_text(
     positions = getattr(loaded.model.config, "max_position_embeddings", None)
     if positions is not None:  # the end of the prompt, and no more new tokens than there is room for
         inputs = inputs[:, -max(1, positions - max_new_tokens) :]
-        max_new_tokens = min(max_new_tokens, positions - inputs.shape[1])
+        max_new_tokens = max(1, min(max_new_tokens, positions - inputs.shape[1]))
     inputs = inputs.to(device=loaded.device, dtype=torch.long)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
@@ -212,6 +217,16 @@ def generate_text(
             max_new_tokens=max_new_tokens,
             pad_token_id=loaded.tokenizer.eos_token_id,
             use_cache=True,
+            logits_processor=LogitsProcessorList([cast(Any, _check_finite)]),
             **sampling,
         )
     return loaded.tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True)
+
+
+def _check_finite(tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Between a model and its sampling, which would end in an assertion on the device."""
+    if not (logits < float("inf")).all():  # -inf, as a mask leaves it, is a probability of 0
+        raise UserError(
+            "the model's output is not finite, so there is nothing to generate; it has diverged in training"
+        )
+    return logits
