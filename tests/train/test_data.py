@@ -198,8 +198,15 @@ MISTAKES = {
         r"deep\.jsonl, line 2: brackets nested too deeply",
     ),
     "list.jsonl": (b"[1]\n", r'list\.jsonl, line 1: no "text" field'),
+    "sections.txt": (
+        b"word " * 7000,
+        r"fraction=0\.3 holds out nothing: a file .* has 3; raise it to 0\.334, give more",
+    ),
+    "section.txt": (b"word " * 700, r"holds out nothing: a file .* has 1; give more text, or give data\.validation"),
+    "three.jsonl": (b'{"text": "a"}\n' * 3, r"whole documents are held out, .* has 3; raise it to 0\.334, give more"),
+    "gaps.jsonl": (b'{"text": "a"}\n{"text": "a"}\n{"text": "a"}\n{"text": ""}\n', r"the documents that .* are empty"),
     "short.jsonl": (b'{"text": "a"}\n{"text": "b"}\n', r"training text has \d+ tokens, fewer than one window"),
-    "single.jsonl": (b'{"text": "' + b"word " * 500 + b'"}\n', r"holds out none of the documents"),
+    "single.jsonl": (b'{"text": "' + b"word " * 500 + b'"}\n', r"nothing: whole documents .* has 1; give more doc"),
 }
 
 
@@ -211,12 +218,36 @@ def test_bad_text_is_one_line_and_leaves_nothing(tiny: Tiny, tmp_path: Path, nam
         path.write_bytes(content)
     before = sorted(tmp_path.rglob("*"))
     overrides = [f"data.train={path}", f"data.cache_dir={tmp_path / 'runs'}", "data.validation_fraction=0.5"]
-    if name == "single.jsonl":
+    if name in ("single.jsonl", "sections.txt", "section.txt", "three.jsonl", "gaps.jsonl"):
         overrides[-1] = "data.validation_fraction=0.3"
     with pytest.raises(UserError, match=message) as caught:
         prepare_data(tiny(*overrides))
     assert "\n" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_text_too_short_for_the_split_is_refused_before_anything_slow(tiny: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("some words\n" * 9000)
+    overrides = [f"data.train={path}", f"data.cache_dir={tmp_path / 'cache'}", "data.validation_fraction=0.01"]
+    messages: list[str] = []
+    with pytest.raises(UserError, match=r"data\.train=.* has 7; raise it to 0\.143"):
+        prepare_data(tiny(*overrides), progress=messages.append)
+    assert messages == []
+    prepare_data(tiny(*overrides, "data.validation_fraction=0.143"))
+
+
+def test_validation_text_shorter_than_a_window(tiny: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / "held.txt"
+    path.write_text("alpha beta")
+    with pytest.raises(
+        UserError, match=r"validation text \(data\.validation=.*held\.txt\) has .*; give more text or low"
+    ):
+        prepare_data(tiny(f"data.validation={path}"))
+    with pytest.raises(
+        UserError, match=r"validation text has .*; raise data\.validation_fraction, give data\.validation="
+    ):
+        prepare_data(tiny("data.seq_len=3000"))
 
 
 def test_an_empty_directory_and_a_mixed_one(tmp_path: Path) -> None:
