@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from poetx.cli import main
+from poetx.errors import UserError
 
 RECIPE = """
 name: small
@@ -87,11 +90,33 @@ def test_generate_eval_and_export(trained: Path, capsys: pytest.CaptureFixture[s
     assert "perplexity" in capsys.readouterr().out
     assert main(["export", "runs/small", "out/model"]) == 0
     capsys.readouterr()
-    assert main(["eval", "out/model", "--data", "text.txt", "--seq-len", "64"]) == 0
-    assert "windows of 64" in capsys.readouterr().out
+    assert main(["eval", "out/model", "--data", "text.txt", "--seq-len", "4"]) == 0
+    assert "windows of 4" in capsys.readouterr().out
     arguments[1] = "out/model"
     assert main(arguments) == 0
     assert capsys.readouterr().out == first
+
+
+def test_a_finished_run_without_a_sample_is_no_failure(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from poetx.train import export
+
+    def diverged(*args: object, **options: object) -> str:
+        raise UserError("the model's output is not finite")
+
+    monkeypatch.setattr(export, "generate_text", diverged)
+    assert main(["train", "small.yaml", "data.train=text.txt", "train.steps=1"]) == 0
+    out = capsys.readouterr().out
+    assert "no sample: the model's output is not finite" in out
+    assert "poetx generate runs/small" in out
+
+
+def test_characters_that_the_terminal_lacks_are_replaced(trained: Path) -> None:
+    command = [sys.executable, "-m", "poetx.cli", "generate", "runs/small", "--prompt", "日本", "--max-new-tokens", "2"]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stdout[:2]) == (0, b"??"), done.stderr
 
 
 def test_resume_and_overwrite(trained: Path, fails: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import signal
@@ -40,6 +41,8 @@ _RUN = Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or expo
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit code. A user's mistake is one line on stderr and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model's text may have any character, a terminal's encoding not
     try:
         app(args=argv)
     except SystemExit as exit_:
@@ -162,7 +165,9 @@ def evaluate(
         typer.Option(help="Text to evaluate on (as data.train in a recipe). Default: the run's own."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in one forward pass.")] = 8,
-    seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens in a window. Default: the run's.")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in a window. Default: the run's; of a model, up to 256.")
+    ] = None,
     device: _DEVICE = "auto",
 ) -> None:
     """Loss and perplexity on validation text."""
@@ -275,9 +280,12 @@ def _show_result(console: Console, recipe: Recipe, result: RunResult) -> None:
     say(_audit_text(result.audit))
     if result.first_perplexity and result.last_perplexity:
         say(f"validation perplexity {result.first_perplexity:,.1f} before, {result.last_perplexity:,.1f} after")
-    prompt, text = _sample(recipe, result)
-    say("\nthe model continues:", style="dim")
-    say(prompt + text)
+    try:
+        text = "".join(_sample(recipe, result))
+        say("\nthe model continues:", style="dim")
+        say(text)
+    except UserError as error:  # the run is finished and saved: no sample is no failure
+        say(f"\nno sample: {error}")
     say()
     say(f"run        {result.run_dir}  (metrics.jsonl, checkpoints/)")
     if result.export_dir:

@@ -54,6 +54,38 @@ def test_jsonl_and_a_validation_file_of_its_own(tiny: Tiny, tmp_path: Path) -> N
     assert decode(data, "validation") == "held out text " * 30 + "<|endoftext|>"
 
 
+@pytest.mark.parametrize("directory", [False, True])
+def test_json_lines_under_the_name_json(tiny: Tiny, tmp_path: Path, directory: bool) -> None:
+    """The naming of C4: ``c4-train.00000-of-01024.json``."""
+    place = tmp_path / "c4"
+    place.mkdir()
+    lines = [json.dumps({"url": "x", "text": f"document {i} " * 9}) for i in range(30)]
+    (place / "c4-train.00000-of-01024.json").write_text("\n" + "\n".join(lines))
+    source = place if directory else next(place.iterdir())
+    data = prepare_data(tiny(f"data.train={source}"))
+    assert decode(data, "train").startswith("document 0 document 0")
+    assert "url" not in decode(data, "train")
+
+
+@pytest.mark.parametrize(
+    "content", ['{"content": "a"}\n', '[{"text": "a"}]', '{\n  "text": "a"\n}', "[" * 20_000, "\n"]
+)
+def test_other_json_is_refused_by_itself_and_text_among_code(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    for source in (path, tmp_path):
+        with pytest.raises(UserError, match=r'no JSON lines with a "text" field \(a\.json\).*rename it to \.txt'):
+            open_corpus(str(source))
+    (tmp_path / "b.py").write_text("b")
+    assert open_corpus(str(tmp_path)).kind == "directory"
+
+
+def test_a_byte_order_mark_before_json_lines(tiny: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"document {i} " * 9}) for i in range(30)), encoding="utf-8-sig")
+    assert decode(prepare_data(tiny(f"data.train={path}")), "train").startswith("document 0 ")
+
+
 def test_the_cache_is_reused_until_a_source_changes(tiny: Tiny, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("some words to begin with\n" * 4000)
@@ -118,6 +150,33 @@ def test_an_existing_tokenizer_is_used(tiny: Tiny, tmp_path: Path) -> None:
         prepare_data(tiny(f"data.tokenizer={path}"))
 
 
+def test_truncation_and_padding_of_a_tokenizer_file_are_left_aside(tiny: Tiny, corpus: Path, tmp_path: Path) -> None:
+    own = train_tokenizer(["alpha beta gamma"], vocab_size=300)
+    counts = set()
+    for name in ("plain", "truncated", "padded"):
+        if name != "plain":
+            own.enable_truncation(8)
+        if name == "padded":
+            own.enable_padding(length=50_000)
+        path = tmp_path / f"{name}.json"
+        own.save(str(path))
+        meta = prepare_data(tiny(f"data.tokenizer={path}")).meta
+        counts.add((meta.train_tokens, meta.validation_tokens, meta.fingerprint))
+    assert len(counts) == 1
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(500, np.uint16), (70_000, np.uint32)])
+def test_ids_with_gaps_count_up_to_the_largest(tiny: Tiny, tmp_path: Path, largest: int, dtype: type) -> None:
+    content = json.loads(train_tokenizer(["alpha beta gamma"], vocab_size=300).to_str())
+    content["model"]["vocab"]["a"] = largest
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    data = prepare_data(tiny(f"data.tokenizer={path}"))
+    assert data.meta.vocab_size == largest + 1
+    assert data.train.tokens.dtype == dtype
+    assert data.train.tokens.max() == largest
+
+
 def test_builtin_is_the_standard_library_without_its_tests() -> None:
     files = open_corpus("builtin").files
     assert len(files) > 300
@@ -134,9 +193,20 @@ MISTAKES = {
     "late.jsonl": (b'{"text": "a"}\n{"txt": "b"}\n', r'late\.jsonl, line 2: no "text" field'),
     "number.jsonl": (b'{"text": 3}\n', r'number\.jsonl, line 1: "text" is int'),
     "broken.jsonl": (b'{"text": "a"}\n{"text"\n', r"broken\.jsonl, line 2: not JSON"),
+    "deep.jsonl": (
+        b'{"text": "a"}\n{"text": "b", "more": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n",
+        r"deep\.jsonl, line 2: brackets nested too deeply",
+    ),
     "list.jsonl": (b"[1]\n", r'list\.jsonl, line 1: no "text" field'),
+    "sections.txt": (
+        b"word " * 7000,
+        r"fraction=0\.3 holds out nothing: a file .* has 3; raise it to 0\.334, give more",
+    ),
+    "section.txt": (b"word " * 700, r"holds out nothing: a file .* has 1; give more text, or give data\.validation"),
+    "three.jsonl": (b'{"text": "a"}\n' * 3, r"whole documents are held out, .* has 3; raise it to 0\.334, give more"),
+    "gaps.jsonl": (b'{"text": "a"}\n{"text": "a"}\n{"text": "a"}\n{"text": ""}\n', r"the documents that .* are empty"),
     "short.jsonl": (b'{"text": "a"}\n{"text": "b"}\n', r"training text has \d+ tokens, fewer than one window"),
-    "single.jsonl": (b'{"text": "' + b"word " * 500 + b'"}\n', r"holds out none of the documents"),
+    "single.jsonl": (b'{"text": "' + b"word " * 500 + b'"}\n', r"nothing: whole documents .* has 1; give more doc"),
 }
 
 
@@ -148,7 +218,7 @@ def test_bad_text_is_one_line_and_leaves_nothing(tiny: Tiny, tmp_path: Path, nam
         path.write_bytes(content)
     before = sorted(tmp_path.rglob("*"))
     overrides = [f"data.train={path}", f"data.cache_dir={tmp_path / 'runs'}", "data.validation_fraction=0.5"]
-    if name == "single.jsonl":
+    if name in ("single.jsonl", "sections.txt", "section.txt", "three.jsonl", "gaps.jsonl"):
         overrides[-1] = "data.validation_fraction=0.3"
     with pytest.raises(UserError, match=message) as caught:
         prepare_data(tiny(*overrides))
@@ -156,10 +226,34 @@ def test_bad_text_is_one_line_and_leaves_nothing(tiny: Tiny, tmp_path: Path, nam
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_text_too_short_for_the_split_is_refused_before_anything_slow(tiny: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("some words\n" * 9000)
+    overrides = [f"data.train={path}", f"data.cache_dir={tmp_path / 'cache'}", "data.validation_fraction=0.01"]
+    messages: list[str] = []
+    with pytest.raises(UserError, match=r"data\.train=.* has 7; raise it to 0\.143"):
+        prepare_data(tiny(*overrides), progress=messages.append)
+    assert messages == []
+    prepare_data(tiny(*overrides, "data.validation_fraction=0.143"))
+
+
+def test_validation_text_shorter_than_a_window(tiny: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / "held.txt"
+    path.write_text("alpha beta")
+    with pytest.raises(
+        UserError, match=r"validation text \(data\.validation=.*held\.txt\) has .*; give more text or low"
+    ):
+        prepare_data(tiny(f"data.validation={path}"))
+    with pytest.raises(
+        UserError, match=r"validation text has .*; raise data\.validation_fraction, give data\.validation="
+    ):
+        prepare_data(tiny("data.seq_len=3000"))
+
+
 def test_an_empty_directory_and_a_mixed_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no files"):
         open_corpus(str(tmp_path))
     (tmp_path / "a.jsonl").write_text('{"text": "a"}')
     (tmp_path / "b.txt").write_text("b")
-    with pytest.raises(UserError, match="mixes JSONL"):
+    with pytest.raises(UserError, match=r"mixes JSONL \(a\.jsonl\) and other files \(b\.txt\)"):
         open_corpus(str(tmp_path))

@@ -24,6 +24,7 @@ _SKIPPED_DIRS = {
     *("test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo", "__pycache__"),
 }
 _JSONL_SUFFIXES = (".jsonl", ".ndjson")
+_LONGEST_LINE = 1 << 26  # characters read of a .json file to see whether it has a record a line
 
 Kind = Literal["builtin", "file", "directory", "jsonl"]
 Document = Iterable[str]
@@ -68,6 +69,9 @@ class Corpus:
 def open_corpus(source: str, *, key: str = "data.train") -> Corpus:
     """Find the files of ``source``: "builtin", a text file, a JSONL file, or a directory of either.
 
+    A ``.json`` file is JSONL when its first line is a record with a text. Any other is refused by itself, and text
+    among other files, as in a directory of code.
+
     Args:
         key: the recipe key, for error messages.
 
@@ -79,7 +83,9 @@ def open_corpus(source: str, *, key: str = "data.train") -> Corpus:
     path = Path(source).expanduser()
     if path.is_file():
         _check_not_empty([path], f"{key}={source}")
-        kind: Kind = "jsonl" if path.suffix.lower() in _JSONL_SUFFIXES else "file"
+        kind: Kind = "jsonl" if _is_jsonl(path) else "file"
+        if kind == "file":
+            _check_not_json([path], f"{key}={source}")
         return Corpus(source, kind, (path.resolve(),))
     if not path.is_dir():
         raise UserError(f"{key}={source}: no such file or directory")
@@ -91,7 +97,9 @@ def open_corpus(source: str, *, key: str = "data.train") -> Corpus:
     if not files:
         raise UserError(f"{key}={source}: the directory has no files")
     _check_not_empty(files, f"{key}={source}")
-    jsonl = [file for file in files if file.suffix.lower() in _JSONL_SUFFIXES]
+    jsonl = [file for file in files if _is_jsonl(file)]
+    if not jsonl:
+        _check_not_json(files, f"{key}={source}")
     if jsonl and len(jsonl) < len(files):
         other = next(file for file in files if file not in jsonl)
         raise UserError(f"{key}={source}: mixes JSONL ({jsonl[0].name}) and other files ({other.name})")
@@ -106,6 +114,29 @@ def held_out(index: int, fraction: float) -> bool:
 def _check_not_empty(files: list[Path], what: str) -> None:
     if not any(file.stat().st_size for file in files):
         raise UserError(f"{what}: empty, there is no text in it")
+
+
+def _check_not_json(files: list[Path], what: str) -> None:
+    if all(file.suffix.lower() == ".json" for file in files):
+        raise UserError(
+            f'{what}: no JSON lines with a "text" field ({files[0].name}); write it as one {{"text": ...}} a line, '
+            "or rename it to .txt to train on it as it is"
+        )
+
+
+def _is_jsonl(path: Path) -> bool:
+    """Whether a file has a JSON record a line: by its name or, as ``.json`` may be anything, by its first line."""
+    suffix = path.suffix.lower()
+    if suffix != ".json":
+        return suffix in _JSONL_SUFFIXES
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            while (line := file.readline(_LONGEST_LINE)).isspace():
+                pass
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and "text" in record
 
 
 def _standard_library() -> list[Path]:
@@ -178,7 +209,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _jsonl_documents(path: Path) -> Iterator[Document]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield _split(_jsonl_text(line, f"{path}, line {number}"))
@@ -191,6 +222,8 @@ def _jsonl_text(line: str, place: str) -> str:
         record = json.loads(line)
     except ValueError as error:
         raise UserError(f"{place}: not JSON ({getattr(error, 'msg', 'a number that is too long')})") from None
+    except RecursionError:
+        raise UserError(f"{place}: brackets nested too deeply to be read; remove the line") from None
     if not isinstance(record, dict) or "text" not in record:
         raise UserError(f'{place}: no "text" field')
     text = record["text"]

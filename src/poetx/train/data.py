@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,10 +24,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from poetx.errors import UserError
-from poetx.train.corpus import PIECE, Corpus, held_out, open_corpus
+from poetx.train.corpus import PIECE, SECTION, Corpus, held_out, open_corpus
 from poetx.train.recipe import DataRecipe, Recipe
 from poetx.train.tokenizer import (
     END_OF_TEXT,
+    embeddings_needed,
     find_end_of_text,
     read_tokenizer,
     tokenizer_file,
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 TOKENIZER_CHARACTERS = 64 << 20  # a BPE learns nothing new from more text than this
 Progress = Callable[[str], None]
 
@@ -120,15 +122,15 @@ def prepare_data(recipe: Recipe, *, progress: Progress | None = None) -> Prepare
     if not _is_whole(directory):
         _remove_leftovers(recipe.cache_dir)
         _build(directory, data, train, validation, source, progress or logger.info)
-    return open_data(directory, seq_len=data.seq_len)
+    return open_data(directory, data)
 
 
-def open_data(directory: Path, *, seq_len: int) -> PreparedData:
+def open_data(directory: Path, data: DataRecipe) -> PreparedData:
     """Open prepared tokens. Raises :class:`UserError` when either part is shorter than one window."""
     meta = DataMeta(**json.loads((directory / "meta.json").read_text(encoding="utf-8")))
-    _check_length(meta, seq_len)
+    _check_length(meta, data)
     parts = {
-        name: TokenWindows(np.memmap(directory / f"{name}.bin", dtype=meta.dtype, mode="r"), seq_len=seq_len)
+        name: TokenWindows(np.memmap(directory / f"{name}.bin", dtype=meta.dtype, mode="r"), seq_len=data.seq_len)
         for name in ("train", "validation")
     }
     return PreparedData(directory, meta, parts["train"], parts["validation"])
@@ -150,6 +152,8 @@ def _build(
     progress: Progress,
 ) -> None:
     fraction = 0.0 if validation else data.validation_fraction
+    if validation is None:
+        _check_held_out(train, data)
     made_parent = not directory.parent.exists()
     temporary = directory.parent / f".{directory.name}.tmp-{os.getpid()}"
     temporary.mkdir(parents=True)
@@ -158,7 +162,7 @@ def _build(
         progress("Tokenising the text")
         meta = _write_tokens(temporary, train, validation, fraction, tokenizer, end_of_text)
         _check_split(meta, data)
-        _check_length(meta, data.seq_len)
+        _check_length(meta, data)
         tokenizer.save(str(temporary / "tokenizer.json"))
         # Last, so that a directory with meta.json has everything.
         (temporary / "meta.json").write_text(json.dumps(asdict(meta), indent=2), encoding="utf-8")
@@ -205,7 +209,7 @@ def _write_tokens(
     tokenizer: Tokenizer,
     end_of_text: str,
 ) -> DataMeta:
-    vocab_size = tokenizer.get_vocab_size()
+    vocab_size = embeddings_needed(tokenizer)
     end_id = tokenizer.token_to_id(end_of_text)
     assert end_id is not None
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
@@ -331,6 +335,28 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
+def _check_held_out(train: Corpus, data: DataRecipe) -> None:
+    """Refuse text too short for the split before anything slow is done with it; reads to the first held-out document."""
+    count = 0
+    for index, _ in enumerate(train.documents()):
+        if held_out(index, data.validation_fraction):
+            return
+        count += 1
+    if count == 0:
+        raise UserError(f"data.train={data.train}: no text to train on")
+    if train.kind == "file":
+        what = f"a file is held out in sections of {SECTION} characters, and data.train={data.train} has {count}"
+    else:
+        what = f"whole documents are held out, and data.train={data.train} has {count}"
+    remedy = "give more text" if train.kind == "file" else "give more documents"
+    if count > 1:
+        remedy = f"raise it to {math.ceil(1000 / count) / 1000:g}, {remedy}"
+    raise UserError(
+        f"data.validation_fraction={data.validation_fraction} holds out nothing: {what}; {remedy}, or give "
+        "data.validation=PATH"
+    )
+
+
 def _check_split(meta: DataMeta, data: DataRecipe) -> None:
     if meta.train_tokens == 0:
         raise UserError(f"data.train={data.train}: no text to train on")
@@ -338,16 +364,22 @@ def _check_split(meta: DataMeta, data: DataRecipe) -> None:
         if data.validation:
             raise UserError(f"data.validation={data.validation}: there is no text in it")
         raise UserError(
-            f"data.validation_fraction={data.validation_fraction} holds out none of the documents of "
-            f"data.train={data.train}; raise it, or give data.validation=PATH"
+            f"data.validation_fraction={data.validation_fraction}: the documents that it holds out of "
+            f"data.train={data.train} are empty; change it, or give data.validation=PATH"
         )
 
 
-def _check_length(meta: DataMeta, seq_len: int) -> None:
-    for key, tokens in (("training", meta.train_tokens), ("validation", meta.validation_tokens)):
-        if window_count(tokens, seq_len) == 0:
+def _check_length(meta: DataMeta, data: DataRecipe) -> None:
+    if data.validation:
+        validation, remedy = f"validation text (data.validation={data.validation})", "give more text"
+    else:
+        validation, remedy = "validation text", "raise data.validation_fraction, give data.validation=PATH"
+    for part, tokens, remedies in (
+        ("training text", meta.train_tokens, "give more text"),
+        (validation, meta.validation_tokens, remedy),
+    ):
+        if window_count(tokens, data.seq_len) == 0:
             raise UserError(
-                f"the {key} text has {tokens} tokens, fewer than one window of data.seq_len={seq_len} + 1; "
-                + ("give more text" if key == "training" else "raise data.validation_fraction")
-                + " or lower data.seq_len"
+                f"the {part} has {tokens} tokens, fewer than one window of data.seq_len={data.seq_len} + 1; "
+                f"{remedies} or lower data.seq_len"
             )

@@ -49,9 +49,21 @@ def read_tokenizer(file: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_file(str(file))
+        return whole_text(Tokenizer.from_file(str(file)))
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"{file}: not a tokenizer ({' '.join(str(error).split())})") from None
+
+
+def whole_text(tokenizer: Tokenizer) -> Tokenizer:
+    """``tokenizer`` without the truncation and padding that some files ask for: a corpus is longer than any limit."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def embeddings_needed(tokenizer: Tokenizer) -> int:
+    """One more than the largest id. More than there are tokens where a file leaves ids out."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def find_end_of_text(tokenizer: Tokenizer, wanted: str | None, *, file: Path) -> str:

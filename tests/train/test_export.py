@@ -1,0 +1,121 @@
+"""The tokenizer that a run saves, and what comes back from a run or an exported directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import transformers
+from safetensors import SafetensorError
+
+from poetx.errors import UserError
+from poetx.train.evaluate import evaluate_run
+from poetx.train.export import export_model, generate_text, load_run
+from poetx.train.recipe import Recipe
+from poetx.train.run import train
+from poetx.train.tokenizer import END_OF_TEXT, train_tokenizer
+
+Tiny = Callable[..., Recipe]
+CONFIGS = {
+    "none": None,
+    "no class": {"tokenizer_class": "PreTrainedTokenizerFast"},
+    "another end": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "bos_token": "<|im_end|>"},
+    "a beginning": {"tokenizer_class": "Qwen2Tokenizer", "eos_token": END_OF_TEXT, "bos_token": "<|im_end|>"},
+}
+
+
+def tokenizer_directory(directory: Path, config: dict[str, str] | None) -> Path:
+    directory.mkdir()
+    tokenizer = train_tokenizer(["alpha beta gamma"], vocab_size=300)
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    if config is not None:
+        (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_end_of_text_of_training_is_used_ever_after(tiny: Tiny, tmp_path: Path, name: str) -> None:
+    own = tokenizer_directory(tmp_path / "own", CONFIGS[name])
+    result = train(tiny(f"data.tokenizer={own}", f"data.end_of_text={END_OF_TEXT}", "train.steps=1"))
+    export_model(load_run(str(result.run_dir)).model, result.run_dir / "tokenizer", tmp_path / "again")
+    data = tmp_path / "two.jsonl"
+    data.write_text('{"text": "alpha"}\n{"text": "beta"}\n')
+    for place in (result.run_dir, result.export_dir, tmp_path / "again"):
+        loaded = load_run(str(place), device="cpu")
+        assert loaded.tokenizer.eos_token == END_OF_TEXT
+        assert loaded.tokenizer.bos_token == ("<|im_end|>" if name == "a beginning" else END_OF_TEXT)
+        assert loaded.model.config.eos_token_id == loaded.end_of_text_id == 0
+        assert evaluate_run(str(place), data=str(data), seq_len=2).tokens > 0
+        assert isinstance(generate_text(loaded, "", max_new_tokens=3), str)
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_a_run_whose_ids_have_gaps_is_evaluated_and_exported(tiny: Tiny, tmp_path: Path, tied: str) -> None:
+    content = json.loads(train_tokenizer(["alpha beta gamma"], vocab_size=300).to_str())
+    content["model"]["vocab"]["a"] = 500
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    own = f"data.tokenizer={tmp_path / 'tokenizer.json'}"
+    result = train(tiny(own, f"model.tie_embeddings={tied}", "train.steps=1"))
+    assert load_run(str(result.run_dir)).model.config.vocab_size == 501
+    assert evaluate_run(str(result.run_dir), data=None).perplexity == pytest.approx(result.last_perplexity, rel=0.1)
+
+
+def test_a_run_does_not_depend_on_tokens_that_transformers_adds(tiny: Tiny) -> None:
+    result = train(tiny("train.steps=1"))
+    tokenizer = load_run(str(result.run_dir)).tokenizer
+    tokenizer.add_tokens(["<one more>"])
+    tokenizer.save_pretrained(result.run_dir / "tokenizer")
+    assert load_run(str(result.run_dir)).model.config.vocab_size == result.model.config.vocab_size
+
+
+@pytest.mark.parametrize("error", [SafetensorError("I/O error: No space left on device"), OSError(28, "No space left")])
+def test_a_full_disk_during_the_export_is_one_line_and_leaves_nothing(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(model: object, directory: Path) -> None:
+        directory.mkdir()
+        (directory / "model.safetensors").write_text("half")
+        raise error
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
+    recipe = tiny("train.steps=1")
+    with pytest.raises(UserError, match=r"run/export: the model could not be written .*No space left") as caught:
+        train(recipe)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"out: the model could not be written .*poetx export RUN DIR"):
+        export_model(load_run(str(recipe.directory)).model, recipe.directory / "tokenizer", tmp_path / "out")
+    assert not [path for path in tmp_path.rglob("*") if "out" in path.name or "export" in path.name]
+    monkeypatch.undo()
+    export_model(load_run(str(recipe.directory)).model, recipe.directory / "tokenizer", tmp_path / "out")
+    assert load_run(str(tmp_path / "out")).recipe is None
+
+
+def test_generating_with_a_single_position(tiny: Tiny) -> None:
+    loaded = load_run(str(train(tiny("data.seq_len=1", "train.steps=1")).run_dir))
+    assert loaded.model.config.max_position_embeddings == 1
+    assert len(loaded.tokenizer(generate_text(loaded, "alpha beta", temperature=0.0)).input_ids) <= 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_diverged_model_generates_nothing(tiny: Tiny, temperature: float) -> None:
+    loaded = load_run(str(train(tiny("train.steps=1")).run_dir))
+    assert isinstance(generate_text(loaded, "alpha", max_new_tokens=2, temperature=temperature), str)
+    for value in ("nan", "inf"):
+        loaded.model.lm_head.weight.data.fill_(float(value))
+        with pytest.raises(UserError, match="output is not finite"):
+            generate_text(loaded, "alpha", max_new_tokens=2, temperature=temperature)
+
+
+def test_a_model_from_elsewhere_without_an_end_of_text_is_one_line(tiny: Tiny, tmp_path: Path, corpus: Path) -> None:
+    export = train(tiny("train.steps=1")).export_dir
+    assert export is not None
+    (export / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(UserError, match=r"export: its tokenizer names no end-of-text token"):
+        evaluate_run(str(export), data=str(corpus / "0.txt"))
+    loaded = load_run(str(export))
+    assert isinstance(generate_text(loaded, "alpha", max_new_tokens=3), str)
+    with pytest.raises(UserError, match="names no end-of-text token"):
+        generate_text(loaded, "", max_new_tokens=3)
