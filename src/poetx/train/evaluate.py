@@ -49,7 +49,14 @@ def evaluate_run(
         raise UserError(f"{run}: an exported model has no validation text of its own; give --data PATH")
     length = _window_length(loaded, seq_len)
     windows = _own_windows(Path(run), loaded, length) if data is None else _other_windows(loaded, data, length)
-    loss = evaluate(loaded.model, windows, list(range(len(windows))), batch_size=batch_size, device=loaded.device)
+    loss = evaluate(
+        loaded.model,
+        windows,
+        list(range(len(windows))),
+        batch_size=batch_size,
+        device=loaded.device,
+        chunked=loaded.recipe is not None and loaded.recipe.train.chunked_loss,
+    )
     source = data or "the run's validation text"
     return Evaluation(loss, perplexity(loss), len(windows) * length, length, source, loaded.notes)
 
