@@ -336,7 +336,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def _check_held_out(train: Corpus, data: DataRecipe) -> None:
-    """Refuse text too short for the split before anything slow is done with it; reads to the first held-out document."""
+    """Refuse text too short for the split before anything slow is done; reads to the first held-out document."""
     count = 0
     for index, _ in enumerate(train.documents()):
         if held_out(index, data.validation_fraction):
