@@ -64,6 +64,13 @@ def test_attention_costs_no_square_of_the_sequence():
     assert long == pytest.approx(4 * short, rel=0.02)
 
 
+def test_attention_dropout_goes_with_checkpointing():
+    """A checkpointed layer runs again inside backward, and must take the same kernel there."""
+    setup = full_stack(block_size=16, seq_len=32)
+    peaks = [estimate_memory(config(2, attention_dropout=p), setup).peak for p in (0.0, 0.1)]
+    assert peaks[0] == peaks[1]
+
+
 def test_each_saving_saves():
     peaks = [
         estimate_memory(config(2, vocab_size=4000), paper(block_size=32, seq_len=512, batch_size=4, **changes)).peak
