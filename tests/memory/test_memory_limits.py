@@ -71,6 +71,21 @@ def test_attention_dropout_goes_with_checkpointing():
     assert peaks[0] == peaks[1]
 
 
+def test_a_model_without_fused_attention_is_estimated_with_eager_attention(caplog):
+    from transformers import Gemma2Config, ViTConfig
+
+    short, long = (
+        estimate_memory(Gemma2Config(**SMALL, num_hidden_layers=1, head_dim=16), method="adamw", seq_len=n)
+        for n in (256, 1024)
+    )
+    scores = 1024**2 * SMALL["num_attention_heads"] * 2
+    assert long.phases["backward"].categories["activations"] > scores
+    assert short.peak < long.peak
+    assert "gemma2: transformers has no fused attention" in caplog.text
+    with pytest.raises(UserError, match="^model_type=vit: [^\n]*$"):
+        estimate_memory(ViTConfig())
+
+
 def test_each_saving_saves():
     peaks = [
         estimate_memory(config(2, vocab_size=4000), paper(block_size=32, seq_len=512, batch_size=4, **changes)).peak
