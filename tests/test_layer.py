@@ -202,6 +202,28 @@ def test_activation_checkpointing_gives_the_same_gradients():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("tokens", [3, 50])
+@pytest.mark.parametrize("settings", [{}, {"mode": "mem"}, {"mode": "mem", "weight_format": "int8"}], ids=str)
+def test_second_derivatives_are_refused_in_one_line(settings, tokens):
+    layer, x = make(**settings), torch.randn(tokens, 10, requires_grad=True)
+    with pytest.raises(UserError, match=r"^PoetLinear has no second derivatives.*dense_weight.*$"):
+        torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    y = x @ layer.dense_weight().T + layer.bias
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    grad.square().sum().backward()
+    assert layer.skew_in.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("mode", ["fast", "mem"])
+def test_anomaly_mode_and_both_kinds_of_checkpointing_are_first_derivatives(mode, reentrant):
+    layer, x = make(mode), torch.randn(3, 10, requires_grad=True)
+    (want,) = torch.autograd.grad(layer(x).sum(), x)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
+    assert torch.equal(x.grad, want)
+
+
 def test_meta_then_to_empty_then_reset_equals_built_on_the_device():
     config = PoetConfig(block_size=4, init="normalized")
     built = PoetLinear(10, 12, config=config, name="layer")
