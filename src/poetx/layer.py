@@ -322,6 +322,10 @@ class PoetLinear(nn.Module):
         self.merge_count.fill_(count)
         return FoldStats(torch.maximum(*angles), ratio)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy made inside :func:`poetx.shared_blocks` has rotations of its own, and nobody would free its blocks."""
+        return {key: value for key, value in self.__dict__.items() if key != "shared_blocks"}
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """``load_state_dict(assign=True)`` brings its own device and dtype, and :attr:`_like` is in no state dict."""
         super()._load_from_state_dict(*args, **kwargs)
