@@ -132,6 +132,12 @@ def test_largest_batch_fits_and_one_more_does_not():
     assert largest_batch(config(1), setup, 1e-4).batch_size == 0
 
 
+@pytest.mark.parametrize("budget", [0, -1, float("inf"), float("nan")])
+def test_a_budget_is_a_number_of_gb(budget):
+    with pytest.raises(UserError, match=f"gpu={budget}: must be a positive, finite number"):
+        largest_batch("llama-60m", TrainingSetup(), budget)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
