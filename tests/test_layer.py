@@ -114,6 +114,26 @@ def test_state_dict_round_trip_and_continue():
     assert torch.equal(layer(x), other(x))
 
 
+@pytest.mark.parametrize("settings", [{}, {"mode": "mem", "weight_format": "int8", "group_size": 2}], ids=str)
+def test_a_state_assigned_to_a_meta_model_brings_its_device(settings):
+    layer = make(**settings)
+    other = PoetLinear(10, 12, config=layer.config, name="layer", device="meta")
+    other.load_state_dict({name: value.clone() for name, value in layer.state_dict().items()}, assign=True)
+    for each in (layer, other):
+        each.merge_()
+    x = torch.randn(3, 10)
+    assert torch.equal(layer(x), other(x))
+    assert other.to("cpu", torch.bfloat16).weight.dtype == torch.bfloat16
+
+
+def test_a_state_assigned_brings_its_dtype_as_in_nn_linear():
+    layer, other = make(dtype=torch.bfloat16), make()
+    other.load_state_dict(layer.state_dict(), assign=True)
+    x = torch.randn(3, 10).bfloat16()
+    assert torch.equal(layer(x), other(x))
+    assert other.weight_dtype == other.weight.dtype == torch.bfloat16
+
+
 def test_deepcopy_and_pickle():
     layer, x = make(), torch.randn(3, 10)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
@@ -149,6 +169,10 @@ def test_half_precision_is_refused_in_one_line():
         make().half()
     with pytest.raises(UserError, match="float16 is not supported"):
         make(dtype=torch.float16)
+    layer = make()
+    with pytest.raises(UserError):
+        layer.half()
+    assert layer.weight_dtype == layer.bias.dtype == torch.float32, "half of it was cast"
 
 
 def test_input_of_another_dtype_is_refused():
@@ -176,6 +200,28 @@ def test_activation_checkpointing_gives_the_same_gradients():
     got = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).square().sum(), [x, *layer.rotations])
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("tokens", [3, 50])
+@pytest.mark.parametrize("settings", [{}, {"mode": "mem"}, {"mode": "mem", "weight_format": "int8"}], ids=str)
+def test_second_derivatives_are_refused_in_one_line(settings, tokens):
+    layer, x = make(**settings), torch.randn(tokens, 10, requires_grad=True)
+    with pytest.raises(UserError, match=r"^PoetLinear has no second derivatives.*dense_weight.*$"):
+        torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    y = x @ layer.dense_weight().T + layer.bias
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    grad.square().sum().backward()
+    assert layer.skew_in.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("mode", ["fast", "mem"])
+def test_anomaly_mode_and_both_kinds_of_checkpointing_are_first_derivatives(mode, reentrant):
+    layer, x = make(mode), torch.randn(3, 10, requires_grad=True)
+    (want,) = torch.autograd.grad(layer(x).sum(), x)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
+    assert torch.equal(x.grad, want)
 
 
 def test_meta_then_to_empty_then_reset_equals_built_on_the_device():

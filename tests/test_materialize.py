@@ -127,6 +127,35 @@ def test_mistakes_are_named(tmp_path):
         materialize_(nn.Linear(3, 3, device="meta"))
 
 
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(16, 16)
+        self.register_buffer("mask", torch.ones(8))
+
+
+def test_a_buffer_that_nobody_writes_is_an_error(tmp_path):
+    def meta():
+        with torch.device("meta"):
+            model = nn.Sequential(Masked(), nn.BatchNorm1d(16))
+        convert_(model, PoetConfig(block_size=8))
+        return model
+
+    state = nn.Sequential(Masked(), nn.BatchNorm1d(16)).state_dict()
+    del state["1.running_mean"]  # which its module resets
+    save_file(state, tmp_path / "model.safetensors")
+    model = materialize_(meta(), tmp_path)
+    assert torch.equal(model[0].mask, torch.ones(8))
+    assert torch.equal(model[1].running_mean, torch.zeros(16))
+    del state["0.mask"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"has no tensor 0\.mask, and Masked has no reset_parameters"):
+        materialize_(meta(), tmp_path)
+    own = meta()
+    own[0].mask = torch.arange(8.0)  # made with a device of its own: it has its values
+    assert torch.equal(materialize_(own, tmp_path)[0].mask, torch.arange(8.0))
+
+
 def test_tensors_that_are_not_the_models_are_reported(tmp_path, caplog):
     AutoModelForCausalLM.from_config(llama(), dtype=torch.bfloat16).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"

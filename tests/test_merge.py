@@ -224,6 +224,7 @@ def test_spectrum_of_a_zero_weight():
     nn.init.zeros_(model[2].weight)
     convert_(model, PoetConfig(block_size=4))
     start = spectrum(model)
+    assert start["2"].entropy == 0
     merge_(model)
     after = spectrum(model, start)["2"]
     assert (after.norm_ratio, after.drift_max) == (1.0, 0.0)

@@ -124,6 +124,7 @@ def test_storage_is_integers_and_scales():
         "packed_weight.codes": torch.uint8,
         "packed_weight.scale": torch.bfloat16,
         "packed_weight.offset": torch.bfloat16,
+        "packed_weight.weight_format": torch.uint8,  # the name
     }
     assert state["packed_weight.codes"].shape == (64, 32)
     assert "base_weight" not in state
@@ -161,6 +162,18 @@ def test_save_load_continue_deepcopy_and_casts(weight_format, residual, tmp_path
         assert torch.equal(layer.state_dict()[key], value)
 
 
+def test_a_state_of_another_format_is_refused_and_one_that_does_not_say_is_taken():
+    layer = make("nf4", weight_residual=True)
+    state = layer.state_dict()
+    with pytest.raises(UserError, match=r"^packed_weight: the state is of weight_format='nf4', .*'bipolar-int4'; .*$"):
+        make("bipolar-int4", weight_residual=True).load_state_dict(state)
+    for old in (state, {k: v for k, v in state.items() if not k.endswith("weight_format")}):
+        other = make("nf4", weight_residual=True)
+        assert str(other.load_state_dict(old)) == "<All keys matched successfully>"
+        assert torch.equal(other.packed_weight.codes, layer.packed_weight.codes)
+    assert "packed_weight.weight_format" in state, "the caller's own was changed"
+
+
 def test_three_hundred_merges_hold_the_norm():
     """Stored ‖W‖ over ‖W0‖ after each merge, int8: within 0.5 % of 1 in the mean over them."""
     layer = make(m=64, n=64, bias=False, angle=0, block_size=16, group_size=64)
@@ -187,7 +200,8 @@ def test_the_residual_changes_what_merges_keep_and_not_what_forward_sees(weight_
 
     state = residual.state_dict()
     extra = {key: value.dtype for key, value in state.items() if key not in plain.state_dict()}
-    assert extra == {"packed_weight.residual.codes": torch.uint8, "packed_weight.residual.scale": torch.bfloat16}
+    own = {"codes": torch.uint8, "scale": torch.bfloat16, "weight_format": torch.uint8}
+    assert extra == {f"packed_weight.residual.{key}": dtype for key, dtype in own.items()}
     assert state["packed_weight.residual.codes"].shape == (24, 10)
 
 

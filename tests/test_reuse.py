@@ -1,6 +1,7 @@
 """Rotations built once for several passes: same bits, fewer blocks built, and no stale ones."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -82,3 +83,17 @@ def test_blocks_are_dropped_when_a_pass_fails_and_are_no_state():
     with pytest.raises(RuntimeError, match="the last size must be 12"), poetx.shared_blocks(net):
         net(torch.randn(5, 13))
     assert all(layer.shared_blocks is None for _, layer in poetx.poet_layers(net))
+
+
+def test_a_copy_made_inside_has_no_blocks():
+    net, x = model(), torch.randn(5, 12)
+    with poetx.shared_blocks(net):
+        copies = [copy.deepcopy(net), pickle.loads(pickle.dumps(net))]
+    for twin in copies:
+        with torch.no_grad():
+            for _, layer in poetx.poet_layers(twin):
+                assert layer.shared_blocks is None
+                for skew in layer.rotations:
+                    skew.zero_()
+            want = nn.functional.linear(x, twin[0].dense_weight(), twin[0].bias).relu() @ twin[2].dense_weight().T
+            torch.testing.assert_close(twin(x), want)

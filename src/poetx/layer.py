@@ -135,7 +135,7 @@ class PoetLinear(nn.Module):
     @property
     def weight_dtype(self) -> torch.dtype:
         """What the layer computes in and :func:`poetx.to_dense_` gives back; ``base_weight``'s, where there is one."""
-        return self._like.dtype
+        return self._like.dtype if self.base_weight is None else self.base_weight.dtype
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -314,7 +314,7 @@ class PoetLinear(nn.Module):
         for perm, fresh in zip((self.perm_in, self.perm_out), self._draw_permutations(count), strict=True):
             moves.append(_inverse(perm)[fresh.to(perm.device)])
             perm.copy_(fresh)
-        noise = stream(self.config.seed, self.name, count, "rounding", self._like.device)
+        noise = stream(self.config.seed, self.name, count, "rounding", self.skew_in.device)
         weight = _permuted(weight, moves[1], moves[0])
         self._write(weight, noise=noise)
         self.skew_in.zero_()
@@ -322,9 +322,20 @@ class PoetLinear(nn.Module):
         self.merge_count.fill_(count)
         return FoldStats(torch.maximum(*angles), ratio)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy made inside :func:`poetx.shared_blocks` has rotations of its own, and nobody would free its blocks."""
+        return {key: value for key, value in self.__dict__.items() if key != "shared_blocks"}
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """``load_state_dict(assign=True)`` brings its own device and dtype, and :attr:`_like` is in no state dict."""
+        super()._load_from_state_dict(*args, **kwargs)
+        self._like = torch.empty(0, device=self.skew_in.device, dtype=self.weight_dtype)
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PoetLinear:
         """``.to()``, ``.bfloat16()`` and the like: the rotations and ‖W0‖ move, but are never narrowed."""
         before, norm = [skew.data for skew in self.rotations], self.base_norm
+        if (dtype := fn(self._like).dtype) not in DTYPES:
+            raise UserError(f"{self.name or 'PoetLinear'}: {dtype} is not supported; use bfloat16")
         super()._apply(fn, recurse)
         if self.base_norm.dtype != norm.dtype:
             self.base_norm = norm.to(self.base_norm.device)
@@ -334,8 +345,6 @@ class PoetLinear(nn.Module):
                 grad, skew.grad = skew.grad, None
                 skew.data = value.to(skew.device)
                 skew.grad = None if grad is None else grad.to(skew.dtype)
-        if self.weight_dtype not in DTYPES:
-            raise UserError(f"{self.name or 'PoetLinear'}: {self.weight_dtype} is not supported; use bfloat16")
         return self
 
     def extra_repr(self) -> str:

@@ -94,15 +94,17 @@ def materialize_(
 
     Raises:
         UserError: no converted layer; a tensor that the checkpoint lacks or has in another shape; ``init`` other than
-            ``"keep"`` with a checkpoint; a fresh module that does not know how to initialise itself.
+            ``"keep"`` with a checkpoint; a module that does not know how to give a parameter or buffer its first value
+            where the checkpoint does not.
     """
     layers = dict(poet_layers(model))
     if not layers:
         raise UserError("the model has no PoetLinear layer; call poetx.convert_ on the meta device first")
     source = None if checkpoint is None else Checkpoint(checkpoint)
+    inside = {id(module) for layer in layers.values() for module in layer.modules()}
     if source is not None:
         _check(model, layers, source)
-    inside = {id(module) for layer in layers.values() for module in layer.modules()}
+        _check_buffers(model, inside, source)
     _allocate(model, inside, torch.device(device))
     _initialise(model, inside, seed, torch.device(device), fresh=source is None)
     for name, layer in layers.items():
@@ -133,6 +135,26 @@ def _check(model: nn.Module, layers: dict[str, PoetLinear], source: Checkpoint) 
     unused = sorted(source.names - known)
     if unused:
         logger.warning("%s: %d tensors are not the model's, %s among them", source.directory, len(unused), unused[0])
+
+
+def _check_buffers(model: nn.Module, inside: set[int], source: Checkpoint) -> None:
+    """Every buffer has values there, or its module can compute them: nothing else would ever write it."""
+    if hasattr(model, "initialize_weights"):
+        return
+    names: dict[int, list[str]] = {}
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        names.setdefault(id(buffer), []).append(name)
+    for module in model.modules():
+        if id(module) in inside or hasattr(module, "reset_parameters"):
+            continue
+        for key, buffer in module._buffers.items():
+            if buffer is None or not buffer.is_meta or key in module._non_persistent_buffers_set:
+                continue
+            if not source.names.intersection(names[id(buffer)]):
+                raise UserError(
+                    f"{source.directory}: has no tensor {names[id(buffer)][0]}, and {type(module).__name__} has no "
+                    "reset_parameters to compute it"
+                )
 
 
 def _allocate(model: nn.Module, inside: set[int], device: torch.device) -> None:
@@ -180,7 +202,7 @@ def _load_layer(layer: PoetLinear, name: str, source: Checkpoint) -> None:
 
 def _load_rest(model: nn.Module, inside: set[int], source: Checkpoint) -> None:
     rotations = {id(p) for _, layer in poet_layers(model) for p in layer.parameters() if p is not layer.bias}
-    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         if name in source.names and id(tensor) not in rotations:
             value = source.read(name)
             _same_shape(name, value, tuple(tensor.shape), source)

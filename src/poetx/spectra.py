@@ -20,7 +20,7 @@ class LayerSpectrum:
     Attributes:
         singular_values: [min(m, n)], descending.
         norm: Frobenius norm ‖W‖.
-        entropy: SVD entropy ``−Σ pᵢ log pᵢ / log r`` with p = σ²/Σσ², 1 for a flat spectrum.
+        entropy: SVD entropy ``−Σ pᵢ log pᵢ / log r`` with p = σ²/Σσ², 1 for a flat spectrum, 0 for a zero weight.
         norm_ratio: ‖W‖ over the reference's, or None without a reference.
         drift_median, drift_max: of ``|σ − σ_ref| / σ_ref``, or None without a reference.
     """
@@ -46,7 +46,7 @@ def spectrum(model: nn.Module, reference: Mapping[str, LayerSpectrum] | None = N
     result: dict[str, LayerSpectrum] = {}
     for name, layer in converted_layers(model):
         values = torch.linalg.svdvals(layer.dense_weight().double()).cpu()
-        share = values.square() / values.square().sum()
+        share = values.square() / (values.square().sum() or 1.0)
         entropy = -torch.special.xlogy(share, share).sum() / torch.log(torch.tensor(max(2.0, values.numel())))
         norm = float(values.norm())
         drift: dict[str, float] = {}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from poetx.errors import UserError
 from poetx.ops.quantize import Packed, dequantise, format_of, quantise_
 
 #: What the rounding error of a weight is kept in: symmetric about zero, as it is.
@@ -20,6 +21,8 @@ class PackedWeight(nn.Module):
     Buffers:
         codes: uint8 [rows, bytes of a row]. scale: bfloat16 [rows, ⌈columns / group_size⌉]. offset: the same, for
             ``"int8"`` and ``"int4"`` only, else None.
+    A state dict also says whose codes they are, ``weight_format``: the format's name in ASCII, uint8. Of the same
+    shapes there are several. An older state dict without it is taken to fit.
 
     Args:
         weight_format: one of :data:`poetx.config.WEIGHT_FORMATS`.
@@ -70,6 +73,21 @@ class PackedWeight(nn.Module):
         """The stored weight [rows, columns], float32: what forward multiplies by; ``precise``, with its residual."""
         weight = dequantise(self.packed)
         return weight if self.residual is None or not precise else weight.add_(self.residual.read())
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight_format"] = torch.tensor(
+            list(self.format.name.encode()), dtype=torch.uint8, device="cpu"
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        saved = state_dict.pop(f"{prefix}weight_format", None)
+        if saved is not None and not saved.is_meta and (name := bytes(saved.tolist()).decode()) != self.format.name:
+            raise UserError(
+                f"{prefix.removesuffix('.')}: the state is of weight_format={name!r}, the layer of "
+                f"{self.format.name!r}; convert the model with weight_format={name!r} to load it"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PackedWeight:
         """``.to()`` and the like: the scales move, but stay bfloat16, in which every one of them is exact."""

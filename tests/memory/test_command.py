@@ -57,6 +57,7 @@ def test_json_and_plot(app, config, tmp_path):
         (["--compare", "adamw,adamww"], "did you mean 'adamw'"),
         (["--model", "nowhere"], "nowhere: no such shape"),
         (["--gpu", "-3"], "gpu=-3.0"),
+        (["--gpu", "inf"], "gpu=inf: must be a positive, finite number"),
         (["--mode", "fast", "--weight-format", "int8"], "weight_format=int8: is for method='mem'"),
         (["--mode", "adamw", "--weight-residual"], "weight_residual: is for method='mem' or 'fast'"),
         (["--weight-format", "int9"], "did you mean 'int8'"),

@@ -64,6 +64,28 @@ def test_attention_costs_no_square_of_the_sequence():
     assert long == pytest.approx(4 * short, rel=0.02)
 
 
+def test_attention_dropout_goes_with_checkpointing():
+    """A checkpointed layer runs again inside backward, and must take the same kernel there."""
+    setup = full_stack(block_size=16, seq_len=32)
+    peaks = [estimate_memory(config(2, attention_dropout=p), setup).peak for p in (0.0, 0.1)]
+    assert peaks[0] == peaks[1]
+
+
+def test_a_model_without_fused_attention_is_estimated_with_eager_attention(caplog):
+    from transformers import Gemma2Config, ViTConfig
+
+    short, long = (
+        estimate_memory(Gemma2Config(**SMALL, num_hidden_layers=1, head_dim=16), method="adamw", seq_len=n)
+        for n in (256, 1024)
+    )
+    scores = 1024**2 * SMALL["num_attention_heads"] * 2
+    assert long.phases["backward"].categories["activations"] > scores
+    assert short.peak < long.peak
+    assert "gemma2: transformers has no fused attention" in caplog.text
+    with pytest.raises(UserError, match="^model_type=vit: [^\n]*$"):
+        estimate_memory(ViTConfig())
+
+
 def test_each_saving_saves():
     peaks = [
         estimate_memory(config(2, vocab_size=4000), paper(block_size=32, seq_len=512, batch_size=4, **changes)).peak
@@ -108,6 +130,12 @@ def test_largest_batch_fits_and_one_more_does_not():
     assert limit.at_limit.peak <= limit.budget < limit.beyond.peak
     assert limit.at_limit.setup.batch_size == limit.batch_size
     assert largest_batch(config(1), setup, 1e-4).batch_size == 0
+
+
+@pytest.mark.parametrize("budget", [0, -1, float("inf"), float("nan")])
+def test_a_budget_is_a_number_of_gb(budget):
+    with pytest.raises(UserError, match=f"gpu={budget}: must be a positive, finite number"):
+        largest_batch("llama-60m", TrainingSetup(), budget)
 
 
 @pytest.mark.parametrize(

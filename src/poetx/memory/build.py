@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ from poetx.stack.checkpointing import checkpoint_layers_
 from poetx.stack.combine import build_optimizer
 from poetx.stack.loss import chunk_loss_
 from poetx.stack.release import release_gradients
+
+logger = logging.getLogger(__name__)
 
 
 def read_config(model: Any) -> Any:
@@ -70,13 +74,33 @@ def with_layers(config: Any, layers: int) -> Any:
 
 
 def meta_model(config: Any, setup: TrainingSetup) -> nn.Module:
-    """The dense model on the meta device, in the dtype its weights train in."""
+    """The dense model on the meta device, in the dtype its weights train in; eager attention where no other is.
+
+    Raises:
+        UserError: a config that ``transformers`` builds no model from.
+    """
     from transformers import AutoModelForCausalLM
 
     dtype = torch.float32 if setup.method == "adamw-mixed" else getattr(torch, setup.dtype)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        try:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
+        except ValueError:
+            try:
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+            except ValueError as error:
+                raise UserError(f"model_type={config.model_type}: {' '.join(str(error).split())}") from None
+    _say_eager(config.model_type)
     return model.train()
+
+
+@functools.cache
+def _say_eager(model_type: str) -> None:
+    logger.warning(
+        "%s: transformers has no fused attention for it; estimated with attn_implementation='eager', whose scores are "
+        "tokens × tokens",
+        model_type,
+    )
 
 
 def prepare_(model: nn.Module, setup: TrainingSetup) -> nn.Module:

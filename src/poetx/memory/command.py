@@ -117,8 +117,8 @@ def memory(
     setups = [_setup(name, settings, optimizer_state, base_optimizer, alone=len(modes) == 1) for name in modes]
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"plot={plot}: must end in .png, .svg or .pdf")
-    if gpu is not None and not gpu > 0:
-        raise UserError(f"gpu={gpu}: must be a positive number of GB")
+    if gpu is not None and not 0 < gpu < math.inf:
+        raise UserError(f"gpu={gpu}: must be a positive, finite number of GB")
     _run(model, setups, gpu=gpu, plot=plot, as_json=as_json, reserved=reserved)
 
 

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 
 from poetx.errors import UserError
 from poetx.memory.allocator import OutOfMemory, replay
@@ -182,7 +181,7 @@ def _take_step(model: nn.Module, setup: TrainingSetup, card_gib: float | None) -
         input_ids = torch.zeros(setup.batch_size, setup.seq_len, dtype=torch.long)
         step = training_step(model, input_ids, setup)
         _make_state(step, parameters)
-        stack.enter_context(_FusedAttention())
+        stack.enter_context(_fused_attention())
         stack.enter_context(tracker)
         stack.enter_context(followed(tracker, model))
         adopt_state(tracker, step.optimizers, model)
@@ -215,17 +214,19 @@ def _make_state(step: Step, parameters: list[nn.Parameter]) -> None:
 # -- what the fake CPU is told so that it does what CUDA does ---------------------------------------------------------
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Attention by the fused kernel, whatever the device would choose: no tokens × tokens matrix."""
+@contextlib.contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Attention by the fused kernel, whatever the device would choose: no tokens × tokens matrix.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
+    Replaced by name: a ``TorchFunctionMode`` is off during backward, when a checkpointed layer runs again.
+    """
+    original = F.scaled_dot_product_attention
+
+    def attention(*args: Any, **kwargs: Any) -> Tensor:
         bound = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)) | kwargs
         q, k, v = bound["query"], bound["key"], bound["value"]
         if bound.get("attn_mask") is not None:  # CUDA takes the memory-efficient kernel: the mask as it is
-            return func(*args, **kwargs)
+            return original(*args, **kwargs)
         if torch.is_autocast_enabled("cpu"):
             q, k, v = (t.to(torch.get_autocast_dtype("cpu")) for t in (q, k, v))
         causal = bool(bound.get("is_causal", False))
@@ -233,6 +234,9 @@ class _FusedAttention(TorchFunctionMode):
             q, k, v, float(bound.get("dropout_p", 0.0)), causal, scale=bound.get("scale")
         )
         return out
+
+    with mock.patch.object(F, "scaled_dot_product_attention", attention):
+        yield
 
 
 def _flash_backward_buffers(operator: Any, args: tuple) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,10 +38,10 @@ def largest_batch(model: Any, setup: TrainingSetup, budget_gib: float) -> BatchL
     The peak grows with the batch in straight pieces, so a line through two points mostly hits at once.
 
     Raises:
-        UserError: a budget that is not positive, or what :func:`estimate_memory` raises.
+        UserError: a budget that is not positive and finite, or what :func:`estimate_memory` raises.
     """
-    if not budget_gib > 0:
-        raise UserError(f"gpu={budget_gib}: must be a positive number of GB")
+    if not 0 < budget_gib < math.inf:
+        raise UserError(f"gpu={budget_gib}: must be a positive, finite number of GB")
     budget = int(budget_gib * GIB)
     seen: dict[int, MemoryEstimate] = {}
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poetx.errors import UserError
+
 _LIBRARY = torch.library.Library("poetx", "DEF")
 
 
@@ -92,6 +94,19 @@ def register_op(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[...
 def _eager() -> bool:
     """Whether nobody traces or watches: dispatching an operator that Python implements takes 0.2 ms, its work less."""
     return not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack())
+
+
+def first_derivatives_only() -> None:
+    """What a backward that calls an opaque operator begins with, since nothing differentiates through that.
+
+    Raises:
+        UserError: second derivatives are wanted (``create_graph=True``).
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise UserError(
+            "PoetLinear has no second derivatives, which create_graph=True asks for; put x @ layer.dense_weight().T + "
+            "layer.bias in its place there"
+        )
 
 
 def cached_tensors(function: Callable[..., Any]) -> Callable[..., Any]:

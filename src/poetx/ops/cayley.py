@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poetx.ops._library import device_type, fake_cache, register_op
+from poetx.ops._library import device_type, fake_cache, first_derivatives_only, register_op
 from poetx.ops.dispatch import use_triton
 from poetx.ops.reference import EXACT
 from poetx.ops.rotate import gather
@@ -193,6 +193,7 @@ class _Cayley(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_G):
+        first_derivatives_only()
         (q_KP,) = ctx.saved_tensors
         return _cayley_backward_op(grad_G, q_KP, *ctx.settings), None, None, None
 

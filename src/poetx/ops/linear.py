@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from poetx.ops import weight_side
-from poetx.ops._library import register_op
+from poetx.ops._library import first_derivatives_only, register_op
 from poetx.ops.cayley import cayley_pair, cayley_pair_backward, cayley_pair_backward_op, cayley_pair_op
 from poetx.ops.rebuild import rebuild
 from poetx.ops.rotate import (
@@ -192,6 +192,7 @@ class _FastLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
+        first_derivatives_only()
         x, b, weight, G_in, G_out, q_in, q_out, perm_in, perm_out = ctx.saved_tensors
         dx, dG_in, dG_out = _fast_backward_op(g, x, b, weight, G_in, G_out, perm_in, perm_out, ctx.needs_input_grad[0])
         dq_in, dq_out = cayley_pair_backward_op(dG_in, dG_out, q_in, q_out, *ctx.settings, x.dtype)
@@ -214,6 +215,7 @@ class _MemLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
+        first_derivatives_only()
         weight, q_in, q_out, perm_in, perm_out, *kept = ctx.saved_tensors
         x = rebuild(kept, *ctx.like)
         del kept

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from poetx.ops import linear
-from poetx.ops._library import register_op
+from poetx.ops._library import first_derivatives_only, register_op
 from poetx.ops.cayley import cayley_pair
 from poetx.ops.quantize import Packed, dequantise, format_of, fused, product
 from poetx.ops.rebuild import rebuild
@@ -72,6 +72,7 @@ class _QuantisedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
+        first_derivatives_only()
         codes, scale, offset, q_in, q_out, perm_in, perm_out, *kept = ctx.saved_tensors
         x = rebuild(kept, *ctx.like)
         del kept
