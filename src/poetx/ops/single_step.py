@@ -147,21 +147,23 @@ def _subtract_bias_(M_KBB: Tensor, g_NF: Tensor, bias: Tensor, order: Tensor) ->
     M_KBB.baddbmm_(total[:, :, None], bias[:, None, :], alpha=-1)
 
 
-def add_to_(sink: Tensor, M_KBB: Tensor, size: int) -> None:
+def add_to_(sink: Tensor, M_KBB: Tensor, size: int) -> bool:
     """``sink += M``, or ``2 (M − Mᵀ)`` where the sink is packed, [K, P]; bfloat16 sinks round stochastically.
 
-    Nothing at all if M is not finite: it could not be taken back out of a running sum later.
+    Nothing at all if M is not finite: it could not be taken back out of a running sum later. On a CPU the sink is not
+    even written, and False returned; elsewhere that is not known here, and zeros are added.
     """
     gradient = M_KBB if sink.ndim == 3 else pack_skew(M_KBB, size).mul_(2)
     total = gradient.sum()
     if type(gradient) is not Tensor or not gradient.is_cpu:  # no value to look at, or a device to wait for
         gradient = torch.where(total.isfinite(), gradient, 0.0)
     elif not math.isfinite(total.item()):
-        return
+        return False
     if sink.dtype == torch.bfloat16:
         stochastic_round_(sink, gradient.add_(sink))
     else:
         sink.add_(gradient)
+    return True
 
 
 def _backward(

@@ -34,6 +34,7 @@ from poetx.ops.single_step import (
 from poetx.single_layer import SingleStepLinear
 from poetx.single_step.directions import LARGEST_SINGULAR_VALUE, Adam, Move, Ortho, orthogonalise
 from poetx.single_step.partitions import partition
+from poetx.single_step.ranks import average_, on_any_rank
 from poetx.single_step.setup import check, model_groups, settings
 
 #: Elements of unpacked blocks that one batched iteration takes.
@@ -76,7 +77,8 @@ class POETX(torch.optim.Optimizer):
 
     Converted layers feed the momentum while backward runs: gradient clipping does not reach it (the orthogonalised
     direction does not depend on its size), a gradient that is not finite is left out, and ``zero_grad`` does not take
-    anything back.
+    anything back. A matrix that got no gradient since the last step, on any rank, stays as it is; one that was left
+    out counts as none where the host sees it, on a CPU without a compiler, and as zero elsewhere.
 
     Raises:
         UserError: a value outside its range, nothing to rotate, a float16 matrix, a gradient scaler.
@@ -120,7 +122,8 @@ class POETX(torch.optim.Optimizer):
         self._free = self._config.spectrum == "free"
         self._moves = [Move(side, i) for i in range(self._config.partitions) for side in ("in", "out")]
         self._layers: dict[Tensor, SingleStepLinear] = {layer.weight: layer for layer in layers.values()}
-        self._fed: set[Tensor] = set()
+        self._fed: set[Tensor] = set()  # by a full gradient since the last step
+        self._seen: dict[Tensor, tuple[int, int]] = {}  # versions of layers' momenta after the last step
         self._orders: dict[tuple[Any, ...], Tensor] = {}
         self._drawn: dict[tuple[Any, ...], int] = {}
         self._make_base = base or (
@@ -206,30 +209,30 @@ class POETX(torch.optim.Optimizer):
             raise UserError("POETX does not work with a gradient scaler; train in bfloat16, which needs none")
         if self._base is not None:
             self._base.step()
-        self._average()
-        for group in self.param_groups:
-            if group["rotate"]:
-                self._rotate(group)
-        self._fed.clear()
-
-    def _rotate(self, group: dict[str, Any]) -> None:
-        for p in group["params"]:
+        for _, p in self._rotated():
             if p.grad is not None:
                 self._absorb(p)
-        moving = [p for p in group["params"] if p in self._fed or p in self._layers]
+        fed = self._gather()
+        for group in self.param_groups:
+            if group["rotate"]:
+                self._rotate([p for p in group["params"] if p in fed], group["lr"])
+        self._fed.clear()
+
+    def _rotate(self, moving: list[Tensor], angle: float) -> None:
         for p in moving:
             self.state[p]["step"] += 1
             self._rule.absorb(self.state[p])
         for move in self._moves:
             written = [p for p in moving if move in self._written(self.state[p]["step"] - 1)]
             for batch in self._batches(written, move):
-                self._write(batch, move, group["lr"])
+                self._write(batch, move, angle)
         fresh = [p for p in moving if self._resample and self.state[p]["step"] % self._resample == 0]
         for p in fresh:
             self._rule.restart(self.state[p])
             for move in self._moves:
                 self._order(p, move)
         self._rule.finish([(self.state[p], self._written(self.state[p]["step"])) for p in moving])
+        self._seen |= {p: self._versions(p) for p in moving if p in self._layers}
 
     def _written(self, steps: int) -> list[Move]:
         """What is written in the step after so many."""
@@ -272,6 +275,12 @@ class POETX(torch.optim.Optimizer):
         orders = {side: tuple(self._order(p, Move(side, i)) for i in indices) for side in ("in", "out")}
         anchor = torch.zeros((), device=p.device, requires_grad=True)
         layer.sinks = Sinks(state["momentum_in"], state["momentum_out"], orders["in"], orders["out"], anchor)
+        self._seen[p] = self._versions(p)
+
+    def _versions(self, p: Tensor) -> tuple[int, int]:
+        """Grow with every write: how the host knows, without waiting for the device, that backward added something."""
+        state = self.state[p]
+        return state["momentum_in"]._version, state["momentum_out"]._version
 
     def _order(self, p: Tensor, move: Move) -> Tensor:
         """The partition in force, as :class:`Sinks` has it; structured ones are shared by all sides of one size."""
@@ -306,20 +315,22 @@ class POETX(torch.optim.Optimizer):
             order = order if order.numel() else None
             block_size = self._sides(p, move.side)[1]
             M = torch.cat([map_gradient(W, dW, move.side, order, block_size) for W, dW in pairs])
-            add_to_(self.state[p][f"momentum_{move.side}"][move.index], M, self._sides(p, move.side)[0])
-        self._fed.add(p)
+            if add_to_(self.state[p][f"momentum_{move.side}"][move.index], M, self._sides(p, move.side)[0]):
+                self._fed.add(p)
 
-    def _average(self) -> None:
-        """Mean over the ranks: a momentum is linear, and all ranks had the same one before this step's share."""
-        distributed = torch.distributed
-        if not (self._layers and distributed.is_available() and distributed.is_initialized()):
-            return
-        ranks = distributed.get_world_size()
-        for p in self._layers if ranks > 1 else ():
-            for side in ("in", "out"):
-                sink = self.state[p][f"momentum_{side}"]
-                distributed.all_reduce(sink)
-                sink.div_(ranks)
+    def _gather(self) -> set[Tensor]:
+        """Which matrices got a gradient on any rank, after making the mean over the ranks of what layers added.
+
+        A momentum is linear, and all ranks had the same one before this step's share. Without a gradient nothing
+        moves and nothing is counted, as in any optimizer of torch: the stale momentum would turn by the full angle.
+        """
+        local = list(self._layers)
+        flags = [p in self._fed or self._versions(p) != self._seen[p] for p in local]
+        if local:
+            flags = on_any_rank(flags, local[0].device)
+        arrived = [p for p, flag in zip(local, flags, strict=True) if flag]
+        average_(self.state[p][f"momentum_{side}"] for p in arrived for side in ("in", "out"))
+        return self._fed.union(arrived)
 
     def _batches(self, params: list[Tensor], move: Move) -> Iterator[list[Tensor]]:
         """Matrices whose blocks can go through one batched iteration: equal blocks, and not too many at a time."""
