@@ -319,3 +319,34 @@ def test_more_refusals():
         POETX([{"params": [nn.Parameter(torch.zeros(3))], "rotate": True}])
     with pytest.raises(UserError, match="takes no closure"):
         POETX(mlp(), block_size=4).step(lambda: 0.0)
+
+
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_that_is_held_is_that_of_the_weights_trained(converted, dtype):
+    """Zeros at construction, weights loaded before the first step, others after it, and the same ones put back."""
+    model = nn.Sequential(nn.Linear(32, 32, bias=False, dtype=dtype))
+    nn.init.zeros_(model[0].weight)
+    if converted:
+        convert_(model, PoetConfig(method="single-step", block_size=16))
+    optimizer = POETX(model, **({} if converted else {"block_size": 16}))
+
+    def steps(count):
+        for _ in range(count):
+            model(torch.randn(8, 32, dtype=dtype)).exp().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for factor in (1.0, 0.1, 3.0):
+        wanted = torch.randn(32, 32).mul(0.1 * factor).to(dtype)
+        model.load_state_dict({"0.weight": wanted})
+        steps(3)
+        norm = wanted.float().norm()
+        assert abs(model[0].weight.detach().float().norm() / norm - 1) < (1e-5 if dtype == torch.float32 else 2e-3)
+        held = {key: optimizer.state[model[0].weight][key].clone() for key in ("norm", "scale")}
+        trained = model[0].weight.detach().clone()
+        with torch.no_grad():
+            model[0].weight.zero_()
+            model[0].weight.copy_(trained)
+        optimizer._measure(model[0].weight)
+        assert all(torch.equal(optimizer.state[model[0].weight][key], value) for key, value in held.items())
