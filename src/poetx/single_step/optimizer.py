@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from poetx.convert import single_step_layers
 from poetx.errors import UserError
@@ -75,7 +76,8 @@ class POETX(torch.optim.Optimizer):
         seed: of random partitions and of the rounding of bfloat16 weights.
 
     State of a matrix: ``b(m+n)/2`` numbers a partition, and half of the largest of them again for ``nesterov`` (for
-    ``"adam"`` three times instead). In a process group, what converted layers added is averaged over its ranks.
+    ``"adam"`` three times instead). In a process group, what converted layers added is averaged over its ranks, and so
+    are gradients that are released: before ``DistributedDataParallel`` could do that.
 
     ‖W‖ is held as it is at the first step. Weights written from outside later (a checkpoint loaded; not through
     ``.data``, which torch does not count) are seen, and theirs is held from then on.
@@ -128,6 +130,7 @@ class POETX(torch.optim.Optimizer):
         self._moves = [Move(side, i) for i in range(self._config.partitions) for side in ("in", "out")]
         self._layers: dict[Tensor, SingleStepLinear] = {layer.weight: layer for layer in layers.values()}
         self._fed: set[Tensor] = set()  # by a full gradient since the last step
+        self._released: dict[Tensor, RemovableHandle] = {}
         self._seen: dict[Tensor, tuple[int, int]] = {}  # versions of layers' momenta after the last step
         self._folded: dict[Tensor, int] = {}  # versions of weights after their last fold
         self._orders: dict[tuple[Any, ...], Tensor] = {}
@@ -154,7 +157,7 @@ class POETX(torch.optim.Optimizer):
                 self._begin(p)
                 self._attach(p)
             elif release_gradients:
-                p.register_post_accumulate_grad_hook(self._release)
+                self._released[p] = p.register_post_accumulate_grad_hook(self._release)
         if not self._names:
             raise UserError("POETX: no group has 'rotate': True, so nothing would be rotated; use torch.optim.AdamW")
         self._share()
@@ -340,16 +343,19 @@ class POETX(torch.optim.Optimizer):
                 self._fed.add(p)
 
     def _gather(self) -> set[Tensor]:
-        """Which matrices got a gradient on any rank, after making the mean over the ranks of what layers added.
+        """Which matrices got a gradient on any rank, after making the mean over the ranks of what backward added.
 
         A momentum is linear, and all ranks had the same one before this step's share. Without a gradient nothing
         moves and nothing is counted, as in any optimizer of torch: the stale momentum would turn by the full angle.
         """
-        local = list(self._layers)
-        flags = [p in self._fed or self._versions(p) != self._seen[p] for p in local]
+        local = [*self._layers, *self._released]
+        flags = [p in self._fed or (p in self._layers and self._versions(p) != self._seen[p]) for p in local]
         if local:
             flags = on_any_rank(flags, local[0].device)
         arrived = [p for p, flag in zip(local, flags, strict=True) if flag]
+        for p in arrived:
+            if not self.state[p]:
+                self._begin(p)
         average_(self.state[p][f"momentum_{side}"] for p in arrived for side in ("in", "out"))
         return self._fed.union(arrived)
 
