@@ -350,3 +350,15 @@ def test_the_norm_that_is_held_is_that_of_the_weights_trained(converted, dtype):
             model[0].weight.copy_(trained)
         optimizer._measure(model[0].weight)
         assert all(torch.equal(optimizer.state[model[0].weight][key], value) for key, value in held.items())
+
+
+@pytest.mark.parametrize("settings", [{}, {"nesterov": False}, {"spectrum": "free"}], ids=str)
+def test_a_bfloat16_momentum_does_not_depend_on_the_global_generator(settings):
+    weights = []
+    for seed in range(2):
+        model, x, y = problem()
+        optimizer = POETX(model, block_size=8, momentum_dtype="bfloat16", **settings)
+        torch.manual_seed(seed)
+        train(model, x, y, optimizer, 5)
+        weights.append(model[0].weight.detach())
+    assert torch.equal(*weights)

@@ -15,6 +15,9 @@ from poetx import POETX, PoetConfig, convert_
 CASES = {
     "released": {"release_gradients": True},
     "one rank uses it": {"converted": True},
+    "bfloat16": {"narrow": True},
+    "bfloat16, released": {"narrow": True, "release_gradients": True},
+    "bfloat16, converted": {"narrow": True, "converted": True},
 }
 
 

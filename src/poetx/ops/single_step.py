@@ -147,8 +147,9 @@ def _subtract_bias_(M_KBB: Tensor, g_NF: Tensor, bias: Tensor, order: Tensor) ->
     M_KBB.baddbmm_(total[:, :, None], bias[:, None, :], alpha=-1)
 
 
-def add_to_(sink: Tensor, M_KBB: Tensor, size: int) -> bool:
-    """``sink += M``, or ``2 (M − Mᵀ)`` where the sink is packed, [K, P]; bfloat16 sinks round stochastically.
+def add_to_(sink: Tensor, M_KBB: Tensor, size: int, generator: torch.Generator | None = None) -> bool:
+    """``sink += M``, or ``2 (M − Mᵀ)`` where the sink is packed, [K, P]; bfloat16 sinks round stochastically, with the
+    device's global generator if no other is given.
 
     Nothing at all if M is not finite: it could not be taken back out of a running sum later. On a CPU the sink is not
     even written, and False returned; elsewhere that is not known here, and zeros are added.
@@ -160,7 +161,7 @@ def add_to_(sink: Tensor, M_KBB: Tensor, size: int) -> bool:
     elif not math.isfinite(total.item()):
         return False
     if sink.dtype == torch.bfloat16:
-        stochastic_round_(sink, gradient.add_(sink))
+        stochastic_round_(sink, gradient.add_(sink), generator)
     else:
         sink.add_(gradient)
     return True

@@ -7,7 +7,8 @@ steps.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -52,6 +53,14 @@ class Move(NamedTuple):
     index: int
 
 
+class Finished(NamedTuple):
+    """A matrix after its step."""
+
+    state: dict[str, Any]
+    upcoming: Iterable[Move]  # what its next step will write
+    noise: Callable[[str], torch.Generator]  # for a purpose: the same on every rank and in every resumed run
+
+
 @dataclass(frozen=True)
 class Ortho:
     """Momentum, for :func:`orthogonalise`; with ``nesterov`` it looks one gradient ahead."""
@@ -79,17 +88,18 @@ class Ortho:
         for side in ("in", "out"):
             state[f"momentum_{side}"].zero_()
 
-    def finish(self, states: Sequence[tuple[dict[str, Any], Iterable[Move]]]) -> None:
-        """Make momenta ready for the gradients of the next step; each state comes with what that step will write."""
+    def finish(self, states: Sequence[Finished]) -> None:
+        """Make momenta ready for the gradients of the next step."""
         wide = []
-        for sink in (state[f"momentum_{side}"] for state, _ in states for side in ("in", "out")):
+        for side, (state, _, noise) in itertools.product(("in", "out"), states):
+            sink = state[f"momentum_{side}"]
             if sink.dtype == torch.bfloat16:
-                stochastic_round_(sink, sink.float().mul_(self.momentum))
+                stochastic_round_(sink, sink.float().mul_(self.momentum), noise(f"momentum-{side}"))
             else:
                 wide.append(sink)
         if wide:
             torch._foreach_mul_(wide, self.momentum)  # pyright: ignore[reportPrivateImportUsage]
-        for state, upcoming in states:
+        for state, upcoming, _ in states:
             for key in [key for key in state if key.startswith("before_")]:
                 del state[key]
             for move in upcoming if self.nesterov else ():
@@ -129,5 +139,5 @@ class Adam:
             for name in self.entries:
                 state[f"{name}_{side}"].zero_()
 
-    def finish(self, states: Sequence[tuple[dict[str, Any], Iterable[Move]]]) -> None:
+    def finish(self, states: Sequence[Finished]) -> None:
         """The moments are ready as they are."""

@@ -12,7 +12,9 @@ partitions, each with its own momentum, are updated at every step and written on
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ from poetx.ops.single_step import (
     small_cayley_delta,
 )
 from poetx.single_layer import SingleStepLinear
-from poetx.single_step.directions import LARGEST_SINGULAR_VALUE, Adam, Move, Ortho, orthogonalise
+from poetx.single_step.directions import LARGEST_SINGULAR_VALUE, Adam, Finished, Move, Ortho, orthogonalise
 from poetx.single_step.partitions import partition
 from poetx.single_step.ranks import average_, on_any_rank
 from poetx.single_step.setup import check, model_groups, settings
@@ -67,13 +69,14 @@ class POETX(torch.optim.Optimizer):
         rule: ``"ortho"`` (orthogonalised momentum) or ``"adam"`` (elementwise).
         alternate: write one (side, partition) a step, in turn. False: all of them at every step.
         momentum, nesterov: of ``"ortho"``. betas, eps: of AdamW and of ``"adam"``. weight_decay: of AdamW.
-        momentum_dtype: ``"float32"`` or ``"bfloat16"``, which is rounded stochastically (with torch's global
-            generator); for an ordinary model, the layers' ``rotation_dtype`` decides otherwise.
+        momentum_dtype: ``"float32"`` or ``"bfloat16"``, which is rounded stochastically; for an ordinary model, the
+            layers' ``rotation_dtype`` decides otherwise.
         release_gradients: of an ordinary model: drop each matrix's gradient as soon as backward has it. Gradient
             accumulation stays exact, because a momentum is linear; clipping does not see those gradients.
         base: makes the optimizer of the rest from parameter groups, instead of AdamW.
         target_modules, exclude_modules: as in :class:`poetx.PoetConfig`; with an ordinary model only.
-        seed: of random partitions and of the rounding of bfloat16 weights.
+        seed: of random partitions and of the rounding of bfloat16 weights and momenta. Only what a converted layer's
+            backward adds is rounded with torch's global generator: ranks average it before they use it.
 
     State of a matrix: ``b(m+n)/2`` numbers a partition, and half of the largest of them again for ``nesterov`` (for
     ``"adam"`` three times instead). In a process group, what converted layers added is averaged over its ranks, and so
@@ -129,7 +132,7 @@ class POETX(torch.optim.Optimizer):
         self._free = self._config.spectrum == "free"
         self._moves = [Move(side, i) for i in range(self._config.partitions) for side in ("in", "out")]
         self._layers: dict[Tensor, SingleStepLinear] = {layer.weight: layer for layer in layers.values()}
-        self._fed: set[Tensor] = set()  # by a full gradient since the last step
+        self._fed: Counter[Tensor] = Counter()  # full gradients since the last step
         self._released: dict[Tensor, RemovableHandle] = {}
         self._seen: dict[Tensor, tuple[int, int]] = {}  # versions of layers' momenta after the last step
         self._folded: dict[Tensor, int] = {}  # versions of weights after their last fold
@@ -242,7 +245,8 @@ class POETX(torch.optim.Optimizer):
             self._rule.restart(self.state[p])
             for move in self._moves:
                 self._order(p, move)
-        self._rule.finish([(self.state[p], self._written(self.state[p]["step"])) for p in moving])
+        finished = [(p, self.state[p]) for p in moving]
+        self._rule.finish([Finished(s, self._written(s["step"]), partial(self._noise, p)) for p, s in finished])
         self._folded |= {p: p._version for p in moving}
         self._seen |= {p: self._versions(p) for p in moving if p in self._layers}
 
@@ -333,14 +337,18 @@ class POETX(torch.optim.Optimizer):
         if not self.state[p]:
             self._begin(p)
         assert p.grad is not None
+        count = self._fed[p]
         pairs = list(zip(self._matrices(p), self._matrices(p, p.grad), strict=True))
         for move in self._moves:
             order = self._order(p, move)
             order = order if order.numel() else None
             block_size = self._sides(p, move.side)[1]
             M = torch.cat([map_gradient(W, dW, move.side, order, block_size) for W, dW in pairs])
-            if add_to_(self.state[p][f"momentum_{move.side}"][move.index], M, self._sides(p, move.side)[0]):
-                self._fed.add(p)
+            sink, noise = self.state[p][f"momentum_{move.side}"][move.index], None
+            if sink.dtype == torch.bfloat16:
+                noise = self._noise(p, f"gradient-{move.side}-{move.index}-{count}")
+            if add_to_(sink, M, self._sides(p, move.side)[0], noise):
+                self._fed[p] = count + 1
 
     def _gather(self) -> set[Tensor]:
         """Which matrices got a gradient on any rank, after making the mean over the ranks of what backward added.
@@ -357,7 +365,7 @@ class POETX(torch.optim.Optimizer):
             if not self.state[p]:
                 self._begin(p)
         average_(self.state[p][f"momentum_{side}"] for p in arrived for side in ("in", "out"))
-        return self._fed.union(arrived)
+        return {*self._fed, *arrived}
 
     def _batches(self, params: list[Tensor], move: Move) -> Iterator[list[Tensor]]:
         """Matrices whose blocks can go through one batched iteration: equal blocks, and not too many at a time."""
@@ -393,12 +401,14 @@ class POETX(torch.optim.Optimizer):
         for p, scale in zip(batch, scales.split([len(matrices) for matrices in squares]), strict=True):
             self.state[p]["scale"] = scale
 
+    def _noise(self, p: Tensor, purpose: str) -> torch.Generator:
+        return stream(self._config.seed, self._names[p], self.state[p]["step"], purpose, p.device)
+
     def _fold(self, p: Tensor, move: Move, E_KBB: Tensor) -> list[Tensor]:
         """Fold the blocks of one matrix, or stack of e; the new ‖W‖² of each."""
         state, order, matrices, noise = self.state[p], self._order(p, move), self._matrices(p), None
         if p.dtype == torch.bfloat16:
-            key = f"rounding-{move.side}-{move.index}"
-            noise = stream(self._config.seed, self._names[p], state["step"], key, p.device)
+            noise = self._noise(p, f"rounding-{move.side}-{move.index}")
         return [
             fold_side_(W, E, move.side, order, scale=scale, generator=noise)
             for W, E, scale in zip(matrices, E_KBB.chunk(len(matrices)), state["scale"], strict=True)
