@@ -317,6 +317,8 @@ def test_more_refusals():
         POETX([{"params": [nn.Parameter(torch.zeros(3, 3))]}])
     with pytest.raises(UserError, match=r"shape \(3,\)"):
         POETX([{"params": [nn.Parameter(torch.zeros(3))], "rotate": True}])
+    with pytest.raises(UserError, match="groups cannot be added later"):
+        POETX(mlp(), block_size=4).add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
     with pytest.raises(UserError, match="takes no closure"):
         POETX(mlp(), block_size=4).step(lambda: 0.0)
 

@@ -91,7 +91,8 @@ class POETX(torch.optim.Optimizer):
     out counts as none where the host sees it, on a CPU without a compiler, and as zero elsewhere.
 
     Raises:
-        UserError: a value outside its range, nothing to rotate, a float16 matrix, a gradient scaler.
+        UserError: a value outside its range, nothing to rotate, a float16 matrix, a gradient scaler, a group
+            added later.
     """
 
     _step_supports_amp_scaling = True  # so that a gradient scaler shows itself to step(), which refuses it
@@ -146,9 +147,9 @@ class POETX(torch.optim.Optimizer):
             groups, self._transposed = model_groups(model, layers, self._config, angle, weight_decay)
         else:
             groups = list(model)
+        self._names: dict[Tensor, str] = {}
         super().__init__(groups, {"lr": lr, "rotate": False})
         self._base: torch.optim.Optimizer | None = None
-        self._names: dict[Tensor, str] = {}
         for _, p in self._rotated():
             if p.ndim not in (2, 3) or p.dtype not in (torch.float32, torch.bfloat16, torch.float64):
                 raise UserError(
@@ -164,6 +165,11 @@ class POETX(torch.optim.Optimizer):
         if not self._names:
             raise UserError("POETX: no group has 'rotate': True, so nothing would be rotated; use torch.optim.AdamW")
         self._share()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self._names:
+            raise UserError("POETX: groups cannot be added later; give all of them when it is built")
+        super().add_param_group(param_group)
 
     def __reduce__(self) -> Any:
         raise UserError("POETX cannot be copied or pickled: its layers feed one optimizer; save its state_dict()")
