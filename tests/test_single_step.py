@@ -364,3 +364,25 @@ def test_a_bfloat16_momentum_does_not_depend_on_the_global_generator(settings):
         train(model, x, y, optimizer, 5)
         weights.append(model[0].weight.detach())
     assert torch.equal(*weights)
+
+
+def test_what_a_group_leaves_open_is_the_arguments_or_the_bases():
+    def rates(model, **settings):
+        optimizer = POETX(model, block_size=4, **settings)
+        return [(g.get("name"), g["lr"], g.get("weight_decay")) for g in optimizer.param_groups]
+
+    def sgd(rest):
+        return torch.optim.SGD(rest, lr=0.1, weight_decay=0.5)
+
+    model = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 8))
+    assert rates(model, angle=0.1)[0][1] == 0.1
+    assert rates(model)[1:] == [("decay", 1e-3, 0.0), ("no_decay", 1e-3, 0.0)]
+    assert rates(model, base=sgd)[1:] == [("decay", 0.1, 0.5), ("no_decay", 0.1, 0.0)]
+    assert rates(model, lr=0.2, weight_decay=0.0, base=sgd)[1:] == [("decay", 0.2, 0.0), ("no_decay", 0.2, 0.0)]
+    groups = [{"params": [model[1].weight], "rotate": True}, {"params": [model[1].bias]}]
+    assert [rate for _, rate, _ in rates(groups, angle=0.1)] == [0.1, 1e-3]
+    assert [rate for _, rate, _ in rates(groups, lr=0.3, angle=0.1)] == [0.1, 0.3]
+    groups[0] |= {"lr": 0.02}
+    groups[1] |= {"lr": 0.03}
+    assert [rate for _, rate, _ in rates(groups, angle=0.1, base=sgd)] == [0.02, 0.03]
+    assert set(groups[1]) == {"params", "lr"}  # as they were given

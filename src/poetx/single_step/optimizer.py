@@ -56,8 +56,8 @@ class POETX(torch.optim.Optimizer):
             an ordinary model, whose ``nn.Linear`` and ``Conv1D`` weights are rotated from their full gradients, by
             the rules of :func:`poetx.convert_`;
             parameter groups, of which those with ``"rotate": True`` hold matrices [m, n], or stacks of them
-            [e, m, n], and have ``lr`` as their angle.
-        lr: of the base optimizer on the rest.
+            [e, m, n], and have ``lr`` as their angle (``angle`` if they set none).
+        lr: of the rest; None: the base's own, 1e-3 without one.
         angle: radians that a step turns each plane of a written block by, half: Q = −angle · direction. It is the
             ``lr`` of the rotated group, so learning-rate schedulers scale it.
         block_size: b, 256 unless the layers say; a side shorter than b is one block.
@@ -68,12 +68,14 @@ class POETX(torch.optim.Optimizer):
         resample_every: draw random partitions anew after so many steps, with their momentum reset. None: never.
         rule: ``"ortho"`` (orthogonalised momentum) or ``"adam"`` (elementwise).
         alternate: write one (side, partition) a step, in turn. False: all of them at every step.
-        momentum, nesterov: of ``"ortho"``. betas, eps: of AdamW and of ``"adam"``. weight_decay: of AdamW.
+        momentum, nesterov: of ``"ortho"``. betas, eps: of AdamW and of ``"adam"``. weight_decay: of the
+            matrices of the rest, vectors having none; None: the base's own, 0 without one.
         momentum_dtype: ``"float32"`` or ``"bfloat16"``, which is rounded stochastically; for an ordinary model, the
             layers' ``rotation_dtype`` decides otherwise.
         release_gradients: of an ordinary model: drop each matrix's gradient as soon as backward has it. Gradient
             accumulation stays exact, because a momentum is linear; clipping does not see those gradients.
-        base: makes the optimizer of the rest from parameter groups, instead of AdamW.
+        base: makes the optimizer of the rest from parameter groups, instead of AdamW; what it sets itself holds where
+            neither a group nor an argument here says otherwise.
         target_modules, exclude_modules: as in :class:`poetx.PoetConfig`; with an ordinary model only.
         seed: of random partitions and of the rounding of bfloat16 weights and momenta. Only what a converted layer's
             backward adds is rounded with torch's global generator: ranks average it before they use it.
@@ -100,7 +102,7 @@ class POETX(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module | Iterable[dict[str, Any]],
-        lr: float = 1e-3,
+        lr: float | None = None,
         *,
         angle: float = 0.012,
         block_size: int | None = None,
@@ -114,7 +116,7 @@ class POETX(torch.optim.Optimizer):
         nesterov: bool = True,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        weight_decay: float | None = None,
         momentum_dtype: str | None = None,
         release_gradients: bool = False,
         base: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
@@ -139,16 +141,21 @@ class POETX(torch.optim.Optimizer):
         self._folded: dict[Tensor, int] = {}  # versions of weights after their last fold
         self._orders: dict[tuple[Any, ...], Tensor] = {}
         self._drawn: dict[tuple[Any, ...], int] = {}
+        if base is None:
+            lr, weight_decay = 1e-3 if lr is None else lr, weight_decay or 0.0
         self._make_base = base or (
-            lambda rest: torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+            lambda rest: torch.optim.AdamW(rest, betas=betas, eps=eps, weight_decay=weight_decay)
         )
         self._transposed: set[Tensor] = set()
         if isinstance(model, nn.Module):
             groups, self._transposed = model_groups(model, layers, self._config, angle, weight_decay)
         else:
-            groups = list(model)
+            groups = [dict(group) for group in model]
+        for group in groups:
+            if group.get("rotate") or lr is not None:
+                group.setdefault("lr", angle if group.get("rotate") else lr)
         self._names: dict[Tensor, str] = {}
-        super().__init__(groups, {"lr": lr, "rotate": False})
+        super().__init__(groups, {"rotate": False})
         self._base: torch.optim.Optimizer | None = None
         for _, p in self._rotated():
             if p.ndim not in (2, 3) or p.dtype not in (torch.float32, torch.bfloat16, torch.float64):
@@ -182,6 +189,9 @@ class POETX(torch.optim.Optimizer):
         rest = [group for group in self.param_groups if not group["rotate"]]
         if rest and self._base is None:
             self._base = self._make_base(rest)
+            made = {id(p): group for group in self._base.param_groups for p in group["params"]}
+            for group in rest:  # the base's own settings, where it did not write them into the group itself
+                group |= made[id(group["params"][0])] | group if group["params"] else {}
         if self._base is not None:
             self._base.param_groups, self._base.state = rest, self.state
 
