@@ -386,3 +386,11 @@ def test_what_a_group_leaves_open_is_the_arguments_or_the_bases():
     groups[1] |= {"lr": 0.03}
     assert [rate for _, rate, _ in rates(groups, angle=0.1, base=sgd)] == [0.02, 0.03]
     assert set(groups[1]) == {"params", "lr"}  # as they were given
+
+
+def test_hooks_do_not_keep_a_layer_of_an_ordinary_model_from_its_rotation():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].register_forward_hook(lambda *_: None)
+    model[1].forward = lambda x: nn.functional.linear(x, model[1].weight)
+    rotated, _ = POETX(model, block_size=4).param_groups
+    assert [id(p) for p in rotated["params"]] == [id(layer.weight) for layer in model]

@@ -53,7 +53,7 @@ def model_groups(
     model: nn.Module, layers: dict[str, SingleStepLinear], config: PoetConfig, angle: float, weight_decay: float | None
 ) -> tuple[list[dict[str, Any]], set[Tensor]]:
     """Groups "rotated", "decay" (matrices) and "no_decay" (vectors); and which rotated weights are stored [in, out]."""
-    modules: list[Any] = list(layers.values()) or list(find_targets(model, config).layers.values())
+    modules: list[Any] = list(layers.values()) or list(find_targets(model, config, replaced=False).layers.values())
     rotated = [module.weight for module in modules]
     ids = {id(p) for p in rotated}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
