@@ -394,3 +394,40 @@ def test_hooks_do_not_keep_a_layer_of_an_ordinary_model_from_its_rotation():
     model[1].forward = lambda x: nn.functional.linear(x, model[1].weight)
     rotated, _ = POETX(model, block_size=4).param_groups
     assert [id(p) for p in rotated["params"]] == [id(layer.weight) for layer in model]
+
+
+def test_released_gradients_come_back_when_the_optimizer_goes():
+    model = mlp()
+    weight = model[0].weight
+
+    def gradient():
+        weight.grad = None
+        model(torch.randn(2, 11)).exp().sum().backward()
+        return weight.grad
+
+    optimizer = POETX(model, block_size=4, release_gradients=True)
+    assert gradient() is None
+    with pytest.raises(UserError, match=r"call its close\(\) first"):
+        POETX(model, block_size=4, release_gradients=True)
+    assert gradient() is None
+    optimizer.close()
+    assert gradient() is not None
+    optimizer = POETX(model, block_size=4, release_gradients=True)
+    assert gradient() is None
+    del optimizer
+    assert gradient() is not None
+    optimizer = POETX(model, block_size=4, release_gradients=True)
+    before = weight.detach().clone()
+    gradient()
+    optimizer.step()
+    assert not torch.equal(weight, before)
+
+
+def test_a_closed_optimizer_leaves_the_layers_of_another_alone():
+    model = mlp()
+    convert_(model, PoetConfig(method="single-step", block_size=4))
+    first, second = POETX(model), POETX(model)
+    first.close()
+    assert model[0].sinks is not None
+    second.close()
+    assert model[0].sinks is None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +22,9 @@ from poetx.ops.fold import stochastic_round_
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 #: No singular value of what :func:`orthogonalise` returns is larger.
 LARGEST_SINGULAR_VALUE = 1.3
+
+#: Elements of unpacked blocks that one batched iteration takes.
+_BATCH_ELEMENTS = 1 << 23
 
 
 @functools.cache
@@ -44,6 +47,23 @@ def orthogonalise(X_KBB: Tensor, *, skew: bool = True) -> Tensor:
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     X = X.to(X_KBB.dtype)
     return (X - X.transpose(1, 2)) / 2 if skew else X
+
+
+def batches(blocks: dict[Tensor, tuple[int, int]]) -> Iterator[list[Tensor]]:
+    """Matrices, given with block size and number of blocks, that can go through one batched iteration: not too many."""
+    kinds: dict[tuple[Any, ...], list[Tensor]] = {}
+    for p, (block_size, _) in blocks.items():
+        kinds.setdefault((block_size, p.dtype, p.device), []).append(p)
+    for (block_size, *_), alike in kinds.items():
+        batch, elements = [], 0
+        for p in alike:
+            size = blocks[p][1] * block_size**2
+            if batch and elements + size > _BATCH_ELEMENTS:
+                yield batch
+                batch, elements = [], 0
+            batch.append(p)
+            elements += size
+        yield batch
 
 
 class Move(NamedTuple):

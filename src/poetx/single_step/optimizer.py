@@ -35,13 +35,12 @@ from poetx.ops.single_step import (
     small_cayley_delta,
 )
 from poetx.single_layer import SingleStepLinear
-from poetx.single_step.directions import LARGEST_SINGULAR_VALUE, Adam, Finished, Move, Ortho, orthogonalise
+from poetx.single_step.directions import LARGEST_SINGULAR_VALUE, Adam, Finished, Move, Ortho, batches, orthogonalise
 from poetx.single_step.partitions import partition
 from poetx.single_step.ranks import average_, on_any_rank
+from poetx.single_step.release import release
 from poetx.single_step.setup import check, model_groups, settings
 
-#: Elements of unpacked blocks that one batched iteration takes.
-_BATCH_ELEMENTS = 1 << 23
 #: Weights whose ‖W‖ differs by less count as those of the last fold: stochastic rounding of bfloat16 moves it by 0.8 %.
 _SAME_NORM = 0.01
 
@@ -73,7 +72,8 @@ class POETX(torch.optim.Optimizer):
         momentum_dtype: ``"float32"`` or ``"bfloat16"``, which is rounded stochastically; for an ordinary model, the
             layers' ``rotation_dtype`` decides otherwise.
         release_gradients: of an ordinary model: drop each matrix's gradient as soon as backward has it. Gradient
-            accumulation stays exact, because a momentum is linear; clipping does not see those gradients.
+            accumulation stays exact, because a momentum is linear; clipping does not see those gradients. See
+            :meth:`close` before another optimizer takes over.
         base: makes the optimizer of the rest from parameter groups, instead of AdamW; what it sets itself holds where
             neither a group nor an argument here says otherwise.
         target_modules, exclude_modules: as in :class:`poetx.PoetConfig`; with an ordinary model only.
@@ -168,7 +168,7 @@ class POETX(torch.optim.Optimizer):
                 self._begin(p)
                 self._attach(p)
             elif release_gradients:
-                self._released[p] = p.register_post_accumulate_grad_hook(self._release)
+                self._released[p] = release(p, self._absorb)
         if not self._names:
             raise UserError("POETX: no group has 'rotate': True, so nothing would be rotated; use torch.optim.AdamW")
         self._share()
@@ -199,6 +199,17 @@ class POETX(torch.optim.Optimizer):
     def base(self) -> torch.optim.Optimizer | None:
         """The optimizer of what is not rotated, for hooks; :meth:`step` steps it."""
         return self._base
+
+    def close(self) -> None:
+        """Let go of the model, for another optimizer: gradients are no longer released, and converted layers feed none.
+
+        An optimizer of an ordinary model that is deleted lets go by itself.
+        """
+        while self._released:
+            self._released.popitem()[1].remove()
+        for p, layer in self._layers.items():
+            if layer.sinks is not None and layer.sinks.sink_in is self.state[p]["momentum_in"]:
+                layer.sinks = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch; every tensor keeps its dtype, where torch would cast it to the weight's.
@@ -254,7 +265,8 @@ class POETX(torch.optim.Optimizer):
             self._rule.absorb(self.state[p])
         for move in self._moves:
             written = [p for p in moving if move in self._written(self.state[p]["step"] - 1)]
-            for batch in self._batches(written, move):
+            blocks = {p: (self._sides(p, move.side)[1], self._sink_shape(p, move.side)[1]) for p in written}
+            for batch in batches(blocks):
                 self._write(batch, move, angle)
         fresh = [p for p in moving if self._resample and self.state[p]["step"] % self._resample == 0]
         for p in fresh:
@@ -343,10 +355,6 @@ class POETX(torch.optim.Optimizer):
             self._drawn[key] = draw
         return self._orders[key]
 
-    def _release(self, p: Tensor) -> None:
-        self._absorb(p)
-        p.grad = None
-
     @torch.no_grad()
     def _absorb(self, p: Tensor) -> None:
         """Add a full gradient's share to the momentum, as a converted layer does in backward."""
@@ -382,22 +390,6 @@ class POETX(torch.optim.Optimizer):
                 self._begin(p)
         average_(self.state[p][f"momentum_{side}"] for p in arrived for side in ("in", "out"))
         return {*self._fed, *arrived}
-
-    def _batches(self, params: list[Tensor], move: Move) -> Iterator[list[Tensor]]:
-        """Matrices whose blocks can go through one batched iteration: equal blocks, and not too many at a time."""
-        kinds: dict[tuple[Any, ...], list[Tensor]] = {}
-        for p in params:
-            kinds.setdefault((self._sides(p, move.side)[1], p.dtype, p.device), []).append(p)
-        for (block_size, *_), alike in kinds.items():
-            batch, elements = [], 0
-            for p in alike:
-                size = self._sink_shape(p, move.side)[1] * block_size**2
-                if batch and elements + size > _BATCH_ELEMENTS:
-                    yield batch
-                    batch, elements = [], 0
-                batch.append(p)
-                elements += size
-            yield batch
 
     def _write(self, batch: list[Tensor], move: Move, angle: float) -> None:
         """Fold one (side, partition) of every matrix of the batch."""
