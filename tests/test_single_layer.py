@@ -151,6 +151,21 @@ def test_what_is_saved(mode, b, keeps_y):
     assert kept == ({x.data_ptr(), y.data_ptr()} if keeps_y else {x.data_ptr()})
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_an_output_that_is_overwritten_is_computed_again(checkpointed):
+    sinks = []
+    for inplace in (False, True):
+        layer, _ = attached(96, 80, 4, bias=True)
+        assert layer.route == "tokens"
+        x = torch.randn(5, 80, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        model = nn.Sequential(layer, nn.ReLU(inplace=inplace))
+        y = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+        y.sin().sum().backward()
+        sinks.append([layer.sinks.sink_in, layer.sinks.sink_out, x.grad])
+    for got, want in zip(*sinks, strict=True):
+        assert relative_error(got, want) < TOLERANCE[torch.float64]
+
+
 def test_the_cheaper_route_follows_the_arithmetic():
     assert cheaper_route(4096, 4096, 256, contiguous=1, gathered=1) == "tokens"
     assert cheaper_route(256, 256, 64, contiguous=1, gathered=0) == "tokens"

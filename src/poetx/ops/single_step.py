@@ -235,6 +235,18 @@ _backward_op = register_op(
 )(_backward)
 
 
+def _watched(y: Tensor) -> tuple[Tensor, Tensor | None]:
+    """y to be saved although it may be written later, and an empty tensor whose ``_version`` counts these writes.
+
+    Compilers and fake tensors get y as it is: the former keep a value of their own, nobody reads the latter.
+    """
+    if torch.compiler.is_compiling() or type(y) is not Tensor:
+        return y, None
+    writes = y.detach()  # with the version of y, but not with its memory:
+    writes.data = y.new_empty(0)
+    return y.data, writes
+
+
 class _SingleStepLinear(torch.autograd.Function):
     """Saves x; and y, the layer's output itself, on the tokens route of ``keep_y``. Weight and bias are kept anyway."""
 
@@ -242,13 +254,16 @@ class _SingleStepLinear(torch.autograd.Function):
     def forward(ctx, x, anchor, weight, bias, sink_in, sink_out, orders_in, orders_out, block_sizes, route, keep_y):
         W = weight.to(x.dtype)
         y = torch.mm(x, W.T) if bias is None else torch.addmm(bias.to(x.dtype), x, W.T)
-        ctx.save_for_backward(x, y if keep_y else None, weight, bias)
+        kept, ctx.writes = _watched(y) if keep_y else (None, None)
+        ctx.save_for_backward(x, kept, weight, bias)
         ctx.settings = (sink_in, sink_out, orders_in, orders_out, *block_sizes, route)
         return y
 
     @staticmethod
     def backward(ctx, g):
         x, y, weight, bias = ctx.saved_tensors
+        if ctx.writes is not None and ctx.writes._version:
+            y = None  # overwritten, as by nn.ReLU(inplace=True): computed again
         dx = _backward_op(g.contiguous(), x, y, weight, bias, *ctx.settings, ctx.needs_input_grad[0])
         dbias = g.sum(0).to(bias.dtype) if ctx.needs_input_grad[3] else None
         return dx if ctx.needs_input_grad[0] else None, None, None, dbias, *[None] * 7
