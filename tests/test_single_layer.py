@@ -342,6 +342,38 @@ def test_fresh_weights_are_poet_xs():
             torch.testing.assert_close(p, q)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_frozen_layer_stays(when):
+    model = mlp().double()
+    convert_(model, CONFIG)
+    first, second, *others = (m for m in model.modules() if isinstance(m, SingleStepLinear))
+    if when == "before":
+        first.requires_grad_(False)
+    optimizer = POETX(model)
+    if when == "after":
+        first.requires_grad_(False)
+    start = copy.deepcopy(model.state_dict())
+
+    def moved():
+        loss_of(model, 0, 0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        names = {id(p): name for name, p in model.named_parameters()}
+        layers = [[layer.weight, layer.bias] for layer in (first, second)]
+        return [[not torch.equal(p, start[names[id(p)]]) for p in layer] for layer in layers]
+
+    assert moved() == [[False, False], [True, True]]
+    if when == "after":
+        first.requires_grad_(True)
+        assert moved() == [[True, True], [True, True]]
+        assert not first.weight.requires_grad
+    else:
+        for layer in (second, *others):
+            layer.requires_grad_(False)
+        with pytest.raises(UserError, match="nothing would be rotated"):
+            POETX(model)
+
+
 def test_a_copy_belongs_to_no_optimizer():
     layer, _ = attached(12, 8, 4, bias=True)
     other = copy.deepcopy(layer)

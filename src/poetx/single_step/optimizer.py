@@ -34,7 +34,6 @@ from poetx.ops.single_step import (
     map_gradient,
     small_cayley_delta,
 )
-from poetx.single_layer import SingleStepLinear
 from poetx.single_step.directions import LARGEST_SINGULAR_VALUE, Adam, Finished, Move, Ortho, batches, orthogonalise
 from poetx.single_step.partitions import partition
 from poetx.single_step.ranks import average_, on_any_rank
@@ -134,7 +133,7 @@ class POETX(torch.optim.Optimizer):
         self._bound = LARGEST_SINGULAR_VALUE if rule == "ortho" else None
         self._free = self._config.spectrum == "free"
         self._moves = [Move(side, i) for i in range(self._config.partitions) for side in ("in", "out")]
-        self._layers: dict[Tensor, SingleStepLinear] = {layer.weight: layer for layer in layers.values()}
+        self._layers = {layer.weight: layer for layer in layers.values() if not layer.frozen}
         self._fed: Counter[Tensor] = Counter()  # full gradients since the last step
         self._released: dict[Tensor, RemovableHandle] = {}
         self._seen: dict[Tensor, tuple[int, int]] = {}  # versions of layers' momenta after the last step
@@ -151,6 +150,8 @@ class POETX(torch.optim.Optimizer):
             groups, self._transposed = model_groups(model, layers, self._config, angle, weight_decay)
         else:
             groups = [dict(group) for group in model]
+        if not any(group.get("rotate") for group in groups):
+            raise UserError("POETX: no group has 'rotate': True, so nothing would be rotated; use torch.optim.AdamW")
         for group in groups:
             if group.get("rotate") or lr is not None:
                 group.setdefault("lr", angle if group.get("rotate") else lr)
@@ -169,8 +170,6 @@ class POETX(torch.optim.Optimizer):
                 self._attach(p)
             elif release_gradients:
                 self._released[p] = release(p, self._absorb)
-        if not self._names:
-            raise UserError("POETX: no group has 'rotate': True, so nothing would be rotated; use torch.optim.AdamW")
         self._share()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -53,9 +53,11 @@ def model_groups(
     model: nn.Module, layers: dict[str, SingleStepLinear], config: PoetConfig, angle: float, weight_decay: float | None
 ) -> tuple[list[dict[str, Any]], set[Tensor]]:
     """Groups "rotated", "decay" (matrices) and "no_decay" (vectors); and which rotated weights are stored [in, out]."""
-    modules: list[Any] = list(layers.values()) or list(find_targets(model, config, replaced=False).layers.values())
+    modules: list[Any] = [layer for layer in layers.values() if not layer.frozen]
+    if not layers:
+        modules = list(find_targets(model, config, replaced=False).layers.values())
     rotated = [module.weight for module in modules]
-    ids = {id(p) for p in rotated}
+    ids = {id(p) for p in rotated} | {id(layer.weight) for layer in layers.values()}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
     groups: list[dict[str, Any]] = [{"name": "rotated", "params": rotated, "lr": angle, "rotate": True}]
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
