@@ -34,6 +34,7 @@ from poetx.ops.single_step import (
     map_gradient,
     small_cayley_delta,
 )
+from poetx.single_layer import SingleStepLinear
 from poetx.single_step.directions import LARGEST_SINGULAR_VALUE, Adam, Finished, Move, Ortho, batches, orthogonalise
 from poetx.single_step.partitions import partition
 from poetx.single_step.ranks import average_, on_any_rank
@@ -133,17 +134,18 @@ class POETX(torch.optim.Optimizer):
         self._bound = LARGEST_SINGULAR_VALUE if rule == "ortho" else None
         self._free = self._config.spectrum == "free"
         self._moves = [Move(side, i) for i in range(self._config.partitions) for side in ("in", "out")]
-        self._layers = {layer.weight: layer for layer in layers.values() if not layer.frozen}
+        self._layers: dict[Tensor, SingleStepLinear] = {
+            layer.weight: layer for layer in layers.values() if not layer.frozen
+        }
         self._fed: Counter[Tensor] = Counter()  # full gradients since the last step
         self._released: dict[Tensor, RemovableHandle] = {}
         self._seen: dict[Tensor, tuple[int, int]] = {}  # versions of layers' momenta after the last step
         self._folded: dict[Tensor, int] = {}  # versions of weights after their last fold
         self._orders: dict[tuple[Any, ...], Tensor] = {}
         self._drawn: dict[tuple[Any, ...], int] = {}
-        if base is None:
-            lr, weight_decay = 1e-3 if lr is None else lr, weight_decay or 0.0
+        lr = 1e-3 if lr is None and base is None else lr
         self._make_base = base or (
-            lambda rest: torch.optim.AdamW(rest, betas=betas, eps=eps, weight_decay=weight_decay)
+            lambda rest: torch.optim.AdamW(rest, betas=betas, eps=eps, weight_decay=weight_decay or 0.0)
         )
         self._transposed: set[Tensor] = set()
         if isinstance(model, nn.Module):
@@ -272,8 +274,8 @@ class POETX(torch.optim.Optimizer):
             self._rule.restart(self.state[p])
             for move in self._moves:
                 self._order(p, move)
-        finished = [(p, self.state[p]) for p in moving]
-        self._rule.finish([Finished(s, self._written(s["step"]), partial(self._noise, p)) for p, s in finished])
+        now = [(p, self.state[p]) for p in moving]
+        self._rule.finish([Finished(s, self._written(s["step"]), partial(self._noise, p)) for p, s in now])
         self._folded |= {p: p._version for p in moving}
         self._seen |= {p: self._versions(p) for p in moving if p in self._layers}
 
