@@ -151,6 +151,21 @@ def test_what_is_saved(mode, b, keeps_y):
     assert kept == ({x.data_ptr(), y.data_ptr()} if keeps_y else {x.data_ptr()})
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_an_output_that_is_overwritten_is_computed_again(checkpointed):
+    sinks = []
+    for inplace in (False, True):
+        layer, _ = attached(96, 80, 4, bias=True)
+        assert layer.route == "tokens"
+        x = torch.randn(5, 80, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        model = nn.Sequential(layer, nn.ReLU(inplace=inplace))
+        y = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+        y.sin().sum().backward()
+        sinks.append([layer.sinks.sink_in, layer.sinks.sink_out, x.grad])
+    for got, want in zip(*sinks, strict=True):
+        assert relative_error(got, want) < TOLERANCE[torch.float64]
+
+
 def test_the_cheaper_route_follows_the_arithmetic():
     assert cheaper_route(4096, 4096, 256, contiguous=1, gathered=1) == "tokens"
     assert cheaper_route(256, 256, 64, contiguous=1, gathered=0) == "tokens"
@@ -325,6 +340,38 @@ def test_fresh_weights_are_poet_xs():
     for p, q in zip(*(model.parameters() for model in models), strict=True):
         if p.ndim == 2:
             torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_frozen_layer_stays(when):
+    model = mlp().double()
+    convert_(model, CONFIG)
+    first, second, *others = (m for m in model.modules() if isinstance(m, SingleStepLinear))
+    if when == "before":
+        first.requires_grad_(False)
+    optimizer = POETX(model)
+    if when == "after":
+        first.requires_grad_(False)
+    start = copy.deepcopy(model.state_dict())
+
+    def moved():
+        loss_of(model, 0, 0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        names = {id(p): name for name, p in model.named_parameters()}
+        layers = [[layer.weight, layer.bias] for layer in (first, second)]
+        return [[not torch.equal(p, start[names[id(p)]]) for p in layer] for layer in layers]
+
+    assert moved() == [[False, False], [True, True]]
+    if when == "after":
+        first.requires_grad_(True)
+        assert moved() == [[True, True], [True, True]]
+        assert not first.weight.requires_grad
+    else:
+        for layer in (second, *others):
+            layer.requires_grad_(False)
+        with pytest.raises(UserError, match="nothing would be rotated"):
+            POETX(model)
 
 
 def test_a_copy_belongs_to_no_optimizer():

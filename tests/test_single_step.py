@@ -317,5 +317,117 @@ def test_more_refusals():
         POETX([{"params": [nn.Parameter(torch.zeros(3, 3))]}])
     with pytest.raises(UserError, match=r"shape \(3,\)"):
         POETX([{"params": [nn.Parameter(torch.zeros(3))], "rotate": True}])
+    with pytest.raises(UserError, match="groups cannot be added later"):
+        POETX(mlp(), block_size=4).add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
     with pytest.raises(UserError, match="takes no closure"):
         POETX(mlp(), block_size=4).step(lambda: 0.0)
+
+
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_that_is_held_is_that_of_the_weights_trained(converted, dtype):
+    """Zeros at construction, weights loaded before the first step, others after it, and the same ones put back."""
+    model = nn.Sequential(nn.Linear(32, 32, bias=False, dtype=dtype))
+    nn.init.zeros_(model[0].weight)
+    if converted:
+        convert_(model, PoetConfig(method="single-step", block_size=16))
+    optimizer = POETX(model, **({} if converted else {"block_size": 16}))
+
+    def steps(count):
+        for _ in range(count):
+            model(torch.randn(8, 32, dtype=dtype)).exp().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for factor in (1.0, 0.1, 3.0):
+        wanted = torch.randn(32, 32).mul(0.1 * factor).to(dtype)
+        model.load_state_dict({"0.weight": wanted})
+        steps(3)
+        norm = wanted.float().norm()
+        assert abs(model[0].weight.detach().float().norm() / norm - 1) < (1e-5 if dtype == torch.float32 else 2e-3)
+        held = {key: optimizer.state[model[0].weight][key].clone() for key in ("norm", "scale")}
+        trained = model[0].weight.detach().clone()
+        with torch.no_grad():
+            model[0].weight.zero_()
+            model[0].weight.copy_(trained)
+        optimizer._measure(model[0].weight)
+        assert all(torch.equal(optimizer.state[model[0].weight][key], value) for key, value in held.items())
+
+
+@pytest.mark.parametrize("settings", [{}, {"nesterov": False}, {"spectrum": "free"}], ids=str)
+def test_a_bfloat16_momentum_does_not_depend_on_the_global_generator(settings):
+    weights = []
+    for seed in range(2):
+        model, x, y = problem()
+        optimizer = POETX(model, block_size=8, momentum_dtype="bfloat16", **settings)
+        torch.manual_seed(seed)
+        train(model, x, y, optimizer, 5)
+        weights.append(model[0].weight.detach())
+    assert torch.equal(*weights)
+
+
+def test_what_a_group_leaves_open_is_the_arguments_or_the_bases():
+    def rates(model, **settings):
+        optimizer = POETX(model, block_size=4, **settings)
+        return [(g.get("name"), g["lr"], g.get("weight_decay")) for g in optimizer.param_groups]
+
+    def sgd(rest):
+        return torch.optim.SGD(rest, lr=0.1, weight_decay=0.5)
+
+    model = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 8))
+    assert rates(model, angle=0.1)[0][1] == 0.1
+    assert rates(model)[1:] == [("decay", 1e-3, 0.0), ("no_decay", 1e-3, 0.0)]
+    assert rates(model, base=sgd)[1:] == [("decay", 0.1, 0.5), ("no_decay", 0.1, 0.0)]
+    assert rates(model, lr=0.2, weight_decay=0.0, base=sgd)[1:] == [("decay", 0.2, 0.0), ("no_decay", 0.2, 0.0)]
+    groups = [{"params": [model[1].weight], "rotate": True}, {"params": [model[1].bias]}]
+    assert [rate for _, rate, _ in rates(groups, angle=0.1)] == [0.1, 1e-3]
+    assert [rate for _, rate, _ in rates(groups, lr=0.3, angle=0.1)] == [0.1, 0.3]
+    groups[0] |= {"lr": 0.02}
+    groups[1] |= {"lr": 0.03}
+    assert [rate for _, rate, _ in rates(groups, angle=0.1, base=sgd)] == [0.02, 0.03]
+    assert set(groups[1]) == {"params", "lr"}  # as they were given
+
+
+def test_hooks_do_not_keep_a_layer_of_an_ordinary_model_from_its_rotation():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].register_forward_hook(lambda *_: None)
+    model[1].forward = lambda x: nn.functional.linear(x, model[1].weight)
+    rotated, _ = POETX(model, block_size=4).param_groups
+    assert [id(p) for p in rotated["params"]] == [id(layer.weight) for layer in model]
+
+
+def test_released_gradients_come_back_when_the_optimizer_goes():
+    model = mlp()
+    weight = model[0].weight
+
+    def gradient():
+        weight.grad = None
+        model(torch.randn(2, 11)).exp().sum().backward()
+        return weight.grad
+
+    optimizer = POETX(model, block_size=4, release_gradients=True)
+    assert gradient() is None
+    with pytest.raises(UserError, match=r"call its close\(\) first"):
+        POETX(model, block_size=4, release_gradients=True)
+    assert gradient() is None
+    optimizer.close()
+    assert gradient() is not None
+    optimizer = POETX(model, block_size=4, release_gradients=True)
+    assert gradient() is None
+    del optimizer
+    assert gradient() is not None
+    optimizer = POETX(model, block_size=4, release_gradients=True)
+    before = weight.detach().clone()
+    gradient()
+    optimizer.step()
+    assert not torch.equal(weight, before)
+
+
+def test_a_closed_optimizer_leaves_the_layers_of_another_alone():
+    model = mlp()
+    convert_(model, PoetConfig(method="single-step", block_size=4))
+    first, second = POETX(model), POETX(model)
+    first.close()
+    assert model[0].sinks is not None
+    second.close()
+    assert model[0].sinks is None

@@ -152,8 +152,8 @@ def _output_layer(model: nn.Module) -> Any:
         return None
 
 
-def _refusal(module: nn.Module, shared: set[int], *, foreign: bool) -> str | None:
-    """Why a linear layer that the patterns reach is left alone, or None if it is to be converted."""
+def _refusal(module: nn.Module, shared: set[int], *, foreign: bool, replaced: bool) -> str | None:
+    """Why a linear layer that the patterns reach is left alone, or None if it is to be converted or rotated."""
     weight = module.weight
     if not isinstance(weight, nn.Parameter):
         return "its weight is computed (a parametrization or pruning); remove that first"
@@ -165,6 +165,8 @@ def _refusal(module: nn.Module, shared: set[int], *, foreign: bool) -> str | Non
         return "it has no elements"
     if hasattr(module, "parametrizations"):
         return "parametrized; remove the parametrization first"
+    if not replaced:
+        return None
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if "forward" in vars(module) or hasattr(module, "_hf_hook"):
         return "its forward has been replaced, which conversion would lose; convert before that"
@@ -182,9 +184,11 @@ class Targets:
     reasons: dict[nn.Module, str]
 
 
-def find_targets(model: nn.Module, config: PoetConfig, *, foreign: bool = False) -> Targets:
+def find_targets(model: nn.Module, config: PoetConfig, *, foreign: bool = False, replaced: bool = True) -> Targets:
     """Which layers of ``model`` to rotate: ``nn.Linear`` and ``Conv1D`` within the config's patterns, and with
     ``foreign`` linear layers that bitsandbytes or torchao have quantised.
+
+    Not those with hooks or another forward of their own, if they are to be ``replaced``, which would lose these.
 
     Raises:
         UserError: none is left, or one of them is float16.
@@ -214,7 +218,7 @@ def find_targets(model: nn.Module, config: PoetConfig, *, foreign: bool = False)
             reason = "in exclude_modules"
         else:
             matched = True
-            reason = _refusal(module, shared, foreign=foreign)
+            reason = _refusal(module, shared, foreign=foreign, replaced=replaced)
         if reason is not None:
             reasons[module] = reason
         elif not (foreign and is_foreign(module)) and module.weight.dtype not in DTYPES:

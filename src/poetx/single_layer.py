@@ -24,6 +24,8 @@ class SingleStepLinear(nn.Module):
     Parameters: ``weight`` [m, n], frozen, under the name and in the layout of ``nn.Linear``, so that a checkpoint is
     that of the plain model; ``bias`` [m] or None, trained as usual.
 
+    ``layer.requires_grad_(False)`` freezes it, weight and bias; a call on the whole model does not reach the weight.
+
     Saved for backward: x; with ``mode="fast"`` also y, where block products of activations are cheaper than the
     weight's gradient (see :mod:`poetx.ops.single_step`). ``mode="mem"`` computes y again.
 
@@ -61,6 +63,7 @@ class SingleStepLinear(nn.Module):
         self.fast_tokens = 0  # up to so many tokens mode is fast; see poetx.stack.checkpoint_layers_
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.sinks: Sinks | None = None
+        self.frozen = False
         self.reset_parameters()
 
     def _check_dtype(self) -> None:
@@ -121,8 +124,8 @@ class SingleStepLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → y [..., out_features], in autocast's dtype if that is on, else in x's."""
         x = checked_input(x, self.in_features, self.weight.dtype, self.name or "SingleStepLinear")
-        if self.sinks is None or not torch.is_grad_enabled():
-            if self.training and torch.is_grad_enabled():
+        if self.frozen or self.sinks is None or not torch.is_grad_enabled():
+            if self.training and torch.is_grad_enabled() and not self.frozen:
                 raise UserError(
                     f"{self.name or 'SingleStepLinear'}: nothing would train its weight; build poetx.POETX(model, ...) "
                     "before the first forward pass, or call model.eval()"
@@ -138,6 +141,17 @@ class SingleStepLinear(nn.Module):
             route=self.route,
             keep_y=self.config.mode == "fast" or x.numel() <= self.fast_tokens * self.in_features,
         )
+
+    def requires_grad_(self, requires_grad: bool = True) -> SingleStepLinear:
+        """Freeze the layer, or train it again (by a :class:`poetx.POETX` built while it was not frozen).
+
+        The weight itself never requires a gradient, so that a call on a module *around* the layer, which torch hands
+        down to parameters alone, reaches the bias only.
+        """
+        self.frozen = not requires_grad
+        if self.bias is not None:
+            self.bias.requires_grad_(requires_grad)
+        return self
 
     def dense_weight(self) -> Tensor:
         """The weight [out_features, in_features]: itself."""

@@ -147,21 +147,24 @@ def _subtract_bias_(M_KBB: Tensor, g_NF: Tensor, bias: Tensor, order: Tensor) ->
     M_KBB.baddbmm_(total[:, :, None], bias[:, None, :], alpha=-1)
 
 
-def add_to_(sink: Tensor, M_KBB: Tensor, size: int) -> None:
-    """``sink += M``, or ``2 (M − Mᵀ)`` where the sink is packed, [K, P]; bfloat16 sinks round stochastically.
+def add_to_(sink: Tensor, M_KBB: Tensor, size: int, generator: torch.Generator | None = None) -> bool:
+    """``sink += M``, or ``2 (M − Mᵀ)`` where the sink is packed, [K, P]; bfloat16 sinks round stochastically, with the
+    device's global generator if no other is given.
 
-    Nothing at all if M is not finite: it could not be taken back out of a running sum later.
+    Nothing at all if M is not finite: it could not be taken back out of a running sum later. On a CPU the sink is not
+    even written, and False returned; elsewhere that is not known here, and zeros are added.
     """
     gradient = M_KBB if sink.ndim == 3 else pack_skew(M_KBB, size).mul_(2)
     total = gradient.sum()
     if type(gradient) is not Tensor or not gradient.is_cpu:  # no value to look at, or a device to wait for
         gradient = torch.where(total.isfinite(), gradient, 0.0)
     elif not math.isfinite(total.item()):
-        return
+        return False
     if sink.dtype == torch.bfloat16:
-        stochastic_round_(sink, gradient.add_(sink))
+        stochastic_round_(sink, gradient.add_(sink), generator)
     else:
         sink.add_(gradient)
+    return True
 
 
 def _backward(
@@ -232,6 +235,18 @@ _backward_op = register_op(
 )(_backward)
 
 
+def _watched(y: Tensor) -> tuple[Tensor, Tensor | None]:
+    """y to be saved although it may be written later, and an empty tensor whose ``_version`` counts these writes.
+
+    Compilers and fake tensors get y as it is: the former keep a value of their own, nobody reads the latter.
+    """
+    if torch.compiler.is_compiling() or type(y) is not Tensor:
+        return y, None
+    writes = y.detach()  # with the version of y, but not with its memory:
+    writes.data = y.new_empty(0)
+    return y.data, writes
+
+
 class _SingleStepLinear(torch.autograd.Function):
     """Saves x; and y, the layer's output itself, on the tokens route of ``keep_y``. Weight and bias are kept anyway."""
 
@@ -239,13 +254,16 @@ class _SingleStepLinear(torch.autograd.Function):
     def forward(ctx, x, anchor, weight, bias, sink_in, sink_out, orders_in, orders_out, block_sizes, route, keep_y):
         W = weight.to(x.dtype)
         y = torch.mm(x, W.T) if bias is None else torch.addmm(bias.to(x.dtype), x, W.T)
-        ctx.save_for_backward(x, y if keep_y else None, weight, bias)
+        kept, ctx.writes = _watched(y) if keep_y else (None, None)
+        ctx.save_for_backward(x, kept, weight, bias)
         ctx.settings = (sink_in, sink_out, orders_in, orders_out, *block_sizes, route)
         return y
 
     @staticmethod
     def backward(ctx, g):
         x, y, weight, bias = ctx.saved_tensors
+        if ctx.writes is not None and ctx.writes._version:
+            y = None  # overwritten, as by nn.ReLU(inplace=True): computed again
         dx = _backward_op(g.contiguous(), x, y, weight, bias, *ctx.settings, ctx.needs_input_grad[0])
         dbias = g.sum(0).to(bias.dtype) if ctx.needs_input_grad[3] else None
         return dx if ctx.needs_input_grad[0] else None, None, None, dbias, *[None] * 7

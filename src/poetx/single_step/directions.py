@@ -7,7 +7,8 @@ steps.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +22,9 @@ from poetx.ops.fold import stochastic_round_
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 #: No singular value of what :func:`orthogonalise` returns is larger.
 LARGEST_SINGULAR_VALUE = 1.3
+
+#: Elements of unpacked blocks that one batched iteration takes.
+_BATCH_ELEMENTS = 1 << 23
 
 
 @functools.cache
@@ -45,11 +49,36 @@ def orthogonalise(X_KBB: Tensor, *, skew: bool = True) -> Tensor:
     return (X - X.transpose(1, 2)) / 2 if skew else X
 
 
+def batches(blocks: dict[Tensor, tuple[int, int]]) -> Iterator[list[Tensor]]:
+    """Matrices, given with block size and number of blocks, that can go through one batched iteration: not too many."""
+    kinds: dict[tuple[Any, ...], list[Tensor]] = {}
+    for p, (block_size, _) in blocks.items():
+        kinds.setdefault((block_size, p.dtype, p.device), []).append(p)
+    for (block_size, *_), alike in kinds.items():
+        batch, elements = [], 0
+        for p in alike:
+            size = blocks[p][1] * block_size**2
+            if batch and elements + size > _BATCH_ELEMENTS:
+                yield batch
+                batch, elements = [], 0
+            batch.append(p)
+            elements += size
+        yield batch
+
+
 class Move(NamedTuple):
     """One (side, partition): what a step may write."""
 
     side: str  # "in": columns of the matrix, "out": rows
     index: int
+
+
+class Finished(NamedTuple):
+    """A matrix after its step."""
+
+    state: dict[str, Any]
+    upcoming: Iterable[Move]  # what its next step will write
+    noise: Callable[[str], torch.Generator]  # for a purpose: the same on every rank and in every resumed run
 
 
 @dataclass(frozen=True)
@@ -79,17 +108,18 @@ class Ortho:
         for side in ("in", "out"):
             state[f"momentum_{side}"].zero_()
 
-    def finish(self, states: Sequence[tuple[dict[str, Any], Iterable[Move]]]) -> None:
-        """Make momenta ready for the gradients of the next step; each state comes with what that step will write."""
+    def finish(self, states: Sequence[Finished]) -> None:
+        """Make momenta ready for the gradients of the next step."""
         wide = []
-        for sink in (state[f"momentum_{side}"] for state, _ in states for side in ("in", "out")):
+        for side, (state, _, noise) in itertools.product(("in", "out"), states):
+            sink = state[f"momentum_{side}"]
             if sink.dtype == torch.bfloat16:
-                stochastic_round_(sink, sink.float().mul_(self.momentum))
+                stochastic_round_(sink, sink.float().mul_(self.momentum), noise(f"momentum-{side}"))
             else:
                 wide.append(sink)
         if wide:
             torch._foreach_mul_(wide, self.momentum)  # pyright: ignore[reportPrivateImportUsage]
-        for state, upcoming in states:
+        for state, upcoming, _ in states:
             for key in [key for key in state if key.startswith("before_")]:
                 del state[key]
             for move in upcoming if self.nesterov else ():
@@ -129,5 +159,5 @@ class Adam:
             for name in self.entries:
                 state[f"{name}_{side}"].zero_()
 
-    def finish(self, states: Sequence[tuple[dict[str, Any], Iterable[Move]]]) -> None:
+    def finish(self, states: Sequence[Finished]) -> None:
         """The moments are ready as they are."""

@@ -12,11 +12,14 @@ partitions, each with its own momentum, are updated at every step and written on
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from poetx.convert import single_step_layers
 from poetx.errors import UserError
@@ -32,12 +35,14 @@ from poetx.ops.single_step import (
     small_cayley_delta,
 )
 from poetx.single_layer import SingleStepLinear
-from poetx.single_step.directions import LARGEST_SINGULAR_VALUE, Adam, Move, Ortho, orthogonalise
+from poetx.single_step.directions import LARGEST_SINGULAR_VALUE, Adam, Finished, Move, Ortho, batches, orthogonalise
 from poetx.single_step.partitions import partition
+from poetx.single_step.ranks import average_, on_any_rank
+from poetx.single_step.release import release
 from poetx.single_step.setup import check, model_groups, settings
 
-#: Elements of unpacked blocks that one batched iteration takes.
-_BATCH_ELEMENTS = 1 << 23
+#: Weights whose ‖W‖ differs by less count as those of the last fold: stochastic rounding of bfloat16 moves it by 0.8 %.
+_SAME_NORM = 0.01
 
 
 class POETX(torch.optim.Optimizer):
@@ -50,8 +55,8 @@ class POETX(torch.optim.Optimizer):
             an ordinary model, whose ``nn.Linear`` and ``Conv1D`` weights are rotated from their full gradients, by
             the rules of :func:`poetx.convert_`;
             parameter groups, of which those with ``"rotate": True`` hold matrices [m, n], or stacks of them
-            [e, m, n], and have ``lr`` as their angle.
-        lr: of the base optimizer on the rest.
+            [e, m, n], and have ``lr`` as their angle (``angle`` if they set none).
+        lr: of the rest; None: the base's own, 1e-3 without one.
         angle: radians that a step turns each plane of a written block by, half: Q = −angle · direction. It is the
             ``lr`` of the rotated group, so learning-rate schedulers scale it.
         block_size: b, 256 unless the layers say; a side shorter than b is one block.
@@ -62,24 +67,34 @@ class POETX(torch.optim.Optimizer):
         resample_every: draw random partitions anew after so many steps, with their momentum reset. None: never.
         rule: ``"ortho"`` (orthogonalised momentum) or ``"adam"`` (elementwise).
         alternate: write one (side, partition) a step, in turn. False: all of them at every step.
-        momentum, nesterov: of ``"ortho"``. betas, eps: of AdamW and of ``"adam"``. weight_decay: of AdamW.
-        momentum_dtype: ``"float32"`` or ``"bfloat16"``, which is rounded stochastically (with torch's global
-            generator); for an ordinary model, the layers' ``rotation_dtype`` decides otherwise.
+        momentum, nesterov: of ``"ortho"``. betas, eps: of AdamW and of ``"adam"``. weight_decay: of the
+            matrices of the rest, vectors having none; None: the base's own, 0 without one.
+        momentum_dtype: ``"float32"`` or ``"bfloat16"``, which is rounded stochastically; for an ordinary model, the
+            layers' ``rotation_dtype`` decides otherwise.
         release_gradients: of an ordinary model: drop each matrix's gradient as soon as backward has it. Gradient
-            accumulation stays exact, because a momentum is linear; clipping does not see those gradients.
-        base: makes the optimizer of the rest from parameter groups, instead of AdamW.
+            accumulation stays exact, because a momentum is linear; clipping does not see those gradients. See
+            :meth:`close` before another optimizer takes over.
+        base: makes the optimizer of the rest from parameter groups, instead of AdamW; what it sets itself holds where
+            neither a group nor an argument here says otherwise.
         target_modules, exclude_modules: as in :class:`poetx.PoetConfig`; with an ordinary model only.
-        seed: of random partitions and of the rounding of bfloat16 weights.
+        seed: of random partitions and of the rounding of bfloat16 weights and momenta. Only what a converted layer's
+            backward adds is rounded with torch's global generator: ranks average it before they use it.
 
     State of a matrix: ``b(m+n)/2`` numbers a partition, and half of the largest of them again for ``nesterov`` (for
-    ``"adam"`` three times instead). In a process group, what converted layers added is averaged over its ranks.
+    ``"adam"`` three times instead). In a process group, what converted layers added is averaged over its ranks, and so
+    are gradients that are released: before ``DistributedDataParallel`` could do that.
+
+    ‖W‖ is held as it is at the first step. Weights written from outside later (a checkpoint loaded; not through
+    ``.data``, which torch does not count) are seen, and theirs is held from then on.
 
     Converted layers feed the momentum while backward runs: gradient clipping does not reach it (the orthogonalised
     direction does not depend on its size), a gradient that is not finite is left out, and ``zero_grad`` does not take
-    anything back.
+    anything back. A matrix that got no gradient since the last step, on any rank, stays as it is; one that was left
+    out counts as none where the host sees it, on a CPU without a compiler, and as zero elsewhere.
 
     Raises:
-        UserError: a value outside its range, nothing to rotate, a float16 matrix, a gradient scaler.
+        UserError: a value outside its range, nothing to rotate, a float16 matrix, a gradient scaler, a group
+            added later.
     """
 
     _step_supports_amp_scaling = True  # so that a gradient scaler shows itself to step(), which refuses it
@@ -87,7 +102,7 @@ class POETX(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module | Iterable[dict[str, Any]],
-        lr: float = 1e-3,
+        lr: float | None = None,
         *,
         angle: float = 0.012,
         block_size: int | None = None,
@@ -101,7 +116,7 @@ class POETX(torch.optim.Optimizer):
         nesterov: bool = True,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        weight_decay: float | None = None,
         momentum_dtype: str | None = None,
         release_gradients: bool = False,
         base: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
@@ -119,21 +134,32 @@ class POETX(torch.optim.Optimizer):
         self._bound = LARGEST_SINGULAR_VALUE if rule == "ortho" else None
         self._free = self._config.spectrum == "free"
         self._moves = [Move(side, i) for i in range(self._config.partitions) for side in ("in", "out")]
-        self._layers: dict[Tensor, SingleStepLinear] = {layer.weight: layer for layer in layers.values()}
-        self._fed: set[Tensor] = set()
+        self._layers: dict[Tensor, SingleStepLinear] = {
+            layer.weight: layer for layer in layers.values() if not layer.frozen
+        }
+        self._fed: Counter[Tensor] = Counter()  # full gradients since the last step
+        self._released: dict[Tensor, RemovableHandle] = {}
+        self._seen: dict[Tensor, tuple[int, int]] = {}  # versions of layers' momenta after the last step
+        self._folded: dict[Tensor, int] = {}  # versions of weights after their last fold
         self._orders: dict[tuple[Any, ...], Tensor] = {}
         self._drawn: dict[tuple[Any, ...], int] = {}
+        lr = 1e-3 if lr is None and base is None else lr
         self._make_base = base or (
-            lambda rest: torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+            lambda rest: torch.optim.AdamW(rest, betas=betas, eps=eps, weight_decay=weight_decay or 0.0)
         )
         self._transposed: set[Tensor] = set()
         if isinstance(model, nn.Module):
             groups, self._transposed = model_groups(model, layers, self._config, angle, weight_decay)
         else:
-            groups = list(model)
-        super().__init__(groups, {"lr": lr, "rotate": False})
-        self._base: torch.optim.Optimizer | None = None
+            groups = [dict(group) for group in model]
+        if not any(group.get("rotate") for group in groups):
+            raise UserError("POETX: no group has 'rotate': True, so nothing would be rotated; use torch.optim.AdamW")
+        for group in groups:
+            if group.get("rotate") or lr is not None:
+                group.setdefault("lr", angle if group.get("rotate") else lr)
         self._names: dict[Tensor, str] = {}
+        super().__init__(groups, {"rotate": False})
+        self._base: torch.optim.Optimizer | None = None
         for _, p in self._rotated():
             if p.ndim not in (2, 3) or p.dtype not in (torch.float32, torch.bfloat16, torch.float64):
                 raise UserError(
@@ -145,10 +171,13 @@ class POETX(torch.optim.Optimizer):
                 self._begin(p)
                 self._attach(p)
             elif release_gradients:
-                p.register_post_accumulate_grad_hook(self._release)
-        if not self._names:
-            raise UserError("POETX: no group has 'rotate': True, so nothing would be rotated; use torch.optim.AdamW")
+                self._released[p] = release(p, self._absorb)
         self._share()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self._names:
+            raise UserError("POETX: groups cannot be added later; give all of them when it is built")
+        super().add_param_group(param_group)
 
     def __reduce__(self) -> Any:
         raise UserError("POETX cannot be copied or pickled: its layers feed one optimizer; save its state_dict()")
@@ -161,6 +190,9 @@ class POETX(torch.optim.Optimizer):
         rest = [group for group in self.param_groups if not group["rotate"]]
         if rest and self._base is None:
             self._base = self._make_base(rest)
+            made = {id(p): group for group in self._base.param_groups for p in group["params"]}
+            for group in rest:  # the base's own settings, where it did not write them into the group itself
+                group |= made[id(group["params"][0])] | group if group["params"] else {}
         if self._base is not None:
             self._base.param_groups, self._base.state = rest, self.state
 
@@ -168,6 +200,17 @@ class POETX(torch.optim.Optimizer):
     def base(self) -> torch.optim.Optimizer | None:
         """The optimizer of what is not rotated, for hooks; :meth:`step` steps it."""
         return self._base
+
+    def close(self) -> None:
+        """Let go of the model, for another optimizer: gradients are no longer released, and converted layers feed none.
+
+        An optimizer of an ordinary model that is deleted lets go by itself.
+        """
+        while self._released:
+            self._released.popitem()[1].remove()
+        for p, layer in self._layers.items():
+            if layer.sinks is not None and layer.sinks.sink_in is self.state[p]["momentum_in"]:
+                layer.sinks = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch; every tensor keeps its dtype, where torch would cast it to the weight's.
@@ -189,6 +232,7 @@ class POETX(torch.optim.Optimizer):
                         "trained with, or start the optimizer anew"
                     )
         super().load_state_dict(state_dict)
+        self._folded.clear()
         for index, p in zip(saved, params, strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor) and key != "step":
@@ -206,30 +250,34 @@ class POETX(torch.optim.Optimizer):
             raise UserError("POETX does not work with a gradient scaler; train in bfloat16, which needs none")
         if self._base is not None:
             self._base.step()
-        self._average()
-        for group in self.param_groups:
-            if group["rotate"]:
-                self._rotate(group)
-        self._fed.clear()
-
-    def _rotate(self, group: dict[str, Any]) -> None:
-        for p in group["params"]:
+        for _, p in self._rotated():
             if p.grad is not None:
                 self._absorb(p)
-        moving = [p for p in group["params"] if p in self._fed or p in self._layers]
+        fed = self._gather()
+        for group in self.param_groups:
+            if group["rotate"]:
+                self._rotate([p for p in group["params"] if p in fed], group["lr"])
+        self._fed.clear()
+
+    def _rotate(self, moving: list[Tensor], angle: float) -> None:
         for p in moving:
+            self._measure(p)
             self.state[p]["step"] += 1
             self._rule.absorb(self.state[p])
         for move in self._moves:
             written = [p for p in moving if move in self._written(self.state[p]["step"] - 1)]
-            for batch in self._batches(written, move):
-                self._write(batch, move, group["lr"])
+            blocks = {p: (self._sides(p, move.side)[1], self._sink_shape(p, move.side)[1]) for p in written}
+            for batch in batches(blocks):
+                self._write(batch, move, angle)
         fresh = [p for p in moving if self._resample and self.state[p]["step"] % self._resample == 0]
         for p in fresh:
             self._rule.restart(self.state[p])
             for move in self._moves:
                 self._order(p, move)
-        self._rule.finish([(self.state[p], self._written(self.state[p]["step"])) for p in moving])
+        now = [(p, self.state[p]) for p in moving]
+        self._rule.finish([Finished(s, self._written(s["step"]), partial(self._noise, p)) for p, s in now])
+        self._folded |= {p: p._version for p in moving}
+        self._seen |= {p: self._versions(p) for p in moving if p in self._layers}
 
     def _written(self, steps: int) -> list[Move]:
         """What is written in the step after so many."""
@@ -258,12 +306,24 @@ class POETX(torch.optim.Optimizer):
         if p.dtype == torch.float64:
             dtype = torch.float64
         state["step"] = 0
-        # [1] or [e]. What a fold adds to ‖W‖, by rounding or a free spectrum, the next one takes away by this factor.
-        state["norm"] = torch.linalg.vector_norm(self._matrices(p), dim=(-2, -1), dtype=torch.float64)
-        state["scale"] = torch.ones_like(state["norm"])
         for side in ("in", "out"):
             for name in self._rule.entries:
                 state[f"{name}_{side}"] = torch.zeros(self._sink_shape(p, side), dtype=dtype, device=p.device)
+
+    def _measure(self, p: Tensor) -> None:
+        """Take the ‖W‖ to hold at the first step, and again where the weight was written since the last fold.
+
+        Other weights are told from the same ones, put back after a while or loaded to continue, by their norm.
+        """
+        if self._folded.get(p) == p._version:
+            return
+        state = self.state[p]
+        norm = torch.linalg.vector_norm(self._matrices(p), dim=(-2, -1), dtype=torch.float64)
+        # [1] or [e]. What a fold adds to ‖W‖, by rounding or a free spectrum, the next one takes away by this factor.
+        scale = state.get("scale", torch.ones_like(norm))
+        same = (norm * scale / state.get("norm", norm) - 1).abs() < _SAME_NORM
+        state["norm"] = torch.where(same, state.get("norm", norm), norm)
+        state["scale"] = torch.where(same, scale, 1.0)
 
     def _attach(self, p: Tensor) -> None:
         """Have the layer's backward add to this optimizer's momentum."""
@@ -272,6 +332,12 @@ class POETX(torch.optim.Optimizer):
         orders = {side: tuple(self._order(p, Move(side, i)) for i in indices) for side in ("in", "out")}
         anchor = torch.zeros((), device=p.device, requires_grad=True)
         layer.sinks = Sinks(state["momentum_in"], state["momentum_out"], orders["in"], orders["out"], anchor)
+        self._seen[p] = self._versions(p)
+
+    def _versions(self, p: Tensor) -> tuple[int, int]:
+        """Grow with every write: how the host knows, without waiting for the device, that backward added something."""
+        state = self.state[p]
+        return state["momentum_in"]._version, state["momentum_out"]._version
 
     def _order(self, p: Tensor, move: Move) -> Tensor:
         """The partition in force, as :class:`Sinks` has it; structured ones are shared by all sides of one size."""
@@ -290,52 +356,41 @@ class POETX(torch.optim.Optimizer):
             self._drawn[key] = draw
         return self._orders[key]
 
-    def _release(self, p: Tensor) -> None:
-        self._absorb(p)
-        p.grad = None
-
     @torch.no_grad()
     def _absorb(self, p: Tensor) -> None:
         """Add a full gradient's share to the momentum, as a converted layer does in backward."""
         if not self.state[p]:
             self._begin(p)
         assert p.grad is not None
+        count = self._fed[p]
         pairs = list(zip(self._matrices(p), self._matrices(p, p.grad), strict=True))
         for move in self._moves:
             order = self._order(p, move)
             order = order if order.numel() else None
             block_size = self._sides(p, move.side)[1]
             M = torch.cat([map_gradient(W, dW, move.side, order, block_size) for W, dW in pairs])
-            add_to_(self.state[p][f"momentum_{move.side}"][move.index], M, self._sides(p, move.side)[0])
-        self._fed.add(p)
+            sink, noise = self.state[p][f"momentum_{move.side}"][move.index], None
+            if sink.dtype == torch.bfloat16:
+                noise = self._noise(p, f"gradient-{move.side}-{move.index}-{count}")
+            if add_to_(sink, M, self._sides(p, move.side)[0], noise):
+                self._fed[p] = count + 1
 
-    def _average(self) -> None:
-        """Mean over the ranks: a momentum is linear, and all ranks had the same one before this step's share."""
-        distributed = torch.distributed
-        if not (self._layers and distributed.is_available() and distributed.is_initialized()):
-            return
-        ranks = distributed.get_world_size()
-        for p in self._layers if ranks > 1 else ():
-            for side in ("in", "out"):
-                sink = self.state[p][f"momentum_{side}"]
-                distributed.all_reduce(sink)
-                sink.div_(ranks)
+    def _gather(self) -> set[Tensor]:
+        """Which matrices got a gradient on any rank, after making the mean over the ranks of what backward added.
 
-    def _batches(self, params: list[Tensor], move: Move) -> Iterator[list[Tensor]]:
-        """Matrices whose blocks can go through one batched iteration: equal blocks, and not too many at a time."""
-        kinds: dict[tuple[Any, ...], list[Tensor]] = {}
-        for p in params:
-            kinds.setdefault((self._sides(p, move.side)[1], p.dtype, p.device), []).append(p)
-        for (block_size, *_), alike in kinds.items():
-            batch, elements = [], 0
-            for p in alike:
-                size = self._sink_shape(p, move.side)[1] * block_size**2
-                if batch and elements + size > _BATCH_ELEMENTS:
-                    yield batch
-                    batch, elements = [], 0
-                batch.append(p)
-                elements += size
-            yield batch
+        A momentum is linear, and all ranks had the same one before this step's share. Without a gradient nothing
+        moves and nothing is counted, as in any optimizer of torch: the stale momentum would turn by the full angle.
+        """
+        local = [*self._layers, *self._released]
+        flags = [p in self._fed or (p in self._layers and self._versions(p) != self._seen[p]) for p in local]
+        if local:
+            flags = on_any_rank(flags, local[0].device)
+        arrived = [p for p, flag in zip(local, flags, strict=True) if flag]
+        for p in arrived:
+            if not self.state[p]:
+                self._begin(p)
+        average_(self.state[p][f"momentum_{side}"] for p in arrived for side in ("in", "out"))
+        return {*self._fed, *arrived}
 
     def _write(self, batch: list[Tensor], move: Move, angle: float) -> None:
         """Fold one (side, partition) of every matrix of the batch."""
@@ -355,12 +410,14 @@ class POETX(torch.optim.Optimizer):
         for p, scale in zip(batch, scales.split([len(matrices) for matrices in squares]), strict=True):
             self.state[p]["scale"] = scale
 
+    def _noise(self, p: Tensor, purpose: str) -> torch.Generator:
+        return stream(self._config.seed, self._names[p], self.state[p]["step"], purpose, p.device)
+
     def _fold(self, p: Tensor, move: Move, E_KBB: Tensor) -> list[Tensor]:
         """Fold the blocks of one matrix, or stack of e; the new ‖W‖² of each."""
         state, order, matrices, noise = self.state[p], self._order(p, move), self._matrices(p), None
         if p.dtype == torch.bfloat16:
-            key = f"rounding-{move.side}-{move.index}"
-            noise = stream(self._config.seed, self._names[p], state["step"], key, p.device)
+            noise = self._noise(p, f"rounding-{move.side}-{move.index}")
         return [
             fold_side_(W, E, move.side, order, scale=scale, generator=noise)
             for W, E, scale in zip(matrices, E_KBB.chunk(len(matrices)), state["scale"], strict=True)

@@ -50,15 +50,18 @@ def check(rule: str, resample_every: int | None, momentum: float, angle: float, 
 
 
 def model_groups(
-    model: nn.Module, layers: dict[str, SingleStepLinear], config: PoetConfig, angle: float, weight_decay: float
+    model: nn.Module, layers: dict[str, SingleStepLinear], config: PoetConfig, angle: float, weight_decay: float | None
 ) -> tuple[list[dict[str, Any]], set[Tensor]]:
     """Groups "rotated", "decay" (matrices) and "no_decay" (vectors); and which rotated weights are stored [in, out]."""
-    modules: list[Any] = list(layers.values()) or list(find_targets(model, config).layers.values())
+    modules: list[Any] = [layer for layer in layers.values() if not layer.frozen]
+    if not layers:
+        modules = list(find_targets(model, config, replaced=False).layers.values())
     rotated = [module.weight for module in modules]
-    ids = {id(p) for p in rotated}
+    ids = {id(p) for p in rotated} | {id(layer.weight) for layer in layers.values()}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
     groups: list[dict[str, Any]] = [{"name": "rotated", "params": rotated, "lr": angle, "rotate": True}]
-    groups.append({"name": "decay", "params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay})
+    decay = {} if weight_decay is None else {"weight_decay": weight_decay}
+    groups.append({"name": "decay", "params": [p for p in rest if p.ndim >= 2], **decay})
     groups.append({"name": "no_decay", "params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0})
     transposed = {m.weight for m in modules if not isinstance(m, (nn.Linear, SingleStepLinear))}  # Conv1D
     return [group for group in groups if group["params"]], transposed

@@ -1,0 +1,31 @@
+"""What the ranks of a process group agree on before a step: which matrices move, and the mean of what they added."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def rank_count() -> int:
+    """Ranks of the process group, 1 without one."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def on_any_rank(flags: list[bool], device: torch.device) -> list[bool]:
+    """Whether each flag is set on one rank at least, with one small reduction on ``device``, which it waits for."""
+    if rank_count() == 1 or not flags:
+        return flags
+    total = torch.tensor(flags, dtype=torch.int32, device=device)
+    torch.distributed.all_reduce(total, op=torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in total.tolist()]
+
+
+def average_(tensors: Iterable[Tensor]) -> None:
+    """Mean over the ranks, in place."""
+    if (ranks := rank_count()) > 1:
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
+            tensor.div_(ranks)
