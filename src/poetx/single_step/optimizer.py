@@ -75,7 +75,7 @@ class POETX(torch.optim.Optimizer):
             accumulation stays exact, because a momentum is linear; clipping does not see those gradients. See
             :meth:`close` before another optimizer takes over.
         base: makes the optimizer of the rest from parameter groups, instead of AdamW; what it sets itself holds where
-            neither a group nor an argument here says otherwise.
+            neither a group nor an argument here says otherwise. :func:`poetx.stack.build_optimizer` for bfloat16.
         target_modules, exclude_modules: as in :class:`poetx.PoetConfig`; with an ordinary model only.
         seed: of random partitions and of the rounding of bfloat16 weights and momenta. Only what a converted layer's
             backward adds is rounded with torch's global generator: ranks average it before they use it.
