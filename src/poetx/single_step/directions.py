@@ -98,7 +98,7 @@ class Ortho:
         momentum = torch.cat(now).to(torch.promote_types(now[0].dtype, torch.float32))
         if not self.nesterov:
             return momentum
-        # The gradient is what came since the copy was taken.
+        # The gradient is what came since the copy was taken; states of old have none before their first step.
         key = f"before_{move.side}_{move.index}"
         before = [state[key] if key in state else torch.zeros_like(q) for state, q in zip(states, now, strict=True)]
         return momentum.mul_(1 + self.momentum).sub_(torch.cat(before))
@@ -120,10 +120,14 @@ class Ortho:
         if wide:
             torch._foreach_mul_(wide, self.momentum)  # pyright: ignore[reportPrivateImportUsage]
         for state, upcoming, _ in states:
-            for key in [key for key in state if key.startswith("before_")]:
-                del state[key]
-            for move in upcoming if self.nesterov else ():
-                state[f"before_{move.side}_{move.index}"] = state[f"momentum_{move.side}"][move.index].clone()
+            self.expect(state, upcoming)
+
+    def expect(self, state: dict[str, Any], upcoming: Iterable[Move]) -> None:
+        """Take the copies that the look-ahead of the next step needs, before its gradients come."""
+        for key in [key for key in state if key.startswith("before_")]:
+            del state[key]
+        for move in upcoming if self.nesterov else ():
+            state[f"before_{move.side}_{move.index}"] = state[f"momentum_{move.side}"][move.index].clone()
 
 
 @dataclass(frozen=True)
@@ -161,3 +165,6 @@ class Adam:
 
     def finish(self, states: Sequence[Finished]) -> None:
         """The moments are ready as they are."""
+
+    def expect(self, state: dict[str, Any], upcoming: Iterable[Move]) -> None:
+        """Nothing is looked ahead at."""

@@ -309,6 +309,7 @@ class POETX(torch.optim.Optimizer):
         for side in ("in", "out"):
             for name in self._rule.entries:
                 state[f"{name}_{side}"] = torch.zeros(self._sink_shape(p, side), dtype=dtype, device=p.device)
+        self._rule.expect(state, self._written(0))
 
     def _measure(self, p: Tensor) -> None:
         """Take the ‖W‖ to hold at the first step, and again where the weight was written since the last fold.
