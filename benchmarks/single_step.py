@@ -241,6 +241,7 @@ def optimizer_for(model: Any, run: Run) -> tuple[Any, list[Tensor], list[nn.Para
             run.lr,
             angle=run.matrix_lr,
             block_size=run.block_size,
+            norm_growth=run.norm_growth / (run.steps or SCALES[run.scale].steps),
             betas=betas,
             weight_decay=run.weight_decay,
             seed=run.seed,
@@ -323,10 +324,6 @@ def train(run: Run, *, text: str, cache: Path) -> dict[str, Any]:
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(clipped, run.clip)
         optimizer.step()
-        if run.norm_growth:
-            before = steps / run.norm_growth + step
-            for p in matrices:
-                optimizer.state[p]["norm"] *= math.sqrt(1 + 1 / before)
         for p in model.parameters():
             p.grad = None
         recent += float(total)

@@ -12,6 +12,7 @@ partitions, each with its own momentum, are updated at every step and written on
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -36,7 +37,7 @@ from poetx.ops.single_step import (
 )
 from poetx.single_layer import SingleStepLinear
 from poetx.single_step.directions import LARGEST_SINGULAR_VALUE, Adam, Finished, Move, Ortho, batches, orthogonalise
-from poetx.single_step.partitions import partition
+from poetx.single_step.partitions import Orders
 from poetx.single_step.ranks import average_, on_any_rank
 from poetx.single_step.release import release
 from poetx.single_step.setup import check, model_groups, settings
@@ -64,6 +65,7 @@ class POETX(torch.optim.Optimizer):
             ``"random"``.
         spectrum: ``"fixed"`` (rotations) or ``"free"`` (any map near the identity, with ‖W‖ held); the layers decide,
             if any.
+        norm_growth: g lets ‖W‖² grow by g times its first value a step, as it does under additive optimizers. 0: held.
         resample_every: draw random partitions anew after so many steps, with their momentum reset. None: never.
         rule: ``"ortho"`` (orthogonalised momentum) or ``"adam"`` (elementwise).
         alternate: write one (side, partition) a step, in turn. False: all of them at every step.
@@ -109,6 +111,7 @@ class POETX(torch.optim.Optimizer):
         partitions: int | None = None,
         partition_kind: str | None = None,
         spectrum: str | None = None,
+        norm_growth: float = 0.0,
         resample_every: int | None = None,
         rule: str = "ortho",
         alternate: bool = True,
@@ -128,8 +131,8 @@ class POETX(torch.optim.Optimizer):
         given: dict[str, Any] = {"block_size": block_size, "partitions": partitions, "seed": seed, "spectrum": spectrum}
         given |= {"partition_kind": partition_kind, "rotation_dtype": momentum_dtype}
         self._config = settings(layers, given, target_modules, exclude_modules)
-        check(rule, resample_every, momentum, angle, self._config)
-        self._alternate, self._resample = alternate, resample_every
+        check(rule, resample_every, momentum, angle, norm_growth, self._config)
+        self._alternate, self._resample, self._growth = alternate, resample_every, norm_growth
         self._rule = Ortho(momentum, nesterov) if rule == "ortho" else Adam(betas, eps, resample_every)
         self._bound = LARGEST_SINGULAR_VALUE if rule == "ortho" else None
         self._free = self._config.spectrum == "free"
@@ -141,8 +144,7 @@ class POETX(torch.optim.Optimizer):
         self._released: dict[Tensor, RemovableHandle] = {}
         self._seen: dict[Tensor, tuple[int, int]] = {}  # versions of layers' momenta after the last step
         self._folded: dict[Tensor, int] = {}  # versions of weights after their last fold
-        self._orders: dict[tuple[Any, ...], Tensor] = {}
-        self._drawn: dict[tuple[Any, ...], int] = {}
+        self._orders = Orders(self._config, resample_every)
         lr = 1e-3 if lr is None and base is None else lr
         self._make_base = base or (
             lambda rest: torch.optim.AdamW(rest, betas=betas, eps=eps, weight_decay=weight_decay or 0.0)
@@ -322,9 +324,15 @@ class POETX(torch.optim.Optimizer):
         norm = torch.linalg.vector_norm(self._matrices(p), dim=(-2, -1), dtype=torch.float64)
         # [1] or [e]. What a fold adds to ‖W‖, by rounding or a free spectrum, the next one takes away by this factor.
         scale = state.get("scale", torch.ones_like(norm))
-        same = (norm * scale / state.get("norm", norm) - 1).abs() < _SAME_NORM
-        state["norm"] = torch.where(same, state.get("norm", norm), norm)
+        first = norm / self._grown(p)
+        held = state.get("norm", first)
+        same = (first * scale / held - 1).abs() < _SAME_NORM
+        state["norm"] = torch.where(same, held, first)
         state["scale"] = torch.where(same, scale, 1.0)
+
+    def _grown(self, p: Tensor) -> float:
+        """‖W‖ as it should be after so many steps, over the first one."""
+        return math.sqrt(1 + self._growth * self.state[p]["step"])
 
     def _attach(self, p: Tensor) -> None:
         """Have the layer's backward add to this optimizer's momentum."""
@@ -341,21 +349,8 @@ class POETX(torch.optim.Optimizer):
         return state["momentum_in"]._version, state["momentum_out"]._version
 
     def _order(self, p: Tensor, move: Move) -> Tensor:
-        """The partition in force, as :class:`Sinks` has it; structured ones are shared by all sides of one size."""
         size, block_size = self._sides(p, move.side)
-        own = "" if self._config.partition_kind == "structured" and move.index < 2 else f"{self._names[p]}/{move.side}"
-        draw = self.state[p]["step"] // self._resample if self._resample else 0
-        key = (move.index, size, block_size, own, p.device)
-        if key not in self._orders or self._drawn.get(key) != draw:
-            kind, seed = self._config.partition_kind, self._config.seed
-            order = partition(kind, move.index, size, block_size, seed=seed, name=own, draw=draw)
-            order = order.to(p.device, torch.int32)
-            if kind == "structured" and move.index == 0:
-                order = order[:0]
-            # In place, so that the layer that reads it, compiled or not, sees the new one.
-            self._orders[key] = self._orders[key].copy_(order) if key in self._orders else order
-            self._drawn[key] = draw
-        return self._orders[key]
+        return self._orders.get(move, size, block_size, self._names[p], self.state[p]["step"], p.device)
 
     @torch.no_grad()
     def _absorb(self, p: Tensor) -> None:
@@ -405,7 +400,7 @@ class POETX(torch.optim.Optimizer):
             Q = direction.mul_(-angle)
             E = Q.mul_(2) if self._free else small_cayley_delta(Q, self._bound and self._bound * angle)
             squares = [self._fold(p, move, E_KBB) for p, E_KBB in zip(batch, E.split(counts), strict=True)]
-        norms = torch.cat([self.state[p]["norm"] for p in batch])
+        norms = torch.cat([self.state[p]["norm"] * self._grown(p) for p in batch])
         ratios = norms / torch.stack([square for matrices in squares for square in matrices]).sqrt()
         scales = torch.where(ratios.isfinite(), ratios, 1.0)  # a matrix of zeros stays one
         for p, scale in zip(batch, scales.split([len(matrices) for matrices in squares]), strict=True):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from poetx.config import PoetConfig
 from poetx.layer import stream
 from poetx.ops.single_step import block_count, strided_order
+from poetx.single_step.directions import Move
 
 
 def partition(kind: str, index: int, size: int, block_size: int, *, seed: int, name: str, draw: int) -> Tensor:
@@ -25,3 +29,31 @@ def partition(kind: str, index: int, size: int, block_size: int, *, seed: int, n
     if kind == "structured" and index == 1 and block_count(size, block_size) <= block_size:
         return strided_order(size, block_size)
     return torch.randperm(size, generator=stream(seed, name, draw, f"partition-{index}"), device="cpu")
+
+
+class Orders:
+    """The partitions in force, on their devices; structured ones are shared by all sides of one size.
+
+    ``resample_every``: random ones are drawn anew after so many steps.
+    """
+
+    def __init__(self, config: PoetConfig, resample_every: int | None) -> None:
+        self._config, self._resample = config, resample_every
+        self._orders: dict[tuple[Any, ...], Tensor] = {}
+        self._drawn: dict[tuple[Any, ...], int] = {}
+
+    def get(self, move: Move, size: int, block_size: int, name: str, step: int, device: torch.device) -> Tensor:
+        """That of one (side, index) of the matrix ``name`` after so many steps, in the form of ``ops.single_step.Sinks``."""
+        kind, seed = self._config.partition_kind, self._config.seed
+        own = "" if kind == "structured" and move.index < 2 else f"{name}/{move.side}"
+        draw = step // self._resample if self._resample else 0
+        key = (move.index, size, block_size, own, device)
+        if key not in self._orders or self._drawn.get(key) != draw:
+            order = partition(kind, move.index, size, block_size, seed=seed, name=own, draw=draw)
+            order = order.to(device, torch.int32)
+            if kind == "structured" and move.index == 0:
+                order = order[:0]
+            # In place, so that the layer that reads it, compiled or not, sees the new one.
+            self._orders[key] = self._orders[key].copy_(order) if key in self._orders else order
+            self._drawn[key] = draw
+        return self._orders[key]

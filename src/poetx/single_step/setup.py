@@ -32,7 +32,9 @@ def settings(
     return config
 
 
-def check(rule: str, resample_every: int | None, momentum: float, angle: float, config: PoetConfig) -> None:
+def check(
+    rule: str, resample_every: int | None, momentum: float, angle: float, norm_growth: float, config: PoetConfig
+) -> None:
     if rule not in RULES:
         raise UserError(f"rule={rule!r}: must be one of {', '.join(RULES)}{nearest(str(rule), RULES)}")
     if resample_every is not None and (
@@ -45,6 +47,8 @@ def check(rule: str, resample_every: int | None, momentum: float, angle: float, 
         raise UserError(f"momentum={momentum!r}: must be at least 0 and below 1")
     if not 0 < angle < 0.5:
         raise UserError(f"angle={angle!r}: radians a step, between 0 and 0.5 (0.012 is usual)")
+    if not 0 <= norm_growth < 1:
+        raise UserError(f"norm_growth={norm_growth!r}: at least 0 and below 1 (8 / steps is usual)")
     if rule == "adam" and config.rotation_dtype == "bfloat16":
         raise UserError("rule='adam': its second moment needs float32; leave momentum_dtype (rotation_dtype) alone")
 

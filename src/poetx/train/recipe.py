@@ -181,6 +181,7 @@ class OptimizerRecipe:
     lr: float = 1e-3  # of everything that is not a rotation
     poet_lr: float = 2.5e-4  # of the rotations
     angle: float = 0.012  # of the rotations with poet.method=single-step instead: radians a step
+    norm_growth: float = 0.0  # of single-step: how much ‖W‖² grows a step, as a share of its first value
     weight_decay: float = 0.0  # never applied to rotations
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -213,6 +214,8 @@ class OptimizerRecipe:
             )
         if not 0 < self.angle < 0.5:
             raise UserError(f"optimizer.angle={self.angle}: radians a step, between 0 and 0.5 (0.012 is usual)")
+        if not 0 <= self.norm_growth < 1:
+            raise UserError(f"optimizer.norm_growth={self.norm_growth}: from 0 to below 1 (8 / train.steps is usual)")
         if self.release_gradients and self.clip:
             raise UserError(
                 f"optimizer.release_gradients with optimizer.clip={self.clip:g}: the norm over all gradients is not "

@@ -30,7 +30,7 @@ def _unused(recipe: Recipe) -> Iterator[str]:
     """Dotted names of the settings that were changed from their defaults and that nothing reads."""
     optimizer, poet = recipe.optimizer, recipe.poet
     single_step = poet is not None and poet.config.method == "single-step"
-    idle = [] if single_step else ["angle"]
+    idle = [] if single_step else ["angle", "norm_growth"]
     if poet is None or single_step:
         idle += _OF_POET_X
     elif optimizer.name != "adamw":

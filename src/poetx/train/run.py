@@ -204,6 +204,7 @@ def build_optimizer(model: torch.nn.Module, recipe: OptimizerRecipe) -> torch.op
             model,
             recipe.lr,
             angle=recipe.angle,
+            norm_growth=recipe.norm_growth,
             weight_decay=recipe.weight_decay,
             base=lambda groups: stack.build_optimizer(groups, recipe.base or recipe.name, **settings),
         )
