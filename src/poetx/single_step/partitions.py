@@ -43,7 +43,7 @@ class Orders:
         self._drawn: dict[tuple[Any, ...], int] = {}
 
     def get(self, move: Move, size: int, block_size: int, name: str, step: int, device: torch.device) -> Tensor:
-        """That of one (side, index) of the matrix ``name`` after so many steps, in the form of ``ops.single_step.Sinks``."""
+        """That of one (side, index) of the matrix ``name`` after so many steps, in the form of ``Sinks``."""
         kind, seed = self._config.partition_kind, self._config.seed
         own = "" if kind == "structured" and move.index < 2 else f"{name}/{move.side}"
         draw = step // self._resample if self._resample else 0
