@@ -10,16 +10,18 @@ from typing import Any
 
 from poetx.bench.record import append, provenance
 
-__all__ = ["RESULTS", "append", "by_setting", "mean_loss", "provenance"]
+__all__ = ["LATER", "RESULTS", "append", "by_setting", "mean_loss", "provenance"]
 
 RESULTS = Path(__file__).parent / "results"
+#: Settings of single-step runs that older rows do not name, with what they were then.
+LATER = {"matrix_decay": 0.0, "norm_growth": 0.0}
 
 
 def by_setting(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Rows of single-step runs that differ in nothing but their seed, together."""
     settings: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        key = json.loads(row["key"]) | {"steps": row["steps"], "seed": None, "compile": None}
+        key = LATER | json.loads(row["key"]) | {"steps": row["steps"], "seed": None, "compile": None}
         settings.setdefault(json.dumps(key, sort_keys=True), []).append(row)
     return list(settings.values())
 

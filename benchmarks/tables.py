@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import RESULTS, by_setting, mean_loss
+from benchmarks.record import LATER, RESULTS, by_setting, mean_loss
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/log.md")
@@ -179,7 +179,8 @@ def _settings(row: dict[str, Any]) -> str:
         "merge_every": None,
         "precision": "bf16",
     }
-    others = {name: row[name] for name, value in usual.items() if row[name] != value} | row["options"]
+    row = LATER | row
+    others = {name: row[name] for name, value in (usual | LATER).items() if row[name] != value} | row["options"]
     return ", ".join(rates + [f"{name} {value}" for name, value in others.items()])
 
 
