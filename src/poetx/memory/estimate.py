@@ -203,6 +203,9 @@ def _make_state(step: Step, parameters: list[nn.Parameter]) -> None:
     for parameter in parameters:
         if parameter.requires_grad:
             parameter.grad = torch.empty_like(parameter)
+    for state in (state for optimizer in step.optimizers for state in optimizer.state.values()):
+        for momentum in (state[key] for key in ("momentum_in", "momentum_out") if key in state):
+            momentum.add_(0)  # as the backward of a single-step layer would: without a gradient it is not moved
     # In one slice a parameter: this step's temporaries do not count, and slices take time.
     with mock.patch.object(adamw, "SLICE", 1 << 62), mock.patch.object(_base, "SLICE", 1 << 62):
         for optimizer in step.optimizers:
