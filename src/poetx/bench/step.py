@@ -24,7 +24,7 @@ _KEEP = ("poet.init=keep", "poet.init_scale=1.0")
 _SINGLE = ("poet.method=single-step", "poet.merge_every=null", *_KEEP)
 #: Who takes part, as overrides of the recipe. The first one is what the others are compared with.
 CONTESTANTS: dict[str, tuple[str, ...]] = {
-    "adamw": ("poet=null", "optimizer.state_dtype=same"),
+    "adamw": ("poet=null", "optimizer.name=adamw", "optimizer.base=null", "optimizer.state_dtype=same"),
     "fast": ("poet.mode=fast", *_KEEP),
     "mem": ("poet.mode=mem", *_KEEP),
     **{name: ("poet.mode=mem", f"poet.weight_format={name}", *_KEEP) for name in ("int8", "int4", "nf4", "fp8")},
