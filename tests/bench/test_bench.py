@@ -167,3 +167,12 @@ def test_gpu_suite_runs_in_rehearsal(tmp_path):
     result = subprocess.run([*command, "lyer"], env=environment, capture_output=True, text=True)
     assert result.returncode == 2
     assert "lyer: no such part" in result.stderr
+
+
+@pytest.mark.parametrize("own", [["optimizer.name=sgd"], ["optimizer.base=smmf"]])
+def test_the_adamw_contestant_is_adamw_whatever_the_recipe_has(own):
+    from poetx.bench.step import CONTESTANTS
+    from poetx.train.recipe import load_recipe
+
+    optimizer = load_recipe("demo", [*own, *CONTESTANTS["adamw"]]).optimizer
+    assert (optimizer.name, optimizer.base, optimizer.state_dtype) == ("adamw", None, "same")
