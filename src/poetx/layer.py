@@ -368,7 +368,7 @@ def checked_input(x: Tensor, in_features: int, weight_dtype: torch.dtype, name: 
         RuntimeError: another dtype without autocast, or another last size, as from ``nn.Linear``.
         UserError: float16 autocast.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as nn.Linear does
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as nn.Linear does
         x = x.to(torch.get_autocast_dtype(x.device.type))
     elif x.dtype != weight_dtype:
         raise RuntimeError(

@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from poetx.errors import UserError
 
@@ -66,6 +69,8 @@ def register_op(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[...
 
     The implementation runs without autocast: it decides itself which product runs in which dtype. ``fake`` gives the
     outputs' shapes and dtypes. Returns a function that calls the registered operator.
+
+    ``torch.utils.flop_counter.FlopCounterMode`` counts what the function multiplies.
     """
     name = schema.split("(")[0]
 
@@ -73,7 +78,7 @@ def register_op(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[...
         @functools.wraps(function)
         def without_autocast(*args: Any) -> Any:
             device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-            if not torch.is_autocast_enabled(device):
+            if device == "meta" or not torch.is_autocast_enabled(device):
                 return function(*args)
             with torch.autocast(device, enabled=False):
                 return function(*args)
@@ -82,6 +87,7 @@ def register_op(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[...
         _LIBRARY.impl(name, without_autocast, "CompositeExplicitAutograd")
         torch.library.register_fake(f"poetx::{name}", fake, lib=_LIBRARY)
         operator = getattr(torch.ops.poetx, name).default
+        register_flop_formula(operator.overloadpacket, get_raw=True)(functools.partial(_flops, without_autocast))
 
         def call(*args: Any) -> Any:
             return without_autocast(*args) if _transparent is not None or _eager() else operator(*args)
@@ -89,6 +95,16 @@ def register_op(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[...
         return call
 
     return decorate
+
+
+def _flops(function: Callable[..., Any], *args: Any, out_val: Any = None) -> int:
+    """Of one call: those of the same call on fake tensors, whatever kernels it runs on real ones."""
+    device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+    in_place = {torch.ops.aten.baddbmm_: lambda _, a, b, **rest: 2 * a[0] * a[1] * a[2] * b[2]}  # torch has none
+    counter = FlopCounterMode(display=False, custom_mapping=in_place)
+    with FakeTensorMode(), transparent_operators(device_type=device), counter:
+        function(*tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device), args))
+    return counter.get_total_flops()
 
 
 def _eager() -> bool:
