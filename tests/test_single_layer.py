@@ -422,3 +422,26 @@ def test_a_gradient_scaler_is_refused():
     scaler.scale(layer(torch.randn(5, 8)).sum()).backward()
     with pytest.raises(UserError, match="gradient scaler"):
         scaler.step(optimizer)
+
+
+def test_second_derivatives_are_refused_before_anything_is_fed():
+    model = mlp().double()
+    convert_(model, CONFIG)
+    optimizer = POETX(model)
+    loss = loss_of(model, 0, 0)
+    with pytest.raises(UserError, match=r"^a converted layer has no second derivatives.*$"):
+        torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], create_graph=True)
+    momenta = [value for state in optimizer.state.values() for key, value in state.items() if "momentum" in key]
+    assert momenta
+    assert not any(value.any() for value in momenta)
+
+
+def test_dense_again_a_frozen_layer_is_still_frozen():
+    model = mlp()
+    convert_(model, CONFIG)
+    next(m for m in model.modules() if isinstance(m, SingleStepLinear)).requires_grad_(False)
+    to_dense_(model)
+    first, *others = (m.weight.requires_grad for m in model.modules() if isinstance(m, nn.Linear))
+    assert not first
+    assert others
+    assert all(others)

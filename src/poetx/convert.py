@@ -364,7 +364,7 @@ def to_dense_(model: nn.Module) -> nn.Module:
     """Replace every converted layer by the plain layer it came from, with the same function, in place.
 
     ``nn.Linear``, or ``Conv1D`` where the layer came from one. The weight is rounded to the stored dtype once;
-    it requires a gradient again. A model that is not converted is returned unchanged. Returns ``model``.
+    it requires a gradient again, unless its layer was frozen. Returns ``model``, unchanged if nothing is converted.
 
     Raises:
         UserError: ``model`` itself is a layer, which cannot be replaced in place.
@@ -395,6 +395,6 @@ def _dense_layer(layer: PoetLinear | SingleStepLinear) -> nn.Module:
         weight = weight.T.contiguous()
     else:
         dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    dense.weight = nn.Parameter(weight)
+    dense.weight = nn.Parameter(weight, requires_grad=not (isinstance(layer, SingleStepLinear) and layer.frozen))
     dense.bias = layer.bias
     return dense.train(layer.training)

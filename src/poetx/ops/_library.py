@@ -120,8 +120,8 @@ def first_derivatives_only() -> None:
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise UserError(
-            "PoetLinear has no second derivatives, which create_graph=True asks for; put x @ layer.dense_weight().T + "
-            "layer.bias in its place there"
+            "a converted layer has no second derivatives, which create_graph=True asks for; put x @ "
+            "layer.dense_weight().T + layer.bias in its place there"
         )
 
 

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from poetx.ops._library import register_op
+from poetx.ops._library import first_derivatives_only, register_op
 from poetx.ops.cayley import pack_skew
 from poetx.ops.dispatch import use_triton
 from poetx.ops.fold import full_precision_products, stochastic_round_
@@ -261,6 +261,7 @@ class _SingleStepLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
+        first_derivatives_only()
         x, y, weight, bias = ctx.saved_tensors
         if ctx.writes is not None and ctx.writes._version:
             y = None  # overwritten, as by nn.ReLU(inplace=True): computed again
