@@ -128,6 +128,17 @@ def stability() -> str:
     return _markdown(head, body)
 
 
+def permutations() -> str:
+    """Last validation loss of the demo by kind of permutation, seed by seed."""
+    rows = _rows("permutations")
+    body = []
+    for kind in dict.fromkeys(r["kind"] for r in rows):
+        mine = sorted((r for r in rows if r["kind"] == kind), key=lambda r: r["seed"])
+        losses = [r["loss"] for r in mine]
+        body.append([kind, f"{statistics.mean(losses):.4f}", ", ".join(f"{loss:.4f}" for loss in losses)])
+    return _markdown(["permutations", "validation loss, mean", "seeds"], body)
+
+
 def single_step() -> str:
     """Every setting measured, best first within a budget: mean and range over its seeds."""
     body = []
@@ -242,6 +253,7 @@ _TABLES = (
     step,
     continuity,
     stability,
+    permutations,
     single_step,
     quantised_merges,
     quantised_quality,
