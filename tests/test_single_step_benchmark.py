@@ -114,7 +114,7 @@ def test_seeds_are_averaged_and_the_best_setting_is_drawn(tmp_path, monkeypatch,
     curves.main()
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
-    for words, message in ((["--scale", "wide"], "no budget"), (["--rows", "nowhere"], "no such file")):
+    for words, message in ((["--scales", "wide"], "no budget"), (["--rows", "nowhere"], "no such file")):
         monkeypatch.setattr("sys.argv", ["curves", "--rows", str(source), "--plot", "x.png", *words])
         with pytest.raises(SystemExit, match="2"):
             curves.main()
