@@ -1,9 +1,12 @@
 """convert_ and to_dense_: the function stays, and everything left out is named."""
 
 import copy
+import dataclasses
+import math
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -15,6 +18,7 @@ from transformers import (
 
 from helpers import TOLERANCE, relative_error
 from poetx import PoetConfig, PoetLinear, UserError, convert_, poet_layers, to_dense_
+from poetx.convert import converted_layers
 
 
 def llama(**settings):
@@ -282,6 +286,52 @@ def test_fresh_weights_do_not_depend_on_what_was_there():
     assert torch.equal(first[0].base_weight, second[0].base_weight)
     torch.testing.assert_close(first[0].dense_weight().norm(dim=1), torch.full((20,), 2.0))
     assert isinstance(first[0], PoetLinear)
+
+
+@pytest.mark.parametrize("method", ["poet-x", "single-step"])
+def test_what_writes_to_the_residual_stream_starts_smaller(method):
+    config = PoetConfig(method=method, block_size=4, init="normalized", init_scale=2.0)
+    models = plain, shrunk = llama(), llama()
+    convert_(plain, config)
+    report = convert_(shrunk, dataclasses.replace(config, residual_scale=0.25))
+    ratios = {name: b.weight.norm() / a.weight.norm() for name, a, b in _pairs(*models)}
+    writers = {name for name, ratio in ratios.items() if not math.isclose(ratio, 1)}
+    assert {name.rpartition(".")[2] for name in writers} == {"o_proj", "down_proj"}
+    assert all(math.isclose(ratios[name], 0.25, rel_tol=1e-5) for name in writers)
+    assert str(report).count("starts 0.25 times as large") == 2  # o_proj of all layers, down_proj of all layers
+
+
+def _pairs(first, second):
+    for (name, a), (_, b) in zip(converted_layers(first), converted_layers(second), strict=True):
+        yield name, a, b
+
+
+@pytest.mark.parametrize("family", ["gpt2", "neox", "opt", "phi", "bloom"])
+def test_residual_modules_know_the_usual_names(family):
+    """In each family exactly two matrices a block write to the residual stream."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+    configs = {
+        "gpt2": lambda: transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=8),
+        "neox": lambda: transformers.GPTNeoXConfig(**shape, intermediate_size=32),
+        "opt": lambda: transformers.OPTConfig(**shape, ffn_dim=32, word_embed_proj_dim=16, pad_token_id=0),
+        "phi": lambda: transformers.PhiConfig(**shape, intermediate_size=32),
+        "bloom": lambda: transformers.BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=32),
+    }
+    model = transformers.AutoModelForCausalLM.from_config(configs[family]())
+    config = PoetConfig(block_size=4, init="normalized", residual_scale=0.5)
+    convert_(model, config)
+    assert sum(config.writes_to_residual(name) for name, _ in converted_layers(model)) == 2
+
+
+def test_a_residual_scale_that_reaches_no_layer_is_refused():
+    model = mlp()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UserError, match=r"residual_scale=0.5: no layer to convert is in residual_modules.*end in 0, 2"):
+        convert_(model, PoetConfig(block_size=4, init="normalized", residual_scale=0.5))
+    assert list(before) == list(model.state_dict())
+    named = PoetConfig(block_size=4, init="normalized", residual_scale=0.5, residual_modules=("2",))
+    convert_(model, named)
+    torch.testing.assert_close(model[2].dense_weight().norm(dim=1), torch.full((model[2].out_features,), 0.5))
 
 
 @pytest.mark.parametrize(("block_size", "more"), [(8, True), (4, False)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +17,13 @@ NeumannOrder = Literal[3, 7, "exact"]
 Method = Literal["poet-x", "single-step"]
 PartitionKind = Literal["structured", "random"]
 Spectrum = Literal["fixed", "free"]
+
+#: Endings of the names of layers that write to the residual stream: Llama, Mistral, Qwen, Gemma; GPT-2; OPT; NeoX,
+#: BLOOM, Falcon; Phi; T5; ModernBERT.
+RESIDUAL_MODULES = (
+    *("o_proj", "down_proj", "c_proj", "out_proj", "fc2", "dense_4h_to_h", "attention.dense", "self_attention.dense"),
+    *("self_attn.dense", "o", "wo", "Wo"),
+)
 
 #: How the frozen weight can be stored below bfloat16; see :mod:`poetx.ops.quantize`.
 WEIGHT_FORMATS = ("int8", "int4", "nf4", "fp8", *(f"bipolar-int{bits}" for bits in range(2, 9)))
@@ -30,6 +38,13 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "rotation_dtype": ("float32", "bfloat16", "float64"),
     "weight_format": (None, *WEIGHT_FORMATS),
 }
+
+
+def name_matches(name: str, patterns: str | tuple[str, ...]) -> bool:
+    """PEFT's rule: one string is a regular expression for the whole name, several are names or endings."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +69,10 @@ class PoetConfig:
             pretrained model). ``"normalized"`` draws a Gaussian and scales every row to norm ``init_scale``.
             ``"uniform"`` makes all singular values ``init_scale``.
         init_scale: factor on the freshly drawn weight; must be 1 with ``init="keep"``.
+        residual_scale: a further factor on fresh weights of the layers that write to the residual stream, which then
+            starts near the embedding alone; must be 1 with ``init="keep"``.
+        residual_modules: which layers these are, in PEFT's meaning, as for ``target_modules``. The usual names of
+            ``transformers`` models unless given.
         neumann_order: highest power k of the Neumann series in the Cayley–Neumann parametrisation, 3 (the
             paper's) or 7, or ``"exact"`` for the Cayley transform itself.
         target_modules: ``"all-linear"``, or names (a module matches when its dotted name equals or ends with
@@ -83,6 +102,8 @@ class PoetConfig:
     mode: Mode = "fast"
     init: Init = "keep"
     init_scale: float = 1.0
+    residual_scale: float = 1.0
+    residual_modules: str | tuple[str, ...] = RESIDUAL_MODULES
     neumann_order: NeumannOrder = 3
     target_modules: str | tuple[str, ...] = "all-linear"
     exclude_modules: str | tuple[str, ...] = ("lm_head",)
@@ -108,13 +129,14 @@ class PoetConfig:
                 )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise UserError(f"seed={self.seed!r}: must be a whole number")
-        if not isinstance(self.init_scale, (int, float)) or not 0 < self.init_scale < float("inf"):
-            raise UserError(f"init_scale={self.init_scale!r}: must be a positive number")
-        if self.init == "keep" and self.init_scale != 1:
-            raise UserError(
-                f"init_scale={self.init_scale}: init='keep' leaves the weight alone; "
-                "use init='normalized' or init_scale=1"
-            )
+        for field in ("init_scale", "residual_scale"):
+            scale = getattr(self, field)
+            if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+                raise UserError(f"{field}={scale!r}: must be a positive number")
+            if self.init == "keep" and scale != 1:
+                raise UserError(
+                    f"{field}={scale}: init='keep' leaves the weight alone; use init='normalized' or {field}=1"
+                )
         if not isinstance(self.weight_residual, bool):
             raise UserError(f"weight_residual={self.weight_residual!r}: must be true or false")
         if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < 2:
@@ -126,12 +148,16 @@ class PoetConfig:
             )
         if self.weight_format is not None:
             self._check_quantised()
-        for field in ("target_modules", "exclude_modules"):
+        for field in ("target_modules", "exclude_modules", "residual_modules"):
             value = getattr(self, field)
             if isinstance(value, list):
                 object.__setattr__(self, field, tuple(value))
             elif not isinstance(value, (str, tuple)):
                 raise UserError(f"{field}={value!r}: must be a string or a sequence of names")
+            try:
+                re.compile(value if isinstance(value, str) else "")
+            except re.error as error:
+                raise UserError(f"{field}={value!r}: not a regular expression ({error})") from None
 
     def _check_quantised(self) -> None:
         if self.mode != "mem":
@@ -139,6 +165,10 @@ class PoetConfig:
                 f"mode={self.mode!r} with weight_format={self.weight_format!r}: fast keeps a product of the layer for "
                 "backward, which costs more memory than the format spares; use mode='mem'"
             )
+
+    def writes_to_residual(self, name: str) -> bool:
+        """Whether ``residual_modules`` match a layer's dotted name."""
+        return name_matches(name, self.residual_modules)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, as :meth:`from_dict` takes them."""

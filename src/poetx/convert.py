@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from poetx.config import PoetConfig
+from poetx.config import PoetConfig, name_matches
 from poetx.errors import UserError, nearest
 from poetx.foreign import dense_weight, foreign_buffers, is_foreign
 from poetx.layer import DTYPES, PoetLinear
@@ -127,23 +127,6 @@ def _is_conv1d(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
-def _matches(name: str, patterns: str | tuple[str, ...]) -> bool:
-    """PEFT's rule: one string is a regular expression for the whole name, several are names or endings."""
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
-
-
-def _check_patterns(config: PoetConfig) -> None:
-    for field in ("target_modules", "exclude_modules"):
-        value = getattr(config, field)
-        if isinstance(value, str):
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise UserError(f"{field}={value!r}: not a regular expression ({error})") from None
-
-
 def _output_layer(model: nn.Module) -> Any:
     getter: Any = getattr(model, "get_output_embeddings", None)
     try:
@@ -193,7 +176,6 @@ def find_targets(model: nn.Module, config: PoetConfig, *, foreign: bool = False,
     Raises:
         UserError: none is left, or one of them is float16.
     """
-    _check_patterns(config)
     places: dict[nn.Module, list[str]] = defaultdict(list)
     owners: dict[int, set[int]] = defaultdict(set)
     for name, module in model.named_modules(remove_duplicate=False):
@@ -209,12 +191,12 @@ def find_targets(model: nn.Module, config: PoetConfig, *, foreign: bool = False,
     matched = False
     for module in linears:
         name = places[module][0]
-        wanted = config.target_modules == "all-linear" or _matches(name, config.target_modules)
+        wanted = config.target_modules == "all-linear" or name_matches(name, config.target_modules)
         if not wanted:
             reason = "not in target_modules"
         elif module is head and config.target_modules == "all-linear":
             reason = "the output layer"
-        elif _matches(name, config.exclude_modules):
+        elif name_matches(name, config.exclude_modules):
             reason = "in exclude_modules"
         else:
             matched = True
@@ -228,6 +210,12 @@ def find_targets(model: nn.Module, config: PoetConfig, *, foreign: bool = False,
             )
         else:
             layers[name] = module
+    if config.residual_scale != 1 and layers and not any(map(config.writes_to_residual, layers)):
+        endings = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+        raise UserError(
+            f"residual_scale={config.residual_scale}: no layer to convert is in residual_modules; name those that "
+            f"write to the residual stream (the layers end in {endings})"
+        )
     if not layers:
         _raise_no_match(config, [places[m][0] for m in linears], [reasons[m] for m in linears] if matched else [])
     return Targets(layers, dict(places), reasons)
@@ -265,6 +253,8 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
         module = found.layers.pop(name)  # so that nothing here keeps the old weight alive
         places = found.places[module]
         notes = ["one matrix holding several: its output blocks mix them"] if _FUSED.search(name) else []
+        if config.residual_scale != 1 and config.writes_to_residual(name):
+            notes.append(f"starts {config.residual_scale:g} times as large: it writes to the residual stream")
         weight = None
         if is_foreign(module):
             try:

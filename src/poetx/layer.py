@@ -385,7 +385,8 @@ def fresh_weight(config: PoetConfig, out_features: int, in_features: int, name: 
     """A new weight [m, n] in the native frame, float32 on the CPU, from (seed, name) alone.
 
     Gaussian with every row scaled to norm ``init_scale``; for ``init="uniform"`` its orthogonal polar-like factor
-    instead (QR with the signs fixed), all min(m, n) singular values ``init_scale``.
+    instead (QR with the signs fixed), all min(m, n) singular values ``init_scale``. Times ``residual_scale`` where the
+    layer writes to the residual stream.
     """
     generator = stream(config.seed, name, 0, "weight")
     weight = torch.randn(out_features, in_features, generator=generator, device="cpu", dtype=torch.float32)
@@ -397,4 +398,5 @@ def fresh_weight(config: PoetConfig, out_features: int, in_features: int, name: 
         weight = factor if out_features >= in_features else factor.T
     else:
         weight /= weight.norm(dim=1, keepdim=True)
-    return weight.mul_(config.init_scale)
+    scale = config.init_scale * (config.residual_scale if config.writes_to_residual(name) else 1)
+    return weight.mul_(scale)

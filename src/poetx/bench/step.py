@@ -20,7 +20,7 @@ from poetx.train.recipe import Recipe, load_recipe
 from poetx.train.run import build_optimizer
 
 # Fresh weights are drawn on the CPU, minutes for 8B, and a step takes as long on any: keep the dense model's.
-_KEEP = ("poet.init=keep", "poet.init_scale=1.0")
+_KEEP = ("poet.init=keep", "poet.init_scale=1.0", "poet.residual_scale=1.0")
 _SINGLE = ("poet.method=single-step", "poet.merge_every=null", *_KEEP)
 #: Who takes part, as overrides of the recipe. The first one is what the others are compared with.
 CONTESTANTS: dict[str, tuple[str, ...]] = {
