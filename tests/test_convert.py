@@ -294,7 +294,7 @@ def test_what_writes_to_the_residual_stream_starts_smaller(method):
     models = plain, shrunk = llama(), llama()
     convert_(plain, config)
     report = convert_(shrunk, dataclasses.replace(config, residual_scale=0.25))
-    ratios = {name: b.weight.norm() / a.weight.norm() for name, a, b in _pairs(*models)}
+    ratios = {name: (b.weight.norm() / a.weight.norm()).item() for name, a, b in _pairs(*models)}
     writers = {name for name, ratio in ratios.items() if not math.isclose(ratio, 1)}
     assert {name.rpartition(".")[2] for name in writers} == {"o_proj", "down_proj"}
     assert all(math.isclose(ratios[name], 0.25, rel_tol=1e-5) for name in writers)

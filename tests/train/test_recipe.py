@@ -113,9 +113,12 @@ def test_poet_null_is_the_dense_baseline() -> None:
 
 def test_a_pretrained_model_must_keep_its_weights() -> None:
     sizes = [f"model.{key}=null" for key in ("hidden_size", "intermediate_size", "num_layers", "num_heads")]
-    with pytest.raises(UserError, match=r"poet\.init=normalized would destroy.*use poet\.init=keep"):
+    with pytest.raises(
+        UserError, match=r"poet\.init=normalized would destroy.*use poet\.init=keep poet\.residual_scale=1$"
+    ):
         load_recipe("demo", [*sizes, "model.pretrained=somewhere"])
-    assert load_recipe("demo", [*sizes, "model.pretrained=somewhere", "poet.init=keep"]).model.pretrained
+    keep = ["poet.init=keep", "poet.residual_scale=1"]
+    assert load_recipe("demo", [*sizes, "model.pretrained=somewhere", *keep]).model.pretrained
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:

@@ -56,7 +56,6 @@ FREE_ON_RESUME = (
     "train.export",
 )
 
-
 _PATHS = ("data.train", "data.validation", "data.tokenizer", "data.cache_dir", "model.config", "model.pretrained")
 
 
@@ -311,10 +310,11 @@ class Recipe:
                 f"optimizer.base={self.optimizer.base} is for what rotations leave, and poet=null has none; use "
                 f"optimizer.name={self.optimizer.base}"
             )
-        if self.model.pretrained and self.poet is not None and self.poet.config.init != "keep":
+        if self.model.pretrained and self.poet is not None and (config := self.poet.config).init != "keep":
+            also = "".join(f" poet.{s}=1" for s in ("init_scale", "residual_scale") if getattr(config, s) != 1)
             raise UserError(
-                f"poet.init={self.poet.config.init} would destroy the weights of model.pretrained="
-                f"{self.model.pretrained}; use poet.init=keep"
+                f"poet.init={config.init} would destroy the weights of model.pretrained={self.model.pretrained}; "
+                f"use poet.init=keep{also}"
             )
 
     def to_dict(self) -> dict[str, Any]:
