@@ -306,7 +306,7 @@ def _pairs(first, second):
         yield name, a, b
 
 
-@pytest.mark.parametrize("family", ["gpt2", "neox", "opt", "phi", "bloom"])
+@pytest.mark.parametrize("family", ["gpt2", "neox", "opt", "phi", "bloom", "bert", "gptj"])
 def test_residual_modules_know_the_usual_names(family):
     """In each family exactly two matrices a block write to the residual stream."""
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
@@ -316,6 +316,8 @@ def test_residual_modules_know_the_usual_names(family):
         "opt": lambda: transformers.OPTConfig(**shape, ffn_dim=32, word_embed_proj_dim=16, pad_token_id=0),
         "phi": lambda: transformers.PhiConfig(**shape, intermediate_size=32),
         "bloom": lambda: transformers.BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=32),
+        "bert": lambda: transformers.BertConfig(**shape, intermediate_size=32, is_decoder=True),
+        "gptj": lambda: transformers.GPTJConfig(n_embd=16, n_layer=1, n_head=2, vocab_size=32, rotary_dim=4),
     }
     model = transformers.AutoModelForCausalLM.from_config(configs[family]())
     config = PoetConfig(block_size=4, init="normalized", residual_scale=0.5)

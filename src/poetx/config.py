@@ -18,11 +18,11 @@ Method = Literal["poet-x", "single-step"]
 PartitionKind = Literal["structured", "random"]
 Spectrum = Literal["fixed", "free"]
 
-#: Endings of the names of layers that write to the residual stream: Llama, Mistral, Qwen, Gemma; GPT-2; OPT; NeoX,
-#: BLOOM, Falcon; Phi; T5; ModernBERT.
+#: Endings of the names of layers that write to the residual stream: Llama, Mistral, Qwen, Gemma; GPT-2; OPT, GPT-J;
+#: NeoX, BLOOM, Falcon; Phi, BERT; T5, ModernBERT.
 RESIDUAL_MODULES = (
-    *("o_proj", "down_proj", "c_proj", "out_proj", "fc2", "dense_4h_to_h", "attention.dense", "self_attention.dense"),
-    *("self_attn.dense", "o", "wo", "Wo"),
+    *("o_proj", "down_proj", "c_proj", "out_proj", "fc2", "fc_out"),
+    *("dense_4h_to_h", "attention.dense", "self_attention.dense", "self_attn.dense", "output.dense", "o", "wo", "Wo"),
 )
 
 #: How the frozen weight can be stored below bfloat16; see :mod:`poetx.ops.quantize`.
