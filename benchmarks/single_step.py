@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.record import append, provenance
+from benchmarks.record import LATER, append, provenance
 from benchmarks.weights import weight_statistics
 from poetx import POETX, PoetConfig, convert_, merge_every, param_groups
 from poetx.layer import fresh_weight
@@ -61,6 +61,8 @@ SCALES = {
     "60m": Scale(512, 1280, 8, 8, 32000, 256, 128, 6104, 64),  # 200M tokens: give --text, and a GPU
 }
 VALIDATION_TOKENS = 64 * 16 * 128
+#: Where methods that keep the norm of a weight do best: rows of norm 0.5, a quarter of it onto the residual stream.
+START: dict[str, Any] = {"init": "normalized", "init_scale": 0.5, "out_scale": 0.25}
 
 
 @dataclass(frozen=True)
@@ -109,47 +111,63 @@ def single(angle: float = 0.012, **settings: Any) -> Run:
     return Run(matrix_lr=angle, options=options, **fields)
 
 
+def recommended(angle: float = 0.012, **changes: Any) -> Run:
+    """The recommended short run, with ``changes``: any map of one contiguous partition, from small residual layers."""
+    return single(angle, **({"lr": 0.012, "partitions": 1, "spectrum": "free"} | START | changes))
+
+
 def sweep() -> Iterator[Run]:
-    """Learning rates of every method, at least four each, one seed."""
-    for weight_decay in (0.0, 0.1):
-        for lr in (1e-3, 2e-3, 3e-3, 6e-3):
-            yield Run("adamw", lr=lr, matrix_lr=lr, weight_decay=weight_decay)
-        for matrix_lr in (1.5e-3, 3e-3, 6e-3, 1e-2):
-            yield Run("muon", matrix_lr=matrix_lr, weight_decay=weight_decay)
+    """At least four rates of every method, and three of what it leaves to AdamW, one seed."""
+    for lr in (7.5e-4, 1.5e-3, 3e-3, 6e-3):
+        yield Run("adamw", lr=lr)
+    for matrix_lr in (3.75e-4, 7.5e-4, 1.5e-3, 3e-3):
+        yield Run("adamw-split", lr=0.012, matrix_lr=matrix_lr)
+        yield Run("adamw-split", lr=0.012, matrix_lr=2 * matrix_lr, out_scale=0.25)
+    for matrix_lr in (1.5e-3, 3e-3, 6e-3, 1e-2):
+        yield Run("muon", lr=0.012, matrix_lr=matrix_lr)
+    for angle in (0.006, 0.008, 0.012, 0.018, 0.024):
+        yield recommended(angle)
+        yield recommended(angle, spectrum="fixed")
+    for angle in (7.5e-4, 1.5e-3, 3e-3, 6e-3):
+        yield recommended(angle, rule="adam")
+        yield recommended(angle, rule="adam", spectrum="fixed")
+    for lr in (0.006, 0.024, 0.048):
+        yield Run("adamw-split", lr=lr, matrix_lr=1.5e-3, out_scale=0.25)
+        yield Run("muon", lr=lr, matrix_lr=3e-3, out_scale=0.25)
+        yield recommended(lr=lr)
+    yield Run("adamw-split", lr=0.012, matrix_lr=1.5e-3, weight_decay=0.1)
+    yield Run("muon", lr=0.012, matrix_lr=3e-3, weight_decay=0.1)
     for merge in (200, 400):
-        for matrix_lr in (5e-4, 1e-3, 2e-3, 4e-3):
-            yield Run("poet-x", matrix_lr=matrix_lr, init="normalized", merge_every=merge)
-    for angle in (0.006, 0.012, 0.018, 0.024):
-        yield single(angle)
-        yield single(angle / 4, rule="adam")
-    for lr in (1e-3, 6e-3, 1e-2):
-        yield single(lr=lr)
-        yield Run("muon", matrix_lr=3e-3, lr=lr)
+        for matrix_lr in (1e-3, 2e-3, 4e-3, 8e-3):
+            yield Run("poet-x", lr=0.012, matrix_lr=matrix_lr, merge_every=merge, **START)
 
 
 def ablate() -> Iterator[Run]:
-    """One change at a time from the recommended single-step form, and the controls on Muon that explain them."""
-    yield single()
-    yield single(0.006, alternate=False)
-    yield single(0.003, alternate=False)
-    yield single(partitions=1)
-    yield single(partitions=1, partition_kind="random", resample_every=200)
-    yield single(partition_kind="random")
-    yield single(partitions=4)
-    for block_size in (32, 96, 192):
-        yield single(block_size=block_size)
-    yield single(block_size=512, partitions=1)
+    """One change at a time from the recommended single-step form, and the controls on others that explain them."""
+    yield recommended()
+    yield recommended(0.006, alternate=False)
+    yield recommended(0.008, alternate=False)
+    yield recommended(nesterov=False)
+    yield recommended(partitions=2)
+    yield recommended(partitions=4)
+    yield recommended(partition_kind="random", resample_every=200)
+    yield recommended(partition_kind="random", partitions=2)
+    for block_size in (32, 96, 128, 192):
+        yield recommended(block_size=block_size)
     for momentum in (0.9, 0.98):
-        yield single(momentum=momentum)
-    for init_scale in (0.5, 2.0, 4.0):
-        yield single(init_scale=init_scale)
-    yield single(init="default", init_scale=4.0)
-    yield single(init="uniform")
-    yield single(out_scale=0.25)
-    yield single(embed_std=0.5)
-    yield single(beta2=0.999)
-    yield Run("muon", matrix_lr=3e-3, init="normalized")
-    yield Run("muon", matrix_lr=3e-3, embed_std=0.5)
+        yield recommended(momentum=momentum)
+    for init_scale in (0.25, 1.0):
+        yield recommended(init_scale=init_scale)
+    yield recommended(init="default", init_scale=1.0)
+    yield recommended(init="uniform")
+    for out_scale in (0.1, 1.0):
+        yield recommended(out_scale=out_scale)
+    yield recommended(norm_growth=2.0)
+    yield recommended(embed_std=0.5)
+    yield recommended(beta2=0.999)
+    yield Run("muon", lr=0.012, matrix_lr=3e-3, out_scale=0.25)
+    yield Run("muon", lr=0.012, matrix_lr=3e-3, **START)
+    yield Run("adamw-split", lr=0.012, matrix_lr=1.5e-3, **START)
 
 
 def final(rows: list[dict[str, Any]]) -> Iterator[Run]:
@@ -407,11 +425,16 @@ def main() -> None:
     else:
         runs = [dataclasses.replace(run, scale=scale, steps=steps) for run in EXPERIMENTS[args.experiment]()]
     for run in runs:
-        if run.key() in {row["key"] for row in _read(args.out)}:
+        if run.key() in {_key(row) for row in _read(args.out)}:
             continue
         row = train(run, text=args.text, cache=args.cache)
         append(args.out, [row | provenance(torch.device("cuda" if torch.cuda.is_available() else "cpu"))])
         print(f"{row['loss']}  {row['tokens_per_s']} tokens/s  {row['key']}", flush=True)
+
+
+def _key(row: dict[str, Any]) -> str:
+    """The key of a row, with the settings that older rows do not name."""
+    return json.dumps(LATER | json.loads(row["key"]), sort_keys=True)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -84,6 +84,13 @@ def test_experiments_name_runs_that_the_methods_take():
             bench.optimizer_for(bench.build(run, bench.Scale(24, 40, 1, 2, 300, 16, 4, 30)), run)
 
 
+def test_a_row_from_before_a_setting_existed_counts_as_done():
+    key = json.loads(bench.Run("muon").key())
+    older = {name: value for name, value in key.items() if name not in ("matrix_decay", "norm_growth")}
+    assert bench._key({"key": json.dumps(older)}) == bench.Run("muon").key()
+    assert bench._key({"key": json.dumps(older)}) != bench.Run("muon", norm_growth=8.0).key()
+
+
 def test_final_takes_the_best_of_each_method():
     rows = [
         {"method": run.method, "seed": 0, "loss": loss, "key": run.key()}
