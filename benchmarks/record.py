@@ -10,19 +10,26 @@ from typing import Any
 
 from poetx.bench.record import append, provenance
 
-__all__ = ["LATER", "RESULTS", "append", "by_setting", "mean_loss", "provenance"]
+__all__ = ["LATER", "RESULTS", "append", "by_setting", "mean_loss", "provenance", "setting"]
 
 RESULTS = Path(__file__).parent / "results"
 #: Settings of single-step runs that older rows do not name, with what they were then.
 LATER = {"matrix_decay": 0.0, "norm_growth": 0.0}
 
 
+def setting(row: dict[str, Any], *but: str) -> str:
+    """All settings of a single-step run, as text, but for its seed, whether it was compiled, and ``but``."""
+    key = LATER | json.loads(row["key"]) | {"steps": row["steps"]}
+    key = {name: value for name, value in key.items() if name not in {"seed", "compile", *but}}
+    key = {name: float(value) if type(value) is int else value for name, value in key.items()}  # 8 and 8.0 are one
+    return json.dumps(key, sort_keys=True)
+
+
 def by_setting(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Rows of single-step runs that differ in nothing but their seed, together."""
     settings: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        key = LATER | json.loads(row["key"]) | {"steps": row["steps"], "seed": None, "compile": None}
-        settings.setdefault(json.dumps(key, sort_keys=True), []).append(row)
+        settings.setdefault(setting(row), []).append(row)
     return list(settings.values())
 
 

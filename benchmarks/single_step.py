@@ -131,14 +131,14 @@ def sweep() -> Iterator[Run]:
     for angle in (7.5e-4, 1.5e-3, 3e-3, 6e-3):
         yield recommended(angle, rule="adam")
         yield recommended(angle, rule="adam", spectrum="fixed")
-    for lr in (0.006, 0.024, 0.048):
+    for lr in (0.006, 0.012, 0.024, 0.048):
         yield Run("adamw-split", lr=lr, matrix_lr=1.5e-3, out_scale=0.25)
         yield Run("muon", lr=lr, matrix_lr=3e-3, out_scale=0.25)
         yield recommended(lr=lr)
     yield Run("adamw-split", lr=0.012, matrix_lr=1.5e-3, weight_decay=0.1)
     yield Run("muon", lr=0.012, matrix_lr=3e-3, weight_decay=0.1)
     for merge in (200, 400):
-        for matrix_lr in (1e-3, 2e-3, 4e-3, 8e-3):
+        for matrix_lr in (5e-4, 1e-3, 2e-3, 4e-3):
             yield Run("poet-x", lr=0.012, matrix_lr=matrix_lr, merge_every=merge, **START)
 
 
@@ -327,6 +327,7 @@ def train(run: Run, *, text: str, cache: Path) -> dict[str, Any]:
         call = compiled if torch.is_grad_enabled() else forward
         return call(*(t.to(device) for t in split.batch(windows)))
 
+    state_bytes: dict[Any, int] = {}
     curve, seconds, chunk, recent = [], [], scale.micro_batch or scale.batch, 0.0
     for step in range(steps):
         start = time.perf_counter()
@@ -342,6 +343,8 @@ def train(run: Run, *, text: str, cache: Path) -> dict[str, Any]:
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(clipped, run.clip)
         optimizer.step()
+        # All of it from the first step on, but for the paper's form just after a merge.
+        state_bytes = state_bytes or {p: _bytes(state) for p, state in optimizer.state.items()}
         for p in model.parameters():
             p.grad = None
         recent += float(total)
@@ -353,7 +356,6 @@ def train(run: Run, *, text: str, cache: Path) -> dict[str, Any]:
             if not math.isfinite(curve[-1]):
                 break
     ids = {id(p) for p in matrices}
-    state_bytes = {p: _bytes(state) for p, state in optimizer.state.items()}
     return {
         "benchmark": "single_step",
         **dataclasses.asdict(run),

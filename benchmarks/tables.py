@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import LATER, RESULTS, by_setting, mean_loss
+from benchmarks.record import LATER, RESULTS, by_setting, mean_loss, setting
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/log.md")
+PAGES = ("README.md", "docs/log.md", "docs/single-step.md")
 
 
 def _rows(name: str) -> list[dict[str, Any]]:
@@ -56,38 +56,51 @@ def merges() -> str:
 
 
 def layer() -> str:
-    """Latest row of every shape and contestant; rows from before ``poetx bench`` had a ``candidate`` and stay out."""
+    """Latest row of every shape, device and contestant; not those with a ``candidate``, from before ``poetx bench``."""
     rows = [r for r in _rows("layer") if r["benchmark"] == "layer" and "contestant" in r]
     sizes = ("tokens", "out_features", "in_features", "block_size", "dtype", "compiled")
-    latest = {(*(r[key] for key in sizes), r["contestant"]): r for r in rows}
-    body = []
-    for (tokens, m, n, b, dtype, compiled, contestant), row in sorted(latest.items(), key=lambda item: item[0][:6]):
-        what = f"{tokens} tokens, {m}×{n}, b={b}, {dtype}" + (", compiled" if compiled else "")
-        body.append([what, contestant, f"{row['ms']:.1f}", f"{row['ratio']:.2f}"])
-    device = next(reversed(latest.values()))["device"]
-    return _markdown([f"forward + backward on {device}", "layer", "ms", "× nn.Linear"], body)
+
+    def title(row: dict[str, Any]) -> str:
+        tokens, m, n, b, dtype, compiled = (row[key] for key in sizes)
+        return f"{tokens} tokens, {m}×{n}, b={b}, {dtype}" + (", compiled" if compiled else "")
+
+    rows.sort(key=lambda row: [row[key] for key in sizes])
+    return _beside(rows, title, "linear", lambda row: f"{row['ms']:.0f} ms", lambda row: f"{row['ratio']:.2f}")
 
 
 def step() -> str:
-    """Latest row of every recipe, size and contestant."""
-    latest = {
-        (r["recipe"], r["seq_len"], r["batch_size"], r["dtype"], r["compiled"], r["contestant"]): r
-        for r in _rows("step")
-    }
-    body = [
-        [
-            f"{recipe}, {batch} × {length}, {dtype}" + (", compiled" if compiled else ""),
-            contestant,
-            f"{row['ms']:.0f}",
-            f"{row['tokens_per_second']:.0f}",
-            f"{row['speed_ratio']:.2f}",
-        ]
-        for (recipe, length, batch, dtype, compiled, contestant), row in latest.items()
-    ]
-    device = next(reversed(latest.values()))["device"]
-    return _markdown(
-        [f"whole steps on {device}", "method", "ms", "tokens a second, merges included", "× AdamW's"], body
+    """Latest row of every recipe, size, device and contestant."""
+
+    def title(row: dict[str, Any]) -> str:
+        size = f"{row['recipe']}, {row['batch_size']} × {row['seq_len']}, {row['dtype']}"
+        return size + (", compiled" if row["compiled"] else "")
+
+    return _beside(
+        _rows("step"),
+        title,
+        "adamw",
+        lambda row: f"{row['ms']:.0f} ms, {row['tokens_per_second']:.0f} tokens/s",
+        lambda row: f"{1 / row['speed_ratio']:.2f}",
     )
+
+
+def _beside(
+    rows: list[dict[str, Any]],
+    title: Callable[[dict[str, Any]], str],
+    first: str,
+    absolute: Callable[[dict[str, Any]], str],
+    relative: Callable[[dict[str, Any]], str],
+) -> str:
+    """One line for each title and device: the first contestant's time, the others' as multiples of it."""
+    lines: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault((title(row), row["device"]), {})[row["contestant"]] = row
+    others = [name for name in dict.fromkeys(row["contestant"] for row in rows) if name != first]
+    body = [
+        [what, device, absolute(found[first])] + [relative(found[n]) if n in found else "" for n in others]
+        for (what, device), found in lines.items()
+    ]
+    return _markdown(["", "on", first, *(f"{name}, ×" for name in others)], body)
 
 
 def continuity() -> str:
@@ -141,17 +154,34 @@ def permutations() -> str:
 
 def single_step() -> str:
     """Every setting measured, best first within a budget: mean and range over its seeds."""
+    return _single_step_lines(by_setting(_rows("single_step")))
+
+
+def single_step_best() -> str:
+    """Of every method at every budget the best setting, and every setting with several seeds."""
+    best: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    several = []
+    for rows in by_setting(_rows("single_step")):
+        row = rows[0]
+        key = (row["scale"], row["tokens"], row["method"], row["options"].get("spectrum"), row["merge_every"])
+        if key not in best or mean_loss(rows) < mean_loss(best[key]):
+            best[key] = rows
+        if len(rows) > 1:
+            several.append(rows)
+    return _single_step_lines([*best.values(), *(rows for rows in several if rows not in best.values())])
+
+
+def _single_step_lines(runs: list[list[dict[str, Any]]]) -> str:
     body = []
-    runs = by_setting(_rows("single_step"))
     for rows in sorted(runs, key=lambda rows: (rows[0]["scale"], rows[0]["tokens"], mean_loss(rows))):
         row = rows[0]
         losses = [r["loss"] for r in rows if r["loss"] is not None]
         spread = f"{min(losses):.3f} to {max(losses):.3f}" if len(losses) > 1 else ""
         body.append(
             [
-                f"{row['scale']}, {row['tokens'] / 1e6:.1f}M",
+                _budget(row),
                 row["method"],
-                _settings(row),
+                ", ".join(_settings(row)),
                 f"{mean_loss(rows):.3f}",
                 spread,
                 str(len(rows)),
@@ -164,6 +194,89 @@ def single_step() -> str:
     return _markdown(head, body)
 
 
+def single_step_rates() -> str:
+    """Seed 0 along one rate with all else equal, wherever three or more values of it were run; the best in bold."""
+    rows = [LATER | row for row in _rows("single_step") if row["seed"] == 0 and row["loss"] is not None]
+    lines: dict[tuple[str, ...], dict[float, dict[str, Any]]] = {}
+    for row in rows:
+        for rate in ("lr", "matrix_lr") if row["method"] != "adamw" else ("lr",):
+            hidden = {"lr", "matrix_lr"} if row["method"] == "adamw" else {rate}
+            name = "base rate" if rate == "lr" else "angle" if row["method"] == "single-step" else "matrix rate"
+            what = (_budget(row), row["method"], ", ".join(_settings(row, without=rate)), name)
+            lines.setdefault((*what, setting(row, *hidden)), {})[row[rate]] = row
+    body = []
+    for (budget, method, others, rate, _), found in sorted(lines.items()):
+        if len(found) >= 3:
+            best = min(row["loss"] for row in found.values())
+            values = [(at, f"{row['loss']:.3f}", row["loss"] == best) for at, row in sorted(found.items())]
+            cells = ", ".join(f"**{at:g}: {loss}**" if won else f"{at:g}: {loss}" for at, loss, won in values)
+            body.append([budget, method, others, rate, cells])
+    return _markdown(["model, tokens", "method", "settings", "varied", "validation loss at each value"], body)
+
+
+#: One setting of the single step at each budget that others are compared with.
+_CENTRES = (
+    ("small", 400, {"matrix_lr": 0.012, "block_size": 64, "norm_growth": 0.0}),
+    ("small", 1000, {"matrix_lr": 0.006, "block_size": 128, "norm_growth": 8}),
+    ("wide", 1000, {"matrix_lr": 0.006, "block_size": 192, "norm_growth": 8}),
+    ("5m", 1250, {"matrix_lr": 0.006, "block_size": 128, "norm_growth": 8}),
+)
+
+
+def single_step_changes() -> str:
+    """What one change does to each of ``_CENTRES``, the seeds being the same."""
+    rows = [LATER | row for row in _rows("single_step") if row["method"] == "single-step"]
+    start = {"lr": 0.012, "init_scale": 0.5, "out_scale": 0.25, "init": "normalized"}
+    body = []
+    for scale, steps, settings in _CENTRES:
+        there = [row for row in rows if (row["scale"], row["steps"]) == (scale, steps)]
+        options = {"spectrum": "free", "partitions": 1}
+        centre = {
+            row["seed"]: row
+            for row in there
+            if row["options"] == options
+            and all(row[name] == value for name, value in (start | settings).items())
+            and (row["embed_std"], row["beta2"], row["matrix_decay"]) == (0.02, 0.95, 0.0)
+        }
+        changed: dict[str, list[dict[str, Any]]] = {}
+        for row in there:
+            if difference := _difference(centre[0], row):
+                changed.setdefault(difference, []).append(row)
+        losses = ", ".join(f"{row['loss']:.3f}" for _, row in sorted(centre.items()))
+        body.append([_budget(centre[0]), "**" + _said(settings) + "**", losses, ""])
+        lines = []
+        for difference, found in changed.items():
+            seeds = {row["seed"]: row["loss"] for row in found if row["seed"] in centre}
+            delta = statistics.mean(loss - centre[seed]["loss"] for seed, loss in seeds.items())
+            shown = ", ".join(f"{loss:.3f}" for _, loss in sorted(seeds.items()))
+            lines.append((delta, [_budget(centre[0]), difference, shown, f"{delta:+.3f}"]))
+        body += [line for _, line in sorted(lines)]
+    return _markdown(["model, tokens", "changed", "validation loss (seeds 0, 1, 2)", "difference, same seeds"], body)
+
+
+def _difference(centre: dict[str, Any], row: dict[str, Any]) -> str:
+    """Which settings differ, if it is one change: one setting, the rule with its angle, or what belongs together."""
+    sides = []
+    for r in (centre, row):
+        key = LATER | json.loads(r["key"])
+        sides.append({n: v for n, v in (key | key["options"]).items() if n not in ("seed", "compile", "options")})
+    names = [name for name in {**sides[0], **sides[1]} if sides[0].get(name) != sides[1].get(name)]
+    belongs = [{"rule", "matrix_lr"}, {"alternate", "matrix_lr"}, {"partition_kind", "resample_every"}]
+    belongs += [{"partition_kind", "partitions"}, {"nesterov", "momentum"}, {"lr", "norm_growth"}]
+    if len(names) == 1 or set(names) in belongs:
+        return _said({name: sides[1].get(name) for name in names})
+    return ""
+
+
+def _said(settings: dict[str, Any]) -> str:
+    words = {"matrix_lr": "angle", "lr": "base lr"}
+    return ", ".join(f"{words.get(name, name)} {value}" for name, value in settings.items())
+
+
+def _budget(row: dict[str, Any]) -> str:
+    return f"{row['scale']}, {row['tokens'] / 1e6:.1f}M"
+
+
 def _weights(rows: list[dict[str, Any]]) -> str:
     """Of the first seed for which it was recorded."""
     weights = next((row["weights"] for row in rows if "weights" in row), None)
@@ -173,10 +286,10 @@ def _weights(rows: list[dict[str, Any]]) -> str:
     return f"{rank[0]:.2f} → {rank[1]:.2f}, {rms[0]:.3f} → {rms[1]:.3f}"
 
 
-def _settings(row: dict[str, Any]) -> str:
-    """What differs from the usual, after the rates."""
-    rates = [f"lr {row['lr']:g}"]
-    if row["method"] != "adamw":
+def _settings(row: dict[str, Any], without: str | None = None) -> list[str]:
+    """The rates, but for one of them, and what differs from the usual."""
+    rates = [] if without == "lr" else [f"lr {row['lr']:g}"]
+    if row["method"] != "adamw" and without != "matrix_lr":
         rates.append(("angle" if row["method"] == "single-step" else "matrix lr") + f" {row['matrix_lr']:g}")
     usual = {
         "weight_decay": 0.0,
@@ -191,8 +304,12 @@ def _settings(row: dict[str, Any]) -> str:
         "precision": "bf16",
     }
     row = LATER | row
-    others = {name: row[name] for name, value in (usual | LATER).items() if row[name] != value} | row["options"]
-    return ", ".join(rates + [f"{name} {value}" for name, value in others.items()])
+    others = {name: row[name] for name, value in (usual | LATER).items() if row[name] != value} | dict(
+        sorted(row["options"].items())
+    )
+    return rates + [
+        f"{name} {value:g}" if type(value) is float else f"{name} {value}" for name, value in others.items()
+    ]
 
 
 def _quantised(kind: str) -> list[dict[str, Any]]:
@@ -255,6 +372,9 @@ _TABLES = (
     stability,
     permutations,
     single_step,
+    single_step_best,
+    single_step_rates,
+    single_step_changes,
     quantised_merges,
     quantised_quality,
     quantised_speed,

@@ -56,6 +56,7 @@ def test_every_method_learns_and_is_not_run_twice(tiny):
         assert rows[-1]["loss"] < rows[-1]["train_curve"][0]
     state = {row["method"]: row["matrix_state_bytes"] for row in rows}
     assert state["muon"] * 2 == pytest.approx(state["adamw"], rel=0.01)
+    assert state["poet-x"] > 0  # although its last step merged, which starts the rotations' state anew
     assert state["single-step"] < state["muon"]
 
 
