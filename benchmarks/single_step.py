@@ -131,7 +131,7 @@ def sweep() -> Iterator[Run]:
     for angle in (7.5e-4, 1.5e-3, 3e-3, 6e-3):
         yield recommended(angle, rule="adam")
         yield recommended(angle, rule="adam", spectrum="fixed")
-    for lr in (0.006, 0.012, 0.024, 0.048):
+    for lr in (0.006, 0.024, 0.048):  # 0.012: above, and among the ablations
         yield Run("adamw-split", lr=lr, matrix_lr=1.5e-3, out_scale=0.25)
         yield Run("muon", lr=lr, matrix_lr=3e-3, out_scale=0.25)
         yield recommended(lr=lr)
