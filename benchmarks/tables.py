@@ -65,7 +65,14 @@ def layer() -> str:
         return f"{tokens} tokens, {m}×{n}, b={b}, {dtype}" + (", compiled" if compiled else "")
 
     rows.sort(key=lambda row: [row[key] for key in sizes])
-    return _beside(rows, title, "linear", lambda row: f"{row['ms']:.0f} ms", lambda row: f"{row['ratio']:.2f}")
+    return _beside(
+        "forward + backward",
+        rows,
+        title,
+        "linear",
+        lambda row: f"{row['ms']:.0f} ms",
+        lambda row: f"{row['ratio']:.2f}",
+    )
 
 
 def step() -> str:
@@ -76,7 +83,8 @@ def step() -> str:
         return size + (", compiled" if row["compiled"] else "")
 
     return _beside(
-        _rows("step"),
+        "whole training step",
+        sorted(_rows("step"), key=lambda row: (row["recipe"], row["batch_size"])),
         title,
         "adamw",
         lambda row: f"{row['ms']:.0f} ms, {row['tokens_per_second']:.0f} tokens/s",
@@ -85,6 +93,7 @@ def step() -> str:
 
 
 def _beside(
+    head: str,
     rows: list[dict[str, Any]],
     title: Callable[[dict[str, Any]], str],
     first: str,
@@ -100,7 +109,7 @@ def _beside(
         [what, device, absolute(found[first])] + [relative(found[n]) if n in found else "" for n in others]
         for (what, device), found in lines.items()
     ]
-    return _markdown(["", "on", first, *(f"{name}, ×" for name in others)], body)
+    return _markdown([head, "on", first, *(f"{name}, ×" for name in others)], body)
 
 
 def continuity() -> str:
@@ -239,6 +248,8 @@ def single_step_changes() -> str:
             and (row["embed_std"], row["beta2"], row["matrix_decay"]) == (0.02, 0.95, 0.0)
         }
         changed: dict[str, list[dict[str, Any]]] = {}
+        if 0 not in centre:
+            continue
         for row in there:
             if difference := _difference(centre[0], row):
                 changed.setdefault(difference, []).append(row)

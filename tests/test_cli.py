@@ -201,6 +201,7 @@ def test_the_demo_finds_a_place_of_its_own(tmp_path: Path, monkeypatch: pytest.M
     from poetx.train.recipe import load_recipe
 
     monkeypatch.chdir(tmp_path)
+    assert load_recipe().name == "demo-single-step"  # what `poetx train` runs
     recipe = load_recipe("demo")
 
     def place(resume: bool) -> str | None:

@@ -95,10 +95,10 @@ def train(
 
     from rich.console import Console
 
-    from poetx.train.recipe import load_recipe
+    from poetx.train.recipe import DEMOS, load_recipe
 
     loaded = load_recipe(recipe, overrides)  # before torch is imported: a typing mistake is answered at once
-    if recipe in (None, "demo") and loaded.run_dir is None and not overwrite:
+    if recipe in (None, *DEMOS) and loaded.run_dir is None and not overwrite:
         loaded = _place_demo(loaded, resume=resume)
 
     from poetx.train.environment import keep_freed_memory
@@ -250,7 +250,7 @@ app.add_typer(bench_app)
 
 
 def _place_demo(recipe: Recipe, *, resume: bool) -> Recipe:
-    """The demo finds its own place: the first free of runs/demo, runs/demo-2, …, or the latest one to resume."""
+    """A demo finds its own place: the first free of runs/NAME, runs/NAME-2, …, or the latest one to resume."""
     import dataclasses
 
     from poetx.train.checkpoint import checkpoints
@@ -271,6 +271,8 @@ def _stopped_text(result: RunResult) -> str:
 
 
 def _show_result(console: Console, recipe: Recipe, result: RunResult) -> None:
+    from poetx.train.recipe import DEMOS
+
     def say(text: str = "", style: str | None = None) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True, style=style)
 
@@ -294,9 +296,10 @@ def _show_result(console: Console, recipe: Recipe, result: RunResult) -> None:
     say(f'  poetx generate {result.run_dir} --prompt "class Parser:"')
     say(f"  poetx eval {result.run_dir}")
     say(f"  poetx report {result.run_dir}")
-    if recipe.name == "demo":
-        say("  poetx train demo poet=null run_dir=runs/dense      # the same, dense with AdamW, to compare")
-        say("  poetx train demo data.train=PATH run_dir=runs/mine # the same on your own text")
+    if recipe.name in DEMOS and recipe.poet is not None:
+        # AdamW's best rate of those tried: a dense model does not bear the demos' own.
+        say("  poetx train demo poet=null optimizer.lr=1.5e-3 run_dir=runs/dense  # dense with AdamW, to compare")
+        say(f"  poetx train {recipe.name} data.train=PATH run_dir=runs/mine  # the same on your own text")
 
 
 def _audit_text(audit: dict[str, Any]) -> str:

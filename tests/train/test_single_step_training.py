@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from test_loop import At, Tiny, curve, interrupt, same, weights
 
 from poetx.errors import UserError
+from poetx.single_layer import SingleStepLinear
 from poetx.train import loop
 from poetx.train.checkpoint import checkpoints
 from poetx.train.metrics import read_metrics
@@ -52,6 +53,16 @@ def test_it_learns_and_its_checkpoint_is_the_plain_model(tiny: Tiny) -> None:
     assert all(torch.equal(saved[name], exported[name]) for name in saved)
 
 
+@pytest.mark.parametrize("steps", [10, 40])
+def test_the_norm_grows_as_told_over_the_run_however_long(tiny: Tiny, steps: int) -> None:
+    settings = (f"train.steps={steps}", "optimizer.norm_growth=8", "poet.spectrum=free", "train.export=false")
+    recipe = tiny(*SINGLE, *settings)
+    layers = [module for module in train(recipe).model.modules() if isinstance(module, SingleStepLinear)]
+    assert layers
+    for layer in layers:  # fresh rows have norm 1; the norm of a step is put right by the next one
+        assert layer.weight.norm() ** 2 / layer.out_features == pytest.approx(9, rel=0.15)
+
+
 def test_a_loss_that_is_not_finite_reaches_no_momentum(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, calls = loop.summed_loss, []
 
@@ -73,3 +84,5 @@ def test_merging_and_single_steps_exclude_each_other(tiny: Tiny) -> None:
         tiny("poet.method=single-step")
     with pytest.raises(UserError, match=r"optimizer.angle=0.7: radians"):
         tiny(*SINGLE[:2], "optimizer.angle=0.7").validate()
+    with pytest.raises(UserError, match=r"optimizer.norm_growth=8 over train.steps=8: from 0 to less than the steps"):
+        tiny(*SINGLE, "optimizer.norm_growth=8", "train.steps=8").validate()

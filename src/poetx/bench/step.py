@@ -112,7 +112,7 @@ def _build(source: str, overrides: Sequence[str], device: torch.device, compiled
     convert_model(model, recipe, device)
     model.train()
     forward = torch.compile(model) if compiled else model
-    return Run(recipe, model, forward, build_optimizer(model, recipe.optimizer), device)
+    return Run(recipe, model, forward, build_optimizer(model, recipe), device)
 
 
 def _measure(

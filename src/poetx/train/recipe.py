@@ -32,7 +32,7 @@ from poetx.train.schema import (
 )
 
 RECIPE_DIR = Path(__file__).resolve().parent.parent / "recipes"
-DEFAULT_RECIPE = "demo"
+DEMOS = ("demo-single-step", "demo")  # the first is what `poetx train` runs
 
 # A resumed run may differ from its checkpoint in these, and in nothing else: none of them changes a weight.
 # The device is here because a checkpoint is portable; bitwise equality is only promised on one kind of device. Text may
@@ -180,7 +180,7 @@ class OptimizerRecipe:
     lr: float = 1e-3  # of everything that is not a rotation
     poet_lr: float = 2.5e-4  # of the rotations
     angle: float = 0.012  # of the rotations with poet.method=single-step instead: radians a step
-    norm_growth: float = 0.0  # of single-step: how much ‖W‖² grows a step, as a share of its first value
+    norm_growth: float = 0.0  # of single-step: ‖W‖² grows by so many times its first value over all train.steps
     weight_decay: float = 0.0  # never applied to rotations
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -213,8 +213,6 @@ class OptimizerRecipe:
             )
         if not 0 < self.angle < 0.5:
             raise UserError(f"optimizer.angle={self.angle}: radians a step, between 0 and 0.5 (0.012 is usual)")
-        if not 0 <= self.norm_growth < 1:
-            raise UserError(f"optimizer.norm_growth={self.norm_growth}: from 0 to below 1 (8 / train.steps is usual)")
         if self.release_gradients and self.clip:
             raise UserError(
                 f"optimizer.release_gradients with optimizer.clip={self.clip:g}: the norm over all gradients is not "
@@ -303,6 +301,8 @@ class Recipe:
             raise UserError("name is empty")
         for section in (self.model, self.data, self.optimizer, self.train):
             section.validate()
+        if not 0 <= (growth := self.optimizer.norm_growth) < (steps := self.train.steps):
+            raise UserError(f"optimizer.norm_growth={growth:g} over train.steps={steps}: from 0 to less than the steps")
         if self.poet is not None and self.poet.merge_every is not None and self.poet.merge_every <= 0:
             raise UserError(f"poet.merge_every={self.poet.merge_every} must be positive, or null for never")
         if self.poet is None and self.optimizer.base is not None:
@@ -358,7 +358,7 @@ def load_recipe(source: str | None = None, overrides: Sequence[str] = ()) -> Rec
     """
     import yaml
 
-    path = recipe_path(source or DEFAULT_RECIPE)
+    path = recipe_path(source or DEMOS[0])
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

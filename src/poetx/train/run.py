@@ -34,7 +34,7 @@ from poetx.train.loop import Trainer, fit
 from poetx.train.metrics import MetricsWriter, read_metrics
 from poetx.train.model import build_model, convert_model, resolve_device, resolve_dtype
 from poetx.train.progress import Reporter, RunInfo
-from poetx.train.recipe import OptimizerRecipe, Recipe, differing_keys, load_recipe
+from poetx.train.recipe import Recipe, differing_keys, load_recipe
 from poetx.train.remarks import remarks
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def train(
     report = convert_model(model, recipe, device)
     if recipe.train.chunked_loss:
         stack.check_head(model)
-    optimizer = build_optimizer(model, recipe.optimizer)
+    optimizer = build_optimizer(model, recipe)
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
     merges = None
     if recipe.poet is not None and recipe.poet.merge_every is not None:
@@ -190,27 +190,28 @@ def _set_aside_newer(run_dir: Path, start: Path) -> None:
             path.rename(aside)
 
 
-def build_optimizer(model: torch.nn.Module, recipe: OptimizerRecipe) -> torch.optim.Optimizer:
+def build_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer over :func:`poetx.param_groups` of ``model``; for single-step layers within POETX."""
+    own = recipe.optimizer
     settings: dict[str, Any] = {
-        "lr": recipe.lr,
-        "betas": recipe.betas,
-        "eps": recipe.eps,
-        "momentum": recipe.momentum,
-        "state_dtype": recipe.state_dtype,
+        "lr": own.lr,
+        "betas": own.betas,
+        "eps": own.eps,
+        "momentum": own.momentum,
+        "state_dtype": own.state_dtype,
     }
     if next(single_step_layers(model), None) is not None:
         return POETX(
             model,
-            recipe.lr,
-            angle=recipe.angle,
-            norm_growth=recipe.norm_growth,
-            weight_decay=recipe.weight_decay,
-            base=lambda groups: stack.build_optimizer(groups, recipe.base or recipe.name, **settings),
+            own.lr,
+            angle=own.angle,
+            norm_growth=own.norm_growth / recipe.train.steps,
+            weight_decay=own.weight_decay,
+            base=lambda groups: stack.build_optimizer(groups, own.base or own.name, **settings),
         )
-    poet_options = {"betas": recipe.poet_betas, "eps": recipe.poet_eps} if recipe.name == "adamw" else {}
-    groups = param_groups(model, lr=recipe.lr, poet_lr=recipe.poet_lr, weight_decay=recipe.weight_decay, **poet_options)
-    return stack.build_optimizer(groups, recipe.name, base=recipe.base, **settings)
+    poet_options = {"betas": own.poet_betas, "eps": own.poet_eps} if own.name == "adamw" else {}
+    groups = param_groups(model, lr=own.lr, poet_lr=own.poet_lr, weight_decay=own.weight_decay, **poet_options)
+    return stack.build_optimizer(groups, own.name, base=own.base, **settings)
 
 
 def _resume_point(recipe: Recipe, reporter: Reporter) -> tuple[Path, Recipe]:
