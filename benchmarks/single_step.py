@@ -75,7 +75,8 @@ class Run:
     ``matrix_decay``: d divides ``matrix_lr`` by √(1 + d · share of the steps done), besides the schedule of all: what a
     growing weight does to the relative size of a step. ``norm_growth``: g lets the norm that single-step holds grow by
     √(1 + g) over the run, linearly in its square.
-    ``embed_std``: of the embedding at the start. ``options``: further arguments of :class:`poetx.POETX`.
+    ``embed_std``: of the embedding at the start. ``options``: further arguments of :class:`poetx.POETX`, or of
+    :class:`poetx.PoetConfig` for the paper's form.
     """
 
     method: str = "single-step"  # or adamw, adamw-split (``matrix_lr`` for the matrices), muon, poet-x
@@ -241,7 +242,9 @@ def optimizer_for(model: Any, run: Run) -> tuple[Any, list[Tensor], list[nn.Para
     betas = (0.9, run.beta2)
     if run.method == "poet-x":
         init: Any = "keep"  # the model was drawn as the run says
-        convert_(model, PoetConfig(block_size=run.block_size, init=init, neumann_order=7, seed=run.seed))
+        convert_(
+            model, PoetConfig(block_size=run.block_size, init=init, seed=run.seed, **{"neumann_order": 7} | run.options)
+        )
         groups = param_groups(
             model, lr=run.lr, poet_lr=run.matrix_lr, weight_decay=run.weight_decay, betas=(0.9, 0.999), eps=1e-6
         )
