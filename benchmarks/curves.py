@@ -1,6 +1,6 @@
 """Training loss over tokens of the recorded single-step runs: each method's best setting at every budget, all seeds.
 
-python -m benchmarks.curves --scales small 5m --plot docs/single-step.png
+python -m benchmarks.curves --scales small wide 5m --plot docs/single-step.png
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def best_settings(rows: list[dict[str, Any]]) -> dict[tuple[str, int], list[dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=Path, default=RESULTS / "single_step.jsonl")
-    parser.add_argument("--scales", nargs="+", default=["small", "5m"])
+    parser.add_argument("--scales", nargs="+", default=["small", "wide", "5m"])
     parser.add_argument("--plot", type=Path, required=True)
     args = parser.parse_args()
     if not args.rows.exists():
@@ -51,8 +51,11 @@ def main() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained", squeeze=False)
-    for (scale, tokens, best), axis in zip(panels, axes[0], strict=True):
+    columns = min(3, len(panels))
+    rows_of_panels = -(-len(panels) // columns)
+    figure = plt.figure(figsize=(5.5 * columns, 4 * rows_of_panels), layout="constrained")
+    for number, (scale, tokens, best) in enumerate(panels, start=1):
+        axis = figure.add_subplot(rows_of_panels, columns, number)
         # The first tenth is warm-up and the same for all.
         for (name, _), same in sorted((item for item in best.items() if item[0][1] == tokens), key=_loss):
             for index, row in enumerate(same):
