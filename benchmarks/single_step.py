@@ -307,7 +307,10 @@ def data_for(scale: Scale, text: str, cache: Path) -> Any:
 
 
 def train(run: Run, *, text: str, cache: Path) -> dict[str, Any]:
-    """Train once. The row: settings, losses, weights, speed, bytes of state (all, for the matrices), peak memory."""
+    """Train once. The row: settings, losses, weights, speed, bytes of state (all, for the matrices), peak memory.
+
+    A run that diverges stops; its ``loss`` and last weights are null.
+    """
     from poetx.train.sampler import batch_windows, evenly_spread
 
     scale = SCALES[run.scale]
@@ -354,19 +357,20 @@ def train(run: Run, *, text: str, cache: Path) -> dict[str, Any]:
         seconds.append(time.perf_counter() - start)
         every = max(1, steps // 20)
         if (step + 1) % every == 0:
+            if not math.isfinite(recent):
+                break
             curve.append(round(recent / every, 4))
             recent = 0.0
-            if not math.isfinite(curve[-1]):
-                break
     ids = {id(p) for p in matrices}
+    loss = _validation_loss(model, loss_of, data, evenly_spread, scale)
     return {
         "benchmark": "single_step",
         **dataclasses.asdict(run),
         "steps": steps,
         "tokens": steps * scale.batch * scale.seq_len,
-        "loss": _validation_loss(model, loss_of, data, evenly_spread, scale),
+        "loss": loss,
         "train_curve": curve,
-        "weights": {"start": start_weights, "end": weight_statistics(model)},
+        "weights": {"start": start_weights, "end": None if loss is None else weight_statistics(model)},
         "tokens_per_s": round(scale.batch * scale.seq_len / sorted(seconds)[len(seconds) // 2]),
         "state_bytes": sum(state_bytes.values()),
         "matrix_state_bytes": sum(size for p, size in state_bytes.items() if id(p) in ids),

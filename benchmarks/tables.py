@@ -9,6 +9,7 @@ number in it is typed by hand.
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable
@@ -191,7 +192,7 @@ def _single_step_lines(runs: list[list[dict[str, Any]]]) -> str:
                 _budget(row),
                 row["method"],
                 ", ".join(_settings(row)),
-                f"{mean_loss(rows):.3f}",
+                "diverged" if math.isinf(mean_loss(rows)) else f"{mean_loss(rows):.3f}",
                 spread,
                 str(len(rows)),
                 f"{row['matrix_state_bytes'] / 1e6:.1f}",
@@ -205,7 +206,7 @@ def _single_step_lines(runs: list[list[dict[str, Any]]]) -> str:
 
 def single_step_rates() -> str:
     """Seed 0 along one rate with all else equal, wherever three or more values of it were run; the best in bold."""
-    rows = [LATER | row for row in _rows("single_step") if row["seed"] == 0 and row["loss"] is not None]
+    rows = [LATER | row for row in _rows("single_step") if row["seed"] == 0]
     lines: dict[tuple[str, ...], dict[float, dict[str, Any]]] = {}
     for row in rows:
         for rate in ("lr", "matrix_lr") if row["method"] != "adamw" else ("lr",):
@@ -216,8 +217,8 @@ def single_step_rates() -> str:
     body = []
     for (budget, method, others, rate, _), found in sorted(lines.items()):
         if len(found) >= 3:
-            best = min(row["loss"] for row in found.values())
-            values = [(at, f"{row['loss']:.3f}", row["loss"] == best) for at, row in sorted(found.items())]
+            best = min(mean_loss([row]) for row in found.values())
+            values = [(at, _shown(row), row["loss"] == best) for at, row in sorted(found.items())]
             cells = ", ".join(f"**{at:g}: {loss}**" if won else f"{at:g}: {loss}" for at, loss, won in values)
             body.append([budget, method, others, rate, cells])
     return _markdown(["model, tokens", "method", "settings", "varied", "validation loss at each value"], body)
@@ -253,13 +254,13 @@ def single_step_changes() -> str:
         for row in there:
             if difference := _difference(centre[0], row):
                 changed.setdefault(difference, []).append(row)
-        losses = ", ".join(f"{row['loss']:.3f}" for _, row in sorted(centre.items()))
+        losses = ", ".join(_shown(row) for _, row in sorted(centre.items()))
         body.append([_budget(centre[0]), "**" + _said(settings) + "**", losses, ""])
         lines = []
         for difference, found in changed.items():
-            seeds = {row["seed"]: row["loss"] for row in found if row["seed"] in centre}
-            delta = statistics.mean(loss - centre[seed]["loss"] for seed, loss in seeds.items())
-            shown = ", ".join(f"{loss:.3f}" for _, loss in sorted(seeds.items()))
+            seeds = {row["seed"]: row for row in found if row["seed"] in centre}
+            delta = statistics.mean(mean_loss([row]) - mean_loss([centre[seed]]) for seed, row in seeds.items())
+            shown = ", ".join(_shown(row) for _, row in sorted(seeds.items()))
             lines.append((delta, [_budget(centre[0]), difference, shown, f"{delta:+.3f}"]))
         body += [line for _, line in sorted(lines)]
     return _markdown(["model, tokens", "changed", "validation loss (seeds 0, 1, 2)", "difference, same seeds"], body)
@@ -279,6 +280,10 @@ def _difference(centre: dict[str, Any], row: dict[str, Any]) -> str:
     return ""
 
 
+def _shown(row: dict[str, Any]) -> str:
+    return "diverged" if row["loss"] is None else f"{row['loss']:.3f}"
+
+
 def _said(settings: dict[str, Any]) -> str:
     words = {"matrix_lr": "angle", "lr": "base lr"}
     return ", ".join(f"{words.get(name, name)} {value}" for name, value in settings.items())
@@ -290,7 +295,7 @@ def _budget(row: dict[str, Any]) -> str:
 
 def _weights(rows: list[dict[str, Any]]) -> str:
     """Of the first seed for which it was recorded."""
-    weights = next((row["weights"] for row in rows if "weights" in row), None)
+    weights = next((row["weights"] for row in rows if "weights" in row and row["weights"]["end"]), None)
     if weights is None:
         return ""
     rank, rms = ([weights[when][what] for when in ("start", "end")] for what in ("effective_rank", "rms"))

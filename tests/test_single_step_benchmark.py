@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import curves
+from benchmarks import curves, tables
 from benchmarks import single_step as bench
 from benchmarks.record import by_setting, mean_loss
 
@@ -58,6 +58,17 @@ def test_every_method_learns_and_is_not_run_twice(tiny):
     assert state["muon"] * 2 == pytest.approx(state["adamw"], rel=0.01)
     assert state["poet-x"] > 0  # although its last step merged, which starts the rotations' state anew
     assert state["single-step"] < state["muon"]
+
+
+def test_a_run_that_diverges_leaves_a_row_and_is_shown_as_such(tiny, monkeypatch):
+    for lr in ("1e30", "1e-3", "1e-2"):
+        rows = tiny("method=adamw", f"lr={lr}")
+    assert [row["loss"] is None for row in rows] == [True, False, False]
+    assert rows[0]["weights"]["end"] is None
+    assert all(math.isfinite(point) for point in rows[0]["train_curve"])
+    monkeypatch.setattr(tables, "_rows", lambda _: rows)
+    assert "1e+30: diverged" in tables.single_step_rates()
+    assert tables.single_step().count("diverged") == 1
 
 
 def test_words_become_settings():
