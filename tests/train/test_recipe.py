@@ -81,6 +81,8 @@ def test_big_recipes_have_the_published_number_of_parameters(name: str, billions
         ("train.micro_batch_size=7", r"micro_batch_size=7 does not divide train\.batch_size=8"),
         ("train=3", r"^train: expected keys and values"),
         ("train.steps.now=3", r"^train\.steps\.now: train\.steps is a single value"),
+        ("optimizer.norm_growth=-1", r"^optimizer\.norm_growth=-1: from 0 to less than train\.steps="),
+        ("optimizer.norm_growth=nan", r"^optimizer\.norm_growth"),
         ("optimizer.lr=-1", r"^optimizer\.lr=-1\.0 must be positive"),
         ("optimizer.lr=.nan", r"^optimizer\.lr=nan: must be a number"),
         ("optimizer.betas=[0.9]", r"^optimizer\.betas=\[0\.9\]: must be a list of 2"),

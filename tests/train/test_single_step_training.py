@@ -84,5 +84,5 @@ def test_merging_and_single_steps_exclude_each_other(tiny: Tiny) -> None:
         tiny("poet.method=single-step")
     with pytest.raises(UserError, match=r"optimizer.angle=0.7: radians"):
         tiny(*SINGLE[:2], "optimizer.angle=0.7").validate()
-    with pytest.raises(UserError, match=r"optimizer.norm_growth=8 over train.steps=8: from 0 to less than the steps"):
+    with pytest.raises(UserError, match=r"optimizer.norm_growth=8: from 0 to less than train.steps=8"):
         tiny(*SINGLE, "optimizer.norm_growth=8", "train.steps=8").validate()

@@ -301,8 +301,8 @@ class Recipe:
             raise UserError("name is empty")
         for section in (self.model, self.data, self.optimizer, self.train):
             section.validate()
-        if not 0 <= (growth := self.optimizer.norm_growth) < (steps := self.train.steps):
-            raise UserError(f"optimizer.norm_growth={growth:g} over train.steps={steps}: from 0 to less than the steps")
+        if not 0 <= (growth := self.optimizer.norm_growth) < self.train.steps:
+            raise UserError(f"optimizer.norm_growth={growth:g}: from 0 to less than train.steps={self.train.steps}")
         if self.poet is not None and self.poet.merge_every is not None and self.poet.merge_every <= 0:
             raise UserError(f"poet.merge_every={self.poet.merge_every} must be positive, or null for never")
         if self.poet is None and self.optimizer.base is not None:
