@@ -229,7 +229,7 @@ _CENTRES = (
     ("small", 400, {"matrix_lr": 0.012, "block_size": 64, "norm_growth": 0.0}),
     ("small", 1000, {"matrix_lr": 0.006, "block_size": 128, "norm_growth": 8}),
     ("wide", 1000, {"matrix_lr": 0.006, "block_size": 192, "norm_growth": 8}),
-    ("5m", 1250, {"matrix_lr": 0.006, "block_size": 128, "norm_growth": 8}),
+    ("5m", 1250, {"matrix_lr": 0.009, "block_size": 128, "norm_growth": 8}),
 )
 
 
