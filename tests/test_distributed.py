@@ -4,13 +4,12 @@ import tempfile
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers import relative_error
 from poetx import POETX, PoetConfig, convert_, merge_every, param_groups
+from ranks import run_on_two_ranks
 
 
 def build(method):
@@ -38,20 +37,17 @@ def batches():
 
 
 def rank(index, directory, method):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=index, world_size=2)
     torch.manual_seed(index)  # merging must not depend on the global generator
     model = build(method)
     torch.randn(index + 1)
     train(DistributedDataParallel(model), [x[index * 4 : index * 4 + 4] for x in batches()], method)
     torch.save(model.state_dict(), f"{directory}/{index}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("method", ["poet-x", "single-step"])
 def test_two_ranks_stay_identical_and_follow_one_process(method):
     with tempfile.TemporaryDirectory() as directory:
-        mp.spawn(rank, args=(directory, method), nprocs=2)
+        run_on_two_ranks(rank, directory, method)
         first, second = (torch.load(f"{directory}/{index}.pt", weights_only=True) for index in range(2))
     alone = build(method)
     start = build(method).state_dict()

@@ -4,13 +4,12 @@ import tempfile
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers import relative_error
 from poetx import POETX, PoetConfig, convert_
+from ranks import run_on_two_ranks
 
 CASES = {
     "released": {"release_gradients": True},
@@ -55,20 +54,17 @@ def train(loss, optimizer, case, ranks):
 
 
 def work(rank, directory):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
     for case, settings in CASES.items():
         model, optimizer = build(**settings)
         torch.manual_seed(rank)  # nothing may depend on the global generator
         train(DistributedDataParallel(Loss(model)), optimizer, case, [rank])
         torch.save(model.state_dict(), f"{directory}/{case}-{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def trained():
     with tempfile.TemporaryDirectory() as directory:
-        mp.spawn(work, args=(directory,), nprocs=2)
+        run_on_two_ranks(work, directory)
         yield {case: [torch.load(f"{directory}/{case}-{rank}.pt") for rank in range(2)] for case in CASES}
 
 

@@ -1,0 +1,29 @@
+"""Run a function on two ranks of a gloo process group, each a process of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _rank(rank: int, directory: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+    function(rank, directory, *args)
+    dist.destroy_process_group()
+    # DistributedDataParallel keeps the group's threads alive beyond this (torch 2.13), and one that drops the last
+    # reference to a tensor while the interpreter shuts down aborts the process. So it does not shut down.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def run_on_two_ranks(function: Callable[..., None], directory: str, *args: Any) -> None:
+    """Call ``function(rank, directory, *args)`` on ranks 0 and 1; an exception on either is raised here."""
+    mp.spawn(_rank, args=(directory, function, args), nprocs=2)
