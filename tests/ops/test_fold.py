@@ -68,10 +68,23 @@ def test_stochastic_rounding_is_unbiased_and_lands_on_neighbours():
 
 
 def test_stochastic_rounding_keeps_infinities_and_nan():
-    value = torch.tensor([float("inf"), float("-inf"), float("nan")])
-    got = stochastic_round_(torch.empty(3, dtype=torch.bfloat16), value, torch.Generator().manual_seed(0))
-    assert got.isinf().tolist() == [True, True, False]
-    assert got.isnan().tolist() == [False, False, True]
+    value = torch.tensor([float("inf"), float("-inf"), float("nan"), 0.0])
+    value[3] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # the NaN of all bits set
+    got = stochastic_round_(torch.empty(4, dtype=torch.bfloat16), value, torch.Generator().manual_seed(0))
+    assert got.isinf().tolist() == [True, True, False, False]
+    assert got.isnan().tolist() == [False, False, True, True]
+
+
+def test_neighbouring_entries_are_rounded_independently():
+    """Halfway between two neighbours each goes up with probability ½: in a group of four, variance 4·¼."""
+    count = 80002  # no multiple of four
+    target = torch.empty(count, dtype=torch.bfloat16)
+    stochastic_round_(target, torch.full((count,), 1 + 2**-8), torch.Generator().manual_seed(0))
+    up = (target > 1).float()
+    assert abs(up.mean() - 0.5) < 5 * 0.5 / count**0.5
+    for stride in (1, 2, 4):
+        groups = up[: count - count % (4 * stride)].view(-1, 4, stride).sum(1)
+        assert abs(groups.var() - 1) < 0.05
 
 
 def test_plain_copy_in_float32():

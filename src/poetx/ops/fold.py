@@ -82,12 +82,15 @@ def stochastic_round_(target: Tensor, value: Tensor, generator: torch.Generator 
     """
     if target.dtype != torch.bfloat16:
         return target.copy_(value)
-    bits = value.float().contiguous().view(torch.int32)
-    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
+    value = value.float().contiguous()
+    bits = value.view(torch.int32)
+    # Four numbers a draw. Signed ones, so the middle is added, too; they need half the memory and draws of int32.
+    draws = torch.empty((bits.numel() + 3) // 4, dtype=torch.int64, device=bits.device)
+    noise = draws.random_(-(1 << 63), None, generator=generator).view(torch.int16)[: bits.numel()].view(bits.shape)
     # Adding to the magnitude's low half carries into the kept half with the right probability; the mask then
-    # truncates. Works for either sign, because the sign bit stands apart from the magnitude.
-    rounded = bits.add(noise).bitwise_and_(-(1 << 16)).view(torch.float32)
-    return target.copy_(torch.where(value.isfinite(), rounded, value))
+    # truncates. Works for either sign, because the sign bit stands apart from the magnitude, and keeps infinities.
+    rounded = bits.add(noise).add_(1 << 15).bitwise_and_(-(1 << 16)).view(torch.float32)
+    return target.copy_(torch.where(value == value, rounded, value))  # a NaN could carry into its sign
 
 
 def largest_angle(q_KP: Tensor, *, size: int, block_size: int, iterations: int = 16) -> Tensor:

@@ -50,7 +50,7 @@ def check(
     if not 0 <= norm_growth < 1:
         raise UserError(f"norm_growth={norm_growth!r}: at least 0 and below 1 (8 / steps is usual)")
     if rule == "adam" and config.rotation_dtype == "bfloat16":
-        raise UserError("rule='adam': its second moment needs float32; leave momentum_dtype (rotation_dtype) alone")
+        raise UserError("rule='adam': its second moment needs float32; set momentum_dtype (rotation_dtype) to it")
 
 
 def model_groups(
