@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 
 import pytest
 import torch
@@ -414,6 +415,39 @@ def test_refusals():
     with pytest.raises(UserError, match="saved with other blocks"):
         optimizer.load_state_dict(saved)
     assert before == {key: id(value) for p in optimizer._layers for key, value in optimizer.state[p].items()}
+
+
+def trained_state(**settings):
+    model, x = mlp(), torch.randn(5, 11)
+    optimizer = POETX(model, block_size=4, **settings)
+    for _ in range(3):
+        model(x).square().mean().backward()
+        optimizer.step()
+    return optimizer.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "message"),
+    [
+        ({}, {"rule": "adam"}, "first_in is missing there, float32 [1, 3, 6] here"),
+        ({"rule": "adam"}, {}, "first_in is float32 [1, 3, 6] there, missing here"),
+        ({}, {"momentum_dtype": "bfloat16"}, "before_out_0 is float32 [5, 6] there, bfloat16 [5, 6] here"),
+        ({"momentum_dtype": "bfloat16", "nesterov": False}, {}, "momentum_in is bfloat16 [1, 3, 6] there, float32"),
+    ],
+)
+def test_the_state_of_other_settings_is_refused(there, here, message):
+    saved = trained_state(partitions=1, **there)
+    optimizer = POETX(mlp(), block_size=4, partitions=1, **here)
+    with pytest.raises(UserError, match=re.escape(message)):
+        optimizer.load_state_dict(saved)
+    assert not optimizer.state
+
+
+def test_a_state_without_its_step_is_refused():
+    saved = trained_state()
+    del saved["state"][0]["step"]
+    with pytest.raises(UserError, match="step is missing there, a number here"):
+        POETX(mlp(), block_size=4).load_state_dict(saved)
 
 
 def test_a_gradient_scaler_is_refused():

@@ -12,6 +12,7 @@ partitions, each with its own momentum, are updated at every step and written on
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -40,7 +41,7 @@ from poetx.single_step.directions import LARGEST_SINGULAR_VALUE, Adam, Finished,
 from poetx.single_step.partitions import Orders
 from poetx.single_step.ranks import average_, on_any_rank
 from poetx.single_step.release import release
-from poetx.single_step.setup import check, model_groups, settings
+from poetx.single_step.setup import check, check_state, model_groups, settings
 
 #: Weights whose ‖W‖ differs by less count as those of the last fold: stochastic rounding of bfloat16 moves it by 0.8 %.
 _SAME_NORM = 0.01
@@ -218,7 +219,7 @@ class POETX(torch.optim.Optimizer):
         """As in torch; every tensor keeps its dtype, where torch would cast it to the weight's.
 
         Raises:
-            UserError: the momentum was saved with other block sizes or partitions.
+            UserError: it was saved with another rule, or momenta of other shapes or another dtype.
         """
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
@@ -226,13 +227,8 @@ class POETX(torch.optim.Optimizer):
         # Before anything is replaced: a state that does not fit must leave this one as it was.
         for index, p in zip(saved, params, strict=False):
             entries = state_dict["state"].get(index, {})
-            for side in ("in", "out") if p in rotated and (entries or p in self._layers) else ():
-                sink = entries.get(f"momentum_{side}")
-                if sink is None or sink.shape != self._sink_shape(p, side):
-                    raise UserError(
-                        "POETX: this state was saved with other blocks, partitions or rule; use the settings it was "
-                        "trained with, or start the optimizer anew"
-                    )
+            if p in rotated and (entries or p in self._layers):
+                check_state(entries, self._zeros(p, "meta"))
         super().load_state_dict(state_dict)
         self._folded.clear()
         for index, p in zip(saved, params, strict=True):
@@ -303,14 +299,15 @@ class POETX(torch.optim.Optimizer):
         entries = (block_size, block_size) if self._free else (packed_size(block_size),)
         return self._config.partitions, blocks, *entries
 
+    def _zeros(self, p: Tensor, device: torch.device | str) -> dict[str, Tensor]:
+        """The rule's state of one matrix before its first step."""
+        dtype = torch.float64 if p.dtype == torch.float64 else getattr(torch, self._config.rotation_dtype)
+        shapes = {f"{name}_{side}": self._sink_shape(p, side) for side in ("in", "out") for name in self._rule.entries}
+        return {key: torch.zeros(shape, dtype=dtype, device=device) for key, shape in shapes.items()}
+
     def _begin(self, p: Tensor) -> None:
-        state, dtype = self.state[p], getattr(torch, self._config.rotation_dtype)
-        if p.dtype == torch.float64:
-            dtype = torch.float64
-        state["step"] = 0
-        for side in ("in", "out"):
-            for name in self._rule.entries:
-                state[f"{name}_{side}"] = torch.zeros(self._sink_shape(p, side), dtype=dtype, device=p.device)
+        state = self.state[p]
+        state |= {"step": 0, **self._zeros(p, p.device)}
         self._rule.expect(state, self._written(0))
 
     def _measure(self, p: Tensor) -> None:
@@ -385,7 +382,8 @@ class POETX(torch.optim.Optimizer):
         for p in arrived:
             if not self.state[p]:
                 self._begin(p)
-        average_(self.state[p][f"momentum_{side}"] for p in arrived for side in ("in", "out"))
+        for p, side in itertools.product(arrived, ("in", "out")):
+            average_(self.state[p][f"momentum_{side}"], partial(self._noise, p, f"ranks-{side}"))
         return {*self._fed, *arrived}
 
     def _write(self, batch: list[Tensor], move: Move, angle: float) -> None:

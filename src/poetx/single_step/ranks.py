@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from poetx.ops.fold import stochastic_round_
 
 
 def rank_count() -> int:
@@ -23,9 +25,11 @@ def on_any_rank(flags: list[bool], device: torch.device) -> list[bool]:
     return [bool(flag) for flag in total.tolist()]
 
 
-def average_(tensors: Iterable[Tensor]) -> None:
-    """Mean over the ranks, in place."""
+def average_(tensor: Tensor, noise: Callable[[], torch.Generator]) -> None:
+    """Mean over the ranks, in place. Of bfloat16 the sum is float32, and rounded stochastically, alike on all ranks."""
     if (ranks := rank_count()) > 1:
-        for tensor in tensors:
-            torch.distributed.all_reduce(tensor)
-            tensor.div_(ranks)
+        total = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+        torch.distributed.all_reduce(total)
+        total.div_(ranks)
+        if total is not tensor:
+            stochastic_round_(tensor, total, noise())

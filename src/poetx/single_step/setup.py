@@ -12,6 +12,7 @@ from poetx.errors import UserError, nearest
 from poetx.single_layer import SingleStepLinear
 
 RULES = ("ortho", "adam")
+_COPIES = ("before_in_", "before_out_")  # for the look-ahead, where it is on
 
 
 def settings(
@@ -51,6 +52,25 @@ def check(
         raise UserError(f"norm_growth={norm_growth!r}: at least 0 and below 1 (8 / steps is usual)")
     if rule == "adam" and config.rotation_dtype == "bfloat16":
         raise UserError("rule='adam': its second moment needs float32; set momentum_dtype (rotation_dtype) to it")
+
+
+def check_state(saved: dict[str, Any], fresh: dict[str, Tensor]) -> None:
+    """Refuse the saved state of one matrix unless its tensors are of the kinds in ``fresh``, its state at the start."""
+    copies = {key: fresh[f"momentum_{key.split('_')[1]}"][0] for key in saved if key.startswith(_COPIES)}
+    wanted = {"step": 0, **fresh, **copies}
+    for key in sorted((wanted | saved).keys() - {"norm", "scale"}):
+        there, here = (_kind(kept.get(key)) for kept in (saved, wanted))
+        if there != here:
+            raise UserError(
+                "POETX: this state was saved with other blocks, partitions, rule or momentum_dtype (rotation_dtype): "
+                f"{key} is {there} there, {here} here; use the settings it was trained with, or start anew"
+            )
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor) and value.ndim:
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return "missing" if value is None else "a number"
 
 
 def model_groups(
