@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from helpers import relative_error
 from poetx import POETX, PoetConfig, convert_
+from poetx.single_step import ranks as agreement
 from ranks import run_on_two_ranks
 
 CASES = {
@@ -79,3 +80,13 @@ def test_ranks_stay_identical_and_follow_one_process(trained, case):
         assert relative_error(first[name], start[name]) > 1e-3
         if not CASES[case].get("narrow"):
             assert relative_error(first[name], value) < 1e-4, name
+
+
+def test_the_mean_of_narrow_momenta_is_unbiased(monkeypatch):
+    """64 ranks of which one has something to add, too little for a sum in bfloat16 to see."""
+    monkeypatch.setattr(agreement, "rank_count", lambda: 64)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.mul_(64).add_(2**-4))
+    momentum = torch.ones(20000, dtype=torch.bfloat16)
+    agreement.average_(momentum, lambda: torch.Generator().manual_seed(0))
+    # Of 2^-7, the gap above 1, an eighth is added: 2^-10, with the standard error of 20000 draws.
+    assert abs(momentum.float().mean() - 1 - 2**-10) < 5 * 2**-7 * (1 / 8 * 7 / 8 / 20000) ** 0.5
