@@ -45,8 +45,8 @@ class Outcome:
 
 def _train(recipe_file: str, overrides: list[str]) -> None:
     torch.set_num_threads(1)
+    from poetx.recipe import load_recipe
     from poetx.train.checkpoint import checkpoints
-    from poetx.train.recipe import load_recipe
     from poetx.train.run import train
 
     recipe = load_recipe(recipe_file, overrides)

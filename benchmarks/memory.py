@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.record import RESULTS, append, provenance
-from poetx.memory import GIB, TrainingSetup, estimate_memory, full_stack, largest_batch, paper
+from poetx.planner import GIB, TrainingSetup, estimate_memory, full_stack, largest_batch, paper
 
 DOCS = Path(__file__).parent.parent / "docs"
 SIZES = ("llama-3b", "llama-8b", "llama-13b")

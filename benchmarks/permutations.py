@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import append, provenance
-from poetx.layer import PoetLinear, stream
+from poetx.layers.poet import PoetLinear, stream
 from poetx.ops.single_step import strided_order
 
 Draw = Callable[[PoetLinear, int], tuple[Tensor, Tensor]]
@@ -59,7 +59,7 @@ KINDS: dict[str, Draw] = {"random": PoetLinear._draw_permutations, "groups of 16
 
 def run(kind: str, seed: int, settings: list[str], directory: Path) -> dict[str, Any]:
     """Train the demo; its last validation loss."""
-    from poetx.train.recipe import load_recipe
+    from poetx.recipe import load_recipe
     from poetx.train.run import train
 
     overrides = [

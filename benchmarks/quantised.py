@@ -33,9 +33,9 @@ from torch import Tensor, nn
 import poetx
 from benchmarks.record import append, provenance
 from poetx import PoetConfig, PoetLinear
-from poetx.bench.record import interleaved, median
+from poetx.bench.timing import interleaved, median
+from poetx.layers.weights import PackedWeight
 from poetx.ops.cayley import cayley
-from poetx.storage import PackedWeight
 
 SIZE, BLOCK, GROUP = 256, 64, 128
 
@@ -177,8 +177,8 @@ QUALITY = [
 
 def quality(done: set[str]) -> Iterator[dict[str, Any]]:
     """Validation loss of the demo model, of two layers, after the same batches and schedule from the same weights."""
-    from poetx.train.data import prepare_data
-    from poetx.train.recipe import load_recipe
+    from poetx.data.tokens import prepare_data
+    from poetx.recipe import load_recipe
 
     recipe = load_recipe("demo", [f"train.batch_size={BATCH}", f"model.num_layers={LAYERS}"])
     data = prepare_data(recipe)
@@ -209,7 +209,7 @@ def train(recipe: Any, data: Any, name: str, kind: str, interval: int, seed: int
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from benchmarks.stack import _loss, validate
-    from poetx.train.sampler import batch_windows
+    from poetx.data.sampler import batch_windows
     from poetx.train.schedule import lr_factor
 
     shape, rates = recipe.model, recipe.optimizer
@@ -316,7 +316,7 @@ def step(done: set[str], *, repeats: int = 20) -> Iterator[dict[str, Any]]:
 _BUILD = """
 import resource, sys, torch, poetx
 from transformers import AutoModelForCausalLM
-from poetx.memory.build import read_config
+from poetx.planner.build import read_config
 config = read_config(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with torch.device("meta"):

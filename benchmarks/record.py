@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from poetx.bench.record import append, provenance
+from poetx.bench.timing import append, provenance
 
 __all__ = ["LATER", "RESULTS", "append", "by_setting", "mean_loss", "provenance", "setting"]
 

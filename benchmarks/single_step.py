@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from benchmarks.record import LATER, append, provenance
 from benchmarks.weights import weight_statistics
 from poetx import POETX, PoetConfig, convert_, merge_every, param_groups
-from poetx.layer import fresh_weight
+from poetx.layers.poet import fresh_weight
 
 
 @dataclass(frozen=True)
@@ -293,8 +293,8 @@ def factor(step: int, steps: int) -> float:
 
 
 def data_for(scale: Scale, text: str, cache: Path) -> Any:
-    from poetx.train.data import prepare_data
-    from poetx.train.recipe import load_recipe
+    from poetx.data.tokens import prepare_data
+    from poetx.recipe import load_recipe
 
     overrides = [
         f"data.train={text}",
@@ -311,7 +311,7 @@ def train(run: Run, *, text: str, cache: Path) -> dict[str, Any]:
 
     A run that diverges stops; its ``loss`` and last weights are null.
     """
-    from poetx.train.sampler import batch_windows, evenly_spread
+    from poetx.data.sampler import batch_windows, evenly_spread
 
     scale = SCALES[run.scale]
     steps = run.steps or scale.steps

@@ -29,8 +29,8 @@ SWEEP = {
 
 def run(method: str, lr: float, poet_lr: float | None, *, seed: int, steps: int, directory: Path) -> dict[str, Any]:
     """Train the demo model once; its final and lowest validation loss, and whether it diverged."""
+    from poetx.recipe import load_recipe
     from poetx.train.metrics import read_metrics
-    from poetx.train.recipe import load_recipe
     from poetx.train.run import train
 
     run_dir = directory / f"{method}-{lr:g}-{poet_lr}-{seed}"

@@ -21,11 +21,12 @@ from torch import nn
 
 import poetx
 from benchmarks.record import append, provenance
-from poetx.memory.build import large_dense_parameters
-from poetx.stack import SMMF, AdamW, HFac, checkpoint_layers_, chunk_loss_, release_gradients
-from poetx.train.data import prepare_data
-from poetx.train.recipe import load_recipe
-from poetx.train.sampler import batch_windows, evenly_spread
+from poetx.data.sampler import batch_windows, evenly_spread
+from poetx.data.tokens import prepare_data
+from poetx.optim import SMMF, AdamW, HFac, release_gradients
+from poetx.planner.build import large_dense_parameters
+from poetx.recipe import load_recipe
+from poetx.savings import checkpoint_layers_, chunk_loss_
 from poetx.train.schedule import lr_factor
 
 PLAIN: dict[str, Any] = {

@@ -11,8 +11,9 @@ from torch import nn
 
 import accelerator
 from accelerator import crossings
-from poetx import POETX, PoetConfig, convert_, merge_, merge_every, param_groups, stack, to_dense_
+from poetx import POETX, PoetConfig, convert_, merge_, merge_every, param_groups, to_dense_
 from poetx.ops.single_step import add_to_
+from poetx.optim import SMMF, AdamW, HFac
 
 
 @pytest.fixture
@@ -64,9 +65,9 @@ FORMS = {
     "mem": rotated(mode="mem"),
     "mem, exact": rotated(mode="mem", neumann_order="exact"),
     "int8 weight": rotated(mode="mem", weight_format="int8", group_size=16),
-    "SMMF": rotated(stack.SMMF, mode="mem"),
-    "H-Fac": rotated(stack.HFac, mode="mem"),
-    "AdamW with an 8-bit state": rotated(partial(stack.AdamW, state_dtype="int8"), mode="mem"),
+    "SMMF": rotated(SMMF, mode="mem"),
+    "H-Fac": rotated(HFac, mode="mem"),
+    "AdamW with an 8-bit state": rotated(partial(AdamW, state_dtype="int8"), mode="mem"),
     "single-step layers": single_step_layers(),
     "single-step layers, two partitions": single_step_layers(partitions=2),
     "single-step layers, free spectrum": single_step_layers(spectrum="free"),

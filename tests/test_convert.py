@@ -10,56 +10,12 @@ import transformers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
+from builders import MODELS, function, gpt2, llama, mlp, turn
 from helpers import TOLERANCE, relative_error
 from poetx import PoetConfig, PoetLinear, UserError, convert_, poet_layers, to_dense_
-from poetx.convert import converted_layers
-
-
-def llama(**settings):
-    defaults = {
-        "vocab_size": 97,
-        "hidden_size": 48,
-        "intermediate_size": 104,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    return LlamaForCausalLM(LlamaConfig(**(defaults | settings))).eval()
-
-
-def gpt2():
-    config = GPT2Config(vocab_size=97, n_positions=32, n_embd=48, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
-    return GPT2LMHeadModel(config).eval()
-
-
-def mlp():
-    return nn.Sequential(nn.Linear(11, 20), nn.GELU(), nn.Linear(20, 13), nn.GELU(), nn.Linear(13, 7))
-
-
-def function(model, dtype):
-    with torch.no_grad():
-        if isinstance(model, nn.Sequential):
-            return model(torch.randn(5, 11, generator=torch.Generator().manual_seed(0)).to(dtype))
-        ids = torch.randint(0, 97, (2, 16), generator=torch.Generator().manual_seed(0))
-        return model(input_ids=ids).logits
-
-
-MODELS = [llama, gpt2, mlp]
-
-
-def turn(model, angle=0.3):
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for _, layer in poet_layers(model):
-            for skew in layer.rotations:
-                noise = torch.randn(skew.shape, generator=generator) * angle / 10
-                skew.copy_(noise)
+from poetx.layers.walk import converted_layers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from builders import function, gpt2, llama, mlp, turn
 from helpers import TOLERANCE, relative_error
 from poetx import PoetConfig, UserError, convert_, merge_, merge_every, param_groups, poet_layers, spectrum
-from test_convert import function, gpt2, llama, mlp, turn
 
 OPTIMIZERS = {
     "adamw": lambda groups: torch.optim.AdamW(groups),

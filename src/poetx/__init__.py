@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from poetx.errors import UserError
+from poetx.lazy import lazy_names
 
 if TYPE_CHECKING:
     from poetx.config import PoetConfig
-    from poetx.convert import ConversionReport, convert_, poet_layers, to_dense_
-    from poetx.layer import PoetLinear
+    from poetx.convert import ConversionReport, convert_, to_dense_
+    from poetx.layers.poet import PoetLinear
+    from poetx.layers.shared_blocks import shared_blocks
+    from poetx.layers.single_step import SingleStepLinear
+    from poetx.layers.walk import poet_layers
     from poetx.materialize import materialize_
-    from poetx.memory import estimate_memory, measure_memory
+    from poetx.memory.measure import measure_memory
     from poetx.merge import MergeHandle, MergeReport, merge_, merge_every
-    from poetx.optim import param_groups
-    from poetx.reuse import shared_blocks
-    from poetx.single_layer import SingleStepLinear
-    from poetx.single_step import POETX
+    from poetx.optim.groups import param_groups
+    from poetx.optim.poetx import POETX
+    from poetx.planner.estimate import estimate_memory
     from poetx.spectra import LayerSpectrum, spectrum
 
 __version__ = "0.1.0"
@@ -45,29 +47,25 @@ __all__ = [
     "to_dense_",
 ]
 
-# Names are looked up when first used: `poetx --help` must not wait two seconds for torch.
-_HOMES = {
-    "config": ("PoetConfig",),
-    "convert": ("ConversionReport", "convert_", "poet_layers", "to_dense_"),
-    "layer": ("PoetLinear",),
-    "materialize": ("materialize_",),
-    "memory": ("estimate_memory", "measure_memory"),
-    "merge": ("MergeHandle", "MergeReport", "merge_", "merge_every"),
-    "optim": ("param_groups",),
-    "reuse": ("shared_blocks",),
-    "single_layer": ("SingleStepLinear",),
-    "single_step": ("POETX",),
-    "spectra": ("LayerSpectrum", "spectrum"),
-}
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+# Looked up when first used: `poetx --help` must not wait two seconds for torch.
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "poetx.config": ("PoetConfig",),
+        "poetx.convert": ("ConversionReport", "convert_", "to_dense_"),
+        "poetx.layers.poet": ("PoetLinear",),
+        "poetx.layers.shared_blocks": ("shared_blocks",),
+        "poetx.layers.single_step": ("SingleStepLinear",),
+        "poetx.layers.walk": ("poet_layers",),
+        "poetx.materialize": ("materialize_",),
+        "poetx.memory.measure": ("measure_memory",),
+        "poetx.merge": ("MergeHandle", "MergeReport", "merge_", "merge_every"),
+        "poetx.optim.groups": ("param_groups",),
+        "poetx.optim.poetx": ("POETX",),
+        "poetx.planner.estimate": ("estimate_memory",),
+        "poetx.spectra": ("LayerSpectrum", "spectrum"),
+    },
+)
 
 
 def __dir__() -> list[str]:

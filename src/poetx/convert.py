@@ -13,10 +13,11 @@ from torch import nn
 
 from poetx.config import PoetConfig, name_matches
 from poetx.errors import UserError, nearest
-from poetx.foreign import dense_weight, foreign_buffers, is_foreign
-from poetx.layer import DTYPES, PoetLinear
-from poetx.single_layer import SingleStepLinear
-from poetx.storage import PackedWeight
+from poetx.layers.poet import DTYPES, PoetLinear
+from poetx.layers.prequantized import dense_weight, foreign_buffers, is_foreign
+from poetx.layers.single_step import SingleStepLinear
+from poetx.layers.walk import converted_layers, poet_layers
+from poetx.layers.weights import PackedWeight
 
 #: Names that checkpoints in the wild give to several matrices held as one.
 _FUSED = re.compile(r"(^|\.)(c_attn|qkv|qkv_proj|query_key_value|Wqkv|in_proj|gate_up_proj|kv_proj|q_attn)$")
@@ -98,27 +99,6 @@ _LAYERS: dict[str, type[PoetLinear] | type[SingleStepLinear]] = {
     "poet-x": PoetLinear,
     "single-step": SingleStepLinear,
 }
-
-
-def poet_layers(model: nn.Module) -> Iterator[tuple[str, PoetLinear]]:
-    """Every :class:`PoetLinear` of ``model`` once, with its dotted name."""
-    for name, module in model.named_modules():
-        if isinstance(module, PoetLinear):
-            yield name, module
-
-
-def single_step_layers(model: nn.Module) -> Iterator[tuple[str, SingleStepLinear]]:
-    """Every :class:`SingleStepLinear` of ``model`` once, with its dotted name."""
-    for name, module in model.named_modules():
-        if isinstance(module, SingleStepLinear):
-            yield name, module
-
-
-def converted_layers(model: nn.Module) -> Iterator[tuple[str, PoetLinear | SingleStepLinear]]:
-    """Every layer that :func:`convert_` made, of either method, once, with its dotted name."""
-    for name, module in model.named_modules():
-        if isinstance(module, (PoetLinear, SingleStepLinear)):
-            yield name, module
 
 
 def _is_conv1d(module: nn.Module) -> bool:

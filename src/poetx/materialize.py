@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from poetx.convert import poet_layers
 from poetx.errors import UserError
-from poetx.layer import PoetLinear
+from poetx.layers.poet import PoetLinear
+from poetx.layers.walk import poet_layers
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from poetx.convert import poet_layers
 from poetx.errors import UserError
-from poetx.layer import FoldStats, PoetLinear
+from poetx.layers.poet import FoldStats, PoetLinear
+from poetx.layers.walk import poet_layers
 from poetx.ops.reference import EXACT
 
 logger = logging.getLogger(__name__)

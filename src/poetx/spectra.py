@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from poetx.convert import converted_layers
 from poetx.errors import UserError
+from poetx.layers.walk import converted_layers
 
 
 @dataclass(frozen=True)

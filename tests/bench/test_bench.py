@@ -16,9 +16,9 @@ from helpers import relative_error
 from poetx import UserError
 from poetx.bench import ops as ops_bench
 from poetx.bench.layer import OriginalPoet, Shape, bench_layer, check, poet_layer
-from poetx.bench.record import interleaved, peak_bytes
 from poetx.bench.step import Run, bench_step
-from poetx.cli import main
+from poetx.bench.timing import interleaved, peak_bytes
+from poetx.cli.app import main
 
 ROOT = Path(layer_bench.__file__).parents[3]
 CPU = torch.device("cpu")
@@ -172,7 +172,7 @@ def test_gpu_suite_runs_in_rehearsal(tmp_path):
 @pytest.mark.parametrize("own", [["optimizer.name=sgd"], ["optimizer.base=smmf"]])
 def test_the_adamw_contestant_is_adamw_whatever_the_recipe_has(own):
     from poetx.bench.step import CONTESTANTS
-    from poetx.train.recipe import load_recipe
+    from poetx.recipe import load_recipe
 
     optimizer = load_recipe("demo", [*own, *CONTESTANTS["adamw"]]).optimizer
     assert (optimizer.name, optimizer.base, optimizer.state_dtype) == ("adamw", None, "same")

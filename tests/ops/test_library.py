@@ -4,8 +4,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import random_skew
-from poetx.ops._library import transparent_operators
 from poetx.ops.cayley import cayley
+from poetx.ops.library import transparent_operators
 
 
 class Names(TorchDispatchMode):

@@ -5,10 +5,10 @@ import torch
 
 from helpers import TOLERANCE, random_skew, relative_error
 from poetx.ops import reference, weight_side
+from poetx.ops.block_diagonal import _SLICE_BYTES
 from poetx.ops.cayley import cayley
 from poetx.ops.linear import poet_linear
 from poetx.ops.reference import EXACT
-from poetx.ops.rotate import _SLICE_BYTES
 
 #: tokens, in, out, b_in, b_out: divisible, ragged, prime, larger than the layer, width one, one token. With as many
 #: tokens as features of the other side it is the weight that is rotated, on one side or on both.

@@ -5,7 +5,7 @@ import torch
 
 from poetx.config import WEIGHT_FORMATS
 from poetx.ops import quantize
-from poetx.ops._library import cached_tensors
+from poetx.ops.library import cached_tensors
 from poetx.ops.quantize import Packed, dequantise, format_of, pack, quantise_, row_bytes, unpack
 
 #: rows, columns, group size: whole groups, a ragged last one, one group, one column, a group longer than the row

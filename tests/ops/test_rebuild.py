@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import poetx
-from poetx.layer import PoetLinear
+from poetx.layers.poet import PoetLinear
 from poetx.ops.rebuild import kept_factors
 
 

@@ -9,9 +9,9 @@ import torch
 
 from helpers import TOLERANCE, random_skew, relative_error
 from poetx import UserError
+from poetx.ops import block_diagonal as rotate_twin
 from poetx.ops import cayley as cayley_twin
 from poetx.ops import kernel_report
-from poetx.ops import rotate as rotate_twin
 from poetx.ops.cayley import packed_size
 from poetx.ops.dispatch import use_kernels
 from poetx.ops.linear import poet_linear
@@ -21,8 +21,8 @@ pytest.importorskip("triton", reason="the kernels need triton, which exists for 
 from kernel_helpers import compiled_for, interpreted, nan_filled
 
 from poetx.ops.single_step import _outer
+from poetx.ops.triton import block_diagonal as rotate_kernels
 from poetx.ops.triton import cayley as cayley_kernels
-from poetx.ops.triton import rotate as rotate_kernels
 from poetx.ops.triton import tuning
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -6,11 +6,10 @@ import signal
 
 import pytest
 import torch
-import train_helpers
-from test_loop import At, Tiny, curve, interrupt
 
 import accelerator
 from accelerator import crossings
+from builders import At, Tiny, curve, interrupt, train_losses
 from poetx.train import loop, run
 from poetx.train.export import load_run
 
@@ -43,7 +42,7 @@ def test_trains_as_on_the_cpu_and_resumes_to_the_bit(name: str, tiny: Tiny, devi
 
 
 def losses(result: run.RunResult) -> list[float]:
-    return train_helpers.curve(result.run_dir)
+    return train_losses(result.run_dir)
 
 
 @pytest.mark.parametrize("name", FORMS)

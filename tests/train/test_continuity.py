@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from poetx import merge_
-from poetx.train.data import prepare_data
+from poetx.data.tokens import prepare_data
+from poetx.recipe import Recipe
 from poetx.train.loop import evaluate
-from poetx.train.recipe import Recipe
 from poetx.train.run import train
 
 

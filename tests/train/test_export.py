@@ -10,12 +10,12 @@ import pytest
 import transformers
 from safetensors import SafetensorError
 
+from poetx.data.tokenizer import END_OF_TEXT, train_tokenizer
 from poetx.errors import UserError
-from poetx.train.evaluate import evaluate_run
+from poetx.recipe import Recipe
+from poetx.runs.evaluate import evaluate_run
 from poetx.train.export import export_model, generate_text, load_run
-from poetx.train.recipe import Recipe
 from poetx.train.run import train
-from poetx.train.tokenizer import END_OF_TEXT, train_tokenizer
 
 Tiny = Callable[..., Recipe]
 CONFIGS = {

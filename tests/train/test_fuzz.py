@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poetx.errors import UserError
+from poetx.recipe import Recipe, load_recipe
 from poetx.train.checkpoint import BrokenCheckpoint, checkpoints, find_checkpoint, verify
-from poetx.train.recipe import Recipe, load_recipe
 from poetx.train.run import train
 
 JUNK = st.one_of(

@@ -4,58 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from builders import At, Tiny, curve, interrupt, same, weights
 from poetx.errors import UserError
 from poetx.train import checkpoint as ckpt
 from poetx.train import loop
-from poetx.train.metrics import TIMING_KEYS, read_metrics
-from poetx.train.progress import Reporter
-from poetx.train.recipe import Recipe
-from poetx.train.run import RunResult, train
-
-Tiny = Callable[..., Recipe]
-
-
-class At(Reporter):
-    """Calls ``action`` when the given step has been recorded."""
-
-    def __init__(self, step: int, action: Callable[[], Any]) -> None:
-        self.at, self.action = step, action
-        self.notes: list[str] = []
-
-    def step(self, entry: dict[str, Any]) -> None:
-        if entry["step"] == self.at:
-            self.action()
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
-def curve(run_dir: Path) -> list[dict[str, Any]]:
-    """Every metrics line without its timing."""
-    return [
-        {key: value for key, value in entry.items() if key not in TIMING_KEYS}
-        for entry in read_metrics(run_dir / "metrics.jsonl")
-    ]
-
-
-def weights(result: RunResult) -> dict[str, torch.Tensor]:
-    return result.model.state_dict()
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-
-
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
+from poetx.train.run import train
 
 
 @pytest.mark.parametrize("mode", ["poet.mode=fast", "poet.mode=mem", "poet=null"])

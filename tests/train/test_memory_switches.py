@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from train_helpers import curve
 
+from builders import train_losses
 from poetx.errors import UserError
-from poetx.report import write_report
+from poetx.recipe import Recipe, load_recipe
+from poetx.runs.report import write_report
 from poetx.train import loop
 from poetx.train.metrics import read_metrics
-from poetx.train.recipe import Recipe, load_recipe
 from poetx.train.run import train
 
 Tiny = Callable[..., Recipe]
@@ -21,7 +21,7 @@ SHORT = ("train.export=false", "optimizer.clip=null", "optimizer.clip_ramp_until
 
 
 def losses(recipe: Recipe, **how: bool) -> list[float]:
-    return curve(train(recipe, **how).run_dir)
+    return train_losses(train(recipe, **how).run_dir)
 
 
 @pytest.mark.parametrize("mode", ["fast", "mem"])
@@ -89,7 +89,7 @@ def test_measuring_memory_leaves_the_curve_and_says_what_each_phase_took(tiny: T
     recipe = tiny(*SHORT, switch, "train.memory_every=4", "poet.merge_every=4", run_dir="measured")
     run_dir = train(recipe).run_dir
     unmeasured = losses(tiny(*SHORT, switch, "poet.merge_every=4", run_dir="again"))
-    assert curve(run_dir) == unmeasured
+    assert losses(run_dir) == unmeasured
     assert len(plain) == len(unmeasured)
     lines = [entry for entry in read_metrics(run_dir / "metrics.jsonl") if entry["event"] == "memory"]
     assert [entry["step"] for entry in lines] == [1, 4, 8, 12]

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from poetx.data.tokens import prepare_data
 from poetx.errors import UserError
+from poetx.recipe import Recipe, load_recipe
+from poetx.runs.evaluate import evaluate_run
 from poetx.train import loop
 from poetx.train.checkpoint import checkpoints, step_of
-from poetx.train.data import prepare_data
-from poetx.train.evaluate import evaluate_run
-from poetx.train.recipe import Recipe, load_recipe
 from poetx.train.run import train
 
 Tiny = Callable[..., Recipe]
@@ -145,8 +145,9 @@ def test_chunked_loss_refuses_models_that_change_the_logits(tiny: Tiny, tmp_path
 
 
 def test_dropout_is_drawn_from_restored_generators_and_off_in_evaluation(tiny: Tiny, tmp_path: Path) -> None:
-    from train_helpers import curve
     from transformers import GPT2Config
+
+    from builders import train_losses
 
     GPT2Config(vocab_size=400, n_positions=32, n_embd=32, n_layer=1, n_head=2).save_pretrained(tmp_path / "gpt2")
     settings = ("model={config: " + str(tmp_path / "gpt2") + "}", "train.export=false", "train.checkpoint_every=5")
@@ -154,7 +155,7 @@ def test_dropout_is_drawn_from_restored_generators_and_off_in_evaluation(tiny: T
     parts = tiny(*settings, run_dir="parts")
     train(parts)
     shutil.rmtree(checkpoints(parts.directory)[-1])
-    assert curve(train(parts, resume=True).run_dir) == curve(whole.run_dir)
+    assert train_losses(train(parts, resume=True).run_dir) == train_losses(whole.run_dir)
     windows = list(range(3))
     text = whole.model
     data = prepare_data(parts).validation

@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from builders import train_losses
 from poetx import poet_layers
 from poetx.errors import UserError
+from poetx.models import build_model, convert_model
+from poetx.recipe import Recipe
 from poetx.train.checkpoint import find_checkpoint, load_model
 from poetx.train.export import load_run, rebuild_run
-from poetx.train.model import build_model, convert_model
-from poetx.train.recipe import Recipe
 from poetx.train.run import train
-from train.train_helpers import curve
 
 Tiny = Callable[..., Recipe]
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def test_a_run_learns_resumes_bitwise_across_a_merge_and_exports_what_it_trained
     recipe = tiny(*settings, run_dir="resumed")
     stopped(recipe, 6, monkeypatch)  # one step after a merge, four before the next
     resumed = train(recipe, resume=True)
-    assert curve(resumed.run_dir) == curve(straight.run_dir)
+    assert train_losses(resumed.run_dir) == train_losses(straight.run_dir)
     paths = [run.run_dir / "export" / "model.safetensors" for run in (straight, resumed)]
     first, second = (load_file(path) for path in paths)
     assert all(torch.equal(first[name], second[name]) for name in first)

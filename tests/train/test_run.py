@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_helpers import curve
 
+from builders import train_losses
 from poetx.errors import UserError
+from poetx.recipe import Recipe, load_recipe
 from poetx.train import checkpoint as ckpt
 from poetx.train.export import generate_text, load_run
 from poetx.train.metrics import TIMING_KEYS, read_metrics
-from poetx.train.recipe import Recipe, load_recipe
 from poetx.train.run import train
 
 Tiny = Callable[..., Recipe]
@@ -61,9 +61,9 @@ def test_the_export_loads_with_transformers_alone_and_computes_the_same(tiny: Ti
 
 
 def _validation_loss(model: torch.nn.Module, run_dir: Path, recipe: Recipe) -> float:
-    from poetx.train.data import prepare_data
+    from poetx.data.sampler import evenly_spread
+    from poetx.data.tokens import prepare_data
     from poetx.train.loop import evaluate
-    from poetx.train.sampler import evenly_spread
 
     data = prepare_data(recipe).validation
     windows = evenly_spread(recipe.train.eval_windows, len(data))
@@ -179,7 +179,7 @@ def test_killed_without_warning_and_resumed_is_bitwise_the_uninterrupted_run(
     places = [f"data.train={corpus}", f"data.cache_dir={cache_dir}"]
     straight = train(tiny(*settings, run_dir="straight"))
     killed = tmp_path / "killed"
-    command = [sys.executable, "-m", "poetx.cli", "train", str(tiny_yaml), *places, *settings, f"run_dir={killed}"]
+    command = [sys.executable, "-m", "poetx", "train", str(tiny_yaml), *places, *settings, f"run_dir={killed}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
     while len(read_metrics(killed / "metrics.jsonl")) < 30 and process.poll() is None:
@@ -212,4 +212,4 @@ def test_text_that_has_moved_can_be_resumed(tiny: Tiny, tmp_path: Path) -> None:
     path.rename(tmp_path / "elsewhere.txt")
     moved = tiny(f"data.train={tmp_path / 'elsewhere.txt'}", *settings, "train.steps=4", run_dir="parts")
     resumed = train(moved, resume=True)
-    assert curve(resumed.run_dir) == curve(whole.run_dir)
+    assert train_losses(resumed.run_dir) == train_losses(whole.run_dir)

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from poetx.train.recipe import OptimizerRecipe
+from poetx.recipe import OptimizerRecipe
 from poetx.train.schedule import clip_value, lr_factor
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_loop import At, Tiny, curve, interrupt, same, weights
 
+from builders import At, Tiny, curve, interrupt, same, weights
 from poetx.errors import UserError
-from poetx.single_layer import SingleStepLinear
+from poetx.layers.single_step import SingleStepLinear
 from poetx.train import loop
 from poetx.train.checkpoint import checkpoints
 from poetx.train.metrics import read_metrics

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from poetx.bench.record import gate, interleaved, median, peak_bytes, provenance
+from poetx.bench.timing import gate, interleaved, median, peak_bytes, provenance
 from poetx.config import PoetConfig
 from poetx.errors import UserError, nearest
-from poetx.layer import PoetLinear
+from poetx.layers.poet import PoetLinear
+from poetx.layers.single_step import SingleStepLinear
 from poetx.ops import reference
-from poetx.ops.cayley import cayley
-from poetx.ops.rotate import (
+from poetx.ops.block_diagonal import (
     add_block_outer_,
     gather,
     gather_rotate,
@@ -25,9 +25,9 @@ from poetx.ops.rotate import (
     rotate_scatter,
     rotate_scatter_backward,
 )
+from poetx.ops.cayley import cayley
 from poetx.ops.single_step import map_gradient, skew_gradient
-from poetx.single_layer import SingleStepLinear
-from poetx.single_step import POETX
+from poetx.optim.poetx import POETX
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poetx.bench.record import gate, interleaved, median, provenance
+from poetx.bench.timing import gate, interleaved, median, provenance
 from poetx.ops import reference
+from poetx.ops.block_diagonal import gather, gather_rotate, gather_rotate_backward, inverse
 from poetx.ops.cayley import cayley, packed_size
 from poetx.ops.dispatch import use_triton
 from poetx.ops.quantize import FUSED_TOKENS, Packed, dequantise, product, quantise_
-from poetx.ops.rotate import gather, gather_rotate, gather_rotate_backward, inverse
 
 TOKENS = (2048, 4096, 8192, 16384)
 BLOCKS = (64, 128, 192, 256, 320)

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from poetx.bench.record import interleaved, median, milliseconds, provenance
+from poetx.bench.timing import interleaved, median, milliseconds, provenance
 from poetx.errors import UserError, nearest
 from poetx.merge import merge_
+from poetx.models import build_model, convert_model, resolve_device, resolve_dtype
+from poetx.recipe import Recipe, load_recipe
 from poetx.train.loop import summed_loss
-from poetx.train.model import build_model, convert_model, resolve_device, resolve_dtype
-from poetx.train.recipe import Recipe, load_recipe
 from poetx.train.run import build_optimizer
 
 # Fresh weights are drawn on the CPU, minutes for 8B, and a step takes as long on any: keep the dense model's.

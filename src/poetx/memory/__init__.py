@@ -1,45 +1,28 @@
-"""Memory: what a training step will take, before it runs, and what it took, while it runs."""
+"""What a training step took, measured while it runs; what it will take is predicted by :mod:`poetx.planner`."""
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
+from poetx.lazy import lazy_names, moved_names
+
 if TYPE_CHECKING:
-    from poetx.memory.estimate import GIB, MemoryEstimate, PhasePeak, estimate_memory
     from poetx.memory.measure import MemoryProbe, measure_memory
-    from poetx.memory.plan import BatchLimit, largest_batch
-    from poetx.memory.setup import METHODS, SHAPES, TrainingSetup, full_stack, paper
+    from poetx.memory.tracker import PhasePeak
 
-__all__ = [
-    "GIB",
-    "METHODS",
-    "SHAPES",
-    "BatchLimit",
-    "MemoryEstimate",
-    "MemoryProbe",
-    "PhasePeak",
-    "TrainingSetup",
-    "estimate_memory",
-    "full_stack",
-    "largest_batch",
-    "measure_memory",
-    "paper",
-]
+__all__ = ["MemoryProbe", "PhasePeak", "measure_memory"]
 
-# Looked up when first used, as in the package: the command line registers `poetx memory` without torch.
-_HOMES = {
-    "estimate": ("GIB", "MemoryEstimate", "PhasePeak", "estimate_memory"),
-    "measure": ("MemoryProbe", "measure_memory"),
-    "plan": ("BatchLimit", "largest_batch"),
-    "setup": ("METHODS", "SHAPES", "TrainingSetup", "full_stack", "paper"),
-}
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
+_OWN = {"poetx.memory.measure": ("MemoryProbe", "measure_memory"), "poetx.memory.tracker": ("PhasePeak",)}
+_own = lazy_names(__name__, _OWN)
+_moved = moved_names(
+    __name__,
+    {
+        "poetx.planner.estimate": ("GIB", "MemoryEstimate", "estimate_memory"),
+        "poetx.planner.largest_batch": ("BatchLimit", "largest_batch"),
+        "poetx.planner.setup": ("METHODS", "SHAPES", "TrainingSetup", "full_stack", "paper"),
+    },
+)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+    return _own(name) if name in __all__ else _moved(name)

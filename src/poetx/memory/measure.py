@@ -12,12 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from poetx.convert import poet_layers
 from poetx.errors import UserError
-from poetx.memory.estimate import PhasePeak, peak_of
-from poetx.memory.tracker import PHASES, Split, StorageTracker, adopt_state, followed, storages
+from poetx.layers.walk import poet_layers
+from poetx.memory.tracker import (
+    PHASES,
+    PhasePeak,
+    Split,
+    StorageTracker,
+    adopt_state,
+    followed,
+    peak_of,
+    storages,
+)
 from poetx.merge import MergeHandle
-from poetx.ops._library import transparent_operators
+from poetx.ops.library import transparent_operators
 
 
 class MemoryProbe:

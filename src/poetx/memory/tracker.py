@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from poetx.convert import poet_layers, single_step_layers
+from poetx.layers.walk import poet_layers, single_step_layers
 
 #: What a byte can belong to, in the order of the tables.
 CATEGORIES = ("frozen", "trainable", "gradient", "optimizer", "activations", "temporary")
@@ -234,3 +234,19 @@ def adopt_state(tracker: StorageTracker, optimizers: Iterable[torch.optim.Optimi
         for parameter, state in optimizer.state.items():
             tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor) and leaf.numel() > 1]
             tracker.adopt(tensors, "optimizer", rotation=id(parameter) in rotations)
+
+
+@dataclass(frozen=True)
+class PhasePeak:
+    """The largest moment of one phase: bytes by category, and those of them that belong to packed rotations."""
+
+    total: int
+    categories: dict[str, int]
+    rotations: dict[str, int]
+
+
+def peak_of(split: Split) -> PhasePeak:
+    """The table row of one moment."""
+    categories = {name: split.get((name, False), 0) + split.get((name, True), 0) for name in CATEGORIES}
+    rotations = {name: split.get((name, True), 0) for name in ("trainable", "gradient", "optimizer")}
+    return PhasePeak(sum(categories.values()), categories, rotations)

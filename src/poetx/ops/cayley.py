@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poetx.ops._library import device_type, fake_cache, first_derivatives_only, register_op
+from poetx.ops.block_diagonal import gather
 from poetx.ops.dispatch import use_triton
+from poetx.ops.library import device_type, fake_cache, first_derivatives_only, register_op
 from poetx.ops.reference import EXACT
-from poetx.ops.rotate import gather
 
 
 def packed_size(block_size: int) -> int:

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from poetx.ops import weight_side
-from poetx.ops._library import first_derivatives_only, register_op
-from poetx.ops.cayley import cayley_pair, cayley_pair_backward, cayley_pair_backward_op, cayley_pair_op
-from poetx.ops.rebuild import rebuild
-from poetx.ops.rotate import (
+from poetx.ops.block_diagonal import (
     block_outer,
     gather_rotate,
     gather_rotate_backward,
     rotate_scatter,
     rotate_scatter_backward,
 )
+from poetx.ops.cayley import cayley_pair, cayley_pair_backward, cayley_pair_backward_op, cayley_pair_op
+from poetx.ops.library import first_derivatives_only, register_op
+from poetx.ops.rebuild import rebuild
 
 
 def _product(x: Tensor, weight: Tensor, G_in: Tensor, perm_in: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from poetx.ops._library import cached_tensors, device_type
 from poetx.ops.dispatch import SMALLEST_BLOCK, use_triton
+from poetx.ops.library import cached_tensors, device_type
 
 #: Weights that are worked on at once: what float32 (or int64, where a table is searched) temporaries are bounded by.
 #: The noise of stochastic rounding is drawn slice by slice, so this is part of what a seed means.

@@ -26,11 +26,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from poetx.ops._library import first_derivatives_only, register_op
+from poetx.ops.block_diagonal import add_block_outer_, block_outer_products, gather, rotate, slices
 from poetx.ops.cayley import pack_skew
 from poetx.ops.dispatch import use_triton
 from poetx.ops.fold import full_precision_products, stochastic_round_
-from poetx.ops.rotate import add_block_outer_, block_outer_products, gather, rotate, slices
+from poetx.ops.library import first_derivatives_only, register_op
 
 #: How many times faster the big products run than block outer products of the same arithmetic, contiguous ones and
 #: those that gather first: decides the route. 2 CPU cores, float32, 1024 tokens, 256 wide, b=64: 184, 105, 40 GFLOP/s.

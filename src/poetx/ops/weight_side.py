@@ -20,8 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from poetx.ops._library import device_type
-from poetx.ops.rotate import add_block_outer_, gather, slices, zeros_like_blocks
+from poetx.ops.block_diagonal import add_block_outer_, gather, slices, zeros_like_blocks
+from poetx.ops.library import device_type
 
 #: Of the rows that are rotated before they are put in their places: the second-level cache of two current cores.
 _BYTES = 4 << 20

@@ -1,24 +1,16 @@
-"""The memory stack: each piece usable by itself, with any model and any torch optimizer."""
+"""Former home of what :mod:`poetx.optim` and :mod:`poetx.savings` hold now; every name warns where it has moved."""
 
-from poetx.stack.adamw import AdamW
-from poetx.stack.checkpointing import checkpoint_layers_
-from poetx.stack.combine import OPTIMIZERS, CombinedOptimizer, build_optimizer
-from poetx.stack.hfac import HFac
-from poetx.stack.loss import check_head, chunk_loss_, chunked_cross_entropy
-from poetx.stack.release import ReleaseHandle, release_gradients
-from poetx.stack.smmf import SMMF
+from poetx.lazy import moved_names
 
-__all__ = [
-    "OPTIMIZERS",
-    "SMMF",
-    "AdamW",
-    "CombinedOptimizer",
-    "HFac",
-    "ReleaseHandle",
-    "build_optimizer",
-    "check_head",
-    "checkpoint_layers_",
-    "chunk_loss_",
-    "chunked_cross_entropy",
-    "release_gradients",
-]
+__getattr__ = moved_names(
+    __name__,
+    {
+        "poetx.optim.adamw": ("AdamW",),
+        "poetx.optim.build": ("OPTIMIZERS", "CombinedOptimizer", "build_optimizer"),
+        "poetx.optim.hfac": ("HFac",),
+        "poetx.optim.release_gradients": ("ReleaseHandle", "release_gradients"),
+        "poetx.optim.smmf": ("SMMF",),
+        "poetx.savings.activation_checkpointing": ("checkpoint_layers_",),
+        "poetx.savings.chunked_loss": ("check_head", "chunk_loss_", "chunked_cross_entropy"),
+    },
+)

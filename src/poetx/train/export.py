@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from poetx.data.tokenizer import fast_tokenizer
 from poetx.errors import UserError
+from poetx.models import build_model, convert_model, resolve_device, resolve_dtype
+from poetx.recipe import Recipe, load_recipe
+from poetx.schema import one_line
 from poetx.train.checkpoint import find_checkpoint, load_model, read_state
-from poetx.train.model import build_model, convert_model, resolve_device, resolve_dtype
-from poetx.train.recipe import Recipe, load_recipe
-from poetx.train.schema import one_line
-from poetx.train.tokenizer import fast_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,7 @@ def export_model(model: PreTrainedModel, tokenizer_dir: Path, directory: Path) -
     """
     from safetensors import SafetensorError
 
-    from poetx import to_dense_
+    from poetx.convert import to_dense_
 
     to_dense_(model)
     model.config.use_cache = True
@@ -158,7 +158,7 @@ def _vocab_size(checkpoint: Path, recipe: Recipe) -> int:
 
 
 def _load_checkpoint(run_dir: Path, device: torch.device) -> LoadedModel:
-    from poetx import to_dense_
+    from poetx.convert import to_dense_
 
     run = rebuild_run(run_dir, device)
     load_model(run.checkpoint, run.model)

@@ -16,18 +16,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from poetx.data.sampler import batch_windows, evenly_spread
+from poetx.data.tokens import PreparedData, TokenWindows
 from poetx.errors import UserError
-from poetx.memory import measure_memory
-from poetx.reuse import shared_blocks
+from poetx.layers.shared_blocks import shared_blocks
+from poetx.memory.measure import measure_memory
+from poetx.optim.release_gradients import ReleaseHandle
+from poetx.recipe import Recipe
+from poetx.savings.chunked_loss import chunked_cross_entropy
 from poetx.spectra import LayerSpectrum, spectrum
-from poetx.stack import ReleaseHandle, chunked_cross_entropy
 from poetx.train.checkpoint import TrainState, checkpoints, load_rng, save_checkpoint
-from poetx.train.data import PreparedData, TokenWindows
 from poetx.train.environment import peak_memory_gib
 from poetx.train.metrics import MetricsWriter, perplexity
 from poetx.train.progress import Reporter
-from poetx.train.recipe import Recipe
-from poetx.train.sampler import batch_windows, evenly_spread
 from poetx.train.schedule import clip_value, lr_factor
 
 if TYPE_CHECKING:

@@ -23,19 +23,25 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from poetx import POETX, merge_every, param_groups, spectrum, stack
-from poetx.convert import single_step_layers
+from poetx.data.tokens import PreparedData, prepare_data
 from poetx.errors import UserError
+from poetx.layers.walk import single_step_layers
+from poetx.merge import merge_every
+from poetx.models import build_model, convert_model, resolve_device, resolve_dtype
+from poetx.optim.build import build_optimizer as build_named_optimizer
+from poetx.optim.groups import param_groups
+from poetx.optim.poetx import POETX
+from poetx.optim.release_gradients import release_gradients
+from poetx.recipe import Recipe, differing_keys, load_recipe
+from poetx.remarks import remarks
+from poetx.savings.chunked_loss import check_head
+from poetx.spectra import spectrum
 from poetx.train import checkpoint as ckpt
-from poetx.train.data import PreparedData, prepare_data
 from poetx.train.environment import describe, peak_memory_gib
 from poetx.train.export import TOKENIZER_DIR, export_model, save_tokenizer
 from poetx.train.loop import Trainer, fit
 from poetx.train.metrics import MetricsWriter, read_metrics
-from poetx.train.model import build_model, convert_model, resolve_device, resolve_dtype
 from poetx.train.progress import Reporter, RunInfo
-from poetx.train.recipe import Recipe, differing_keys, load_recipe
-from poetx.train.remarks import remarks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -112,7 +118,7 @@ def train(
     model = build_model(recipe, vocab_size=data.meta.vocab_size, end_of_text_id=data.meta.end_of_text_id, device=device)
     report = convert_model(model, recipe, device)
     if recipe.train.chunked_loss:
-        stack.check_head(model)
+        check_head(model)
     optimizer = build_optimizer(model, recipe)
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
     merges = None
@@ -126,7 +132,7 @@ def train(
         ]
         dense = optimizer.base if isinstance(optimizer, POETX) else optimizer
         assert dense is not None
-        release = stack.release_gradients(dense, ends, accumulation_steps=steps)
+        release = release_gradients(dense, ends, accumulation_steps=steps)
     state = ckpt.TrainState(data_fingerprint=data.meta.fingerprint)
     start_spectrum = None
     if report is not None and recipe.train.spectrum_every is not None:
@@ -207,11 +213,11 @@ def build_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optim
             angle=own.angle,
             norm_growth=own.norm_growth / recipe.train.steps,
             weight_decay=own.weight_decay,
-            base=lambda groups: stack.build_optimizer(groups, own.base or own.name, **settings),
+            base=lambda groups: build_named_optimizer(groups, own.base or own.name, **settings),
         )
     poet_options = {"betas": own.poet_betas, "eps": own.poet_eps} if own.name == "adamw" else {}
     groups = param_groups(model, lr=own.lr, poet_lr=own.poet_lr, weight_decay=own.weight_decay, **poet_options)
-    return stack.build_optimizer(groups, own.name, base=own.base, **settings)
+    return build_named_optimizer(groups, own.name, base=own.base, **settings)
 
 
 def _resume_point(recipe: Recipe, reporter: Reporter) -> tuple[Path, Recipe]:
@@ -369,6 +375,6 @@ def _locked(run_dir: Path) -> Iterator[None]:
 
 
 def _flat(recipe: Recipe) -> dict[str, object]:
-    from poetx.train.schema import flatten
+    from poetx.schema import flatten
 
     return flatten(recipe.to_dict())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from poetx.train.recipe import OptimizerRecipe
+from poetx.recipe import OptimizerRecipe
 
 
 def lr_factor(step: int, *, steps: int, warmup_steps: int, min_ratio: float) -> float:

@@ -1,0 +1,1 @@
+"""Where tokens come from: text, tokenizer, files of tokens, batches."""

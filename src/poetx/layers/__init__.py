@@ -1,0 +1,1 @@
+"""Layers that stand in place of nn.Linear."""

@@ -1,0 +1,60 @@
+"""Building the rotations once for several passes, where they cannot have changed in between."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from poetx.layers.poet import PoetLinear
+from poetx.layers.walk import poet_layers
+from poetx.ops.cayley import cayley_pair_op
+
+
+@contextlib.contextmanager
+def shared_blocks(model: nn.Module, *, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Build the blocks G of every *fast* layer once for all forward passes inside: for gradient accumulation.
+
+        with poetx.shared_blocks(model):
+            for batch in micro_batches:
+                model(**batch).loss.backward()
+        optimizer.step()
+
+    Same numbers, to the bit. All G of the model stay alive meanwhile, where *fast* holds them between a layer's forward
+    and its backward only: about twice the bytes of the rotations in the layers' dtype. *mem* layers never keep G and
+    ignore this, and so do sharded parameters (FSDP2) and layers whose input has another dtype.
+
+    Args:
+        dtype: of the layers' inputs, if that is not their weights': autocast's.
+
+    Raises:
+        RuntimeError: on leaving, if a rotation changed inside, by an optimizer step or a merge: passes after that used
+            rotations that were out of date.
+    """
+    layers = [layer for _, layer in poet_layers(model) if layer.config.mode == "fast" and _plain(layer)]
+    versions = [_versions(layer) for layer in layers]
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                sizes = (layer.in_features, layer.out_features, layer.block_size_in, layer.block_size_out)
+                layer.shared_blocks = cayley_pair_op(*layer.rotations, *sizes, layer.order, dtype or layer.weight_dtype)
+        yield
+    finally:
+        for layer in layers:
+            layer.shared_blocks = None
+    for layer, before in zip(layers, versions, strict=True):
+        if _versions(layer) != before:
+            raise RuntimeError(
+                f"{layer.name or 'PoetLinear'}: its rotations changed inside shared_blocks(); "
+                "step the optimizer and merge outside of it"
+            )
+
+
+def _plain(layer: PoetLinear) -> bool:
+    return all(type(skew.data) is Tensor and not skew.is_meta for skew in layer.rotations)
+
+
+def _versions(layer: PoetLinear) -> list[int]:
+    return [skew._version for skew in layer.rotations]

@@ -1,0 +1,185 @@
+"""The model of a recipe: a Llama shape, a Hugging Face config, or a pretrained checkpoint; then its conversion."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from poetx.errors import UserError
+from poetx.recipe import Recipe
+from poetx.schema import one_line
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from poetx.convert import ConversionReport
+
+
+def resolve_device(device: str) -> torch.device:
+    """``"auto"`` is cuda where there is one, else the CPU. Raises :class:`UserError` on a device not there."""
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"train.device={device}: {one_line(error).split('. ')[0]}") from None
+    if resolved.type not in ("cpu", "cuda"):
+        raise UserError(f"train.device={device}: not supported; use cpu, cuda or auto")
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"train.device={device}: this torch ({torch.__version__}) sees no CUDA device; use cpu or auto")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"train.device={device}: there are only {torch.cuda.device_count()} CUDA devices")
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> str:
+    """``"auto"`` is bfloat16 on cuda, else float32; anything else stays."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
+def build_model(recipe: Recipe, *, vocab_size: int, end_of_text_id: int, device: torch.device) -> PreTrainedModel:
+    """The dense model of the recipe on ``device`` in the recipe's dtype (which must be resolved already).
+
+    On the meta device where the recipe has a ``poet.weight_format``: :func:`convert_model` then makes it layer by
+    layer, so that the dense weights never exist together.
+    Fresh weights depend on ``train.seed`` only; the global random generators are left as they were.
+
+    Args:
+        vocab_size: tokens of the tokenizer. A Llama shape gets exactly this many; a config or checkpoint must
+            have at least this many.
+
+    Raises:
+        UserError: a config or checkpoint that cannot be read or has too small a vocabulary.
+    """
+    import torch
+
+    dtype = getattr(torch, recipe.train.dtype)
+    cuda_devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda_devices):
+        torch.manual_seed(recipe.train.seed)
+        if recipe.model.pretrained:
+            model = _pretrained(recipe, dtype)
+        else:
+            start = torch.device("meta") if _is_quantised(recipe) else device
+            model = _fresh(recipe, vocab_size, end_of_text_id, start, dtype)
+    rows = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
+    if rows < vocab_size:
+        raise UserError(
+            f"the model has {rows} embeddings but the tokenizer {vocab_size} tokens; "
+            + ("use its own tokenizer" if recipe.model.pretrained else "raise vocab_size in model.config")
+            + f" or give data.vocab_size={rows} or less"
+        )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and recipe.data.seq_len > positions:
+        raise UserError(f"data.seq_len={recipe.data.seq_len}: the model has {positions} positions; use at most that")
+    model.config.use_cache = False
+    if next(model.parameters()).is_meta:
+        return model
+    return cast(Any, model).to(device)  # transformers' decorator hides nn.Module.to from the type checker
+
+
+def convert_model(model: PreTrainedModel, recipe: Recipe, device: torch.device) -> ConversionReport | None:
+    """Convert in place as the recipe says; None for the dense baseline. Activation checkpointing is set up, too.
+
+    A model still on the meta device is given its weights on ``device``.
+    """
+    from poetx.convert import convert_
+    from poetx.materialize import materialize_
+    from poetx.savings.activation_checkpointing import checkpoint_layers_
+
+    report = None if recipe.poet is None else convert_(model, recipe.poet.config)
+    if next(model.parameters()).is_meta:
+        materialize_(model, recipe.model.pretrained, device=device, seed=recipe.train.seed)
+    if recipe.model.gradient_checkpointing:
+        checkpoint_layers_(model)
+    return report
+
+
+def _fresh(
+    recipe: Recipe, vocab_size: int, end_of_text_id: int, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+    shape = recipe.model
+    if shape.config:
+        config = _read_config(shape.config, AutoConfig)
+        # Those in the file belong to another tokenizer.
+        config.bos_token_id = config.eos_token_id = end_of_text_id
+        config.pad_token_id = None
+    else:
+        assert shape.hidden_size and shape.intermediate_size and shape.num_layers and shape.num_heads  # noqa: PT018
+        config = LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.intermediate_size,
+            num_hidden_layers=shape.num_layers,
+            num_attention_heads=shape.num_heads,
+            num_key_value_heads=shape.num_key_value_heads or shape.num_heads,
+            max_position_embeddings=recipe.data.seq_len,
+            tie_word_embeddings=shape.tie_embeddings,
+            bos_token_id=end_of_text_id,
+            eos_token_id=end_of_text_id,
+            pad_token_id=None,  # a padding id would zero that row of the embedding, and it is the end of text
+        )
+    try:
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"model.config={shape.config}: {one_line(error)}") from None
+
+
+def _read_config(source: str, auto_config: Any) -> Any:
+    path = Path(source).expanduser()
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"model.config={source}: no config.json there")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return auto_config.for_model(values.pop("model_type"), **values)
+    except KeyError:
+        raise UserError(f'model.config={source}: no "model_type" in it') from None
+    except Exception as error:  # transformers and huggingface_hub have a class of their own for every mistake
+        raise UserError(f"model.config={source}: {one_line(error)}") from None
+
+
+def _is_quantised(recipe: Recipe) -> bool:
+    return recipe.poet is not None and recipe.poet.config.weight_format is not None
+
+
+def _pretrained(recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    source = str(recipe.model.pretrained)
+    path = Path(source).expanduser()
+    if not (path / "config.json").is_file():
+        raise UserError(f"model.pretrained={source}: not a checkpoint directory (no config.json in it)")
+    try:
+        if _is_quantised(recipe) and (model := _on_meta(path, dtype)) is not None:
+            return model
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"model.pretrained={source}: {one_line(error)}") from None
+
+
+def _on_meta(path: Path, dtype: torch.dtype) -> PreTrainedModel | None:
+    """The checkpoint's model without its weights, or None where its files name tensors otherwise than the model."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    from poetx.materialize import Checkpoint
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, local_files_only=True), dtype=dtype)
+    if Checkpoint(path).missing(model):
+        return None
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    return model

@@ -1,0 +1,42 @@
+"""How weights change: parameter groups, optimizers, and gradients that are dropped early."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from poetx.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from poetx.optim.adamw import AdamW
+    from poetx.optim.build import OPTIMIZERS, CombinedOptimizer, build_optimizer
+    from poetx.optim.groups import param_groups
+    from poetx.optim.hfac import HFac
+    from poetx.optim.poetx import POETX
+    from poetx.optim.release_gradients import ReleaseHandle, release_gradients
+    from poetx.optim.smmf import SMMF
+
+__all__ = [
+    "OPTIMIZERS",
+    "POETX",
+    "SMMF",
+    "AdamW",
+    "CombinedOptimizer",
+    "HFac",
+    "ReleaseHandle",
+    "build_optimizer",
+    "param_groups",
+    "release_gradients",
+]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "poetx.optim.adamw": ("AdamW",),
+        "poetx.optim.build": ("OPTIMIZERS", "CombinedOptimizer", "build_optimizer"),
+        "poetx.optim.groups": ("param_groups",),
+        "poetx.optim.hfac": ("HFac",),
+        "poetx.optim.poetx": ("POETX",),
+        "poetx.optim.release_gradients": ("ReleaseHandle", "release_gradients"),
+        "poetx.optim.smmf": ("SMMF",),
+    },
+)

@@ -1,0 +1,150 @@
+"""AdamW whose moments are float32, bfloat16 or 8 bits, all with updates in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poetx.errors import UserError, nearest
+from poetx.optim.sliced import SLICE, SlicedOptimizer, compute_dtype, write_
+
+STATE_DTYPES = ("same", "float32", "bfloat16", "int8")
+#: Elements that share one scale in the 8-bit state.
+BLOCK = 256
+#: Parameters below this size keep float32 state: there is nothing to save.
+_SMALL = 4096
+# Code c stands for scale · (c / codes)^power: steps finer towards zero. The moments of one block spread over
+# decades; the second one is divided by, so it gets the wider range and never rounds to zero.
+_CODES = {"exp_avg": (127, 3), "exp_avg_sq": (255, 4)}
+
+
+class AdamW(SlicedOptimizer):
+    """Adam with decoupled weight decay (the update of ``torch.optim.AdamW``) and small state.
+
+    Bytes a parameter: 8 (``"float32"``), 4 (``"bfloat16"``), 2.03 (``"int8"``: codes with one float32 scale for 256
+    of them, per moment). Both narrow forms are rounded stochastically, because the second moment moves by 0.1 % of
+    itself in a step, less than half a step of either. Parameters below 4096 elements keep float32 state.
+
+    Args:
+        params: parameters or groups, as for any torch optimizer.
+        state_dtype: ``"float32"``, ``"bfloat16"``, ``"int8"``, or ``"same"``, bfloat16 for bfloat16 parameters and
+            float32 for wider ones; a group may set its own.
+        seed: of the rounding noise.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        state_dtype: str = "bfloat16",
+        seed: int = 0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "state_dtype": state_dtype,
+        }
+        super().__init__(params, defaults, seed=seed)
+        for group in self.param_groups:
+            if group["state_dtype"] not in STATE_DTYPES:
+                raise UserError(
+                    f"state_dtype={group['state_dtype']!r}: must be one of {', '.join(STATE_DTYPES)}"
+                    + nearest(str(group["state_dtype"]), STATE_DTYPES)
+                )
+
+    def _update(self, parameter: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        kind = group["state_dtype"]
+        if kind == "same":
+            kind = "bfloat16" if parameter.dtype == torch.bfloat16 else "float32"
+        if parameter.numel() < _SMALL:
+            kind = "float32"
+        if len(state) == 1:
+            for moment in _CODES:
+                _initialise(state, moment, parameter, kind)
+        noise = self._noise(parameter, state["step"])
+        flat = parameter.view(-1) if parameter.is_contiguous() else parameter.reshape(-1)
+        grad = grad.reshape(-1)
+        for start in range(0, flat.numel(), SLICE):
+            here = slice(start, min(flat.numel(), start + SLICE))
+            _update_slice(flat[here], grad[here], state, here, group, noise)
+        if not parameter.is_contiguous():
+            parameter.copy_(flat.view(parameter.shape))
+
+
+def _update_slice(
+    weight: Tensor, grad: Tensor, state: dict[str, Any], here: slice, group: dict[str, Any], noise: torch.Generator
+) -> None:
+    beta1, beta2 = group["betas"]
+    dtype, step = compute_dtype(weight), state["step"]
+    grad = grad.to(dtype)
+    m = _load(state, "exp_avg", here, dtype).lerp_(grad, 1 - beta1)
+    _store_(state, "exp_avg", here, m, noise)
+    v = _load(state, "exp_avg_sq", here, dtype).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    _store_(state, "exp_avg_sq", here, v, noise)
+    del grad
+    denominator = v.div_(1 - beta2**step).sqrt_().add_(group["eps"])
+    value = weight.to(dtype, copy=True).mul_(1 - group["lr"] * group["weight_decay"])
+    value.addcdiv_(m, denominator, value=-group["lr"] / (1 - beta1**step))
+    write_(weight, value, noise)
+
+
+def _initialise(state: dict[str, Any], moment: str, parameter: Tensor, kind: str) -> None:
+    size, device = parameter.numel(), parameter.device
+    if kind == "int8":
+        dtype = torch.int8 if moment == "exp_avg" else torch.uint8
+        state[moment] = torch.zeros(size, dtype=dtype, device=device)
+        state[f"{moment}_scale"] = torch.zeros(-(-size // BLOCK), device=device)
+    else:
+        dtype = torch.bfloat16 if kind == "bfloat16" else compute_dtype(parameter)
+        state[moment] = torch.zeros(size, dtype=dtype, device=device)
+
+
+def _load(state: dict[str, Any], moment: str, here: slice, dtype: torch.dtype) -> Tensor:
+    """A fresh tensor of the moment's values in this slice, which begins where a block does."""
+    stored, scale = state[moment][here], state.get(f"{moment}_scale")
+    if scale is None:
+        return stored.to(dtype, copy=True)
+    codes, power = _CODES[moment]
+    ratio = stored.to(dtype).div_(codes)
+    value = ratio.abs().pow_(power).mul_(ratio.sign())
+    return _scaled_(value, scale[here.start // BLOCK :])
+
+
+def _scaled_(value: Tensor, scale: Tensor) -> Tensor:
+    """``value`` times its block's scale, in place; the last block may be short."""
+    full = value.numel() // BLOCK
+    value[: full * BLOCK].view(full, BLOCK).mul_(scale[:full, None])
+    if full * BLOCK < value.numel():
+        value[full * BLOCK :].mul_(scale[full])
+    return value
+
+
+def _store_(state: dict[str, Any], moment: str, here: slice, value: Tensor, noise: torch.Generator) -> None:
+    stored = state[moment][here]
+    if f"{moment}_scale" not in state:
+        write_(stored, value, noise)
+        return
+    codes, power = _CODES[moment]
+    scale = state[f"{moment}_scale"][here.start // BLOCK : -(-here.stop // BLOCK)]
+    padded = torch.nn.functional.pad(value.abs(), (0, -value.numel() % BLOCK))
+    scale.copy_(padded.view(-1, BLOCK).amax(1))
+    ratio = _scaled_(value.abs(), torch.where(scale > 1e-37, 1 / scale, 0.0))
+    low = ratio.pow(1 / power).mul_(codes).floor_().clamp_(0, codes - 1)
+    below = (low / codes).pow_(power)
+    above = (low + 1).div_(codes).pow_(power)
+    chance = torch.rand(low.shape, dtype=low.dtype, device=low.device, generator=noise)
+    low += chance < (ratio - below) / (above - below)
+    if moment == "exp_avg_sq":
+        low = torch.where(ratio > 0, low.clamp_min_(1), low)
+    stored.copy_(low.mul_(value.sign()))

@@ -1,0 +1,106 @@
+"""What the optimizers of the stack share: state that keeps its dtype, slices, and writing into narrow weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poetx.errors import UserError
+from poetx.layers.poet import stream
+from poetx.ops.fold import stochastic_round_
+
+#: Elements worked on at a time, so that the temporaries of a step do not depend on the largest parameter.
+SLICE = 1 << 23
+
+
+class SlicedOptimizer(torch.optim.Optimizer):
+    """Goes over its parameters one by one in float32 (float64 for float64), in slices.
+
+    bfloat16 parameters are written with stochastic rounding, because steps of 1e-3 of a weight vanish below half a
+    unit in the last place; the noise depends on (seed, parameter's number, step) alone, so a resumed run draws the
+    same and the global generators stay as they were.
+    """
+
+    def __init__(self, params: Any, defaults: dict[str, Any], *, seed: int = 0) -> None:
+        for name in ("lr", "eps"):
+            if not defaults[name] >= 0:
+                raise UserError(f"{name}={defaults[name]!r}: must not be negative")
+        for beta in defaults.get("betas", ()):
+            if not 0 <= beta < 1:
+                raise UserError(f"betas={defaults['betas']!r}: must be at least 0 and below 1")
+        self._seed = seed
+        self._numbers: dict[int, int] = {}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if parameter.grad.is_sparse:
+                    raise UserError(f"{type(self).__name__}: sparse gradients are not supported; use sparse=False")
+                state = self.state[parameter]
+                state["step"] = state.get("step", 0) + 1
+                self._update(parameter, parameter.grad, state, group)
+        return loss
+
+    def _update(self, parameter: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._number_parameters()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_seed": self._seed}  # torch's keeps what it knows
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._number_parameters()
+
+    def _number_parameters(self) -> None:
+        # Now, not at the first step: a parameter whose gradient is released is stepped as if it were the only one.
+        self._numbers = {id(p): i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+
+    def _noise(self, parameter: Tensor, step: int) -> torch.Generator:
+        """Of this parameter at this step: by its number among all parameters, whatever group is stepped alone."""
+        return stream(self._seed, str(self._numbers[id(parameter)]), step, "optimizer", parameter.device)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """As in torch, but every tensor keeps its dtype: torch would cast all of them to the parameter's."""
+        super().load_state_dict(dict(state_dict))
+        keep_dtypes(self, state_dict)
+
+
+def keep_dtypes(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Give the loaded state of ``optimizer`` the dtypes that it was saved in."""
+    saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, parameter in zip(saved, params, strict=True):
+        for key, value in state_dict["state"].get(index, {}).items():
+            if isinstance(value, Tensor):
+                optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
+
+
+def compute_dtype(parameter: Tensor) -> torch.dtype:
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def row_slices(rows: int, columns: int) -> Iterator[slice]:
+    """Slices of the rows of a matrix, of about :data:`SLICE` elements."""
+    step = max(1, SLICE // max(1, columns))
+    return (slice(start, min(rows, start + step)) for start in range(0, rows, step))
+
+
+def write_(target: Tensor, value: Tensor, noise: torch.Generator) -> None:
+    """Store ``value`` in ``target``'s dtype: bfloat16 by stochastic rounding."""
+    stochastic_round_(target, value, noise)

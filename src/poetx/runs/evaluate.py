@@ -1,0 +1,93 @@
+"""Loss and perplexity of a run or an exported model on its validation text or on other text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from poetx.errors import UserError
+from poetx.train.checkpoint import find_checkpoint, read_state
+from poetx.data.tokens import TokenWindows, encode_corpus, prepare_data, window_count
+from poetx.train.export import LoadedModel, load_run
+from poetx.train.loop import evaluate
+from poetx.train.metrics import perplexity
+from poetx.data.tokenizer import whole_text
+
+if TYPE_CHECKING:
+    import numpy as np
+
+DEFAULT_SEQ_LEN = 256  # for an exported model, which says at most how many positions it has
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss in nats over ``tokens`` predicted tokens of ``source``."""
+
+    loss: float
+    perplexity: float
+    tokens: int
+    seq_len: int
+    source: str
+    notes: list[str]
+
+
+def evaluate_run(
+    run: str, *, data: str | None, batch_size: int = 8, seq_len: int | None = None, device: str = "auto"
+) -> Evaluation:
+    """Evaluate ``run`` (run or exported directory) on ``data``, or on all of the run's own validation text.
+
+    Args:
+        seq_len: tokens in a window; None: what the run was trained with, of an exported model at most
+            ``DEFAULT_SEQ_LEN`` and its positions.
+
+    Raises:
+        UserError: no such run, no text, less than one window of it, or a window longer than the model's positions.
+    """
+    loaded = load_run(run, device=device)
+    if data is None and loaded.recipe is None:
+        raise UserError(f"{run}: an exported model has no validation text of its own; give --data PATH")
+    length = _window_length(loaded, seq_len)
+    windows = _own_windows(Path(run), loaded, length) if data is None else _other_windows(loaded, data, length)
+    loss = evaluate(
+        loaded.model,
+        windows,
+        list(range(len(windows))),
+        batch_size=batch_size,
+        device=loaded.device,
+        chunked=loaded.recipe is not None and loaded.recipe.train.chunked_loss,
+    )
+    source = data or "the run's validation text"
+    return Evaluation(loss, perplexity(loss), len(windows) * length, length, source, loaded.notes)
+
+
+def _window_length(loaded: LoadedModel, seq_len: int | None) -> int:
+    positions = getattr(loaded.model.config, "max_position_embeddings", None)
+    if seq_len is None:
+        return loaded.recipe.data.seq_len if loaded.recipe else min(DEFAULT_SEQ_LEN, positions or DEFAULT_SEQ_LEN)
+    if positions is not None and seq_len > positions:
+        raise UserError(f"--seq-len={seq_len}: the model has {positions} positions; use at most that")
+    return seq_len
+
+
+def _own_windows(run_dir: Path, loaded: LoadedModel, seq_len: int) -> TokenWindows:
+    assert loaded.recipe is not None
+    data = prepare_data(loaded.recipe)
+    if data.meta.fingerprint != read_state(find_checkpoint(run_dir)[0]).data_fingerprint:
+        raise UserError(
+            f"{run_dir}: its text ({loaded.recipe.data.train}) or tokenizer has changed since it was trained; "
+            "give --data PATH"
+        )
+    return _windows(data.validation.tokens, seq_len, "the run's validation text")
+
+
+def _other_windows(loaded: LoadedModel, data: str, seq_len: int) -> TokenWindows:
+    tokenizer = whole_text(loaded.tokenizer.backend_tokenizer)
+    tokens = encode_corpus(data, tokenizer, loaded.end_of_text_id, key="--data")
+    return _windows(tokens, seq_len, f"--data={data}")
+
+
+def _windows(tokens: np.ndarray, seq_len: int, source: str) -> TokenWindows:
+    if window_count(len(tokens), seq_len) == 0:
+        raise UserError(f"{source}: {len(tokens)} tokens, fewer than one window of {seq_len} + 1; lower --seq-len")
+    return TokenWindows(tokens, seq_len=seq_len)

@@ -1,0 +1,226 @@
+"""The command line: what it prints, where, and with which exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from poetx.cli.app import main
+from poetx.errors import UserError
+
+RECIPE = """
+name: small
+model: {hidden_size: 16, intermediate_size: 24, num_layers: 1, num_heads: 2}
+data: {vocab_size: 300, seq_len: 8, validation_fraction: 0.5}
+poet: {block_size: 8, init: normalized, merge_every: 2}
+train: {steps: 3, batch_size: 2, eval_every: 2, eval_windows: 2, checkpoint_every: 2, log_every: 1, device: cpu}
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a recipe, ``small.yaml``, and its text."""
+    monkeypatch.chdir(tmp_path)
+    lines = "".join(f"{number} little words in a row\n" for number in range(3000))
+    (tmp_path / "text.txt").write_text(lines, encoding="utf-8")
+    (tmp_path / "small.yaml").write_text(RECIPE, encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture
+def trained(place: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A finished run in ``runs/small``."""
+    assert main(["train", "small.yaml", "data.train=text.txt"]) == 0
+    capsys.readouterr()
+    return place / "runs" / "small"
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """``fails(*argv)``: the one line on stderr of a command that must exit with 2."""
+
+    def run(*argv: str) -> str:
+        assert main(list(argv)) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        return error
+
+    return run
+
+
+@pytest.mark.parametrize("command", ["train", "export", "generate", "eval", "spectrum", "report", "env", "memory"])
+def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    assert f"poetx {command}" in " ".join(capsys.readouterr().out.split("Example")[-1].split())
+
+
+def test_version_and_env(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("poetx ")
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert "torch " in out
+    assert "device " in out
+
+
+def test_train_tells_what_happened_and_what_to_do_next(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "small.yaml", "data.train=text.txt", "train.steps=4"]) == 0
+    out = capsys.readouterr().out
+    for expected in ("step 4/4", "tokens/s", "validation perplexity", "the model continues", "runs/small/export"):
+        assert expected in out
+    assert "poetx generate runs/small" in out
+    assert (place / "runs" / "small" / "export" / "config.json").is_file()
+
+
+def test_generate_eval_and_export(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "runs/small", "--prompt", "little", "--max-new-tokens", "5", "--seed", "3"]
+    assert main(arguments) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("little")
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == first
+    assert main(["eval", "runs/small"]) == 0
+    assert "perplexity" in capsys.readouterr().out
+    assert main(["export", "runs/small", "out/model"]) == 0
+    capsys.readouterr()
+    assert main(["eval", "out/model", "--data", "text.txt", "--seq-len", "4"]) == 0
+    assert "windows of 4" in capsys.readouterr().out
+    arguments[1] = "out/model"
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_a_finished_run_without_a_sample_is_no_failure(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from poetx.train import export
+
+    def diverged(*args: object, **options: object) -> str:
+        raise UserError("the model's output is not finite")
+
+    monkeypatch.setattr(export, "generate_text", diverged)
+    assert main(["train", "small.yaml", "data.train=text.txt", "train.steps=1"]) == 0
+    out = capsys.readouterr().out
+    assert "no sample: the model's output is not finite" in out
+    assert "poetx generate runs/small" in out
+
+
+def test_characters_that_the_terminal_lacks_are_replaced(trained: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "poetx",
+        "generate",
+        "runs/small",
+        "--prompt",
+        "日本",
+        "--max-new-tokens",
+        "2",
+    ]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stdout[:2]) == (0, b"??"), done.stderr
+
+
+def test_resume_and_overwrite(trained: Path, fails: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--resume" in fails("train", "small.yaml", "data.train=text.txt")
+    assert main(["train", "runs/small", "--resume"]) == 0
+    assert "continuing from runs/small/checkpoints/step-00000003" in capsys.readouterr().out
+    assert "train.steps (3 -> 5)" in fails("train", "runs/small", "train.steps=5", "--resume")
+    assert main(["train", "small.yaml", "data.train=text.txt", "train.steps=1", "--overwrite"]) == 0
+    assert [path.name for path in (trained / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_a_signal_ends_with_its_code_and_says_how_to_go_on(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from poetx.train.progress import PlainReporter
+
+    original = PlainReporter.step
+
+    def step(self: PlainReporter, entry: dict) -> None:
+        original(self, entry)
+        if entry["step"] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(PlainReporter, "step", step)
+    assert main(["train", "small.yaml", "data.train=text.txt"]) == 143
+    out = capsys.readouterr().out
+    assert "stopped by SIGTERM after step 1 of 3; saved runs/small/checkpoints/step-00000001" in out
+    assert "continue with: poetx train runs/small --resume" in out
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    assert main(["train", "runs/small", "--resume"]) == 0
+
+
+BAD = {
+    "unknown key": (["poet.blok_size=4"], "poet.blok_size: unknown key; did you mean 'block_size'?"),
+    "no text": (["data.train=nowhere.txt"], "nowhere.txt: no such file or directory"),
+    "empty text": (["data.train=empty.txt"], "empty.txt: empty"),
+    "no layer": (["poet.target_modules=[q_porj]"], "q_porj"),
+    "block size 0": (["poet.block_size=0"], "poet.block_size=0"),
+    "block size -8": (["poet.block_size=-8"], "poet.block_size=-8"),
+    "float16": (["train.dtype=float16"], "use bfloat16"),
+    "device": (["train.device=gpu"], "train.device=gpu"),
+    "resume nothing": (["--resume"], "no checkpoints to resume from"),
+    "two ways at once": (["--resume", "--overwrite"], "exclude each other"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_mistakes_in_train(place: Path, fails: Callable[..., str], case: str) -> None:
+    (place / "empty.txt").write_text("")
+    arguments, message = BAD[case]
+    assert message in fails("train", "small.yaml", "data.train=text.txt", *arguments)
+    assert not (place / "runs" / "small").exists()
+
+
+def test_a_broken_checkpoint_is_passed_over_or_named(
+    trained: Path, fails: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = sorted((trained / "checkpoints").iterdir())
+    with (new / "model.safetensors").open("r+b") as file:
+        file.truncate(100)
+    assert main(["generate", "runs/small", "--prompt", "x", "--max-new-tokens", "1"]) == 0
+    assert "step-00000003/model.safetensors: 100 bytes instead of" in capsys.readouterr().err
+    (old / "optimizer.safetensors").unlink()
+    error = fails("train", "runs/small", "--resume")
+    assert "no whole checkpoint in runs/small/checkpoints" in error
+    assert "model.safetensors" in error
+
+
+def test_mistakes_in_the_other_commands(trained: Path, fails: Callable[..., str]) -> None:
+    assert "no such directory" in fails("generate", "runs/nothing", "--prompt", "x")
+    assert "neither a run" in fails("eval", "runs")
+    assert "has no validation text of its own" in fails("eval", "runs/small/export")
+    assert "no such file" in fails("eval", "runs/small", "--data", "nowhere.txt")
+    assert "not a run directory" in fails("export", "runs/small/export", "x")
+    assert "exists and is not an empty directory" in fails("export", "runs/small", "runs")
+    assert "no such recipe" in fails("train", "nothing.yaml")
+
+
+def test_the_demo_finds_a_place_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from poetx import cli
+    from poetx.recipe import load_recipe
+
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe().name == "demo-single-step"  # what `poetx train` runs
+    recipe = load_recipe("demo")
+
+    def place(resume: bool) -> str | None:
+        return cli._place_demo(recipe, resume=resume).run_dir
+
+    assert place(False) == place(True) == "runs/demo"
+    (tmp_path / "runs/demo/checkpoints/step-00000100").mkdir(parents=True)
+    assert place(False) == "runs/demo-2"
+    assert place(True) == "runs/demo"
+    (tmp_path / "runs/demo-2/checkpoints/step-00000100").mkdir(parents=True)
+    assert place(False) == "runs/demo-3"
+    assert place(True) == "runs/demo-2"

@@ -1,0 +1,481 @@
+"""The layer form of the single step: the same trajectory as the optimizer on a plain model, with nothing in between."""
+
+import copy
+import io
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from builders import gpt2, llama, mlp
+from helpers import TOLERANCE, relative_error
+from poetx import POETX, PoetConfig, SingleStepLinear, UserError, convert_, merge_every, spectrum, to_dense_
+from poetx.ops.single_step import cheaper_route, map_gradient, single_step_linear, skew_gradient
+from poetx.savings import checkpoint_layers_
+
+SIZES = [(12, 8, 4), (7, 13, 5), (10, 6, 16), (9, 4, 2)]
+CONFIG = PoetConfig(method="single-step", block_size=4)
+
+
+def attached(m, n, b, *, bias, dtype=torch.float64, **settings):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(n, m, bias=bias, dtype=dtype))
+    convert_(model, PoetConfig(method="single-step", block_size=b, **settings))
+    optimizer = POETX(model)
+    return model[0], optimizer
+
+
+@pytest.mark.parametrize("route", ["tokens", "weight"])
+@pytest.mark.parametrize("keep_y", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("gradient_of", [skew_gradient, map_gradient])
+@pytest.mark.parametrize(("m", "n", "b"), SIZES)
+def test_backward_feeds_the_sinks_and_gives_the_plain_gradients(m, n, b, gradient_of, bias, keep_y, route):
+    kind = "free" if gradient_of is map_gradient else "fixed"
+    layer, _ = attached(m, n, b, bias=bias, partitions=3, spectrum=kind)
+    x = torch.randn(3, 5, n, dtype=torch.float64, requires_grad=True)
+    weight = layer.weight.detach().requires_grad_()
+    want = nn.functional.linear(x, weight, layer.bias)
+    g = torch.randn_like(want)
+    inputs = [x, weight, *([layer.bias] if bias else [])]
+    expected = torch.autograd.grad(want, inputs, g)
+    block_sizes = (layer.block_size_in, layer.block_size_out)
+    y = single_step_linear(
+        x, layer.weight, layer.bias, layer.sinks, block_sizes=block_sizes, route=route, keep_y=keep_y
+    )
+    assert relative_error(y, want) < TOLERANCE[torch.float64]
+    y.backward(g)
+    assert relative_error(x.grad, expected[0]) < TOLERANCE[torch.float64]
+    if bias:
+        assert relative_error(layer.bias.grad, expected[2]) < TOLERANCE[torch.float64]
+    assert layer.weight.grad is None
+    for side, sink, orders in (
+        ("in", layer.sinks.sink_in, layer.sinks.orders_in),
+        ("out", layer.sinks.sink_out, layer.sinks.orders_out),
+    ):
+        block_size = block_sizes[side == "out"]
+        for total, order in zip(sink, orders, strict=True):
+            order = order if order.numel() else None
+            gradient = gradient_of(weight.detach(), expected[1], side, order, block_size)
+            if gradient.numel():
+                assert relative_error(total, gradient) < TOLERANCE[torch.float64]
+
+
+VARIANTS = [
+    {},
+    {"nesterov": False},
+    {"rule": "adam", "angle": 0.004},
+    {"alternate": False, "angle": 0.004},
+    {"partitions": 1},
+    {"partitions": 3},
+    {"partition_kind": "random"},
+    {"partition_kind": "random", "partitions": 1, "resample_every": 3},
+    {"spectrum": "free"},
+    {"mode": "mem"},
+]
+LAYER_KEYS = ("partitions", "partition_kind", "spectrum", "mode", "block_size")
+
+
+def both_forms(build, settings):
+    """The same float64 model twice: plain with its optimizer, and converted with its."""
+    layer_settings = {"block_size": 16} | {k: v for k, v in settings.items() if k in LAYER_KEYS}
+    rest = {k: v for k, v in settings.items() if k not in LAYER_KEYS}
+    plain = build().double()
+    converted = copy.deepcopy(plain)
+    convert_(converted, PoetConfig(method="single-step", **layer_settings))
+    layer_settings.pop("mode", None)
+    return (plain, POETX(plain, **layer_settings, **rest)), (converted, POETX(converted, **rest))
+
+
+def loss_of(model, step, part):
+    generator = torch.Generator().manual_seed(17 * step + part)
+    if isinstance(model, nn.Sequential):
+        return model(torch.randn(6, 11, dtype=torch.float64, generator=generator)).square().mean()
+    tokens = torch.randint(0, 50, (2, 8), generator=generator)
+    return model(input_ids=tokens, labels=tokens).loss
+
+
+@pytest.mark.parametrize(
+    ("build", "settings"),
+    [*((mlp, settings) for settings in VARIANTS), *((build, s) for build in (llama, gpt2) for s in VARIANTS[:2])],
+    ids=str,
+)
+def test_both_forms_take_the_same_path(build, settings):
+    """Two micro-batches a step, biases, tied embeddings, Conv1D, odd sizes."""
+    forms = both_forms(build, settings)
+    losses = ([], [])
+    for step in range(7):
+        for (model, optimizer), seen in zip(forms, losses, strict=True):
+            for part in range(2):
+                loss = loss_of(model, step, part)
+                loss.backward()
+                seen.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-10)
+    plain, converted = (model for model, _ in forms)
+    to_dense_(converted)
+    for (name, p), q in zip(plain.named_parameters(), converted.parameters(), strict=True):
+        assert relative_error(q, p) < 1e-9, name
+
+
+def test_released_gradients_of_the_plain_form_change_nothing():
+    runs = []
+    for release in (False, True):
+        torch.manual_seed(0)
+        model = mlp().double()
+        optimizer = POETX(model, block_size=4, release_gradients=release)
+        rotated = [p for _, p in optimizer._rotated()]
+        for step in range(5):
+            for part in range(2):
+                loss_of(model, step, part).backward()
+            assert all((p.grad is None) == release for p in rotated)
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append([p.detach().clone() for p in model.parameters()])
+    for p, q in zip(*runs, strict=True):
+        assert relative_error(p, q) < 1e-12
+
+
+@pytest.mark.parametrize(("mode", "b", "keeps_y"), [("fast", 4, True), ("mem", 4, False), ("fast", 64, False)])
+def test_what_is_saved(mode, b, keeps_y):
+    layer, _ = attached(96, 80, b, bias=True, dtype=torch.float32, mode=mode)
+    x = torch.randn(50, 80, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = layer(x)
+    mine = {id(p.untyped_storage()) for p in layer.parameters()}
+    kept = {t.data_ptr() for t in saved if t.data_ptr() not in {p.data_ptr() for p in layer.parameters()}}
+    assert len(mine) == 2
+    assert kept == ({x.data_ptr(), y.data_ptr()} if keeps_y else {x.data_ptr()})
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_an_output_that_is_overwritten_is_computed_again(checkpointed):
+    sinks = []
+    for inplace in (False, True):
+        layer, _ = attached(96, 80, 4, bias=True)
+        assert layer.route == "tokens"
+        x = torch.randn(5, 80, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        model = nn.Sequential(layer, nn.ReLU(inplace=inplace))
+        y = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+        y.sin().sum().backward()
+        sinks.append([layer.sinks.sink_in, layer.sinks.sink_out, x.grad])
+    for got, want in zip(*sinks, strict=True):
+        assert relative_error(got, want) < TOLERANCE[torch.float64]
+
+
+def test_the_cheaper_route_follows_the_arithmetic():
+    assert cheaper_route(4096, 4096, 256, contiguous=1, gathered=1) == "tokens"
+    assert cheaper_route(256, 256, 64, contiguous=1, gathered=0) == "tokens"
+    assert cheaper_route(256, 256, 64, contiguous=1, gathered=1) == "weight"
+
+
+@pytest.mark.parametrize("recompute", ["fast", "mem", "auto"])
+def test_activation_checkpointing_changes_nothing(recompute):
+    runs = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = llama().double()
+        convert_(model, PoetConfig(method="single-step", block_size=8))
+        if checkpointed:
+            checkpoint_layers_(model, recompute=recompute)
+        optimizer = POETX(model.train())
+        for step in range(3):
+            loss_of(model, step, 0).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(loss_of(model, 9, 0).item())
+    assert runs[0] == pytest.approx(runs[1], rel=1e-12)
+
+
+def test_reentrant_checkpointing_feeds_once():
+    layer, _ = attached(12, 8, 4, bias=True)
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    layer(x).square().sum().backward()
+    once = layer.sinks.sink_in.clone()
+    layer.sinks.sink_in.zero_()
+    checkpoint(layer, x, use_reentrant=True).square().sum().backward()
+    torch.testing.assert_close(layer.sinks.sink_in, once)
+
+
+def test_input_without_a_gradient_still_trains():
+    layer, optimizer = attached(12, 8, 4, bias=False)
+    before = layer.weight.detach().clone()
+    layer(torch.randn(5, 8, dtype=torch.float64)).square().sum().backward()
+    assert layer.sinks.sink_in.any()
+    assert layer.sinks.sink_out.any()
+    optimizer.step()
+    assert not torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager"])
+def test_compiled_trains_the_same_without_recompiling(backend):
+    torch._dynamo.reset()
+    runs = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = llama()
+        convert_(model, PoetConfig(method="single-step", block_size=8))
+        optimizer = POETX(model.train())
+        forward = torch.compile(model, backend=backend, fullgraph=True) if compiled else model
+        losses = []
+        for step in range(6):
+            if compiled and step == 1:
+                torch._dynamo.config.error_on_recompile = True
+            loss = loss_of(forward, step, 0)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        runs.append(losses)
+        torch._dynamo.config.error_on_recompile = False
+    assert runs[0] == pytest.approx(runs[1], rel=1e-5)
+    assert runs[0][-1] != runs[0][0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bfloat16_model_and_momentum(dtype):
+    torch.manual_seed(0)
+    model = llama().bfloat16()
+    convert_(model, PoetConfig(method="single-step", block_size=8, rotation_dtype=dtype))
+    optimizer = POETX(model.train(), angle=0.02, lr=3e-3)
+    start = spectrum(model)
+    tokens = torch.randint(0, 50, (4, 8))
+    losses = []
+    for _ in range(60):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert {v.dtype for p in optimizer._layers for k, v in optimizer.state[p].items() if "momentum" in k} == {
+        getattr(torch, dtype)
+    }
+    drift = spectrum(model, start)
+    assert max(layer.drift_median for layer in drift.values()) < 6e-3
+    assert all(layer.norm_ratio == pytest.approx(1, abs=1e-3) for layer in drift.values())
+
+
+def test_autocast_runs_in_its_dtype():
+    layer, _ = attached(12, 8, 4, bias=True, dtype=torch.float32)
+    x = torch.randn(5, 8, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    low = layer.sinks.sink_in.clone()
+    layer.sinks.sink_in.zero_()
+    layer(x).square().sum().backward()
+    assert relative_error(low, layer.sinks.sink_in) < 0.05
+    assert layer.bias.grad.dtype == torch.float32
+
+
+def test_a_gradient_that_is_not_finite_stays_out():
+    layer, _ = attached(12, 8, 4, bias=False)
+    x = torch.randn(5, 8, dtype=torch.float64)
+    (layer(x) * float("inf")).sum().backward()
+    assert layer.sinks.sink_in.eq(0).all()
+    assert layer.sinks.sink_out.eq(0).all()
+
+
+@pytest.mark.parametrize("settings", VARIANTS[:-1], ids=str)
+def test_save_load_continue_is_bitwise(settings):
+    def start():
+        torch.manual_seed(0)
+        return both_forms(mlp, settings)[1]
+
+    def train(model, optimizer, steps):
+        losses = []
+        for step in steps:
+            loss = loss_of(model, step, 0)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    model, optimizer = start()
+    want = train(model, optimizer, range(12))
+    model, optimizer = start()
+    got = train(model, optimizer, range(5))
+    file = io.BytesIO()
+    torch.save((model.state_dict(), optimizer.state_dict()), file)
+    model, optimizer = start()
+    train(model, optimizer, range(3))
+    file.seek(0)
+    saved = torch.load(file)
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    assert got + train(model, optimizer, range(5, 12)) == want
+
+
+@pytest.mark.parametrize("build", [mlp, llama, gpt2])
+def test_conversion_keeps_the_function_and_the_checkpoint_is_the_plain_models(build):
+    model = build().double().eval()
+    keys = set(model.state_dict())
+    x = torch.randn(3, 11, dtype=torch.float64) if build is mlp else torch.randint(0, 50, (2, 8))
+    before = model(x) if build is mlp else model(x).logits
+    report = convert_(model, CONFIG)
+    assert set(model.state_dict()) == keys
+    assert len(report.converted) > 1
+    after = model(x) if build is mlp else model(x).logits
+    assert relative_error(after, before) < 1e-12
+    weights = {name: m.weight.data_ptr() for name, m in model.named_modules() if isinstance(m, SingleStepLinear)}
+    to_dense_(model)
+    dense = model(x) if build is mlp else model(x).logits
+    assert relative_error(dense, before) < 1e-12
+    if build is not gpt2:  # Conv1D holds the transpose
+        assert weights == {name: model.get_submodule(name).weight.data_ptr() for name in weights}
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_fresh_weights_are_poet_xs():
+    models = [mlp(), mlp()]
+    for model, method in zip(models, ("poet-x", "single-step"), strict=True):
+        convert_(model, PoetConfig(method=method, block_size=4, init="normalized", init_scale=2.0))
+        to_dense_(model)
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        if p.ndim == 2:
+            torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_frozen_layer_stays(when):
+    model = mlp().double()
+    convert_(model, CONFIG)
+    first, second, *others = (m for m in model.modules() if isinstance(m, SingleStepLinear))
+    if when == "before":
+        first.requires_grad_(False)
+    optimizer = POETX(model)
+    if when == "after":
+        first.requires_grad_(False)
+    start = copy.deepcopy(model.state_dict())
+
+    def moved():
+        loss_of(model, 0, 0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        names = {id(p): name for name, p in model.named_parameters()}
+        layers = [[layer.weight, layer.bias] for layer in (first, second)]
+        return [[not torch.equal(p, start[names[id(p)]]) for p in layer] for layer in layers]
+
+    assert moved() == [[False, False], [True, True]]
+    if when == "after":
+        first.requires_grad_(True)
+        assert moved() == [[True, True], [True, True]]
+        assert not first.weight.requires_grad
+    else:
+        for layer in (second, *others):
+            layer.requires_grad_(False)
+        with pytest.raises(UserError, match="nothing would be rotated"):
+            POETX(model)
+
+
+def test_a_copy_belongs_to_no_optimizer():
+    layer, _ = attached(12, 8, 4, bias=True)
+    other = copy.deepcopy(layer)
+    assert other.sinks is None
+    assert layer.sinks is not None
+    with pytest.raises(UserError, match=r"build poetx.POETX"):
+        other(torch.randn(2, 8, dtype=torch.float64))
+    assert other.eval()(torch.randn(2, 8, dtype=torch.float64)).shape == (2, 12)
+
+
+def test_refusals():
+    layer, optimizer = attached(12, 8, 4, bias=True)
+    with pytest.raises(UserError, match="save its state_dict"):
+        copy.deepcopy(optimizer)
+    with pytest.raises(UserError, match="is not supported"):
+        layer.half()
+    model = mlp()
+    convert_(model, CONFIG)
+    with pytest.raises(UserError, match="already converted"):
+        convert_(model, CONFIG)
+    with pytest.raises(UserError, match=r"block_size=8, but the model was converted with 4"):
+        POETX(model, block_size=8)
+    with pytest.raises(UserError, match="no PoetLinear layer"):
+        merge_every(torch.optim.SGD(model.parameters(), lr=0.1), model, steps=5)
+    narrow = mlp()
+    convert_(narrow, PoetConfig(method="single-step", block_size=4, rotation_dtype="bfloat16"))
+    with pytest.raises(UserError, match="rule='adam'"):
+        POETX(narrow, rule="adam")
+    with pytest.raises(UserError, match="method='single-step' with weight_residual"):
+        PoetConfig(method="single-step", weight_residual=True)
+    with pytest.raises(UserError, match="partitions=0"):
+        PoetConfig(method="single-step", partitions=0)
+    saved = POETX(model).state_dict()
+    other = mlp()
+    convert_(other, PoetConfig(method="single-step", block_size=4, partitions=1))
+    optimizer = POETX(other)
+    before = {key: id(value) for p in optimizer._layers for key, value in optimizer.state[p].items()}
+    with pytest.raises(UserError, match="saved with other blocks"):
+        optimizer.load_state_dict(saved)
+    assert before == {key: id(value) for p in optimizer._layers for key, value in optimizer.state[p].items()}
+
+
+def trained_state(**settings):
+    model, x = mlp(), torch.randn(5, 11)
+    optimizer = POETX(model, block_size=4, **settings)
+    for _ in range(3):
+        model(x).square().mean().backward()
+        optimizer.step()
+    return optimizer.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "message"),
+    [
+        ({}, {"rule": "adam"}, "first_in is missing there, float32 [1, 3, 6] here"),
+        ({"rule": "adam"}, {}, "first_in is float32 [1, 3, 6] there, missing here"),
+        ({}, {"momentum_dtype": "bfloat16"}, "before_out_0 is float32 [5, 6] there, bfloat16 [5, 6] here"),
+        ({"momentum_dtype": "bfloat16", "nesterov": False}, {}, "momentum_in is bfloat16 [1, 3, 6] there, float32"),
+    ],
+)
+def test_the_state_of_other_settings_is_refused(there, here, message):
+    saved = trained_state(partitions=1, **there)
+    optimizer = POETX(mlp(), block_size=4, partitions=1, **here)
+    with pytest.raises(UserError, match=re.escape(message)):
+        optimizer.load_state_dict(saved)
+    assert not optimizer.state
+
+
+def test_a_state_without_its_step_is_refused():
+    saved = trained_state()
+    del saved["state"][0]["step"]
+    with pytest.raises(UserError, match="step is missing there, a number here"):
+        POETX(mlp(), block_size=4).load_state_dict(saved)
+
+
+def test_a_gradient_scaler_is_refused():
+    layer, optimizer = attached(12, 8, 4, bias=True, dtype=torch.float32)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(layer(torch.randn(5, 8)).sum()).backward()
+    with pytest.raises(UserError, match="gradient scaler"):
+        scaler.step(optimizer)
+
+
+def test_second_derivatives_are_refused_before_anything_is_fed():
+    model = mlp().double()
+    convert_(model, CONFIG)
+    optimizer = POETX(model)
+    loss = loss_of(model, 0, 0)
+    with pytest.raises(UserError, match=r"^a converted layer has no second derivatives.*$"):
+        torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], create_graph=True)
+    momenta = [value for state in optimizer.state.values() for key, value in state.items() if "momentum" in key]
+    assert momenta
+    assert not any(value.any() for value in momenta)
+
+
+def test_dense_again_a_frozen_layer_is_still_frozen():
+    model = mlp()
+    convert_(model, CONFIG)
+    next(m for m in model.modules() if isinstance(m, SingleStepLinear)).requires_grad_(False)
+    to_dense_(model)
+    first, *others = (m.weight.requires_grad for m in model.modules() if isinstance(m, nn.Linear))
+    assert not first
+    assert others
+    assert all(others)

@@ -1,0 +1,139 @@
+"""Two optimizers behind one: the same numbers as two, one state, one door."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import poetx
+from poetx import UserError
+from poetx.optim import AdamW, CombinedOptimizer, build_optimizer, release_gradients
+
+BASES = ["adafactor", "smmf", "hfac"]
+
+
+def model_of(dtype=torch.float32):
+    torch.manual_seed(0)
+    layers = [nn.Embedding(30, 16), nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 16), nn.LayerNorm(16)]
+    model = nn.Sequential(*layers).to(dtype)
+    poetx.convert_(model, poetx.PoetConfig(block_size=8, exclude_modules=()))
+    return model
+
+
+def groups_of(model):
+    return poetx.param_groups(model, lr=1e-2, poet_lr=1e-2)
+
+
+def backward(model, step):
+    ids = torch.randint(0, 30, (4, 6), generator=torch.Generator().manual_seed(step))
+    model(ids).float().square().mean().backward()
+
+
+def train(model, optimizers, steps, first=0):
+    for step in range(first, first + steps):
+        backward(model, step)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def weights(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_one_door_gives_the_numbers_of_two_optimizers(base):
+    one, two = model_of(), model_of()
+    combined = build_optimizer(groups_of(one), base=base)
+    assert isinstance(combined, CombinedOptimizer)
+    rotations, *rest = groups_of(two)
+    separate = [torch.optim.AdamW([rotations]), type(combined.optimizers[1])(rest)]
+    poetx.merge_every(combined, one, steps=2)
+    poetx.merge_every(separate[0], two, steps=2)
+    train(one, [combined], 5)
+    train(two, separate, 5)
+    assert equal(weights(one), weights(two))
+
+
+def test_a_merge_resets_the_rotations_alone():
+    model = model_of()
+    optimizer = build_optimizer(groups_of(model), base="hfac")
+    rotations = {p for group in optimizer.param_groups if group["name"] == "rotations" for p in group["params"]}
+    train(model, [optimizer], 2)
+    others = set(optimizer.state) - rotations
+    assert rotations <= set(optimizer.state)
+    assert others
+    poetx.merge_(model, optimizer)
+    assert set(optimizer.state) == others
+    assert not set(optimizer.optimizers[0].state) & rotations
+
+
+@pytest.mark.parametrize("state_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("base", [None, *BASES])
+def test_saved_and_loaded_it_goes_on_bitwise(base, dtype, state_dtype):
+    def start():
+        model = model_of(dtype)
+        optimizer = build_optimizer(groups_of(model), base=base, state_dtype=state_dtype)
+        poetx.merge_every(optimizer, model, steps=3)
+        return model, optimizer
+
+    whole, optimizer = start()
+    train(whole, [optimizer], 5)
+    saved = copy.deepcopy((whole.state_dict(), optimizer.state_dict()))
+    train(whole, [optimizer], 4, first=5)
+    other, fresh = start()
+    other.load_state_dict(saved[0])
+    fresh.load_state_dict(saved[1])
+    train(other, [fresh], 4, first=5)
+    assert equal(weights(whole), weights(other))
+
+
+def test_released_gradients_and_copies():
+    plain, released = model_of(), model_of()
+    a, b = (build_optimizer(groups_of(m), base="smmf") for m in (plain, released))
+    release_gradients(b, [released[0].weight])
+    train(plain, [a], 3)
+    train(released, [b], 3)
+    assert equal(weights(plain), weights(released))
+    twin, c = copy.deepcopy((plain, a))
+    train(plain, [a], 1, first=3)
+    train(twin, [c], 1, first=3)
+    assert equal(weights(plain), weights(twin))
+
+
+def test_small_steps_move_bfloat16_parameters_unless_torchs_own_optimizer_is_asked_for():
+    moved = {}
+    for state_dtype in ("auto", "float32", "same"):
+        parameter = nn.Parameter(torch.ones(8192, dtype=torch.bfloat16))
+        optimizer = build_optimizer([{"params": [parameter]}], lr=1e-3, state_dtype=state_dtype)
+        for _ in range(50):
+            parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        moved[state_dtype] = 1 - float(parameter.detach().float().mean())
+    assert moved["same"] == 0
+    for state_dtype in ("auto", "float32"):
+        assert moved[state_dtype] == pytest.approx(0.05 + 50e-5, rel=0.05), state_dtype  # weight decay as torch has it
+
+
+def test_wide_parameters_keep_torchs_own_optimizer():
+    assert type(build_optimizer(groups_of(model_of()))) is torch.optim.AdamW
+    mixed = build_optimizer(groups_of(model_of(torch.bfloat16)))
+    assert [type(optimizer) for optimizer in mixed.optimizers] == [torch.optim.AdamW, AdamW]
+    assert type(build_optimizer(groups_of(model_of(torch.bfloat16)), state_dtype="same")) is torch.optim.AdamW
+
+
+def test_mistakes_are_named():
+    model = nn.Linear(4, 4)
+    with pytest.raises(UserError, match="did you mean 'adamw'"):
+        build_optimizer([{"params": model.parameters()}], "adam")
+    with pytest.raises(UserError, match="the model has no rotations"):
+        build_optimizer([{"params": model.parameters()}], base="smmf")
+    optimizer = build_optimizer(groups_of(model_of()), base="smmf")
+    with pytest.raises(UserError, match="before they are combined"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})

@@ -1,0 +1,255 @@
+"""SMMF and H-Fac against their formulas in float64, AdamW against torch's; state that is small and survives."""
+
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import poetx
+from helpers import relative_error
+from poetx import UserError
+from poetx.optim import SMMF, AdamW, HFac, adamw
+from poetx.optim import sliced as _base
+from poetx.optim.smmf import pack_signs, square_shape
+
+FAMILY = [
+    (AdamW, {"state_dtype": "float32"}),
+    (AdamW, {"state_dtype": "bfloat16"}),
+    (AdamW, {"state_dtype": "int8"}),
+    (SMMF, {}),
+    (HFac, {}),
+]
+IDS = ["adamw", "adamw-bf16", "adamw-int8", "smmf", "hfac"]
+
+
+def run(optimizer, parameter, gradients):
+    for gradient in gradients:
+        parameter.grad = gradient.clone().to(parameter.dtype)
+        optimizer.step()
+    return parameter.detach()
+
+
+def start(*shape, dtype=torch.float64, steps=6):
+    weight = torch.randn(*shape, dtype=torch.float64)
+    return nn.Parameter(weight.to(dtype)), [torch.randn(*shape, dtype=torch.float64) * 2.0**-k for k in range(steps)]
+
+
+def reference_smmf(theta, gradients, *, lr, beta, growth, decay, eps):
+    shape, (n, m) = theta.shape, square_shape(theta.numel())
+    theta = theta.reshape(n, m).clone()
+    rM, cM, rV, cV = (torch.zeros(k, dtype=theta.dtype) for k in (n, m, n, m))
+    sign = torch.ones(n, m, dtype=theta.dtype)
+    for t, G in enumerate(gradients, 1):
+        G = G.reshape(n, m)
+        b1, b2 = beta * growth ** (t - 1), 1 - t**decay
+        M = b1 * sign * torch.outer(rM, cM) + (1 - b1) * G
+        V = b2 * torch.outer(rV, cV) + (1 - b2) * G**2
+        sign = torch.where(M >= 0, 1.0, -1.0).to(theta.dtype)
+        rM, cM, rV, cV = M.abs().sum(1), M.abs().sum(0), V.sum(1), V.sum(0)
+        if n <= m:
+            rM, rV = rM / rM.sum(), rV / rV.sum()
+        else:
+            cM, cV = cM / cM.sum(), cV / cV.sum()
+        theta -= lr * M / (V.sqrt() + eps)
+    return theta.reshape(shape)
+
+
+def reference_hfac(X, gradients, *, lr, betas, eps, clip, weight_decay):
+    X = X.clone()
+    m, n = X.shape
+    u, r, v, s = (torch.zeros(k, dtype=X.dtype) for k in (m, m, n, n))
+    one_m, one_n = torch.ones(m, dtype=X.dtype), torch.ones(n, dtype=X.dtype)
+    for t, G in enumerate(gradients, 1):
+        b1, b2 = (b * (1 - b ** (t - 1)) / (1 - b**t) for b in betas)
+        u, v = b1 * u + (1 - b1) * G @ one_n / n, b1 * v + (1 - b1) * G.T @ one_m / m
+        r, s = b2 * r + (1 - b2) * (G**2 + eps) @ one_n, b2 * s + (1 - b2) * (G**2 + eps).T @ one_m
+        V = torch.outer(r, s) / r.sum()
+        phi = b1 * (torch.outer(u, one_n) - torch.outer(G @ one_n, one_n) / n) / torch.outer(r, one_n).div(n).sqrt()
+        psi = b1 * (torch.outer(one_m, v) - torch.outer(one_m, one_m @ G) / m) / torch.outer(one_m, s).div(m).sqrt()
+        U = G / V.sqrt()
+        U = U / max(1.0, float(U.square().mean().sqrt()) / clip)
+        X -= lr * ((phi + psi) / 2 + U + weight_decay * X)
+    return X
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (7, 11, 3), (13,), (64,)])
+@pytest.mark.parametrize("slices", [1 << 22, 30])
+def test_smmf_follows_its_formulas(shape, slices, monkeypatch):
+    monkeypatch.setattr(_base, "SLICE", slices)
+    parameter, gradients = start(*shape)
+    settings = {"lr": 0.03, "beta": 0.9, "growth": 0.99, "decay": -0.8, "eps": 1e-8}
+    want = reference_smmf(parameter.detach(), gradients, **settings)
+    assert relative_error(run(SMMF([parameter], **settings), parameter, gradients), want) < 1e-12
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (1, 9)])
+@pytest.mark.parametrize("slices", [1 << 22, 30])
+def test_hfac_follows_its_formulas(shape, slices, monkeypatch):
+    monkeypatch.setattr(_base, "SLICE", slices)
+    parameter, gradients = start(*shape)
+    settings = {"lr": 0.03, "betas": (0.9, 0.99), "eps": 1e-12, "clip": 0.7, "weight_decay": 0.1}
+    want = reference_hfac(parameter.detach(), gradients, **settings)
+    assert relative_error(run(HFac([parameter], **settings), parameter, gradients), want) < 1e-12
+
+
+def test_hfac_treats_a_vector_as_adafactor_does():
+    parameter, gradients = start(9)
+    want, v = parameter.detach().clone(), torch.zeros(9, dtype=torch.float64)
+    for t, g in enumerate(gradients, 1):
+        b2 = 0.99 * (1 - 0.99 ** (t - 1)) / (1 - 0.99**t)
+        v = b2 * v + (1 - b2) * (g**2 + 1e-12)
+        U = g / v.sqrt()
+        want -= 0.03 * U / max(1.0, float(U.square().mean().sqrt()))
+    got = run(HFac([parameter], lr=0.03, betas=(0.9, 0.99), eps=1e-12), parameter, gradients)
+    assert relative_error(got, want) < 1e-12
+
+
+@pytest.mark.parametrize("slices", [1 << 22, 512])
+def test_adamw_with_float32_state_is_torchs(slices, monkeypatch):
+    monkeypatch.setattr(adamw, "SLICE", slices)
+    parameter, gradients = start(70, 71, dtype=torch.float32)
+    twin = nn.Parameter(parameter.detach().clone())
+    settings = {"lr": 0.01, "betas": (0.9, 0.98), "weight_decay": 0.1}
+    got = run(AdamW([parameter], state_dtype="float32", **settings), parameter, gradients)
+    assert relative_error(got, run(torch.optim.AdamW([twin], **settings), twin, gradients)) < 1e-6
+
+
+@pytest.mark.parametrize(("state_dtype", "error"), [("bfloat16", 0.01), ("int8", 0.06)])
+def test_narrow_state_moves_the_weights_as_float32_does(state_dtype, error):
+    torch.manual_seed(3)
+    gradients = [torch.randn(64, 130) * torch.logspace(-1, 0, 130) for _ in range(200)]
+    moved = []
+    for kind in ("float32", state_dtype):
+        parameter = nn.Parameter(torch.zeros(64, 130))
+        moved.append(run(AdamW([parameter], lr=1e-2, weight_decay=0.0, state_dtype=kind), parameter, gradients))
+    assert relative_error(moved[1], moved[0]) < error
+
+
+def test_eight_bit_second_moment_does_not_stick():
+    # The mean of g² falls by 0.1 % of itself a step, a tenth of a code: rounding to nearest would keep it where it is.
+    parameter = nn.Parameter(torch.zeros(4096))
+    optimizer = AdamW([parameter], state_dtype="int8", lr=0.0)
+    large = torch.ones(4096)
+    large[0] = 100
+    run(optimizer, parameter, [large] * 3)
+    codes = optimizer.state[parameter]["exp_avg_sq"]
+    small = torch.full((4096,), 1e-4)
+    small[0] = 100  # keeps the scale of the first block where it is
+    before = _value(optimizer.state[parameter])
+    run(optimizer, parameter, [small] * 300)
+    after = _value(optimizer.state[parameter])
+    assert codes.dtype == torch.uint8
+    assert float(after[1:256].mean() / before[1:256].mean()) == pytest.approx(0.999**300, rel=0.1)
+
+
+def _value(state):
+    return adamw._load(state, "exp_avg_sq", slice(0, 4096), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "bytes_each"),
+    [(*pair, size) for pair, size in zip(FAMILY, (8, 4, 2.04, 0.21, 0.07), strict=True)],
+    ids=IDS,
+)
+def test_state_is_as_small_as_promised(kind, settings, bytes_each):
+    parameter, gradients = start(256, 256, dtype=torch.bfloat16, steps=1)
+    optimizer = kind([parameter], **settings)
+    run(optimizer, parameter, gradients)
+    state = [t for t in optimizer.state[parameter].values() if isinstance(t, torch.Tensor)]
+    assert sum(t.untyped_storage().nbytes() for t in state) / 256**2 <= bytes_each
+
+
+@pytest.mark.parametrize(("kind", "settings"), FAMILY, ids=IDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_load_continue_is_bitwise_the_same(kind, settings, dtype):
+    straight, gradients = start(80, 66, dtype=dtype)
+    resumed = nn.Parameter(straight.detach().clone())
+    run(kind([straight], **settings), straight, gradients)
+    first = kind([resumed], **settings)
+    run(first, resumed, gradients[:3])
+    buffer = io.BytesIO()
+    torch.save(first.state_dict(), buffer)
+    buffer.seek(0)
+    second = kind([resumed], **settings)
+    second.load_state_dict(torch.load(buffer))
+    kinds = [{k: getattr(v, "dtype", type(v)) for k, v in o.state[resumed].items()} for o in (first, second)]
+    assert kinds[0] == kinds[1]
+    assert torch.equal(run(second, resumed, gradients[3:]), straight)
+
+
+@pytest.mark.parametrize(("kind", "settings"), FAMILY, ids=IDS)
+def test_merging_resets_the_state_of_rotations(kind, settings):
+    model = nn.Sequential(nn.Linear(96, 96))
+    poetx.convert_(model, poetx.PoetConfig(block_size=96))
+    optimizer = kind(poetx.param_groups(model, lr=1e-3, poet_lr=1e-3), **settings)
+    handle = poetx.merge_every(optimizer, model, steps=2)
+    for step in range(1, 6):
+        model(torch.randn(4, 96)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        left = [optimizer.state[p]["step"] for p in model[0].rotations if p in optimizer.state]
+        assert left == ([] if step % 2 == 0 else [1, 1])
+    assert optimizer.state[model[0].bias]["step"] == 5
+    assert handle.merges == 2
+
+
+@pytest.mark.parametrize(("kind", "settings"), FAMILY, ids=IDS)
+def test_bfloat16_weights_move_by_less_than_they_can_show(kind, settings):
+    # One step of 1e-4 is an eighth of half a unit in the last place of 0.3; rounding to nearest would stand still.
+    parameter = nn.Parameter(torch.full((64, 128), 0.3, dtype=torch.bfloat16))
+    optimizer = kind([parameter], lr=1e-4, weight_decay=0.0, **settings)
+    run(optimizer, parameter, [torch.ones(64, 128)] * 100)
+    assert float(parameter.detach().float().mean()) == pytest.approx(0.3 - 1e-2, abs=2.5e-3)
+
+
+@pytest.mark.parametrize(("kind", "settings"), FAMILY, ids=IDS)
+def test_strided_parameters_and_missing_gradients(kind, settings):
+    storage = torch.randn(66, 80)
+    strided, plain = nn.Parameter(storage.T), nn.Parameter(storage.T.clone(memory_format=torch.contiguous_format))
+    idle = nn.Parameter(torch.ones(3))
+    gradients = [torch.randn(80, 66) for _ in range(3)]
+    run(kind([strided, idle], **settings), strided, gradients)
+    run(kind([plain, idle], **settings), plain, gradients)
+    assert torch.equal(strided, plain)
+    assert torch.equal(idle, torch.ones(3))
+
+
+def test_shapes_and_signs():
+    assert [square_shape(n) for n in (1, 12, 13, 36, 128256 * 4096)] == [
+        (1, 1),
+        (3, 4),
+        (1, 13),
+        (6, 6),
+        (21376, 24576),
+    ]
+    assert pack_signs(torch.tensor([[1.0, -1, 0, -2, 5, -1, -1, -1, 3]])).tolist() == [[0b10101, 1]]
+
+
+def test_all_learn_the_same_problem():
+    torch.manual_seed(0)
+    x, target = torch.randn(256, 64), torch.randn(64, 70) / 8
+    for kind, settings in FAMILY:
+        weight = nn.Parameter(torch.zeros(64, 70))
+        optimizer = kind([weight], lr=3e-3, weight_decay=0.0, **settings)
+        for _ in range(150):
+            optimizer.zero_grad()
+            (x @ (weight - target)).square().mean().backward()
+            optimizer.step()
+        assert float((weight.detach() - target).norm() / target.norm()) < (0.4 if kind is SMMF else 0.1), kind
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: AdamW(p, state_dtype="int4"), "state_dtype='int4'"),
+        (lambda p: AdamW(p, betas=(0.9, 1.0)), "betas"),
+        (lambda p: AdamW(p, lr=-1.0), "lr=-1.0"),
+        (lambda p: SMMF(p, beta=1.0), "beta=1.0"),
+        (lambda p: SMMF(p, decay=0.5), "decay=0.5"),
+        (lambda p: HFac(p, clip=0.0), "clip=0.0"),
+    ],
+)
+def test_mistakes_are_named(make, words):
+    with pytest.raises(UserError, match=words):
+        make([nn.Parameter(torch.ones(2))])

@@ -1,0 +1,437 @@
+"""POETX: the gradient at the identity, the fold, the partitions, and an optimizer as torch users know them."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from builders import gpt2, llama, mlp
+from helpers import TOLERANCE, random_skew, relative_error
+from poetx import POETX, PoetConfig, UserError, convert_
+from poetx.ops.block_diagonal import block_outer_products
+from poetx.ops.cayley import cayley, unpack_skew
+from poetx.ops.reference import EXACT, block_diagonal
+from poetx.ops.single_step import fold_side_, map_gradient, skew_gradient, small_cayley_delta
+from poetx.optim.orthogonalize import orthogonalise
+from poetx.optim.partitions import partition
+
+SIZES = [(12, 8, 4), (7, 13, 5), (10, 6, 16), (1, 9, 4)]
+
+
+def orders(m, n, kind):
+    block = {"m": m, "n": n}
+    return {
+        side: partition(kind, 1, block[letter], 3, seed=0, name=side, draw=0)
+        for side, letter in (("out", "m"), ("in", "n"))
+    }
+
+
+def dense_rotation(q, size, block_size, order):
+    """Πᵀ·Diag(G)·Π as a [size, size] matrix that acts on coordinates in their own order."""
+    D = block_diagonal(cayley(q, size=size, block_size=block_size, order=EXACT), size)
+    result = torch.zeros_like(D)
+    return result.index_put((order[:, None], order[None]), D)
+
+
+@pytest.mark.parametrize("kind", ["structured", "random"])
+@pytest.mark.parametrize(("m", "n", "b"), SIZES)
+def test_gradient_at_the_identity_is_autograds(m, n, b, kind):
+    W = torch.randn(m, n, dtype=torch.float64, requires_grad=True)
+    x, target = torch.randn(20, n, dtype=torch.float64), torch.randn(20, m, dtype=torch.float64)
+
+    def loss(weight):
+        return (x @ weight.T - target).tanh().square().sum()
+
+    (dW,) = torch.autograd.grad(loss(W), W)
+    order = orders(m, n, kind)
+    for side, size in (("out", m), ("in", n)):
+        block = min(b, size)
+        q = torch.zeros(-(-size // block), block * (block - 1) // 2, dtype=torch.float64, requires_grad=True)
+        rotation = dense_rotation(q, size, block, order[side])
+        weight = rotation @ W.detach() if side == "out" else W.detach() @ rotation
+        got = skew_gradient(W.detach(), dW, side, order[side], block)
+        if q.numel():
+            assert relative_error(got, torch.autograd.grad(loss(weight), q)[0]) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize(("m", "n", "b"), SIZES)
+def test_gradient_of_a_free_map_is_autograds(m, n, b):
+    W = torch.randn(m, n, dtype=torch.float64)
+    dW = torch.randn(m, n, dtype=torch.float64)  # of a loss that is linear in W: ⟨dW, W⟩
+    order = orders(m, n, "random")
+    for side, size in (("out", m), ("in", n)):
+        block = min(b, size)
+        blocks = torch.zeros(-(-size // block), block, block, dtype=torch.float64, requires_grad=True)
+        E = torch.zeros(size, size, dtype=torch.float64)
+        E = E.index_put((order[side][:, None], order[side][None]), block_diagonal(blocks, size))
+        moved = E @ W if side == "out" else W @ E
+        got = map_gradient(W, dW, side, order[side], block)
+        assert relative_error(got, torch.autograd.grad((dW * moved).sum(), blocks)[0]) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("kind", ["structured", "random"])
+@pytest.mark.parametrize(("m", "n", "b"), SIZES)
+def test_a_fold_is_the_product_with_the_rotation(m, n, b, kind):
+    W = torch.randn(m, n, dtype=torch.float64)
+    order = orders(m, n, kind)
+    for side, size in (("out", m), ("in", n)):
+        block = min(b, size)
+        q = random_skew(size, block)
+        rotation = dense_rotation(q, size, block, order[side])
+        want = rotation @ W if side == "out" else W @ rotation
+        E = small_cayley_delta(unpack_skew(q, size, block), None)
+        got = W.clone()
+        scale = torch.tensor(0.5, dtype=torch.float64)
+        square = fold_side_(got, E, side, order[side], scale=scale, generator=torch.Generator())
+        assert relative_error(got, 0.5 * want) < TOLERANCE[torch.float64]
+        assert square.item() == pytest.approx(0.25 * want.square().sum().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("size", "block_size"), [(96, 32), (128, 64), (160, 80), (100, 32), (20, 64)])
+def test_block_outer_products_are_the_blocks_of_the_whole_product(size, block_size, dtype):
+    x, y = torch.randn(37, 2 * size, dtype=torch.float64).to(dtype).chunk(2, dim=1)  # rows with a gap between them
+    got = block_outer_products(x, y, block_size)
+    whole = torch.zeros(got.shape[0] * block_size, got.shape[0] * block_size, dtype=torch.float64)
+    whole[:size, :size] = x.double().T @ y.double()
+    want = torch.stack([whole[i : i + block_size, i : i + block_size] for i in range(0, size, block_size)])
+    assert got.dtype == torch.promote_types(dtype, torch.float32)
+    assert relative_error(got, want) < TOLERANCE[got.dtype]
+
+
+def test_orthogonalise_gives_skew_matrices_with_singular_values_near_one():
+    q = torch.randn(3, 16 * 15 // 2)
+    O = orthogonalise(unpack_skew(q, 48, 16))  # noqa: E741
+    assert torch.equal(O, -O.mT)
+    values = torch.linalg.svdvals(O)
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+    assert orthogonalise(torch.zeros(1, 4, 4)).eq(0).all()
+
+
+def test_orthogonalise_takes_general_matrices():
+    O = orthogonalise(torch.randn(3, 16, 16), skew=False)  # noqa: E741
+    values = torch.linalg.svdvals(O)
+    assert values.min() > 0.3
+    assert values.max() < 1.3
+
+
+def test_random_partitions_depend_on_name_and_draw_only():
+    first = partition("random", 0, 50, 8, seed=0, name="a", draw=0)
+    assert torch.equal(first, partition("random", 0, 50, 8, seed=0, name="a", draw=0))
+    for other in ({"name": "b"}, {"draw": 1}, {"seed": 1}):
+        assert not torch.equal(first, partition("random", 0, 50, 8, **({"seed": 0, "name": "a", "draw": 0} | other)))
+
+
+def problem(dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    teacher = nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 16)).to(dtype)
+    model = nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 16)).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in (model[0], model[2]):  # the same spectrum as the teacher's, turned at random
+            other = teacher[0] if layer is model[0] else teacher[2]
+            U, _ = torch.linalg.qr(torch.randn(layer.out_features, layer.out_features, generator=generator))
+            V, _ = torch.linalg.qr(torch.randn(layer.in_features, layer.in_features, generator=generator))
+            layer.weight.copy_((U @ other.weight.float() @ V).to(dtype))
+    x = torch.randn(64, 24, generator=generator).to(dtype)
+    return model, x, teacher(x).detach()
+
+
+def train(model, x, y, optimizer, steps):
+    losses = []
+    for _ in range(steps):
+        loss = (model(x) - y).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+VARIANTS = [
+    {"rule": "ortho"},
+    {"rule": "ortho", "alternate": False, "angle": 0.005},
+    {"rule": "adam", "angle": 0.004},
+    {"rule": "ortho", "partitions": 1},
+    {"rule": "ortho", "partitions": 3},
+    {"rule": "ortho", "partition_kind": "random"},
+    {"rule": "ortho", "partition_kind": "random", "partitions": 1, "resample_every": 7},
+    {"rule": "adam", "partition_kind": "random", "resample_every": 7, "angle": 0.004},
+]
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+def test_it_learns_and_the_singular_values_stay(settings):
+    model, x, y = problem()
+    start = [torch.linalg.svdvals(model[i].weight.detach().double()) for i in (0, 2)]
+    optimizer = POETX(model, lr=3e-3, block_size=8, **({"angle": 0.02} | settings))
+    losses = train(model, x, y, optimizer, 150)
+    assert losses[-1] < 0.5 * losses[0]
+    for i, values in zip((0, 2), start, strict=True):
+        now = torch.linalg.svdvals(model[i].weight.detach().double())
+        assert ((now - values).abs() / values).median() < 1e-5
+
+
+FREE = [
+    {},
+    {"alternate": False, "angle": 0.01},
+    {"rule": "adam", "angle": 0.004},
+    {"partitions": 1},
+    {"partition_kind": "random", "resample_every": 7},
+]
+
+
+@pytest.mark.parametrize("settings", FREE, ids=str)
+def test_with_a_free_spectrum_it_learns_and_the_singular_values_move(settings):
+    model, x, y = problem()
+    start = torch.linalg.svdvals(model[0].weight.detach().double())
+    optimizer = POETX(model, lr=3e-3, block_size=8, spectrum="free", **({"angle": 0.02} | settings))
+    losses = train(model, x, y, optimizer, 150)
+    assert losses[-1] < 0.3 * losses[0]
+    now = torch.linalg.svdvals(model[0].weight.detach().double())
+    assert ((now - start).abs() / start).median() > 0.01
+    assert abs(now.norm() / start.norm() - 1) < 0.06  # what one step adds
+
+
+@pytest.mark.parametrize("growth", [0.0, 0.01])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_free_spectrum_holds_the_norm_or_lets_it_grow_as_told(dtype, growth):
+    """Steps along random gradients multiply ‖W‖ by more than e in 100 steps if it is not held."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(48, 32).to(dtype))
+    start = weight.detach().float().norm()
+    groups = [{"params": [weight], "lr": 0.05, "rotate": True}]
+    optimizer = POETX(groups, block_size=16, spectrum="free", norm_growth=growth)
+    for _ in range(300):
+        weight.grad = torch.randn_like(weight)
+        optimizer.step()
+    assert abs(weight.detach().float().norm() / start / (1 + 300 * growth) ** 0.5 - 1) < 0.05
+
+
+def test_bfloat16_weights_keep_their_spectrum():
+    model, x, y = problem(torch.bfloat16)
+    start = torch.linalg.svdvals(model[0].weight.detach().double())
+    losses = train(model, x, y, POETX(model, lr=3e-3, block_size=8, angle=0.015), 300)
+    assert losses[-1] < 0.6 * losses[0]
+    now = torch.linalg.svdvals(model[0].weight.detach().double())
+    assert ((now - start).abs() / start).median() < 6e-3
+    assert abs(now.norm() / start.norm() - 1) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [*VARIANTS, {"spectrum": "free", "norm_growth": 0.02}], ids=str)
+def test_save_load_continue_is_bitwise(settings, dtype):
+    def start():
+        model, x, y = problem(dtype)
+        return model, x, y, POETX(model, lr=3e-3, block_size=8, **({"angle": 0.02} | settings))
+
+    model, x, y, optimizer = start()
+    want = train(model, x, y, optimizer, 12)
+    model, x, y, optimizer = start()
+    got = train(model, x, y, optimizer, 5)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    model, x, y, optimizer = start()
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    assert got + train(model, x, y, optimizer, 7) == want
+
+
+def test_a_stack_of_matrices_is_turned_like_its_matrices():
+    matrices = torch.randn(3, 12, 8)
+    stack = nn.Parameter(matrices.clone())
+    single = [nn.Parameter(m.clone()) for m in matrices]
+    target = torch.randn(3, 12, 8)
+    together = POETX([{"params": [stack], "lr": 0.01, "rotate": True}], block_size=4)
+    apart = POETX([{"params": single, "lr": 0.01, "rotate": True}], block_size=4)
+    for _ in range(4):
+        (stack - target).square().sum().backward()
+        sum((p - t).square().sum() for p, t in zip(single, target, strict=True)).backward()
+        for optimizer in (together, apart):
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(stack.detach(), torch.stack([p.detach() for p in single]))
+
+
+@pytest.mark.parametrize("build", [llama, gpt2, mlp])
+def test_a_model_is_taken_as_it_is(build):
+    model = build()
+    optimizer = POETX(model, block_size=16)
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    covered = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(covered) == sorted(id(p) for p in model.parameters())
+    assert all(p.ndim == 2 for p in groups["rotated"]["params"])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    x = torch.randn(2, 11) if build is mlp else torch.zeros(2, 4, dtype=torch.int64)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    out = model(x)
+    (out if build is mlp else out.logits).square().sum().backward()
+    optimizer.step()
+    scheduler.step()
+    assert groups["rotated"]["lr"] == 0.006
+    moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert any("weight" in name for name in moved)
+
+
+def state_bytes(optimizer):
+    return sum(v.nbytes for p in optimizer.state for v in optimizer.state[p].values() if torch.is_tensor(v))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "shares"),
+    [
+        ([(4096, 4096)] * 4 + [(14336, 4096)] * 2 + [(4096, 14336)], (0.04, 0.08)),
+        ([(2304, 768), (768, 768), (3072, 768), (768, 3072)], (0.12, 0.24)),
+    ],
+    ids=["llama-8b", "gpt2"],
+)
+@pytest.mark.parametrize(("kind", "block_size"), [("fixed", 256), ("free", 128)])
+def test_momentum_is_a_small_part_of_adamws_state(shapes, kind, block_size, shares):
+    """b(m+n)/2 numbers a partition (free: twice) beside AdamW's 2mn, in bytes of one decoder layer's real state."""
+    adamw = 2 * 4 * sum(m * n for m, n in shapes)
+    for partitions, share in zip((1, 2), shares, strict=True):
+        for dtype, nesterov, factor in (("float32", False, 1), ("float32", True, 1.5), ("bfloat16", True, 0.75)):
+            model = nn.Sequential(*[nn.Linear(n, m, bias=False, device="meta") for m, n in shapes])
+            settings = {"block_size": block_size, "partitions": partitions, "spectrum": kind, "rotation_dtype": dtype}
+            convert_(model, PoetConfig(method="single-step", **settings))
+            # The look-ahead keeps a copy of what is written next: half as much again (K = 2: a quarter).
+            assert 0.4 * factor < state_bytes(POETX(model, nesterov=nesterov)) / adamw / share < factor
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rule": "muon"}, "rule='muon': must be one of ortho, adam"),
+        ({"partitions": 0}, "partitions=0: must be a whole number"),
+        ({"angle": 0.7}, "angle=0.7: radians"),
+        ({"block_size": 1}, "block_size=1"),
+        ({"spectrum": "any"}, "spectrum='any': must be one of 'fixed', 'free'"),
+        ({"resample_every": 5}, "structured partitions are fixed"),
+        ({"target_modules": ("nothing",)}, "matches no linear layer"),
+    ],
+)
+def test_refusals(settings, message):
+    with pytest.raises(UserError, match=message):
+        POETX(mlp(), **settings)
+
+
+def test_more_refusals():
+    with pytest.raises(UserError, match="nothing would be rotated"):
+        POETX([{"params": [nn.Parameter(torch.zeros(3, 3))]}])
+    with pytest.raises(UserError, match=r"shape \(3,\)"):
+        POETX([{"params": [nn.Parameter(torch.zeros(3))], "rotate": True}])
+    with pytest.raises(UserError, match="groups cannot be added later"):
+        POETX(mlp(), block_size=4).add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    with pytest.raises(UserError, match="takes no closure"):
+        POETX(mlp(), block_size=4).step(lambda: 0.0)
+
+
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_that_is_held_is_that_of_the_weights_trained(converted, dtype):
+    """Zeros at construction, weights loaded before the first step, others after it, and the same ones put back."""
+    model = nn.Sequential(nn.Linear(32, 32, bias=False, dtype=dtype))
+    nn.init.zeros_(model[0].weight)
+    if converted:
+        convert_(model, PoetConfig(method="single-step", block_size=16))
+    optimizer = POETX(model, **({} if converted else {"block_size": 16}))
+
+    def steps(count):
+        for _ in range(count):
+            model(torch.randn(8, 32, dtype=dtype)).exp().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for factor in (1.0, 0.1, 3.0):
+        wanted = torch.randn(32, 32).mul(0.1 * factor).to(dtype)
+        model.load_state_dict({"0.weight": wanted})
+        steps(3)
+        norm = wanted.float().norm()
+        assert abs(model[0].weight.detach().float().norm() / norm - 1) < (1e-5 if dtype == torch.float32 else 2e-3)
+        held = {key: optimizer.state[model[0].weight][key].clone() for key in ("norm", "scale")}
+        trained = model[0].weight.detach().clone()
+        with torch.no_grad():
+            model[0].weight.zero_()
+            model[0].weight.copy_(trained)
+        optimizer._measure(model[0].weight)
+        assert all(torch.equal(optimizer.state[model[0].weight][key], value) for key, value in held.items())
+
+
+@pytest.mark.parametrize("settings", [{}, {"nesterov": False}, {"spectrum": "free"}], ids=str)
+def test_a_bfloat16_momentum_does_not_depend_on_the_global_generator(settings):
+    weights = []
+    for seed in range(2):
+        model, x, y = problem()
+        optimizer = POETX(model, block_size=8, momentum_dtype="bfloat16", **settings)
+        torch.manual_seed(seed)
+        train(model, x, y, optimizer, 5)
+        weights.append(model[0].weight.detach())
+    assert torch.equal(*weights)
+
+
+def test_what_a_group_leaves_open_is_the_arguments_or_the_bases():
+    def rates(model, **settings):
+        optimizer = POETX(model, block_size=4, **settings)
+        return [(g.get("name"), g["lr"], g.get("weight_decay")) for g in optimizer.param_groups]
+
+    def sgd(rest):
+        return torch.optim.SGD(rest, lr=0.1, weight_decay=0.5)
+
+    model = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 8))
+    assert rates(model, angle=0.1)[0][1] == 0.1
+    assert rates(model)[1:] == [("decay", 1e-3, 0.0), ("no_decay", 1e-3, 0.0)]
+    assert rates(model, base=sgd)[1:] == [("decay", 0.1, 0.5), ("no_decay", 0.1, 0.0)]
+    assert rates(model, lr=0.2, weight_decay=0.0, base=sgd)[1:] == [("decay", 0.2, 0.0), ("no_decay", 0.2, 0.0)]
+    groups = [{"params": [model[1].weight], "rotate": True}, {"params": [model[1].bias]}]
+    assert [rate for _, rate, _ in rates(groups, angle=0.1)] == [0.1, 1e-3]
+    assert [rate for _, rate, _ in rates(groups, lr=0.3, angle=0.1)] == [0.1, 0.3]
+    groups[0] |= {"lr": 0.02}
+    groups[1] |= {"lr": 0.03}
+    assert [rate for _, rate, _ in rates(groups, angle=0.1, base=sgd)] == [0.02, 0.03]
+    assert set(groups[1]) == {"params", "lr"}  # as they were given
+
+
+def test_hooks_do_not_keep_a_layer_of_an_ordinary_model_from_its_rotation():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].register_forward_hook(lambda *_: None)
+    model[1].forward = lambda x: nn.functional.linear(x, model[1].weight)
+    rotated, _ = POETX(model, block_size=4).param_groups
+    assert [id(p) for p in rotated["params"]] == [id(layer.weight) for layer in model]
+
+
+def test_released_gradients_come_back_when_the_optimizer_goes():
+    model = mlp()
+    weight = model[0].weight
+
+    def gradient():
+        weight.grad = None
+        model(torch.randn(2, 11)).exp().sum().backward()
+        return weight.grad
+
+    optimizer = POETX(model, block_size=4, release_gradients=True)
+    assert gradient() is None
+    with pytest.raises(UserError, match=r"call its close\(\) first"):
+        POETX(model, block_size=4, release_gradients=True)
+    assert gradient() is None
+    optimizer.close()
+    assert gradient() is not None
+    optimizer = POETX(model, block_size=4, release_gradients=True)
+    assert gradient() is None
+    del optimizer
+    assert gradient() is not None
+    optimizer = POETX(model, block_size=4, release_gradients=True)
+    before = weight.detach().clone()
+    gradient()
+    optimizer.step()
+    assert not torch.equal(weight, before)
+
+
+def test_a_closed_optimizer_leaves_the_layers_of_another_alone():
+    model = mlp()
+    convert_(model, PoetConfig(method="single-step", block_size=4))
+    first, second = POETX(model), POETX(model)
+    first.close()
+    assert model[0].sinks is not None
+    second.close()
+    assert model[0].sinks is None

@@ -1,0 +1,129 @@
+"""The chunked loss is the plain loss: value, every gradient, and none of the logits."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
+
+from helpers import TOLERANCE, relative_error
+from poetx import UserError
+from poetx.savings import chunk_loss_, chunked_cross_entropy
+
+
+def problem(dtype, tokens=37, width=16, words=101, bias=True):
+    generator = torch.Generator().manual_seed(1)
+    x, W, b = (
+        torch.randn(*shape, generator=generator).to(dtype) for shape in ((tokens, width), (words, width), (words,))
+    )
+    labels = torch.randint(0, words, (tokens,), generator=generator)
+    labels[::5] = -100
+    leaves = [x.requires_grad_(), W.requires_grad_()] + ([b.requires_grad_()] if bias else [])
+    return leaves, labels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_value_and_gradients_are_those_of_the_plain_loss(dtype, reduction, bias):
+    leaves, labels = problem(dtype, bias=bias)
+    logits = F.linear(*leaves)
+    plain = F.cross_entropy(logits.float() if dtype == torch.bfloat16 else logits, labels, reduction=reduction)
+    # 13 words a chunk: eight chunks, the last one short
+    ours = chunked_cross_entropy(
+        leaves[0], leaves[1], labels, bias=leaves[2] if bias else None, reduction=reduction, chunk_bytes=13 * 4 * 37
+    )
+    assert ours.shape == plain.shape
+    assert relative_error(ours, plain) < min(TOLERANCE[dtype], 1e-5)
+    weights = torch.linspace(0.5, 2, ours.numel()).to(ours.dtype).view(ours.shape)
+    wanted = torch.autograd.grad((plain * weights).sum(), leaves)
+    for got, want in zip(torch.autograd.grad((ours * weights).sum(), leaves), wanted, strict=True):
+        assert got.dtype == dtype
+        assert relative_error(got, want) < TOLERANCE[dtype]
+
+
+def test_nothing_as_large_as_the_logits_exists():
+    (x, W, _), labels = problem(torch.float32, tokens=64, words=4096)
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.numel = max(self.numel, out.numel())
+            return out
+
+    with Largest() as seen:
+        chunked_cross_entropy(x, W, labels, chunk_bytes=64 * 4 * 300).backward()
+    assert W.numel() <= seen.numel < 64 * 4096 / 3
+
+
+@pytest.fixture
+def model():
+    config = LlamaConfig(
+        vocab_size=301, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    return AutoModelForCausalLM.from_config(config).train()
+
+
+def test_a_transformers_model_keeps_its_loss(model):
+    ids = torch.randint(0, 301, (2, 17))
+    labels = ids.masked_fill(ids % 7 == 0, -100)
+    for extra in ({}, {"num_items_in_batch": 40}):
+        plain = model(input_ids=ids, labels=labels, **extra).loss
+        wanted = torch.autograd.grad(plain, list(model.parameters()))
+        chunked = chunk_loss_(copy.deepcopy(model), chunk_bytes=1 << 14)
+        out = chunked(input_ids=ids, labels=labels, **extra)
+        assert out.logits is None
+        assert relative_error(out.loss, plain) < 1e-6
+        for got, want in zip(torch.autograd.grad(out.loss, list(chunked.parameters())), wanted, strict=True):
+            assert relative_error(got, want) < 1e-5
+    assert chunked(input_ids=ids).logits.shape == (2, 17, 301)
+
+
+def test_autocast_is_taken_part_in(model):
+    ids = torch.randint(0, 301, (2, 17))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = model(input_ids=ids, labels=ids).loss
+        ours = chunk_loss_(model)(input_ids=ids, labels=ids).loss
+    assert relative_error(ours, plain) < 1e-3
+    ours.backward()
+    assert model.lm_head.weight.grad.dtype == torch.float32
+
+
+def test_copies_and_pickles_call_themselves(model):
+    ids = torch.randint(0, 301, (1, 9))
+    chunk_loss_(chunk_loss_(model))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        before = model(input_ids=ids, labels=ids).loss
+        with torch.no_grad():
+            other.lm_head.weight.zero_()
+        assert other(input_ids=ids, labels=ids).loss.item() == pytest.approx(5.7071, abs=1e-3)  # ln 301
+        assert torch.equal(model(input_ids=ids, labels=ids).loss, before)
+
+
+def test_models_it_would_be_wrong_for_are_refused():
+    config = Gemma2Config(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+    config.num_attention_heads = config.num_key_value_heads = 1
+    with pytest.raises(UserError, match="final_logit_softcapping"):
+        chunk_loss_(AutoModelForCausalLM.from_config(config))
+    with pytest.raises(UserError, match="not a transformers causal language model"):
+        chunk_loss_(torch.nn.Linear(2, 2))
+    with pytest.raises(UserError, match="labels: shape"):
+        chunked_cross_entropy(torch.randn(3, 4), torch.randn(5, 4), torch.zeros(2, dtype=torch.long))
+    with pytest.raises(UserError, match="reduction"):
+        chunked_cross_entropy(torch.randn(2, 4), torch.randn(5, 4), torch.zeros(2, dtype=torch.long), reduction="avg")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "words"),
+    [("logits_soft_cap", 30.0, "changes the logits"), ("output_router_logits", True, "the routers' loss")],
+)
+def test_what_a_config_adds_to_the_loss_is_refused(model, setting, value, words):
+    setattr(model.config, setting, value)
+    with pytest.raises(UserError, match=words):
+        chunk_loss_(model)
