@@ -23,7 +23,7 @@ demo: install  ## pre-train a small Llama on the built-in corpus and show what i
 	$(BIN)/poetx train
 
 test: install  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 test-lowest:  ## run the tests with the oldest versions that are supported (downloads gigabytes)
 	test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest

@@ -59,7 +59,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache of tokenised data for all tests."""
+    """One cache of tokenized data for all tests."""
     return tmp_path_factory.mktemp("cache")
 
 

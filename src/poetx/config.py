@@ -73,7 +73,7 @@ class PoetConfig:
             starts near the embedding alone; must be 1 with ``init="keep"``.
         residual_modules: which layers these are, in PEFT's meaning, as for ``target_modules``. The usual names of
             ``transformers`` models unless given.
-        neumann_order: highest power k of the Neumann series in the Cayley–Neumann parametrisation, 3 (the
+        neumann_order: highest power k of the Neumann series in the Cayley–Neumann parametrization, 3 (the
             paper's) or 7, or ``"exact"`` for the Cayley transform itself.
         target_modules: ``"all-linear"``, or names (a module matches when its dotted name equals or ends with
             one), or one regular expression that must match the whole dotted name (PEFT's meaning).
@@ -86,7 +86,7 @@ class PoetConfig:
             only merging reads and writes: ten times less rounding noise in the spectrum of a long run. With a
             ``weight_format`` 4 more bits of it, to the same end.
         weight_format: store the frozen weight as ``"int8"`` or ``"int4"`` (affine), ``"nf4"``, ``"fp8"`` (e4m3) or
-            ``"bipolar-int2"`` … ``"bipolar-int8"``, dequantised on the fly (POET-XQ). None: in the model's dtype.
+            ``"bipolar-int2"`` … ``"bipolar-int8"``, dequantized on the fly (POET-XQ). None: in the model's dtype.
             Needs ``mode="mem"``: what *fast* saves for backward would cost more than the format spares.
         group_size: neighbours in a row that share a scale in such a format.
 
@@ -147,7 +147,7 @@ class PoetConfig:
                 "use method='poet-x' for those"
             )
         if self.weight_format is not None:
-            self._check_quantised()
+            self._check_quantized()
         for field in ("target_modules", "exclude_modules", "residual_modules"):
             value = getattr(self, field)
             if isinstance(value, list):
@@ -159,7 +159,7 @@ class PoetConfig:
             except re.error as error:
                 raise UserError(f"{field}={value!r}: not a regular expression ({error})") from None
 
-    def _check_quantised(self) -> None:
+    def _check_quantized(self) -> None:
         if self.mode != "mem":
             raise UserError(
                 f"mode={self.mode!r} with weight_format={self.weight_format!r}: fast keeps a product of the layer for "

@@ -149,7 +149,7 @@ class Targets:
 
 def find_targets(model: nn.Module, config: PoetConfig, *, foreign: bool = False, replaced: bool = True) -> Targets:
     """Which layers of ``model`` to rotate: ``nn.Linear`` and ``Conv1D`` within the config's patterns, and with
-    ``foreign`` linear layers that bitsandbytes or torchao have quantised.
+    ``foreign`` linear layers that bitsandbytes or torchao have quantized.
 
     Not those with hooks or another forward of their own, if they are to be ``replaced``, which would lose these.
 
@@ -205,7 +205,7 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
     """Replace the linear layers of ``model`` by :class:`PoetLinear` or :class:`SingleStepLinear`, in place.
 
     Takes exact ``nn.Linear`` modules, ``transformers`` ``Conv1D``, and linear layers that bitsandbytes or torchao
-    have quantised; everything else that holds a matrix is in the report's ``skipped`` with the reason. Tied weights,
+    have quantized; everything else that holds a matrix is in the report's ``skipped`` with the reason. Tied weights,
     frozen weights and the output layer of a ``transformers`` model stay as they are. With ``config.init == "keep"``
     the model's function is preserved, up to the rounding of a ``weight_format``.
     Memory: each layer's old weight is released before the next is converted. Works on the meta device, for
@@ -299,7 +299,7 @@ def _raise_no_match(config: PoetConfig, names: list[str], reasons: list[str]) ->
 
 
 def _skipped(model: nn.Module, reasons: dict[nn.Module, str]) -> Iterator[SkippedParameter]:
-    """Every parameter with two or more dimensions outside the converted layers, and every quantised weight."""
+    """Every parameter with two or more dimensions outside the converted layers, and every quantized weight."""
     for module_name, module in model.named_modules():
         if isinstance(module, (PoetLinear, SingleStepLinear)):
             continue
@@ -312,7 +312,7 @@ def _skipped(model: nn.Module, reasons: dict[nn.Module, str]) -> Iterator[Skippe
                 (name == "weight" and reasons.get(module)) or _why_not(module, parameter),
             )
         for name, shape in [] if isinstance(module, PackedWeight) else foreign_buffers(module):
-            reason = f"quantised by {type(module).__module__.partition('.')[0]} in a format that is not read"
+            reason = f"quantized by {type(module).__module__.partition('.')[0]} in a format that is not read"
             yield SkippedParameter(f"{module_name}.{name}".lstrip("."), shape, reason)
 
 

@@ -80,7 +80,7 @@ def materialize_(
     """Give a model that was built and converted on the meta device its memory and its weights, in place.
 
     Rotated layers are made one at a time, so that beside the finished part only one layer exists in full precision:
-    a quantised 13B model is built in less than its quantised size and that layer. Returns ``model``.
+    a quantized 13B model is built in less than its quantized size and that layer. Returns ``model``.
 
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -89,7 +89,7 @@ def materialize_(
 
     Args:
         checkpoint: directory of safetensors files with the dense model's tensors under the model's own names. None:
-            fresh weights, rotated layers as their config says, the rest as the model itself initialises it.
+            fresh weights, rotated layers as their config says, the rest as the model itself initializes it.
         seed: of the fresh part outside the rotated layers; torch's global generators are left as they were.
 
     Raises:
@@ -106,7 +106,7 @@ def materialize_(
         _check(model, layers, source)
         _check_buffers(model, inside, source)
     _allocate(model, inside, torch.device(device))
-    _initialise(model, inside, seed, torch.device(device), fresh=source is None)
+    _initialize(model, inside, seed, torch.device(device), fresh=source is None)
     for name, layer in layers.items():
         layer.to_empty(device=device)
         if source is None:
@@ -174,7 +174,7 @@ def _allocate(model: nn.Module, inside: set[int], device: torch.device) -> None:
                 store[name] = memo[id(tensor)]
 
 
-def _initialise(model: nn.Module, inside: set[int], seed: int, device: torch.device, *, fresh: bool) -> None:
+def _initialize(model: nn.Module, inside: set[int], seed: int, device: torch.device, *, fresh: bool) -> None:
     """What the model computes for itself: with a checkpoint only what that does not hold (rotary tables) counts."""
     initialize: Any = getattr(model, "initialize_weights", None)  # transformers
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

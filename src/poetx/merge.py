@@ -1,4 +1,4 @@
-"""Merge-then-reinitialise: the one door through which rotations go into the weights.
+"""Merge-then-reinitialize: the one door through which rotations go into the weights.
 
 Folding, drawing new permutations, dropping the stale gradient and resetting the optimizer's state happen
 together here, under one counter, because keeping them apart is where public code goes wrong.
@@ -155,7 +155,7 @@ def merge_every(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int =
     """Call :func:`merge_` inside ``optimizer.step()`` after every ``steps``-th step, for any torch optimizer.
 
     The counter travels in ``optimizer.state_dict()["poetx"]``; call this before ``load_state_dict``. A step that a
-    gradient scaler skips does not count. The paper uses 200 (400 on a quantised base).
+    gradient scaler skips does not count. The paper uses 200 (400 on a quantized base).
 
     Raises:
         UserError: ``steps`` below 1, a model with no rotated layer, rotations missing from the optimizer, or a

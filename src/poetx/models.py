@@ -66,7 +66,7 @@ def build_model(recipe: Recipe, *, vocab_size: int, end_of_text_id: int, device:
         if recipe.model.pretrained:
             model = _pretrained(recipe, dtype)
         else:
-            start = torch.device("meta") if _is_quantised(recipe) else device
+            start = torch.device("meta") if _is_quantized(recipe) else device
             model = _fresh(recipe, vocab_size, end_of_text_id, start, dtype)
     rows = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
     if rows < vocab_size:
@@ -149,7 +149,7 @@ def _read_config(source: str, auto_config: Any) -> Any:
         raise UserError(f"model.config={source}: {one_line(error)}") from None
 
 
-def _is_quantised(recipe: Recipe) -> bool:
+def _is_quantized(recipe: Recipe) -> bool:
     return recipe.poet is not None and recipe.poet.config.weight_format is not None
 
 
@@ -162,7 +162,7 @@ def _pretrained(recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
     if not (path / "config.json").is_file():
         raise UserError(f"model.pretrained={source}: not a checkpoint directory (no config.json in it)")
     try:
-        if _is_quantised(recipe) and (model := _on_meta(path, dtype)) is not None:
+        if _is_quantized(recipe) and (model := _on_meta(path, dtype)) is not None:
             return model
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:

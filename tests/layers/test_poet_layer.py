@@ -234,7 +234,7 @@ def test_meta_then_to_empty_then_reset_equals_built_on_the_device():
 
 
 @pytest.mark.parametrize(("m", "n"), [(12, 10), (10, 12), (8, 8)])
-def test_initialisations(m, n):
+def test_initializations(m, n):
     normalized = make(m=m, n=n, init_scale=2.0, angle=0).dense_weight()
     torch.testing.assert_close(normalized.norm(dim=1), torch.full((m,), 2.0))
     uniform = make(m=m, n=n, init="uniform", angle=0).dense_weight()

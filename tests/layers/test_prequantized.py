@@ -1,4 +1,4 @@
-"""Layers that another library has quantised: converted, or in the report with the reason."""
+"""Layers that another library has quantized: converted, or in the report with the reason."""
 
 import sys
 import types
@@ -85,7 +85,7 @@ def test_formats_that_are_not_read_are_named():
     report = convert_(nn.Sequential(nn.Linear(8, 8), QuantLinear()), PoetConfig(block_size=4))
     (item,) = report.skipped
     assert (item.name, item.shape) == ("1.qweight", (4, 8))
-    assert "quantised by gptqmodel in a format that is not read" in item.reason
+    assert "quantized by gptqmodel in a format that is not read" in item.reason
 
 
 def test_torchao():

@@ -1,4 +1,4 @@
-"""PoetLinear over a quantised base: the same layer, in a fraction of the memory."""
+"""PoetLinear over a quantized base: the same layer, in a fraction of the memory."""
 
 import copy
 import io
@@ -28,7 +28,7 @@ def make(weight_format="int8", *, m=24, n=20, dtype=torch.float32, bias=True, an
 
 
 def twin_in_mem(layer, dtype):
-    """The same layer with the dequantised weight stored as it is."""
+    """The same layer with the dequantized weight stored as it is."""
     config = PoetConfig(block_size=8, mode="mem", init="normalized")
     twin = PoetLinear(layer.in_features, layer.out_features, config=config, name="layer", dtype=dtype)
     state = {k: v for k, v in layer.state_dict().items() if not k.startswith("packed_weight")}
@@ -38,7 +38,7 @@ def twin_in_mem(layer, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
-def test_forward_and_backward_are_those_of_the_dequantised_weight(weight_format, dtype):
+def test_forward_and_backward_are_those_of_the_dequantized_weight(weight_format, dtype):
     layer = make(weight_format, dtype=dtype)
     twin = twin_in_mem(layer, dtype)
     x = torch.randn(2, 5, 20, dtype=dtype, requires_grad=True)
@@ -268,11 +268,11 @@ def test_conversion_preserves_the_function_within_the_format_and_export_within_b
     assert 0 < relative_error(model(x), before) < LOGITS[weight_format]
     with torch.no_grad():
         model[2].skew_in.normal_(std=0.02)
-    quantised = model(x)
+    quantized = model(x)
     to_dense_(model)
     assert {type(m) for m in model if not isinstance(m, nn.SiLU)} == {nn.Linear}
     assert model[0].weight.dtype == torch.bfloat16
-    assert relative_error(model(x), quantised) < TOLERANCE[torch.bfloat16]
+    assert relative_error(model(x), quantized) < TOLERANCE[torch.bfloat16]
 
 
 def test_fast_is_refused_with_the_reason():

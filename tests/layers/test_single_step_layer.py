@@ -100,7 +100,7 @@ def loss_of(model, step, part):
 @pytest.mark.parametrize(
     ("build", "settings"),
     [*((mlp, settings) for settings in VARIANTS), *((build, s) for build in (llama, gpt2) for s in VARIANTS[:2])],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_both_forms_take_the_same_path(build, settings):
     """Two micro-batches a step, biases, tied embeddings, Conv1D, odd sizes."""

@@ -204,7 +204,7 @@ def test_fast_saves_what_it_says(dtype):
     assert shapes == sorted([(50, 24), b, (40, 24), (3, 8, 8), (5, 8, 8), q_in, q_out])
 
 
-def test_autocast_does_not_reach_the_parametrisation():
+def test_autocast_does_not_reach_the_parametrization():
     q = random_skew(16, 8, dtype=torch.float32)
     expected = cayley(q, size=16, block_size=8, order=3)
     with torch.autocast("cpu", dtype=torch.bfloat16):

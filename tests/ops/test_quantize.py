@@ -6,7 +6,7 @@ import torch
 from poetx.config import WEIGHT_FORMATS
 from poetx.ops import quantize
 from poetx.ops.library import cached_tensors
-from poetx.ops.quantize import Packed, dequantise, format_of, pack, quantise_, row_bytes, unpack
+from poetx.ops.quantize import Packed, dequantize, format_of, pack, quantize_, row_bytes, unpack
 
 #: rows, columns, group size: whole groups, a ragged last one, one group, one column, a group longer than the row
 SHAPES = [(5, 64, 16), (3, 37, 8), (4, 10, 10), (7, 1, 4), (2, 9, 128)]
@@ -14,7 +14,7 @@ SHAPES = [(5, 64, 16), (3, 37, 8), (4, 10, 10), (7, 1, 4), (2, 9, 128)]
 
 def stored(weight, name, group_size, noise=None):
     packed = Packed.empty(*weight.shape, name, group_size, weight.device)
-    quantise_(packed, weight, noise=noise)
+    quantize_(packed, weight, noise=noise)
     return packed
 
 
@@ -49,7 +49,7 @@ def test_every_weight_goes_to_its_nearest_level(name, shape):
     rows, columns, group_size = shape
     weight = draw(rows, columns)
     packed = stored(weight, name, group_size)
-    got, grid = dequantise(packed, torch.float64), levels(packed)
+    got, grid = dequantize(packed, torch.float64), levels(packed)
     tolerance = 1e-4 if name == "nf4" else 1e-6
     assert ((got[..., None] - grid).abs().amin(2) < tolerance * weight.abs().max()).all(), "not a level"
     best = (weight.double()[..., None] - grid).abs().amin(2)
@@ -62,7 +62,7 @@ def test_every_weight_goes_to_its_nearest_level(name, shape):
 def test_stochastic_rounding_is_unbiased_and_takes_a_neighbouring_level(name):
     weight = draw(4, 24)
     generator, repeats = torch.Generator().manual_seed(1), 200
-    draws = torch.stack([dequantise(stored(weight, name, 8, generator)).double() for _ in range(repeats)])
+    draws = torch.stack([dequantize(stored(weight, name, 8, generator)).double() for _ in range(repeats)])
     grid = levels(stored(weight, name, 8))
     gap = grid.sort(dim=2).values.diff(dim=2).amax(2)
     assert ((draws - weight).abs().amax(0) <= gap * 1.001).all()
@@ -89,7 +89,7 @@ def test_zeros_constants_and_what_is_not_finite(name):
     weight[2, 1] = float("nan")
     weight[3, 9] = float("inf")
     for noise in (None, torch.Generator().manual_seed(0)):
-        got = dequantise(stored(weight, name, 4, noise))
+        got = dequantize(stored(weight, name, 4, noise))
         assert got[0].eq(0).all()
         if noise is None:
             torch.testing.assert_close(got[1], weight[1], rtol=2**-6, atol=0)
@@ -121,18 +121,18 @@ def test_bits_per_weight_are_what_is_stored():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_reading_in_another_dtype_rounds_the_float32_value_once(dtype):
     packed = stored(draw(5, 40), "int8", 16)
-    assert torch.equal(dequantise(packed, dtype), dequantise(packed).to(dtype))
+    assert torch.equal(dequantize(packed, dtype), dequantize(packed).to(dtype))
 
 
 def test_many_slices_equal_one(monkeypatch):
     weight = draw(9, 40)
     whole = {name: stored(weight, name, 16) for name in ("int8", "nf4", "bipolar-int3")}
-    values = {name: dequantise(packed) for name, packed in whole.items()}
+    values = {name: dequantize(packed) for name, packed in whole.items()}
     monkeypatch.setattr(quantize, "_SLICE", 80)
     monkeypatch.setitem(quantize._READ_SLICE, "cpu", 80)
     for name, packed in whole.items():
         assert torch.equal(stored(weight, name, 16).codes, packed.codes)
-        assert torch.equal(dequantise(packed), values[name])
+        assert torch.equal(dequantize(packed), values[name])
 
 
 @pytest.mark.parametrize(
@@ -149,11 +149,11 @@ def test_a_tenth_of_a_step_survives_on_average_and_is_lost_to_nearest(name, low,
     weight = draw(64, 64).clamp(-3, 3) / 4
     weight[:, 0], weight[:, 1] = low, high  # of an exact scale: storing again finds the same grid
     packed = stored(weight, name, 64)
-    start = dequantise(packed)
+    start = dequantize(packed)
     step = (levels(packed) - start[..., None]).where(levels(packed) > start[..., None] + 1e-5, 1.0).amin(2).float()
     step[:, :2] = 0
-    assert torch.equal(dequantise(stored(start + step / 10, name, 64)), start)
-    moved = dequantise(stored(start + step / 10, name, 64, torch.Generator().manual_seed(7))) - start
+    assert torch.equal(dequantize(stored(start + step / 10, name, 64)), start)
+    moved = dequantize(stored(start + step / 10, name, 64, torch.Generator().manual_seed(7))) - start
     assert (moved.sum() / step.sum()).item() == pytest.approx(0.1, abs=0.03)
 
 
@@ -175,4 +175,4 @@ def test_every_code_of_fp8_reads_as_torch_casts_it():
     packed.codes.copy_(codes)
     packed.scale.copy_(torch.tensor([[0.75], [2.0**-120]]))
     want = codes.view(torch.float8_e4m3fn).float() * packed.scale.float()
-    assert torch.equal(dequantise(packed), want)
+    assert torch.equal(dequantize(packed), want)

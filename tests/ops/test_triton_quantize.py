@@ -8,7 +8,7 @@ import torch
 from helpers import relative_error
 from poetx import UserError
 from poetx.ops.dispatch import use_kernels
-from poetx.ops.quantize import FUSED_TOKENS, Packed, dequantise, fused, product, quantise_
+from poetx.ops.quantize import FUSED_TOKENS, Packed, dequantize, fused, product, quantize_
 
 pytest.importorskip("triton", reason="the kernels need triton, which exists for Linux only")
 from kernel_helpers import compiled_for, interpreted, nan_filled
@@ -22,7 +22,7 @@ DTYPES = {torch.float32: 1e-6, torch.bfloat16: 8e-3}  # the interpreter truncate
 def stored(name, rows, columns, group_size):
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     packed = Packed.empty(rows, columns, name, group_size, None)
-    quantise_(packed, weight)
+    quantize_(packed, weight)
     return packed
 
 
@@ -31,9 +31,9 @@ def stored(name, rows, columns, group_size):
 @pytest.mark.parametrize("name", FORMATS)
 def test_interpreted_equals_the_twin(name, rows, columns, group_size, dtype):
     packed = stored(name, rows, columns, group_size)
-    want = dequantise(packed, dtype)
+    want = dequantize(packed, dtype)
     with interpreted(), nan_filled():
-        got = dequantise(packed, dtype)
+        got = dequantize(packed, dtype)
     assert got.dtype == dtype
     assert relative_error(got, want) < DTYPES[dtype]
 
@@ -46,7 +46,7 @@ def test_interpreted_equals_the_twin(name, rows, columns, group_size, dtype):
 def test_the_interpreted_product_equals_the_twin(name, tokens, rows, columns, group_size, dtype):
     packed = stored(name, rows, columns, group_size)
     x = torch.randn(columns, tokens, generator=torch.Generator().manual_seed(1)).to(dtype).T  # strided
-    want = x.double() @ dequantise(packed, dtype).double().T
+    want = x.double() @ dequantize(packed, dtype).double().T
     with interpreted(), nan_filled():
         got = product(x, packed, most=tokens)  # 70: two tiles of tokens
     assert got.dtype == dtype
@@ -58,7 +58,7 @@ def test_only_few_tokens_are_fused():
     packed = stored("int4", 4, 64, 16)
     x = torch.randn(FUSED_TOKENS + 1, 64)
     assert not fused(x[:1], packed.format)  # no GPU, and nobody forced the kernel
-    assert torch.equal(product(x, packed), x @ dequantise(packed).T)
+    assert torch.equal(product(x, packed), x @ dequantize(packed).T)
     with interpreted():
         assert fused(x[1:], packed.format)
         assert not fused(x, packed.format)
@@ -116,7 +116,7 @@ def test_compiles_for_hopper(name):
     packed, out = stored(name, 4, 64, 16), torch.empty(4, 64, dtype=torch.bfloat16)
     levels = torch.zeros(2**packed.format.bits) if packed.format.kind == "table" else None
     with compiled_for(90) as compiled:
-        kernels.dequantise(
+        kernels.dequantize(
             packed.codes,
             packed.scale,
             packed.offset,
@@ -134,7 +134,7 @@ def test_compiles_for_hopper(name):
 def test_what_the_kernel_does_not_take_is_said():
     packed = stored("bipolar-int3", 4, 64, 16)
     with interpreted(), pytest.raises(UserError, match="bipolar-int3; the kernel takes codes of 2, 4 and 8 bits"):
-        dequantise(packed)
+        dequantize(packed)
 
 
 @pytest.mark.gpu
@@ -142,13 +142,13 @@ def test_what_the_kernel_does_not_take_is_said():
 @pytest.mark.parametrize("name", FORMATS)
 def test_on_a_gpu(name, dtype):
     packed = stored(name, 64, 1100, 128)
-    want = dequantise(packed, dtype)
+    want = dequantize(packed, dtype)
     x = torch.randn(17, 1100).to(dtype)
     on_gpu = Packed.empty(64, 1100, name, 128, "cuda")
     for field in ("codes", "scale", "offset"):
         if getattr(packed, field) is not None:
             getattr(on_gpu, field).copy_(getattr(packed, field))
     with use_kernels("triton"):
-        got, y = dequantise(on_gpu, dtype), product(x.cuda(), on_gpu)
+        got, y = dequantize(on_gpu, dtype), product(x.cuda(), on_gpu)
     assert relative_error(got.cpu(), want) < DTYPES[dtype]
     assert relative_error(y.cpu().double(), x.double() @ want.double().T) < 2 * DTYPES[dtype]

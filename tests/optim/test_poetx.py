@@ -13,7 +13,7 @@ from poetx.ops.block_diagonal import block_outer_products
 from poetx.ops.cayley import cayley, unpack_skew
 from poetx.ops.reference import EXACT, block_diagonal
 from poetx.ops.single_step import fold_side_, map_gradient, skew_gradient, small_cayley_delta
-from poetx.optim.orthogonalize import orthogonalise
+from poetx.optim.orthogonalize import orthogonalize
 from poetx.optim.partitions import partition
 
 SIZES = [(12, 8, 4), (7, 13, 5), (10, 6, 16), (1, 9, 4)]
@@ -100,18 +100,18 @@ def test_block_outer_products_are_the_blocks_of_the_whole_product(size, block_si
     assert relative_error(got, want) < TOLERANCE[got.dtype]
 
 
-def test_orthogonalise_gives_skew_matrices_with_singular_values_near_one():
+def test_orthogonalize_gives_skew_matrices_with_singular_values_near_one():
     q = torch.randn(3, 16 * 15 // 2)
-    O = orthogonalise(unpack_skew(q, 48, 16))  # noqa: E741
+    O = orthogonalize(unpack_skew(q, 48, 16))  # noqa: E741
     assert torch.equal(O, -O.mT)
     values = torch.linalg.svdvals(O)
     assert values.min() > 0.5
     assert values.max() < 1.3
-    assert orthogonalise(torch.zeros(1, 4, 4)).eq(0).all()
+    assert orthogonalize(torch.zeros(1, 4, 4)).eq(0).all()
 
 
-def test_orthogonalise_takes_general_matrices():
-    O = orthogonalise(torch.randn(3, 16, 16), skew=False)  # noqa: E741
+def test_orthogonalize_takes_general_matrices():
+    O = orthogonalize(torch.randn(3, 16, 16), skew=False)  # noqa: E741
     values = torch.linalg.svdvals(O)
     assert values.min() > 0.3
     assert values.max() < 1.3

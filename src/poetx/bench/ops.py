@@ -2,7 +2,7 @@
 
 The twins are what one writes first: ``x[:, perm]`` with autograd's own backward (a scatter-add), blocks unpacked by
 index assignment and the series power by power, one einsum over blocks. All forward and backward. A product with a
-quantised weight is forward only, against dequantising and the vendor's product, and takes part where its kernel runs.
+quantized weight is forward only, against dequantizing and the vendor's product, and takes part where its kernel runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from poetx.ops import reference
 from poetx.ops.block_diagonal import gather, gather_rotate, gather_rotate_backward, inverse
 from poetx.ops.cayley import cayley, packed_size
 from poetx.ops.dispatch import use_triton
-from poetx.ops.quantize import FUSED_TOKENS, Packed, dequantise, product, quantise_
+from poetx.ops.quantize import FUSED_TOKENS, Packed, dequantize, product, quantize_
 
 TOKENS = (2048, 4096, 8192, 16384)
 BLOCKS = (64, 128, 192, 256, 320)
@@ -60,8 +60,8 @@ def bench_ops(
     for name in ("int8", "int4", "nf4"):
         for count in FEW_TOKENS:
             facts = {"tokens": count, "features": features, "weight_format": name}
-            problem = _quantised_product(count, features, name, dtype, device)
-            yield _row("quantised product", facts, problem, repeats, device) | common
+            problem = _quantized_product(count, features, name, dtype, device)
+            yield _row("quantized product", facts, problem, repeats, device) | common
 
 
 Problem = dict[str, Callable[[], object]]
@@ -136,18 +136,18 @@ def _block_product(tokens: int, features: int, block_size: int, dtype: torch.dty
     return {"ours": ours, "naive": naive}
 
 
-def _quantised_product(tokens: int, features: int, name: str, dtype: torch.dtype, device: torch.device) -> Problem:
+def _quantized_product(tokens: int, features: int, name: str, dtype: torch.dtype, device: torch.device) -> Problem:
     draw = _draw(device, dtype)
     x, packed = draw(tokens, features), Packed.empty(features, features, name, 128, device)
-    quantise_(packed, draw(features, features))
+    quantize_(packed, draw(features, features))
 
     def ours() -> tuple[Tensor]:
         return (product(x, packed, most=tokens),)
 
     def naive() -> tuple[Tensor]:
-        return (x @ dequantise(packed, dtype).T,)
+        return (x @ dequantize(packed, dtype).T,)
 
-    _compare("quantised product", ours(), naive(), dtype)
+    _compare("quantized product", ours(), naive(), dtype)
     return {"ours": ours, "naive": naive}
 
 

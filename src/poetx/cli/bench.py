@@ -75,7 +75,7 @@ def ops(
     out: _OUT = None,
     as_json: _JSON = False,
 ) -> None:
-    """Permutation, Cayley-Neumann series, block product and quantised product against plain PyTorch."""
+    """Permutation, Cayley-Neumann series, block product and quantized product against plain PyTorch."""
     from poetx.bench.ops import bench_ops
 
     place, kind = _place(device, dtype)

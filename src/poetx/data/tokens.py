@@ -1,4 +1,4 @@
-"""Tokens on disk: a corpus is tokenised once into memory-mapped files and read back as fixed windows.
+"""Tokens on disk: a corpus is tokenized once into memory-mapped files and read back as fixed windows.
 
     <cache_dir>/data-<key>/train.bin, validation.bin    uint16 or uint32 token ids, documents joined by end-of-text
                            tokenizer.json               the tokenizer that made them
@@ -85,7 +85,7 @@ class TokenWindows:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Tokenised data of one recipe, ready to train on."""
+    """Tokenized data of one recipe, ready to train on."""
 
     directory: Path
     meta: DataMeta
@@ -104,7 +104,7 @@ def window_count(tokens: int, seq_len: int) -> int:
 
 
 def prepare_data(recipe: Recipe, *, progress: Progress | None = None) -> PreparedData:
-    """Tokenise the recipe's text, or find the tokens of an earlier run.
+    """Tokenize the recipe's text, or find the tokens of an earlier run.
 
     Args:
         progress: called with one line before each slow part.
@@ -159,7 +159,7 @@ def _build(
     temporary.mkdir(parents=True)
     try:
         tokenizer, end_of_text = _tokenizer(data, train, fraction, source, progress)
-        progress("Tokenising the text")
+        progress("Tokenizing the text")
         meta = _write_tokens(temporary, train, validation, fraction, tokenizer, end_of_text)
         _check_split(meta, data)
         _check_length(meta, data)

@@ -15,7 +15,7 @@ from poetx.layers.weights import PackedWeight
 from poetx.ops.cayley import packed_size
 from poetx.ops.fold import fold, join_bits, largest_angle, split_bits, stochastic_round_
 from poetx.ops.linear import poet_linear
-from poetx.ops.quantized_linear import quantised_linear
+from poetx.ops.quantized_linear import quantized_linear
 from poetx.ops.rebuild import kept_factors
 from poetx.ops.reference import EXACT
 
@@ -201,7 +201,7 @@ class PoetLinear(nn.Module):
         """Convert an ``nn.Linear`` or ``transformers`` ``Conv1D``; ``init="keep"`` preserves its function.
 
         The bias keeps its ``nn.Parameter`` object, so an optimizer that already holds it stays right. ``weight``
-        [m, n] stands for a weight that another library has quantised.
+        [m, n] stands for a weight that another library has quantized.
         """
         transposed = not isinstance(linear, nn.Linear)
         source: Tensor = linear.weight.detach() if weight is None else weight.detach()  # type: ignore[assignment]
@@ -244,13 +244,13 @@ class PoetLinear(nn.Module):
             "factors": factors,
         }
         if self.packed_weight is not None:
-            return quantised_linear(x, self.packed_weight.packed, *rotations, **settings)
+            return quantized_linear(x, self.packed_weight.packed, *rotations, **settings)
         blocks = self.shared_blocks if self.shared_blocks and self.shared_blocks[0].dtype == x.dtype else None
         return poet_linear(x, self.base_weight, *rotations, mode=mode, blocks=blocks, **settings)
 
     @property
     def order(self) -> int:
-        """Neumann order of the parametrisation, as the operators take it."""
+        """Neumann order of the parametrization, as the operators take it."""
         return _ORDERS[self.config.neumann_order]
 
     @property
@@ -390,7 +390,7 @@ def fresh_weight(config: PoetConfig, out_features: int, in_features: int, name: 
     """
     generator = stream(config.seed, name, 0, "weight")
     weight = torch.randn(out_features, in_features, generator=generator, device="cpu", dtype=torch.float32)
-    # In place where it can be: this is the most a model costs while it is built on its quantised size.
+    # In place where it can be: this is the most a model costs while it is built on its quantized size.
     if config.init == "uniform":
         tall = weight if out_features >= in_features else weight.T
         factor, triangle = torch.linalg.qr(tall)

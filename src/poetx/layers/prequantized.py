@@ -1,4 +1,4 @@
-"""Linear layers that another library has quantised: read without importing it, or named with the reason."""
+"""Linear layers that another library has quantized: read without importing it, or named with the reason."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def is_foreign(module: nn.Module) -> bool:
-    """Whether this is a linear layer of bitsandbytes, or an ``nn.Linear`` that torchao has quantised."""
+    """Whether this is a linear layer of bitsandbytes, or an ``nn.Linear`` that torchao has quantized."""
     return _bitsandbytes(module) or (type(module) is nn.Linear and _module_of(type(module.weight)) == "torchao")
 
 
@@ -25,7 +25,7 @@ def _bitsandbytes(module: nn.Module) -> bool:
 def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
     """The weight [out_features, in_features] that such a layer multiplies by.
 
-    In the dtype that its library recorded before quantising; ``dtype`` where none was (8-bit layers of bitsandbytes).
+    In the dtype that its library recorded before quantizing; ``dtype`` where none was (8-bit layers of bitsandbytes).
 
     Raises:
         ValueError: the library cannot undo its format, with its words.
@@ -36,8 +36,8 @@ def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
             return weight.dequantize()
         except (NotImplementedError, RuntimeError, AttributeError) as error:
             first = str(error).strip().splitlines()[:1] or [type(error).__name__]
-            raise ValueError(f"torchao does not dequantise {type(weight).__name__} here ({first[0][:120]})") from None
-    if weight.is_floating_point():  # bitsandbytes quantises when the layer is moved to a device
+            raise ValueError(f"torchao does not dequantize {type(weight).__name__} here ({first[0][:120]})") from None
+    if weight.is_floating_point():  # bitsandbytes quantizes when the layer is moved to a device
         return weight.detach()
     if weight.dtype == torch.int8:
         # The first forward moves the row scales from the parameter to the layer.

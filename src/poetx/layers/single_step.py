@@ -89,7 +89,7 @@ class SingleStepLinear(nn.Module):
         """Convert an ``nn.Linear`` or ``transformers`` ``Conv1D``; ``init="keep"`` preserves its function.
 
         The bias keeps its ``nn.Parameter`` object; with ``"keep"`` the weight of an ``nn.Linear`` keeps its memory.
-        ``weight`` [m, n] stands for a weight that another library has quantised.
+        ``weight`` [m, n] stands for a weight that another library has quantized.
         """
         transposed = not isinstance(linear, nn.Linear)
         source: Tensor = linear.weight.detach() if weight is None else weight.detach()  # type: ignore[assignment]

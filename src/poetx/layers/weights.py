@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from poetx.errors import UserError
-from poetx.ops.quantize import Packed, dequantise, format_of, quantise_
+from poetx.ops.quantize import Packed, dequantize, format_of, quantize_
 
 #: What the rounding error of a weight is kept in: symmetric about zero, as it is.
 RESIDUAL_FORMAT = "bipolar-int4"
@@ -65,13 +65,13 @@ class PackedWeight(nn.Module):
 
         With a residual the weight is rounded to nearest, and only its error by ``noise``.
         """
-        quantise_(self.packed, weight, noise=None if self.residual is not None else noise)
+        quantize_(self.packed, weight, noise=None if self.residual is not None else noise)
         if self.residual is not None:
             self.residual.write(self.read().neg_().add_(weight), noise=noise)
 
     def read(self, *, precise: bool = False) -> Tensor:
         """The stored weight [rows, columns], float32: what forward multiplies by; ``precise``, with its residual."""
-        weight = dequantise(self.packed)
+        weight = dequantize(self.packed)
         return weight if self.residual is None or not precise else weight.add_(self.residual.read())
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -41,7 +41,7 @@ class Record:
 
 
 def storages(tensor: Tensor) -> list[torch.UntypedStorage]:
-    """The storages behind a tensor; those of a wrapper subclass (a quantised tensor) are its parts'."""
+    """The storages behind a tensor; those of a wrapper subclass (a quantized tensor) are its parts'."""
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         return [storage for name in names for storage in storages(getattr(tensor, name))]

@@ -9,7 +9,7 @@ def kernel_report() -> list[tuple[str, str]]:
 
     reason = machine_obstacle(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
     if reason is not None:
-        return [(name, f"PyTorch ({reason})") for name in ("cayley", "rotate", "outer", "dequantise", "fold")]
+        return [(name, f"PyTorch ({reason})") for name in ("cayley", "rotate", "outer", "dequantize", "fold")]
     import triton
 
     fits = f"Triton {triton.__version__}; PyTorch for float64 and for blocks below {SMALLEST_BLOCK}"
@@ -17,6 +17,6 @@ def kernel_report() -> list[tuple[str, str]]:
         ("cayley", f"{fits}, for the exact transform"),
         ("rotate", fits),
         ("outer", fits),
-        ("dequantise", f"Triton {triton.__version__}; PyTorch for float64 and for codes of 3, 5, 6 and 7 bits"),
+        ("dequantize", f"Triton {triton.__version__}; PyTorch for float64 and for codes of 3, 5, 6 and 7 bits"),
         ("fold", "PyTorch (float32 products whatever the settings; once per merge)"),
     ]

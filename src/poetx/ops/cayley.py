@@ -1,4 +1,4 @@
-"""Packed Q → G, the Cayley–Neumann parametrisation (CNP), and its gradient.
+"""Packed Q → G, the Cayley–Neumann parametrization (CNP), and its gradient.
 
 With S = Q² (symmetric) the series factors, because Σ_{i<4} Qⁱ = (I + Q)(I + S) and
 Σ_{i<8} Qⁱ = (I + Q)(I + S)(I + S²):

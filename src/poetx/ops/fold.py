@@ -61,7 +61,7 @@ def fold(
 
     Args:
         weight: W' [m, n], with the permutations already in it.
-        order: of the parametrisation. Merging takes :data:`EXACT`, whose factors are orthogonal to the last bit
+        order: of the parametrization. Merging takes :data:`EXACT`, whose factors are orthogonal to the last bit
             but a few; the training order gives the weight that forward acts with.
     """
     dtype = torch.promote_types(torch.promote_types(weight.dtype, q_in.dtype), torch.float32)

@@ -34,7 +34,7 @@ _SLICE = 1 << 18
 #: The same for reading, where it decides nothing but speed: a cache's worth on a CPU, few launches elsewhere.
 _READ_SLICE = {"cpu": 1 << 18}
 _READ_SLICE_ELSEWHERE = 1 << 24
-#: Tokens up to which a product reads codes instead of a dequantised weight, where the kernel runs at all.
+#: Tokens up to which a product reads codes instead of a dequantized weight, where the kernel runs at all.
 FUSED_TOKENS = 32
 
 
@@ -84,7 +84,7 @@ class Packed:
 
     @classmethod
     def empty(cls, rows: int, columns: int, name: str, group_size: int, device: torch.device | str | None) -> Packed:
-        """Uninitialised storage for a weight [rows, columns]."""
+        """Uninitialized storage for a weight [rows, columns]."""
         fmt = format_of(name)
         codes = torch.empty(rows, row_bytes(columns, fmt.bits), dtype=torch.uint8, device=device)
         scale = torch.empty(rows, -(-columns // group_size), dtype=torch.bfloat16, device=device)
@@ -222,7 +222,7 @@ def _groups(w_RC: Tensor, group_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def quantise_(packed: Packed, weight: Tensor, *, noise: torch.Generator | None = None) -> None:
+def quantize_(packed: Packed, weight: Tensor, *, noise: torch.Generator | None = None) -> None:
     """Write ``weight`` [rows, columns] into ``packed``, in place.
 
     Args:
@@ -274,7 +274,7 @@ def _settings(packed: Packed) -> dict[str, Any]:
 def fused(x: Tensor, fmt: Format, *, most: int | None = None) -> bool:
     """Whether :func:`product` is to multiply by the codes themselves: few tokens, on a GPU with Triton.
 
-    One tile of tokens decodes the weight once, as dequantising does, and spares its way through memory. What several
+    One tile of tokens decodes the weight once, as dequantizing does, and spares its way through memory. What several
     tiles spare is not measured (``poetx bench ops`` does, on a GPU), so larger batches keep to the vendor's product.
     ``most``: tokens instead of :data:`FUSED_TOKENS`.
     """
@@ -282,22 +282,22 @@ def fused(x: Tensor, fmt: Format, *, most: int | None = None) -> bool:
 
 
 def product(x: Tensor, packed: Packed, *, most: int | None = None) -> Tensor:
-    """``x · dequantise(packed, x.dtype)ᵀ``: x [N, columns] → [N, rows], by one kernel where :func:`fused` says so."""
+    """``x · dequantize(packed, x.dtype)ᵀ``: x [N, columns] → [N, rows], by one kernel where :func:`fused` says so."""
     if not fused(x, packed.format, most=most):
-        return x @ dequantise(packed, x.dtype).T
+        return x @ dequantize(packed, x.dtype).T
     from poetx.ops.triton import quantize as kernels
 
     return kernels.product(x, *_stored(packed), **_settings(packed))
 
 
-def dequantise(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     """The stored weight [rows, columns] in ``dtype``; the arithmetic is float32's, rounded once."""
     fmt, columns, group_size = packed.format, packed.columns, packed.group_size
     out = torch.empty(packed.codes.shape[0], columns, dtype=dtype, device=packed.codes.device)
     if use_triton(out, SMALLEST_BLOCK, missing=_missing(fmt)):
         from poetx.ops.triton import quantize as kernels
 
-        return kernels.dequantise(*_stored(packed), out, **_settings(packed))
+        return kernels.dequantize(*_stored(packed), out, **_settings(packed))
     full = columns // group_size
     for rows in _slices(out.shape[0], columns, _READ_SLICE.get(device_type(out), _READ_SLICE_ELSEWHERE)):
         values = _values(unpack(packed.codes[rows], columns, fmt.bits), fmt)

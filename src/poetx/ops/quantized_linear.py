@@ -1,4 +1,4 @@
-"""The layer over a quantised base (XQ): *mem*, with W' dequantised inside forward and again inside backward.
+"""The layer over a quantized base (XQ): *mem*, with W' dequantized inside forward and again inside backward.
 
 Between the two nothing in high precision of W's size is alive; during either one layer's W' is, in x's dtype, except
 that on a GPU a forward of few tokens multiplies by the codes themselves (:func:`poetx.ops.quantize.fused`).
@@ -13,7 +13,7 @@ from poetx.ops import linear
 from poetx.ops.block_diagonal import gather_rotate, rotate_scatter
 from poetx.ops.cayley import cayley_pair
 from poetx.ops.library import first_derivatives_only, register_op
-from poetx.ops.quantize import Packed, dequantise, format_of, fused, product
+from poetx.ops.quantize import Packed, dequantize, format_of, fused, product
 from poetx.ops.rebuild import rebuild
 
 _STORED = "Tensor codes, Tensor scale, Tensor? offset, str weight_format, int group_size"
@@ -28,7 +28,7 @@ def _packed(codes, scale, offset, weight_format: str, group_size: int, perm_in: 
 def _forward(x, codes, scale, offset, weight_format, group_size, q_in, q_out, perm_in, perm_out, bias, *sizes):
     packed = _packed(codes, scale, offset, weight_format, group_size, perm_in)
     if not fused(x, packed.format):
-        return linear._mem_forward(x, dequantise(packed, x.dtype), q_in, q_out, perm_in, perm_out, bias, *sizes)
+        return linear._mem_forward(x, dequantize(packed, x.dtype), q_in, q_out, perm_in, perm_out, bias, *sizes)
     block_size_in, block_size_out, order = sizes
     features = perm_in.shape[0], perm_out.shape[0]
     G_in, G_out = cayley_pair(q_in, q_out, *features, block_size_in, block_size_out, order, x.dtype)
@@ -36,7 +36,7 @@ def _forward(x, codes, scale, offset, weight_format, group_size, q_in, q_out, pe
 
 
 def _backward(g, x, codes, scale, offset, weight_format, group_size, q_in, q_out, perm_in, perm_out, *settings):
-    weight = dequantise(_packed(codes, scale, offset, weight_format, group_size, perm_in), x.dtype)
+    weight = dequantize(_packed(codes, scale, offset, weight_format, group_size, perm_in), x.dtype)
     return linear._mem_backward(g, x, weight, q_in, q_out, perm_in, perm_out, *settings)
 
 
@@ -49,16 +49,16 @@ def _fake_backward(g, x, codes, scale, offset, weight_format, group_size, q_in, 
 
 
 _forward_op = register_op(
-    f"linear_quantised(Tensor x, {_STORED}, {_ROTATIONS}, Tensor? bias, {_SIZES}) -> Tensor", _fake_forward
+    f"linear_quantized(Tensor x, {_STORED}, {_ROTATIONS}, Tensor? bias, {_SIZES}) -> Tensor", _fake_forward
 )(_forward)
 _backward_op = register_op(
-    f"linear_quantised_backward(Tensor g, Tensor x, {_STORED}, {_ROTATIONS}, {_SIZES}, bool needs_dx) "
+    f"linear_quantized_backward(Tensor g, Tensor x, {_STORED}, {_ROTATIONS}, {_SIZES}, bool needs_dx) "
     "-> (Tensor, Tensor, Tensor)",
     _fake_backward,
 )(_backward)
 
 
-class _QuantisedLinear(torch.autograd.Function):
+class _QuantizedLinear(torch.autograd.Function):
     """Saves x, or two factors of it that are kept anyway, and the packed parameters. Rebuilds x, W', G, a and b.
 
     Codes, scales and permutations are kept anyway, too.
@@ -95,7 +95,7 @@ class _QuantisedLinear(torch.autograd.Function):
         return dx, None, None, None, dq_in, dq_out, None, None, dbias, *(None,) * (len(ctx.needs_input_grad) - 9)
 
 
-def quantised_linear(
+def quantized_linear(
     x: Tensor,
     weight: Packed,
     q_in: Tensor,
@@ -109,14 +109,14 @@ def quantised_linear(
     bias: Tensor | None = None,
     factors: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """y [..., m] of x [..., n] through a rotated, quantised weight; differentiable in x, q_in, q_out and bias.
+    """y [..., m] of x [..., n] through a rotated, quantized weight; differentiable in x, q_in, q_out and bias.
 
     As :func:`poetx.ops.linear.poet_linear` in *mem* mode, whose other arguments these are, over
-    ``dequantise(weight, x.dtype)``.
+    ``dequantize(weight, x.dtype)``.
     """
     x_NF = x.reshape(-1, x.shape[-1])
     bias = None if bias is None else bias.to(x.dtype)
-    y = _QuantisedLinear.apply(
+    y = _QuantizedLinear.apply(
         x_NF,
         weight.codes,
         weight.scale,

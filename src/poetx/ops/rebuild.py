@@ -1,6 +1,6 @@
 """Inputs that need not be kept: an elementwise product whose factors autograd keeps for the product's own backward.
 
-Every decoder layer of the Llama family ends its norms with ``weight * normalised`` and its gate with
+Every decoder layer of the Llama family ends its norms with ``weight * normalized`` and its gate with
 ``activation(gate) * up``, and the rotated layers read those products. Autograd keeps both factors of each, because
 each is the other's derivative, so a layer that would keep the product keeps it twice over. It can multiply again.
 """

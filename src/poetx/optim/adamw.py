@@ -71,7 +71,7 @@ class AdamW(SlicedOptimizer):
             kind = "float32"
         if len(state) == 1:
             for moment in _CODES:
-                _initialise(state, moment, parameter, kind)
+                _initialize(state, moment, parameter, kind)
         noise = self._noise(parameter, state["step"])
         flat = parameter.view(-1) if parameter.is_contiguous() else parameter.reshape(-1)
         grad = grad.reshape(-1)
@@ -99,7 +99,7 @@ def _update_slice(
     write_(weight, value, noise)
 
 
-def _initialise(state: dict[str, Any], moment: str, parameter: Tensor, kind: str) -> None:
+def _initialize(state: dict[str, Any], moment: str, parameter: Tensor, kind: str) -> None:
     size, device = parameter.numel(), parameter.device
     if kind == "int8":
         dtype = torch.int8 if moment == "exp_avg" else torch.uint8

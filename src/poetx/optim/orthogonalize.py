@@ -20,7 +20,7 @@ from poetx.ops.fold import stochastic_round_
 # Five steps of the quintic Newton-Schulz iteration with the coefficients of Muon (Jordan et al. 2024): every singular
 # value ends near 1, between 0.7 and 1.2. Odd polynomials of a skew-symmetric matrix are skew-symmetric.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-#: No singular value of what :func:`orthogonalise` returns is larger.
+#: No singular value of what :func:`orthogonalize` returns is larger.
 LARGEST_SINGULAR_VALUE = 1.3
 
 #: Elements of unpacked blocks that one batched iteration takes.
@@ -33,7 +33,7 @@ def _cpu_has_bfloat16_tiles() -> bool:
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
-def orthogonalise(X_KBB: Tensor, *, skew: bool = True) -> Tensor:
+def orthogonalize(X_KBB: Tensor, *, skew: bool = True) -> Tensor:
     """The nearest orthogonal-like matrices: five Newton–Schulz steps; of skew-symmetric ones, antisymmetrised again.
 
     In bfloat16 where that is several times faster; the singular values it gives are rough in any precision.
@@ -83,7 +83,7 @@ class Finished(NamedTuple):
 
 @dataclass(frozen=True)
 class Ortho:
-    """Momentum, for :func:`orthogonalise`; with ``nesterov`` it looks one gradient ahead."""
+    """Momentum, for :func:`orthogonalize`; with ``nesterov`` it looks one gradient ahead."""
 
     momentum: float
     nesterov: bool

@@ -38,7 +38,7 @@ from poetx.ops.single_step import (
     map_gradient,
     small_cayley_delta,
 )
-from poetx.optim.orthogonalize import LARGEST_SINGULAR_VALUE, Adam, Finished, Move, Ortho, batches, orthogonalise
+from poetx.optim.orthogonalize import LARGEST_SINGULAR_VALUE, Adam, Finished, Move, Ortho, batches, orthogonalize
 from poetx.optim.partitions import Orders
 from poetx.optim.poetx_settings import check, check_state, model_groups, settings
 from poetx.optim.release_weight_gradients import release
@@ -68,7 +68,7 @@ class POETX(torch.optim.Optimizer):
             if any.
         norm_growth: g lets ‖W‖² grow by g times its first value a step, as it does under additive optimizers. 0: held.
         resample_every: draw random partitions anew after so many steps, with their momentum reset. None: never.
-        rule: ``"ortho"`` (orthogonalised momentum) or ``"adam"`` (elementwise).
+        rule: ``"ortho"`` (orthogonalized momentum) or ``"adam"`` (elementwise).
         alternate: write one (side, partition) a step, in turn. False: all of them at every step.
         momentum, nesterov: of ``"ortho"``. betas, eps: of AdamW and of ``"adam"``. weight_decay: of the
             matrices of the rest, vectors having none; None: the base's own, 0 without one.
@@ -90,7 +90,7 @@ class POETX(torch.optim.Optimizer):
     ‖W‖ is held as it is at the first step. Weights written from outside later (a checkpoint loaded; not through
     ``.data``, which torch does not count) are seen, and theirs is held from then on.
 
-    Converted layers feed the momentum while backward runs: gradient clipping does not reach it (the orthogonalised
+    Converted layers feed the momentum while backward runs: gradient clipping does not reach it (the orthogonalized
     direction does not depend on its size), a gradient that is not finite is left out, and ``zero_grad`` does not take
     anything back. A matrix that got no gradient since the last step, on any rank, stays as it is; one that was left
     out counts as none where the host sees it, on a CPU without a compiler, and as zero elsewhere.
@@ -392,7 +392,7 @@ class POETX(torch.optim.Optimizer):
         if not self._free:
             direction = unpack_skew(direction, 0, self._sides(batch[0], move.side)[1])
         if isinstance(self._rule, Ortho):
-            direction = orthogonalise(direction, skew=not self._free)
+            direction = orthogonalize(direction, skew=not self._free)
         counts = [self._sink_shape(p, move.side)[1] for p in batch]
         with full_precision_products():
             Q = direction.mul_(-angle)

@@ -1,4 +1,4 @@
-"""SMMF, square-matricised momentum factorisation (arXiv 2412.08894): both moments as rank-1 factors.
+"""SMMF, square-matricized momentum factorisation (arXiv 2412.08894): both moments as rank-1 factors.
 
 The gradient of any tensor is reshaped to the most nearly square matrix Ḡ [n̂, m̂]. Of each moment only a row vector
 r and a column vector c are kept, of the first its signs too, one bit each. A step decompresses, updates, compresses:

@@ -65,7 +65,7 @@ class TrainingSetup:
         device: whose allocator and kernels: sizes in steps of 512 bytes, flash attention and multi-tensor
             optimizers on ``"cuda"``; the exact bytes of tensors on ``"cpu"``.
         neumann_order: of POET-X.
-        weight_format, group_size: of a quantised base (POET-XQ), for ``"mem"`` only; see :class:`poetx.PoetConfig`.
+        weight_format, group_size: of a quantized base (POET-XQ), for ``"mem"`` only; see :class:`poetx.PoetConfig`.
         weight_residual: of ``"mem"`` and ``"fast"``: more bits of the frozen weight, for merging; see there, too.
 
     Raises:

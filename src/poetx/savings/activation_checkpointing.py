@@ -38,7 +38,7 @@ def checkpoint_layers_(model: nn.Module, *, recompute: str = "auto") -> nn.Modul
             layer's backward runs, and its big product is computed twice (forward and recompute) instead of three
             times. ``"mem"`` keeps even that away. ``"auto"`` is *fast* as long as what it keeps, [tokens,
             out_features], is no larger than the layer's weight: up to in_features tokens; beyond, *mem*. Layers with
-            a quantised weight stay in *mem*, their only mode.
+            a quantized weight stay in *mem*, their only mode.
 
     Raises:
         UserError: no repeated layers to be found, or ``recompute`` none of :data:`RECOMPUTE`.

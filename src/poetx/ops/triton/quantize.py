@@ -1,6 +1,6 @@
-"""Dequantising in one pass, and the product with a stored weight that never leaves the registers.
+"""Dequantizing in one pass, and the product with a stored weight that never leaves the registers.
 
-Plain torch takes five passes over float32 temporaries to dequantise; here a weight costs its code's bits read and its
+Plain torch takes five passes over float32 temporaries to dequantize; here a weight costs its code's bits read and its
 own bits written, and the product that follows stays the vendor's. A product of few tokens takes as long as reading its
 weight does: :func:`product` reads the codes alone, a fifth of the bytes for int8 and a ninth for int4 of reading them,
 writing bfloat16 and reading that. Every tile of tokens decodes the whole weight anew, though.
@@ -33,7 +33,7 @@ def _decode(code, s, levels, offset, mask, TOP: tl.constexpr, KIND: tl.constexpr
 
 
 @triton.jit
-def dequantise_kernel(
+def dequantize_kernel(
     codes,
     scale,
     offset,
@@ -108,7 +108,7 @@ def product_kernel(
             group = row * groups + (c // GROUP)[None, :]
             s = tl.load(scale + group, mask=mask, other=0.0).to(tl.float32)
             W = _decode((byte >> (slot * WIDTH)) & MASK, s, levels, offset + group, mask, TOP, KIND)
-            W = W.to(x.dtype.element_ty)  # rounded as a dequantised weight is
+            W = W.to(x.dtype.element_ty)  # rounded as a dequantized weight is
             at = n.to(tl.int64)[:, None] * x_row + c[None, :] * x_column
             left = tl.load(x + at, mask=(n < N)[:, None] & inside[None, :], other=0.0)
             total = tl.dot(left.to(OPERAND), tl.trans(W).to(OPERAND), total, input_precision=PRECISION)
@@ -116,7 +116,7 @@ def product_kernel(
     tl.store(out + n.to(tl.int64)[:, None] * R + r[None, :], total.to(out.dtype.element_ty), mask=mask)
 
 
-def dequantise(
+def dequantize(
     codes: Tensor,
     scale: Tensor,
     offset: Tensor | None,
@@ -128,14 +128,14 @@ def dequantise(
     top: float,
     kind: str,
 ) -> Tensor:
-    """The twin of :func:`poetx.ops.quantize.dequantise` for codes of one plane (8, 4 or 2 bits), into ``out`` [m, n].
+    """The twin of :func:`poetx.ops.quantize.dequantize` for codes of one plane (8, 4 or 2 bits), into ``out`` [m, n].
 
     ``levels``: float32 [2^bits] by code, for table formats.
     """
     rows, columns = out.shape
     if out.numel():
         launch(
-            dequantise_kernel,
+            dequantize_kernel,
             (rows, ceil_div(columns, _TILE)),
             codes,
             scale,
@@ -168,7 +168,7 @@ def product(
     top: float,
     kind: str,
 ) -> Tensor:
-    """x [N, n] · Wᵀ → [N, m] in x's dtype, sums in float32, with W [m, n] stored as for :func:`dequantise`."""
+    """x [N, n] · Wᵀ → [N, m] in x's dtype, sums in float32, with W [m, n] stored as for :func:`dequantize`."""
     tokens, columns = x.shape
     rows = codes.shape[0]
     out = x.new_empty(tokens, rows)

@@ -1,4 +1,4 @@
-"""A run on a quantised base: recipe keys, resume, export, and a pretrained start."""
+"""A run on a quantized base: recipe keys, resume, export, and a pretrained start."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from poetx.train.run import train
 Tiny = Callable[..., Recipe]
 CPU = torch.device("cpu")
 XQ = ("poet.mode=mem", "poet.weight_format=int8", "poet.group_size=16")
-#: Largest relative difference between the logits of the quantised run and of its float32 export: the merge at the
+#: Largest relative difference between the logits of the quantized run and of its float32 export: the merge at the
 #: export is exact, and what is left is the training order's own error.
 EXPORT = 1e-3
 
@@ -71,12 +71,12 @@ def test_a_run_learns_resumes_bitwise_across_a_merge_and_exports_what_it_trained
     assert formats == {weight_format}
     ids = torch.arange(16)[None]
     with torch.no_grad():
-        quantised = rebuilt.model.eval()(input_ids=ids).logits
+        quantized = rebuilt.model.eval()(input_ids=ids).logits
         exported = load_run(str(straight.run_dir / "export"), device="cpu").model(input_ids=ids).logits
-    assert ((quantised - exported).norm() / quantised.norm()).item() < EXPORT
+    assert ((quantized - exported).norm() / quantized.norm()).item() < EXPORT
 
 
-def test_a_pretrained_checkpoint_is_quantised_layer_by_layer_and_never_loaded_whole(
+def test_a_pretrained_checkpoint_is_quantized_layer_by_layer_and_never_loaded_whole(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import transformers
