@@ -1,6 +1,7 @@
 """Imports point one way, and importing does nothing."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -79,3 +80,14 @@ def test_every_public_name_is_there_and_torch_is_not_imported_before_it_is_neede
     assert set(poetx.__all__) <= set(dir(poetx))
     code = "import sys, poetx, poetx.cli; assert 'torch' not in sys.modules; poetx.PoetConfig(); poetx.convert_"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_no_public_name_is_also_a_module_of_its_package():
+    """Importing the module would replace the name: ``from poetx.planner import estimate`` would mean either."""
+    for path in ROOT.rglob("__init__.py"):
+        package = ".".join(("poetx", *path.parent.relative_to(ROOT).parts))
+        names = getattr(importlib.import_module(package), "__all__", ())
+        modules = {p.stem for p in path.parent.glob("*.py")} | {
+            p.parent.name for p in path.parent.glob("*/__init__.py")
+        }
+        assert not modules & set(names), package

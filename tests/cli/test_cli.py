@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from poetx.cli.app import main
+from poetx.cli.commands import main
 from poetx.errors import UserError
 
 RECIPE = """
@@ -207,7 +207,7 @@ def test_mistakes_in_the_other_commands(trained: Path, fails: Callable[..., str]
 
 
 def test_the_demo_finds_a_place_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from poetx import cli
+    from poetx.cli import commands as cli
     from poetx.recipe import load_recipe
 
     monkeypatch.chdir(tmp_path)

@@ -10,7 +10,7 @@ from builders import small_config as config
 from poetx import UserError
 from poetx.memory import measure_memory
 from poetx.planner import TrainingSetup, estimate_memory, full_stack, largest_batch, paper
-from poetx.planner.largest_batch import search
+from poetx.planner.batch_limit import search
 
 
 @pytest.mark.parametrize(

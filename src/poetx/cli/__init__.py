@@ -1,5 +1,5 @@
 """The command line. ``main`` is what the ``poetx`` script calls."""
 
-from poetx.cli.app import app, main
+from poetx.cli.commands import main
 
-__all__ = ["app", "main"]
+__all__ = ["main"]

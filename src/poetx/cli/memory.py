@@ -14,8 +14,8 @@ from poetx.config import WEIGHT_FORMATS
 from poetx.errors import UserError
 
 if TYPE_CHECKING:
+    from poetx.planner.batch_limit import BatchLimit
     from poetx.planner.estimate import MemoryEstimate
-    from poetx.planner.largest_batch import BatchLimit
     from poetx.planner.setup import TrainingSetup
 
 _COLOURS = {
@@ -150,8 +150,8 @@ def _run(
 ) -> None:
     from rich.console import Console
 
+    from poetx.planner.batch_limit import largest_batch
     from poetx.planner.estimate import estimate_memory
-    from poetx.planner.largest_batch import largest_batch
 
     console = Console()
     estimates, limits = [], []

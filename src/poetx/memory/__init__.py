@@ -18,7 +18,7 @@ _moved = moved_names(
     __name__,
     {
         "poetx.planner.estimate": ("GIB", "MemoryEstimate", "estimate_memory"),
-        "poetx.planner.largest_batch": ("BatchLimit", "largest_batch"),
+        "poetx.planner.batch_limit": ("BatchLimit", "largest_batch"),
         "poetx.planner.setup": ("METHODS", "SHAPES", "TrainingSetup", "full_stack", "paper"),
     },
 )

@@ -34,7 +34,7 @@ def slices(x_NF: Tensor) -> Iterator[slice]:
 def gather(x_NF: Tensor, perm: Tensor, out: Tensor | None = None) -> Tensor:
     """``x[:, perm]``, contiguous, or written into ``out``; ``perm`` may name any columns, a permutation is fastest."""
     if out is None and perm.numel() == x_NF.shape[1] and use_triton(x_NF):
-        from poetx.ops.triton import rotate as kernels
+        from poetx.ops.triton import block_diagonal as kernels
 
         if kernels.can_permute(x_NF):
             return kernels.permute(x_NF, perm)
@@ -47,7 +47,7 @@ def gather(x_NF: Tensor, perm: Tensor, out: Tensor | None = None) -> Tensor:
 def inverse(perm: Tensor) -> Tensor:
     """The permutation that undoes ``perm``, same dtype."""
     if use_triton(perm, dtypes=(torch.int32, torch.int64)):
-        from poetx.ops.triton import rotate as kernels
+        from poetx.ops.triton import block_diagonal as kernels
 
         return kernels.inverse(perm)
     return torch.empty_like(perm).scatter_(
@@ -121,7 +121,7 @@ def _add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
 def gather_rotate(x_NF: Tensor, perm: Tensor, G_KBB: Tensor) -> Tensor:
     """``x[:, perm] · Diag(G)``, [N, F]."""
     if use_triton(x_NF, G_KBB.shape[-1]):
-        from poetx.ops.triton import rotate as kernels
+        from poetx.ops.triton import block_diagonal as kernels
 
         return kernels.gather_rotate(x_NF, perm, G_KBB)
     out = torch.empty_like(x_NF, memory_format=torch.contiguous_format)
@@ -133,7 +133,7 @@ def gather_rotate(x_NF: Tensor, perm: Tensor, G_KBB: Tensor) -> Tensor:
 def rotate_scatter(x_NF: Tensor, G_KBB: Tensor, perm: Tensor, bias: Tensor | None = None) -> Tensor:
     """y with ``y[:, perm] = x · Diag(G)``, [N, F], plus ``bias`` [F]."""
     if use_triton(x_NF, G_KBB.shape[-1]):
-        from poetx.ops.triton import rotate as kernels
+        from poetx.ops.triton import block_diagonal as kernels
 
         return kernels.rotate_scatter(x_NF, G_KBB, perm, bias)
     out = torch.empty_like(x_NF, memory_format=torch.contiguous_format)
@@ -151,7 +151,7 @@ def gather_rotate_backward(
     dG is float32 or float64; dx is empty if not needed.
     """
     if use_triton(x_NF, G_KBB.shape[-1]):
-        from poetx.ops.triton import rotate as kernels
+        from poetx.ops.triton import block_diagonal as kernels
 
         return kernels.gather_rotate_backward(x_NF, perm, G_KBB, grad_NF, needs_dx)
     dG = zeros_like_blocks(G_KBB)
@@ -169,7 +169,7 @@ def rotate_scatter_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients (dx, dG) of :func:`rotate_scatter` from its input, where dx may go, and its output's gradient."""
     if use_triton(x_NF, G_KBB.shape[-1]):
-        from poetx.ops.triton import rotate as kernels
+        from poetx.ops.triton import block_diagonal as kernels
 
         return kernels.rotate_scatter_backward(x_NF, G_KBB, perm, grad_NF)
     dG = zeros_like_blocks(G_KBB)
@@ -190,7 +190,7 @@ def zeros_like_blocks(G_KBB: Tensor) -> Tensor:
 def block_outer(x_NF: Tensor, G_KBB: Tensor, perm: Tensor, grad_NF: Tensor) -> Tensor:
     """``x_kᵀ · grad[:, perm]_k`` [K, B, B], float32 or float64: dG of :func:`rotate_scatter` alone."""
     if use_triton(x_NF, G_KBB.shape[-1]):
-        from poetx.ops.triton import rotate as kernels
+        from poetx.ops.triton import block_diagonal as kernels
 
         return kernels.outer(x_NF, grad_NF, G_KBB.shape[-1], y_source=perm)
     dG = zeros_like_blocks(G_KBB)

@@ -52,9 +52,9 @@ def machine_obstacle(device: torch.device) -> str | None:
         major, minor = _capability(device)
         return None if major >= 8 else f"compute capability {major}.{minor}; the kernels need 8.0"
     if device.type == "cpu":
-        from poetx.ops.triton import rotate, tuning
+        from poetx.ops.triton import block_diagonal, tuning
 
-        if tuning.interpreted(rotate.rotate_kernel):
+        if tuning.interpreted(block_diagonal.rotate_kernel):
             return None
     return f"device {device.type}; the kernels need CUDA (or TRITON_INTERPRET=1, to try them out)"
 

@@ -124,7 +124,7 @@ def _zeros(size: int, block_size: int, like: Tensor) -> Tensor:
 def _outer(first_NF: Tensor, second_NF: Tensor, order: Tensor, block_size: int) -> Tensor:
     """``firstᵀ · second`` on the blocks of a partition, [K, B, B]; an empty ``order`` is the contiguous one."""
     if use_triton(first_NF, block_size):
-        from poetx.ops.triton import rotate as kernels
+        from poetx.ops.triton import block_diagonal as kernels
 
         source = order if order.numel() else None
         return kernels.outer(first_NF, second_NF, block_size, x_source=source, y_source=source)

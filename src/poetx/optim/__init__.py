@@ -9,10 +9,10 @@ from poetx.lazy import lazy_names
 if TYPE_CHECKING:
     from poetx.optim.adamw import AdamW
     from poetx.optim.build import OPTIMIZERS, CombinedOptimizer, build_optimizer
+    from poetx.optim.gradient_release import ReleaseHandle, release_gradients
     from poetx.optim.groups import param_groups
     from poetx.optim.hfac import HFac
     from poetx.optim.poetx import POETX
-    from poetx.optim.release_gradients import ReleaseHandle, release_gradients
     from poetx.optim.smmf import SMMF
 
 __all__ = [
@@ -36,7 +36,7 @@ __getattr__ = lazy_names(
         "poetx.optim.groups": ("param_groups",),
         "poetx.optim.hfac": ("HFac",),
         "poetx.optim.poetx": ("POETX",),
-        "poetx.optim.release_gradients": ("ReleaseHandle", "release_gradients"),
+        "poetx.optim.gradient_release": ("ReleaseHandle", "release_gradients"),
         "poetx.optim.smmf": ("SMMF",),
     },
 )

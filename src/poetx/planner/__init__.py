@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from poetx.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from poetx.planner.batch_limit import BatchLimit, largest_batch
     from poetx.planner.estimate import GIB, MemoryEstimate, estimate_memory
-    from poetx.planner.largest_batch import BatchLimit, largest_batch
     from poetx.planner.setup import METHODS, SHAPES, TrainingSetup, full_stack, paper
 
 __all__ = [
@@ -28,7 +28,7 @@ __getattr__ = lazy_names(
     __name__,
     {
         "poetx.planner.estimate": ("GIB", "MemoryEstimate", "estimate_memory"),
-        "poetx.planner.largest_batch": ("BatchLimit", "largest_batch"),
+        "poetx.planner.batch_limit": ("BatchLimit", "largest_batch"),
         "poetx.planner.setup": ("METHODS", "SHAPES", "TrainingSetup", "full_stack", "paper"),
     },
 )

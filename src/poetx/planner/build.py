@@ -20,9 +20,9 @@ from poetx.convert import convert_
 from poetx.errors import UserError, nearest
 from poetx.layers.walk import poet_layers
 from poetx.optim.build import build_optimizer
+from poetx.optim.gradient_release import release_gradients
 from poetx.optim.groups import param_groups
 from poetx.optim.poetx import POETX
-from poetx.optim.release_gradients import release_gradients
 from poetx.planner.setup import SHAPES, SINGLE_STEP, TrainingSetup
 from poetx.savings.activation_checkpointing import checkpoint_layers_
 from poetx.savings.chunked_loss import chunk_loss_

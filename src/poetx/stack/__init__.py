@@ -8,7 +8,7 @@ __getattr__ = moved_names(
         "poetx.optim.adamw": ("AdamW",),
         "poetx.optim.build": ("OPTIMIZERS", "CombinedOptimizer", "build_optimizer"),
         "poetx.optim.hfac": ("HFac",),
-        "poetx.optim.release_gradients": ("ReleaseHandle", "release_gradients"),
+        "poetx.optim.gradient_release": ("ReleaseHandle", "release_gradients"),
         "poetx.optim.smmf": ("SMMF",),
         "poetx.savings.activation_checkpointing": ("checkpoint_layers_",),
         "poetx.savings.chunked_loss": ("check_head", "chunk_loss_", "chunked_cross_entropy"),

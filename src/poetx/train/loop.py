@@ -21,7 +21,7 @@ from poetx.data.tokens import PreparedData, TokenWindows
 from poetx.errors import UserError
 from poetx.layers.shared_blocks import shared_blocks
 from poetx.memory.measure import measure_memory
-from poetx.optim.release_gradients import ReleaseHandle
+from poetx.optim.gradient_release import ReleaseHandle
 from poetx.recipe import Recipe
 from poetx.savings.chunked_loss import chunked_cross_entropy
 from poetx.spectra import LayerSpectrum, spectrum

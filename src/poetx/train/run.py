@@ -29,9 +29,9 @@ from poetx.layers.walk import single_step_layers
 from poetx.merge import merge_every
 from poetx.models import build_model, convert_model, resolve_device, resolve_dtype
 from poetx.optim.build import build_optimizer as build_named_optimizer
+from poetx.optim.gradient_release import release_gradients
 from poetx.optim.groups import param_groups
 from poetx.optim.poetx import POETX
-from poetx.optim.release_gradients import release_gradients
 from poetx.recipe import Recipe, differing_keys, load_recipe
 from poetx.remarks import remarks
 from poetx.savings.chunked_loss import check_head
