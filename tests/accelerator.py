@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import poetx
 
 NAME = "accel"
 DEVICE = f"{NAME}:0"
@@ -27,6 +30,7 @@ _WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_
 
 Crossings = list[str]
 _crossings: Crossings | None = None
+_LIBRARY = os.path.join(os.path.dirname(poetx.__file__), "")  # noqa: PTH118, PTH120 - as it is, links kept: so are frames
 
 
 class OnAccelerator(Tensor):
@@ -135,7 +139,7 @@ def _shapes(tensors: list[Tensor]) -> list[tuple[int, ...]]:
 def _note(name: str, *, moved: bool, waits: bool) -> None:
     if _crossings is None or not (moved or waits):
         return
-    ours = [frame for frame in traceback.extract_stack() if "/poetx/" in frame.filename]
+    ours = [frame for frame in traceback.extract_stack() if frame.filename.startswith(_LIBRARY)]
     _crossings.append(f"{name} at {ours[-1].filename.rpartition('/')[2]}: {ours[-1].line}" if ours else name)
 
 
