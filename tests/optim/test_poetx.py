@@ -82,7 +82,7 @@ def test_a_fold_is_the_product_with_the_rotation(m, n, b, kind):
         want = rotation @ W if side == "out" else W @ rotation
         E = small_cayley_delta(unpack_skew(q, size, block), None)
         got = W.clone()
-        scale = torch.tensor(0.5, dtype=torch.float64)
+        scale = torch.full((E.shape[0],), 0.5, dtype=torch.float64)
         square = fold_side_(got, E, side, order[side], scale=scale, generator=torch.Generator())
         assert relative_error(got, 0.5 * want) < TOLERANCE[torch.float64]
         assert square.item() == pytest.approx(0.25 * want.square().sum().item(), rel=1e-12)

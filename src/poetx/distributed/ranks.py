@@ -33,3 +33,9 @@ def average_(tensor: Tensor, noise: Callable[[], torch.Generator]) -> None:
         total.div_(ranks)
         if total is not tensor:
             stochastic_round_(tensor, total, noise())
+
+
+def maximum_(tensor: Tensor) -> None:
+    """Largest value over the ranks of each entry, in place."""
+    if rank_count() > 1:
+        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)

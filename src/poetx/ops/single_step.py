@@ -42,6 +42,7 @@ class Sinks(NamedTuple):
 
     sink_in [K, ⌈n / b_in⌉, P], sink_out [K, ⌈m / b_out⌉, P]: float32, float64 or bfloat16. [K, …, b, b] for maps that
         need not be rotations.
+    peaks_in, peaks_out [K, blocks]: the largest entry, in magnitude, that backward has added to a block.
     orders_in, orders_out: K tensors each, the coordinates [n] or [m] block after block, int32; an empty tensor
         stands for the contiguous partition.
     anchor: a scalar that requires a gradient and never gets one, so that backward runs whatever x requires.
@@ -49,6 +50,8 @@ class Sinks(NamedTuple):
 
     sink_in: Tensor
     sink_out: Tensor
+    peaks_in: Tensor
+    peaks_out: Tensor
     orders_in: tuple[Tensor, ...]
     orders_out: tuple[Tensor, ...]
     anchor: Tensor
@@ -147,19 +150,31 @@ def _subtract_bias_(M_KBB: Tensor, g_NF: Tensor, bias: Tensor, order: Tensor) ->
     M_KBB.baddbmm_(total[:, :, None], bias[:, None, :], alpha=-1)
 
 
-def add_to_(sink: Tensor, M_KBB: Tensor, size: int, generator: torch.Generator | None = None) -> bool:
+#: Entries of a gradient beyond this count as not finite: a momentum of such could overflow.
+_LARGEST_GRADIENT = 2.0**100
+
+
+def block_peaks(blocks: Tensor) -> Tensor:
+    """Largest entry of each block [K, …] in magnitude, [K]."""
+    flat = blocks.flatten(1)
+    return torch.linalg.vector_norm(flat, math.inf, dim=1) if flat.shape[1] else flat.new_zeros(flat.shape[0])
+
+
+def add_to_(sink: Tensor, peaks: Tensor, M_KBB: Tensor, size: int, generator: torch.Generator | None = None) -> bool:
     """``sink += M``, or ``2 (M − Mᵀ)`` where the sink is packed, [K, P]; bfloat16 sinks round stochastically, with the
-    device's global generator if no other is given.
+    device's global generator if no other is given. ``peaks`` [K] are raised to those of what was added.
 
     Nothing at all if M is not finite: it could not be taken back out of a running sum later. On a CPU the sink is not
     even written, and False returned; elsewhere that is not known here, and zeros are added.
     """
     gradient = M_KBB if sink.ndim == 3 else pack_skew(M_KBB, size).mul_(2)
-    total = gradient.sum()
+    added = block_peaks(gradient)
+    fits = (added <= _LARGEST_GRADIENT).all()  # NaN is not
     if type(gradient) is not Tensor or not gradient.is_cpu:  # no value to look at, or a device to wait for
-        gradient = torch.where(total.isfinite(), gradient, 0.0)
-    elif not math.isfinite(total.item()):
+        gradient, added = torch.where(fits, gradient, 0.0), torch.where(fits, added, 0.0)
+    elif not fits.item():
         return False
+    torch.maximum(peaks, added, out=peaks)
     if sink.dtype == torch.bfloat16:
         stochastic_round_(sink, gradient.add_(sink), generator)
     else:
@@ -175,6 +190,8 @@ def _backward(
     bias: Tensor | None,
     sink_in: Tensor,
     sink_out: Tensor,
+    peaks_in: Tensor,
+    peaks_out: Tensor,
     orders_in: Sequence[Tensor],
     orders_out: Sequence[Tensor],
     block_size_in: int,
@@ -187,25 +204,25 @@ def _backward(
     m, n = W.shape
     if route == "weight":
         dW = torch.mm(g.T, x)
-        for side, sink, orders, block_size in (
-            ("in", sink_in, orders_in, block_size_in),
-            ("out", sink_out, orders_out, block_size_out),
+        for side, sink, peaks, orders, block_size in (
+            ("in", sink_in, peaks_in, orders_in, block_size_in),
+            ("out", sink_out, peaks_out, orders_out, block_size_out),
         ):
-            for total, order in zip(sink, orders, strict=True):
+            for total, peak, order in zip(sink, peaks, orders, strict=True):
                 M = map_gradient(W, dW, side, order if order.numel() else None, block_size)
-                add_to_(total, M, W.shape[side == "in"])
+                add_to_(total, peak, M, W.shape[side == "in"])
         return dx
-    for total, order in zip(sink_in, orders_in, strict=True):
-        add_to_(total, _outer(dx, x, order, block_size_in), n)
+    for total, peak, order in zip(sink_in, peaks_in, orders_in, strict=True):
+        add_to_(total, peak, _outer(dx, x, order, block_size_in), n)
     if not needs_dx:
         dx = x.new_empty(0)
     if y is None:
         y, bias = torch.mm(x, W.T), None
-    for total, order in zip(sink_out, orders_out, strict=True):
+    for total, peak, order in zip(sink_out, peaks_out, orders_out, strict=True):
         M = _outer(g, y, order, block_size_out)
         if bias is not None:
             _subtract_bias_(M, g, bias, order)
-        add_to_(total, M, m)
+        add_to_(total, peak, M, m)
     return dx
 
 
@@ -217,6 +234,8 @@ def _fake_backward(
     bias,
     sink_in,
     sink_out,
+    peaks_in,
+    peaks_out,
     orders_in,
     orders_out,
     block_size_in: int,
@@ -229,8 +248,8 @@ def _fake_backward(
 
 _backward_op = register_op(
     "single_step_backward(Tensor g, Tensor x, Tensor? y, Tensor weight, Tensor? bias, Tensor(a!) sink_in, "
-    "Tensor(b!) sink_out, Tensor[] orders_in, Tensor[] orders_out, int block_size_in, int block_size_out, "
-    "str route, bool needs_dx) -> Tensor",
+    "Tensor(b!) sink_out, Tensor(c!) peaks_in, Tensor(d!) peaks_out, Tensor[] orders_in, Tensor[] orders_out, "
+    "int block_size_in, int block_size_out, str route, bool needs_dx) -> Tensor",
     _fake_backward,
 )(_backward)
 
@@ -251,12 +270,13 @@ class _SingleStepLinear(torch.autograd.Function):
     """Saves x; and y, the layer's output itself, on the tokens route of ``keep_y``. Weight and bias are kept anyway."""
 
     @staticmethod
-    def forward(ctx, x, anchor, weight, bias, sink_in, sink_out, orders_in, orders_out, block_sizes, route, keep_y):
+    def forward(ctx, x, anchor, weight, bias, *settings):
+        *sinks, block_sizes, route, keep_y = settings
         W = weight.to(x.dtype)
         y = torch.mm(x, W.T) if bias is None else torch.addmm(bias.to(x.dtype), x, W.T)
         kept, ctx.writes = _watched(y) if keep_y else (None, None)
         ctx.save_for_backward(x, kept, weight, bias)
-        ctx.settings = (sink_in, sink_out, orders_in, orders_out, *block_sizes, route)
+        ctx.settings = (*sinks, *block_sizes, route)
         return y
 
     @staticmethod
@@ -267,7 +287,7 @@ class _SingleStepLinear(torch.autograd.Function):
             y = None  # overwritten, as by nn.ReLU(inplace=True): computed again
         dx = _backward_op(g.contiguous(), x, y, weight, bias, *ctx.settings, ctx.needs_input_grad[0])
         dbias = g.sum(0).to(bias.dtype) if ctx.needs_input_grad[3] else None
-        return dx if ctx.needs_input_grad[0] else None, None, None, dbias, *[None] * 7
+        return dx if ctx.needs_input_grad[0] else None, None, None, dbias, *[None] * 9
 
 
 def single_step_linear(
@@ -288,8 +308,9 @@ def single_step_linear(
         block_sizes: (b_in, b_out). route, keep_y: see the module's text; y is only of use on the tokens route.
     """
     x_NF = x.reshape(-1, x.shape[-1])
+    tensors = (sinks.sink_in, sinks.sink_out, sinks.peaks_in, sinks.peaks_out)
     settings = (list(sinks.orders_in), list(sinks.orders_out), block_sizes, route, keep_y and route == "tokens")
-    y = _SingleStepLinear.apply(x_NF, sinks.anchor, weight, bias, sinks.sink_in, sinks.sink_out, *settings)
+    y = _SingleStepLinear.apply(x_NF, sinks.anchor, weight, bias, *tensors, *settings)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -334,13 +355,16 @@ def fold_side_(
         W: [m, n], float32, float64 or bfloat16, the last rounded stochastically. Products run in E's dtype, in full
             precision under :func:`poetx.ops.fold.full_precision_products`, which the caller enters.
         E_KBB: G − I for the blocks of a partition. order: as in :class:`Sinks`.
-        scale: scalar. generator: of the rounding.
+        scale: [K], of each block: one whose E is zero and whose scale is 1 stays as it is. generator: of the rounding.
     """
     dim = 0 if side == "out" else 1
     size, block_size = W.shape[dim], E_KBB.shape[-1]
     step = max(1, _FOLD_ELEMENTS // (W.numel() // size * block_size))
     squares = []
-    E_KBB = E_KBB * scale
+    scale = scale.to(E_KBB.dtype)
+    E_KBB = E_KBB * scale[:, None, None]
+    scale = scale.repeat_interleave(block_size)[:size]
+    scale = scale if dim else scale[:, None]
     for first in range(0, E_KBB.shape[0], step):
         start, stop = first * block_size, min((first + step) * block_size, size)
         E = E_KBB[first : first + step]
@@ -351,7 +375,7 @@ def fold_side_(
             piece = gather(W, index) if dim else W.index_select(0, index)
         moved = piece.to(E.dtype)  # the very piece of W where it is contiguous and wide already
         turned = rotate(moved, E) if dim else _left_product(E, moved)
-        torch.addcmul(turned, moved, scale.to(E.dtype), out=moved)
+        torch.addcmul(turned, moved, scale[start:stop], out=moved)
         # The rows' norms first: as exact as a sum in float64 and many times faster.
         squares.append(torch.linalg.vector_norm(moved, dim=1).double().square().sum())
         if order.numel():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from poetx.ops.fold import stochastic_round_
+from poetx.ops.single_step import block_peaks
 
 # Five steps of the quintic Newton-Schulz iteration with the coefficients of Muon (Jordan et al. 2024): every singular
 # value ends near 1, between 0.7 and 1.2. Odd polynomials of a skew-symmetric matrix are skew-symmetric.
@@ -36,10 +37,16 @@ def _cpu_has_bfloat16_tiles() -> bool:
 def orthogonalize(X_KBB: Tensor, *, skew: bool = True) -> Tensor:
     """The nearest orthogonal-like matrices: five Newton–Schulz steps; of skew-symmetric ones, antisymmetrised again.
 
+    Blocks of zeros stay zero; no finite block gives anything else than finite numbers, however large or small.
     In bfloat16 where that is several times faster; the singular values it gives are rough in any precision.
     """
     a, b, c = _NEWTON_SCHULZ
-    X = X_KBB / X_KBB.norm(dim=(1, 2), keepdim=True).clamp_min(1e-30)
+    # By an exact power of two, near 1 before anything is squared; blocks of subnormal numbers count as zero.
+    peaks = block_peaks(X_KBB)
+    empty = peaks < torch.finfo(X_KBB.dtype).tiny
+    power = torch.ldexp(torch.ones_like(peaks), torch.frexp(peaks.masked_fill(empty, 1.0)).exponent - 1)
+    X = (X_KBB / power[:, None, None]).masked_fill_(empty[:, None, None], 0.0)
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp_min(1e-30)
     if X.dtype == torch.float32 and (X.is_cuda or (X.device.type == "cpu" and _cpu_has_bfloat16_tiles())):
         X = X.bfloat16()
     for _ in range(5):

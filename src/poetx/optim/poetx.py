@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from poetx.distributed.ranks import average_, on_any_rank
+from poetx.distributed.ranks import average_, maximum_, on_any_rank
 from poetx.errors import UserError
 from poetx.layers.poet import stream
 from poetx.layers.single_step import SingleStepLinear
@@ -34,6 +34,7 @@ from poetx.ops.single_step import (
     Sinks,
     add_to_,
     block_count,
+    block_peaks,
     fold_side_,
     map_gradient,
     small_cayley_delta,
@@ -43,6 +44,8 @@ from poetx.optim.partitions import Orders
 from poetx.optim.poetx_settings import check, check_state, model_groups, settings
 from poetx.optim.release_weight_gradients import release
 
+#: A block whose gradient since the last step is smaller than this beside its momentum counts as one without gradient.
+_NEGLIGIBLE = 2.0**-20
 #: Weights whose ‖W‖ differs by less count as those of the last fold: stochastic rounding of bfloat16 moves it by 0.8 %.
 _SAME_NORM = 0.01
 
@@ -143,6 +146,7 @@ class POETX(torch.optim.Optimizer):
         }
         self._fed: Counter[Tensor] = Counter()  # full gradients since the last step
         self._released: dict[Tensor, RemovableHandle] = {}
+        self._peaks: dict[tuple[Tensor, str], Tensor] = {}
         self._seen: dict[Tensor, tuple[int, int]] = {}  # versions of layers' momenta after the last step
         self._folded: dict[Tensor, int] = {}  # versions of weights after their last fold
         self._orders = Orders(self._config, resample_every)
@@ -231,6 +235,7 @@ class POETX(torch.optim.Optimizer):
                 check_state(entries, self._zeros(p, "meta"))
         super().load_state_dict(state_dict)
         self._folded.clear()
+        self._peaks.clear()
         for index, p in zip(saved, params, strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor) and key != "step":
@@ -275,6 +280,8 @@ class POETX(torch.optim.Optimizer):
         now = [(p, self.state[p]) for p in moving]
         self._rule.finish([Finished(s, self._written(s["step"]), partial(self._noise, p)) for p, s in now])
         self._folded |= {p: p._version for p in moving}
+        for p, side in itertools.product(moving, ("in", "out")):
+            self._peaks_of(p, side).zero_()
         self._seen |= {p: self._versions(p) for p in moving if p in self._layers}
 
     def _written(self, steps: int) -> list[Move]:
@@ -310,6 +317,15 @@ class POETX(torch.optim.Optimizer):
         state |= {"step": 0, **self._zeros(p, p.device)}
         self._rule.expect(state, self._written(0))
 
+    def _peaks_of(self, p: Tensor, side: str) -> Tensor:
+        """[K, blocks]: the largest entry that was added to each block since the last step."""
+        key = (p, side)
+        if key not in self._peaks:
+            momentum = self.state[p][f"momentum_{side}"]
+            dtype = torch.promote_types(momentum.dtype, torch.float32)
+            self._peaks[key] = torch.zeros(momentum.shape[:2], dtype=dtype, device=momentum.device)
+        return self._peaks[key]
+
     def _measure(self, p: Tensor) -> None:
         """Take the ‖W‖ to hold at the first step, and again where the weight was written since the last fold.
 
@@ -337,7 +353,8 @@ class POETX(torch.optim.Optimizer):
         indices = range(self._config.partitions)
         orders = {side: tuple(self._order(p, Move(side, i)) for i in indices) for side in ("in", "out")}
         anchor = torch.zeros((), device=p.device, requires_grad=True)
-        layer.sinks = Sinks(state["momentum_in"], state["momentum_out"], orders["in"], orders["out"], anchor)
+        peaks = (self._peaks_of(p, side) for side in ("in", "out"))
+        layer.sinks = Sinks(state["momentum_in"], state["momentum_out"], *peaks, orders["in"], orders["out"], anchor)
         self._seen[p] = self._versions(p)
 
     def _versions(self, p: Tensor) -> tuple[int, int]:
@@ -365,7 +382,7 @@ class POETX(torch.optim.Optimizer):
             sink, noise = self.state[p][f"momentum_{move.side}"][move.index], None
             if sink.dtype == torch.bfloat16:
                 noise = self._noise(p, f"gradient-{move.side}-{move.index}-{count}")
-            if add_to_(sink, M, self._sides(p, move.side)[0], noise):
+            if add_to_(sink, self._peaks_of(p, move.side)[move.index], M, self._sides(p, move.side)[0], noise):
                 self._fed[p] = count + 1
 
     def _gather(self) -> set[Tensor]:
@@ -384,11 +401,17 @@ class POETX(torch.optim.Optimizer):
                 self._begin(p)
         for p, side in itertools.product(arrived, ("in", "out")):
             average_(self.state[p][f"momentum_{side}"], partial(self._noise, p, f"ranks-{side}"))
+            maximum_(self._peaks_of(p, side))
         return {*self._fed, *arrived}
 
     def _write(self, batch: list[Tensor], move: Move, angle: float) -> None:
         """Fold one (side, partition) of every matrix of the batch."""
         direction = self._rule.direction([self.state[p] for p in batch], move)
+        # A block without a gradient stays as it is, whatever its momentum still holds.
+        size, floor = block_peaks(direction), torch.finfo(direction.dtype).tiny
+        touched = torch.cat([self._peaks_of(p, move.side)[move.index] for p in batch]) > (size * _NEGLIGIBLE)
+        touched &= size >= floor
+        direction = direction.masked_fill_(~touched.view(-1, *[1] * (direction.ndim - 1)), 0.0)
         if not self._free:
             direction = unpack_skew(direction, 0, self._sides(batch[0], move.side)[1])
         if isinstance(self._rule, Ortho):
@@ -397,22 +420,28 @@ class POETX(torch.optim.Optimizer):
         with full_precision_products():
             Q = direction.mul_(-angle)
             E = Q.mul_(2) if self._free else small_cayley_delta(Q, self._bound and self._bound * angle)
-            squares = [self._fold(p, move, E_KBB) for p, E_KBB in zip(batch, E.split(counts), strict=True)]
+            pieces = zip(batch, E.split(counts), touched.split(counts), strict=True)
+            squares = [self._fold(p, move, E_KBB, touched_K) for p, E_KBB, touched_K in pieces]
         norms = torch.cat([self.state[p]["norm"] * self._grown(p) for p in batch])
         ratios = norms / torch.stack([square for matrices in squares for square in matrices]).sqrt()
-        scales = torch.where(ratios.isfinite(), ratios, 1.0)  # a matrix of zeros stays one
+        scales = torch.where(ratios.isfinite() & (ratios > 0), ratios, 1.0)  # a matrix of zeros stays one
         for p, scale in zip(batch, scales.split([len(matrices) for matrices in squares]), strict=True):
             self.state[p]["scale"] = scale
 
     def _noise(self, p: Tensor, purpose: str) -> torch.Generator:
         return stream(self._config.seed, self._names[p], self.state[p]["step"], purpose, p.device)
 
-    def _fold(self, p: Tensor, move: Move, E_KBB: Tensor) -> list[Tensor]:
+    def _fold(self, p: Tensor, move: Move, E_KBB: Tensor, touched_K: Tensor) -> list[Tensor]:
         """Fold the blocks of one matrix, or stack of e; the new ‖W‖² of each."""
         state, order, matrices, noise = self.state[p], self._order(p, move), self._matrices(p), None
         if p.dtype == torch.bfloat16:
             noise = self._noise(p, f"rounding-{move.side}-{move.index}")
+        touched = touched_K.view(len(matrices), -1)
+        if self._growth:  # ‖W‖ grows by the part of the matrix that is trained
+            share, step = touched.double().mean(1), state["step"]
+            state["norm"] *= ((1 + self._growth * (step - 1 + share)) / (1 + self._growth * step)).sqrt()
+        scales = torch.where(touched, state["scale"][:, None], 1.0)
         return [
             fold_side_(W, E, move.side, order, scale=scale, generator=noise)
-            for W, E, scale in zip(matrices, E_KBB.chunk(len(matrices)), state["scale"], strict=True)
+            for W, E, scale in zip(matrices, E_KBB.chunk(len(matrices)), scales, strict=True)
         ]
