@@ -71,7 +71,7 @@ def test_import_is_silent_and_leaves_torch_alone():
 
 def test_files_stay_readable():
     for path in ROOT.rglob("*.py"):
-        assert len(path.read_text().splitlines()) <= 420, f"{path} is too long to see at once"
+        assert len(path.read_text().splitlines()) <= 500, f"{path} is too long to see at once"
 
 
 def test_every_public_name_is_there_and_torch_is_not_imported_before_it_is_needed():
