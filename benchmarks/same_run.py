@@ -250,7 +250,7 @@ def show(title: str, found: Comparison, *, tolerance: float) -> None:
     verdict = f"first difference at {found.first}" if found.first else "same"
     if found.largest and not found.first:
         verdict = f"within {tolerance:g}"
-    print(f"{title:<26}{found.lines:>6}{found.fields:>8}  {verdict}", flush=True)
+    print(f"{title:<34}{found.lines:>6}{found.fields:>8}  {verdict}", flush=True)
     for name, relative in sorted(found.largest.items(), key=lambda item: -item[1]):
         print(f"    {name:<28} largest relative difference {relative:.1e}")
 
@@ -308,14 +308,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             sides[-1].check_source()
             what = "" if revision == WORKTREE else f" ({git('log', '-1', '--format=%h %s', revision)})"
             print(f"{name} {revision}{what}")
-        print(f"{'run':<26}{'lines':>6}{'fields':>8}  result", flush=True)
+        print(f"{'run':<34}{'lines':>6}{'fields':>8}  result", flush=True)
         for run in args.runs:
             try:
                 for title, found in results(sides[0], sides[1], run, args):
                     show(title, found, tolerance=args.tolerance)
                     good = good and found.first is None
             except RunFailed as error:
-                print(f"{run:<26}{'-':>6}{'-':>8}  failed: {error}", flush=True)
+                print(f"{run:<34}{'-':>6}{'-':>8}  failed: {error}", flush=True)
                 good = False
     print(f"{'same' if good else 'not the same'}, {(time.perf_counter() - began) / 60:.1f} minutes")
     return 0 if good else 1
