@@ -1,4 +1,4 @@
-"""Whether training gives the same numbers at two revisions: the same runs at both, their metrics compared to the bit.
+"""Compare training at two revisions: the same short runs at both, every number equal to the bit.
 
     python -m benchmarks.same_run main HEAD            # two commits, tags or branches
     python -m benchmarks.same_run HEAD WORKTREE        # what is not committed yet

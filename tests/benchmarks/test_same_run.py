@@ -5,10 +5,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from benchmarks import same_run
 from benchmarks.same_run import MISSING, RUNS, compare, overrides
 
-from poetx.train.recipe import load_recipe
+from benchmarks import same_run
+from poetx.recipe import load_recipe
 
 # A program that takes the command line's words, and makes metrics of 12 steps that do not depend on where it stopped.
 PROGRAM = """
