@@ -19,12 +19,12 @@ ORDER = (
     ("materialize", "merge", "spectra", "distributed"),
     ("optim", "savings"),
     ("memory",),  # measuring is below the loop
-    ("schema", "recipe", "remarks"),
+    ("schema", "method_names", "recipe", "remarks"),
     ("models",),
+    ("methods",),
     ("data",),
-    ("planner",),  # planning is above the recipe
     ("train",),
-    ("runs",),
+    ("runs", "planner"),  # planning is above the recipe and takes the loop's step
     ("bench",),
     ("cli",),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,8 +14,6 @@ from poetx.schema import one_line
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-    from poetx.convert import ConversionReport
 
 
 def resolve_device(device: str) -> torch.device:
@@ -43,11 +42,18 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
+def settled(recipe: Recipe, device: torch.device) -> Recipe:
+    """``recipe`` with ``train.dtype: auto`` made what it is on ``device``; under autocast the weights are float32."""
+    auto = "float32" if recipe.train.autocast else resolve_dtype("auto", device)
+    dtype = auto if recipe.train.dtype == "auto" else recipe.train.dtype
+    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, dtype=dtype))
+
+
 def build_model(recipe: Recipe, *, vocab_size: int, end_of_text_id: int, device: torch.device) -> PreTrainedModel:
     """The dense model of the recipe on ``device`` in the recipe's dtype (which must be resolved already).
 
-    On the meta device where the recipe has a ``poet.weight_format``: :func:`convert_model` then makes it layer by
-    layer, so that the dense weights never exist together.
+    On the meta device where the recipe has a ``poet.weight_format``: :func:`poetx.methods.convert_model` then makes it
+    layer by layer, so that the dense weights never exist together.
     Fresh weights depend on ``train.seed`` only; the global random generators are left as they were.
 
     Args:
@@ -82,23 +88,6 @@ def build_model(recipe: Recipe, *, vocab_size: int, end_of_text_id: int, device:
     if next(model.parameters()).is_meta:
         return model
     return cast(Any, model).to(device)  # transformers' decorator hides nn.Module.to from the type checker
-
-
-def convert_model(model: PreTrainedModel, recipe: Recipe, device: torch.device) -> ConversionReport | None:
-    """Convert in place as the recipe says; None for the dense baseline. Activation checkpointing is set up, too.
-
-    A model still on the meta device is given its weights on ``device``.
-    """
-    from poetx.convert import convert_
-    from poetx.materialize import materialize_
-    from poetx.savings.activation_checkpointing import checkpoint_layers_
-
-    report = None if recipe.poet is None else convert_(model, recipe.poet.config)
-    if next(model.parameters()).is_meta:
-        materialize_(model, recipe.model.pretrained, device=device, seed=recipe.train.seed)
-    if recipe.model.gradient_checkpointing:
-        checkpoint_layers_(model)
-    return report
 
 
 def _fresh(

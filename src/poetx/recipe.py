@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from poetx.config import PoetConfig
 from poetx.errors import UserError, nearest
+from poetx.method_names import put_method
 from poetx.schema import (
     apply_override,
     build,
@@ -76,6 +77,7 @@ class ModelRecipe:
     config: str | None = None
     pretrained: str | None = None
     gradient_checkpointing: bool = False  # keep only every decoder layer's input, and compute the layer again
+    recompute: Literal["auto", "fast", "mem"] = "auto"  # of rotated layers then; poetx.savings.checkpoint_layers_
 
     def validate(self) -> None:
         """Raise :class:`UserError` unless exactly one source of the model is described, with sane sizes."""
@@ -170,15 +172,28 @@ class PoetRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraRecipe:
+    """Adapters by peft in place of ``poet``; the model itself stays as it is."""
+
+    rank: int = 16
+    alpha: float | None = None  # what the product of the two is scaled by, times the rank; None: twice the rank
+
+    def validate(self) -> None:
+        """Raise :class:`UserError` on values peft does not take."""
+        positive(self, "lora", "rank", "alpha")
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerRecipe:
     """Optimizer, its learning rates and gradient clipping. Defaults: method.md section 6."""
 
-    name: Literal["adamw", "sgd", "adafactor", "smmf", "hfac"] = "adamw"
+    name: Literal["adamw", "sgd", "adafactor", "smmf", "hfac", "muon"] = "adamw"
     base: Literal["adamw", "sgd", "adafactor", "smmf", "hfac"] | None = None  # for all but rotations; None: name
     state_dtype: Literal["auto", "same", "float32", "bfloat16", "int8"] = "auto"  # AdamW's; optim.build_optimizer
     release_gradients: bool = False  # update embeddings and head inside backward; needs clip null and one micro-batch
     lr: float = 1e-3  # of everything that is not a rotation
     poet_lr: float = 2.5e-4  # of the rotations
+    muon_lr: float | None = None  # of what Muon steps; None: lr
     angle: float = 0.012  # of the rotations with poet.method=single-step instead: radians a step
     norm_growth: float = 0.0  # of single-step: ‖W‖² grows by so many times its first value over all train.steps
     weight_decay: float = 0.0  # never applied to rotations
@@ -196,7 +211,7 @@ class OptimizerRecipe:
 
     def validate(self) -> None:
         """Raise :class:`UserError` on values no optimizer accepts."""
-        positive(self, "optimizer", "lr", "poet_lr", "eps", "poet_eps")
+        positive(self, "optimizer", "lr", "poet_lr", "muon_lr", "eps", "poet_eps")
         not_negative(
             self,
             "optimizer",
@@ -207,7 +222,7 @@ class OptimizerRecipe:
             "clip_ramp_until",
             "warmup_steps",
         )
-        if self.state_dtype != "auto" and "adamw" not in (self.name, self.base):
+        if self.state_dtype != "auto" and not {"adamw", "muon"} & {self.name, self.base}:
             raise UserError(
                 f"optimizer.state_dtype={self.state_dtype} is AdamW's; with optimizer.name={self.name} leave it out"
             )
@@ -236,6 +251,7 @@ class TrainRecipe:
     seed: int = 0
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on cuda, else float32
+    autocast: bool = False  # compute in bfloat16 while weights and optimizer state stay in dtype (auto: float32)
     compile: bool = False
     chunked_loss: bool = False  # cross entropy a piece of the vocabulary at a time: the logits never exist
     deterministic: bool = False  # refuse operations that are not (slower on a GPU; the CPU always is)
@@ -269,6 +285,8 @@ class TrainRecipe:
             )
         if self.seed >= 1 << 63:
             raise UserError(f"train.seed={self.seed}: must be below 2**63")
+        if self.autocast and self.dtype == "bfloat16":
+            raise UserError("train.autocast with train.dtype=bfloat16 has no effect; leave one of them out")
         if self.dtype == "float16":
             raise UserError("train.dtype=float16 needs loss scaling, which poetx does not do; use bfloat16")
 
@@ -282,6 +300,7 @@ class Recipe:
     model: ModelRecipe = field(default_factory=ModelRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
     poet: PoetRecipe | None = field(default_factory=PoetRecipe)
+    lora: LoraRecipe | None = None
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
 
@@ -305,6 +324,12 @@ class Recipe:
             raise UserError(f"optimizer.norm_growth={growth:g}: from 0 to less than train.steps={self.train.steps}")
         if self.poet is not None and self.poet.merge_every is not None and self.poet.merge_every <= 0:
             raise UserError(f"poet.merge_every={self.poet.merge_every} must be positive, or null for never")
+        if self.lora is not None:
+            self.lora.validate()
+            if self.poet is not None:
+                raise UserError("lora and poet are both set; set one of them to null")
+        if self.optimizer.name == "muon" and (self.poet is not None or self.lora is not None):
+            raise UserError("optimizer.name=muon trains dense matrices; use it with poet=null and lora=null")
         if self.poet is None and self.optimizer.base is not None:
             raise UserError(
                 f"optimizer.base={self.optimizer.base} is for what rotations leave, and poet=null has none; use "
@@ -329,6 +354,7 @@ class Recipe:
             "model": sections["model"],
             "data": sections["data"],
             "poet": poet,
+            "lora": None if self.lora is None else dataclasses.asdict(self.lora),
             "optimizer": sections["optimizer"],
             "train": sections["train"],
         }
@@ -368,13 +394,31 @@ def load_recipe(source: str | None = None, overrides: Sequence[str] = ()) -> Rec
     values.setdefault("name", path.stem)
     if source is not None and Path(source).is_dir() and source not in builtin_recipes():
         values["run_dir"] = source  # where the run is now, not where it was when it started
+    if "method" in values:
+        put_method(values, values.pop("method"))
     for override in overrides:
-        apply_override(values, override)
+        if override.partition("=")[0].strip() == "method":
+            put_method(values, override.partition("=")[2].strip())
+    for override in overrides:
+        if override.partition("=")[0].strip() != "method":
+            apply_override(values, override)
     _make_absolute(values)
     _share_seed(values)
     recipe = Recipe.from_dict(values)
     recipe.validate()
     return recipe
+
+
+def with_method(recipe: Recipe, name: str) -> Recipe:
+    """``recipe`` trained by the method ``name`` of :data:`poetx.method_names.METHODS`, all else as it was.
+
+    Keys that the method does not have are dropped. Raises :class:`UserError` where there is no such method.
+    """
+    values = recipe.to_dict()
+    put_method(values, name)
+    changed = Recipe.from_dict(values)
+    changed.validate()
+    return changed
 
 
 def recipe_path(source: str) -> Path:

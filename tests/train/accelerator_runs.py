@@ -61,8 +61,8 @@ def test_a_step_of_the_loop_waits_once_at_its_end(
     monkeypatch.setattr(loop, "train_step", counted)
     run.train(tiny(*FORMS[name], "train.steps=4"))
     where = [crossing.partition(" at loop.py: ")[2] for crossing in seen[-1]]
-    inputs, _, *waits, end = [line.partition(" = ")[2] or line for line in where]
-    assert inputs == "inputs.to(trainer.device), labels.to(trainer.device)"
+    inputs, *waits, end = [line.partition(" = ")[2] or line for line in where]
+    assert "part.to(trainer.device)" in inputs
     assert waits[0].startswith("forward(")
     assert [line for line in waits[1:] if "isfinite" not in line] == []
     assert len(waits) == 1 + (name == "single-step")

@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from builders import At, Tiny, curve, interrupt, same, weights
 from poetx.errors import UserError
 from poetx.train import checkpoint as ckpt
-from poetx.train import loop
+from poetx.train import step
 from poetx.train.run import train
 
 
@@ -143,13 +143,13 @@ def test_bfloat16_trains_with_float32_rotations(tiny: Tiny) -> None:
 
 def poison(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
     """Make the loss of these forward calls in training NaN."""
-    original, count = loop.summed_loss, iter(range(10_000))
+    original, count = step.summed_loss, iter(range(10_000))
 
-    def summed_loss(forward: Any, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        loss = original(forward, inputs, labels)
-        return loss * float("nan") if torch.is_grad_enabled() and next(count) in calls else loss
+    def summed_loss(*args: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        loss, router = original(*args)
+        return loss * float("nan") if next(count) in calls else loss, router
 
-    monkeypatch.setattr(loop, "summed_loss", summed_loss)
+    monkeypatch.setattr(step, "summed_loss", summed_loss)
 
 
 def test_a_step_that_is_not_finite_is_skipped_counted_and_leaves_the_weights_finite(

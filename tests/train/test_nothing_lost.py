@@ -14,7 +14,7 @@ from poetx.data.tokens import prepare_data
 from poetx.errors import UserError
 from poetx.recipe import Recipe, load_recipe
 from poetx.runs.evaluate import evaluate_run
-from poetx.train import loop
+from poetx.train import loop, step
 from poetx.train.checkpoint import checkpoints, step_of
 from poetx.train.run import train
 
@@ -77,10 +77,10 @@ def test_a_broken_newer_checkpoint_does_not_push_good_ones_out(tiny: Tiny, monke
     again = tiny("train.checkpoint_every=1", "train.keep_checkpoints=1", "train.export=false")
     real = loop.train_step
 
-    def stop_after_nine(trainer, forward):
+    def stop_after_nine(trainer, step):
         if trainer.state.step == 9:
             raise KeyboardInterrupt
-        return real(trainer, forward)
+        return real(trainer, step)
 
     monkeypatch.setattr(loop, "train_step", stop_after_nine)
     with pytest.raises(KeyboardInterrupt):
@@ -103,13 +103,13 @@ def test_a_directory_in_use_is_left_alone(tiny: Tiny) -> None:
 
 
 def test_a_last_step_that_is_skipped_still_leaves_a_checkpoint(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loop._accumulate_gradients
+    real, count = step.summed_loss, iter(range(12))
 
-    def nan_at_the_end(trainer, forward):
-        loss = real(trainer, forward)
-        return loss * float("nan") if trainer.state.step == 11 else loss
+    def nan_at_the_end(*args):
+        loss, router = real(*args)
+        return loss * float("nan") if next(count) == 11 else loss, router
 
-    monkeypatch.setattr(loop, "_accumulate_gradients", nan_at_the_end)
+    monkeypatch.setattr(step, "summed_loss", nan_at_the_end)
     result = train(tiny("train.checkpoint_every=100", "train.export=false"))
     assert result.skipped_steps == 1
     assert [step_of(path) for path in checkpoints(result.run_dir)] == [12]

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from builders import train_losses
 from poetx import poet_layers
 from poetx.errors import UserError
-from poetx.models import build_model, convert_model
+from poetx.methods.base import convert_model
+from poetx.models import build_model
 from poetx.recipe import Recipe
 from poetx.train.checkpoint import find_checkpoint, load_model
 from poetx.train.export import load_run, rebuild_run

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from builders import At, Tiny, curve, interrupt, same, weights
 from poetx.errors import UserError
 from poetx.layers.single_step import SingleStepLinear
-from poetx.train import loop
+from poetx.train import step
 from poetx.train.checkpoint import checkpoints
 from poetx.train.metrics import read_metrics
 from poetx.train.run import train
@@ -64,14 +64,14 @@ def test_the_norm_grows_as_told_over_the_run_however_long(tiny: Tiny, steps: int
 
 
 def test_a_loss_that_is_not_finite_reaches_no_momentum(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, calls = loop.summed_loss, []
+    plain, calls = step.summed_loss, []
 
-    def sometimes_nan(*args: object) -> torch.Tensor:
+    def sometimes_nan(*args: object) -> tuple[torch.Tensor, torch.Tensor | None]:
         calls.append(None)
-        loss = plain(*args)  # type: ignore[arg-type]
-        return loss * float("nan") if len(calls) == 5 else loss
+        loss, router = plain(*args)  # type: ignore[arg-type]
+        return loss * float("nan") if len(calls) == 4 else loss, router
 
-    monkeypatch.setattr(loop, "summed_loss", sometimes_nan)
+    monkeypatch.setattr(step, "summed_loss", sometimes_nan)
     result = train(tiny(*SINGLE, "train.steps=8", "train.export=false", "train.eval_every=100"))
     assert result.skipped_steps == 1
     train_lines = [e for e in read_metrics(result.run_dir / "metrics.jsonl") if e["event"] == "train"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +13,10 @@ import torch
 from poetx.bench.timing import interleaved, median, milliseconds, provenance
 from poetx.errors import UserError, nearest
 from poetx.merge import merge_
-from poetx.models import build_model, convert_model, resolve_device, resolve_dtype
+from poetx.methods.base import convert_model, method_of
+from poetx.models import build_model, resolve_device, settled
 from poetx.recipe import Recipe, load_recipe
-from poetx.train.loop import summed_loss
-from poetx.train.run import build_optimizer
+from poetx.train.step import TrainingStep
 
 # Fresh weights are drawn on the CPU, minutes for 8B, and a step takes as long on any: keep the dense model's.
 _KEEP = ("poet.init=keep", "poet.init_scale=1.0", "poet.residual_scale=1.0")
@@ -41,19 +40,12 @@ class Run:
 
     recipe: Recipe
     model: Any
-    forward: Any
     optimizer: torch.optim.Optimizer
-    device: torch.device
+    training_step: TrainingStep
 
-    def step(self, ids: torch.Tensor) -> torch.Tensor:
+    def step(self, ids: torch.Tensor) -> float:
         """Forward, backward, clipping, optimizer step, as the training loop does it; the mean loss in nats."""
-        loss = summed_loss(self.forward, ids, ids) / ids.numel()
-        loss.backward()
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, self.recipe.optimizer.clip or math.inf, foreach=True)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.detach()
+        return self.training_step([(ids, ids)], clip=self.recipe.optimizer.clip).loss
 
 
 def bench_step(
@@ -105,14 +97,11 @@ def bench_step(
 
 
 def _build(source: str, overrides: Sequence[str], device: torch.device, compiled: bool) -> Run:
-    recipe = load_recipe(source, overrides)
-    train = dataclasses.replace(recipe.train, dtype=resolve_dtype(recipe.train.dtype, device))
-    recipe = dataclasses.replace(recipe, train=train)
+    recipe = settled(load_recipe(source, overrides), device)
     model = build_model(recipe, vocab_size=recipe.data.vocab_size, end_of_text_id=0, device=device)
     convert_model(model, recipe, device)
-    model.train()
-    forward = torch.compile(model) if compiled else model
-    return Run(recipe, model, forward, build_optimizer(model, recipe), device)
+    optimizer = method_of(recipe).build_optimizer(model, recipe.train.steps)
+    return Run(recipe, model, optimizer, TrainingStep.of(recipe, model, optimizer, compiled=compiled))
 
 
 def _measure(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from poetx.data.tokenizer import fast_tokenizer
 from poetx.errors import UserError
-from poetx.models import build_model, convert_model, resolve_device, resolve_dtype
+from poetx.methods.base import convert_model, method_of
+from poetx.models import build_model, resolve_device, settled
 from poetx.recipe import Recipe, load_recipe
 from poetx.schema import one_line
 from poetx.train.checkpoint import find_checkpoint, load_model, read_state
@@ -131,10 +132,9 @@ def rebuild_run(run_dir: Path, device: torch.device) -> RebuiltRun:
 
     checkpoint, notes = find_checkpoint(run_dir)
     recipe = dataclasses.replace(load_recipe(str(checkpoint)), run_dir=str(run_dir))
-    train = dataclasses.replace(recipe.train, dtype=resolve_dtype(recipe.train.dtype, device))
     tokenizer = AutoTokenizer.from_pretrained(run_dir / TOKENIZER_DIR, local_files_only=True)
     model = build_model(
-        dataclasses.replace(recipe, train=train),
+        settled(recipe, device),
         vocab_size=_vocab_size(checkpoint, recipe),
         end_of_text_id=tokenizer.eos_token_id,
         device=device,
@@ -158,11 +158,9 @@ def _vocab_size(checkpoint: Path, recipe: Recipe) -> int:
 
 
 def _load_checkpoint(run_dir: Path, device: torch.device) -> LoadedModel:
-    from poetx.convert import to_dense_
-
     run = rebuild_run(run_dir, device)
     load_model(run.checkpoint, run.model)
-    to_dense_(run.model)
+    method_of(run.recipe).to_dense_(run.model)
     return LoadedModel(run.model.eval(), run.tokenizer, device, run.recipe, run.notes)
 
 

@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.nn.functional as F
 
 from poetx.data.sampler import batch_windows, evenly_spread
 from poetx.data.tokens import PreparedData, TokenWindows
 from poetx.errors import UserError
-from poetx.layers.shared_blocks import shared_blocks
 from poetx.memory.measure import measure_memory
-from poetx.optim.gradient_release import ReleaseHandle
 from poetx.recipe import Recipe
-from poetx.savings.chunked_loss import chunked_cross_entropy
 from poetx.spectra import LayerSpectrum, spectrum
 from poetx.train.checkpoint import TrainState, checkpoints, load_rng, save_checkpoint
 from poetx.train.environment import peak_memory_gib
 from poetx.train.metrics import MetricsWriter, perplexity
 from poetx.train.progress import Reporter
 from poetx.train.schedule import clip_value, lr_factor
+from poetx.train.step import StepResult, TrainingStep, chunked_loss, no_phase, summed_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,10 +47,6 @@ class StopRequest:
     signum: int | None = None
 
 
-def _no_phase(name: str) -> None:
-    """Nobody measures."""
-
-
 @dataclass
 class Trainer:
     """Everything one run needs while it trains."""
@@ -70,20 +62,7 @@ class Trainer:
     state: TrainState
     metrics: MetricsWriter
     reporter: Reporter
-    phase: Callable[[str], None] = _no_phase  # told when forward and backward begin, while memory is measured
     start_spectrum: dict[str, LayerSpectrum] | None = None  # of the model before its first step, where it is watched
-    release: ReleaseHandle | None = None
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Loss and gradient norm of one optimizer step, and what became of it."""
-
-    loss: float  # mean over the tokens of the batch, nats
-    grad_norm: float  # before clipping
-    clip: float | None
-    merged: bool
-    skipped: bool
 
 
 def fit(trainer: Trainer, *, resume_from: Path | None = None) -> StopRequest:
@@ -123,18 +102,16 @@ def _deterministic(wanted: bool) -> Iterator[None]:
 
 def _run(trainer: Trainer, stop: StopRequest) -> None:
     settings, state = trainer.recipe.train, trainer.state
-    model: Any = trainer.model
-    body = model.base_model if settings.chunked_loss else model
-    forward = torch.compile(body) if settings.compile else body
+    step = TrainingStep.of(trainer.recipe, trainer.model, trainer.optimizer, compiled=settings.compile)
     started = time.perf_counter()
     if state.step == 0:
         _validate(trainer, started)
     while state.step < settings.steps and stop.signum is None:
         step_started = time.perf_counter()
-        result, memory = _measured_step(trainer, forward)
+        facts, memory = _measured_step(trainer, step)
         state.step += 1
         now = time.perf_counter()
-        _record_step(trainer, result, seconds=now - started, step_seconds=now - step_started)
+        _record_step(trainer, facts, seconds=now - started, step_seconds=now - step_started)
         if memory is not None:
             trainer.metrics.write("memory", state.step, **memory)
         last = state.step == settings.steps
@@ -148,27 +125,25 @@ def _run(trainer: Trainer, stop: StopRequest) -> None:
             _save_if_finite(trainer, last=last)
 
 
-def _measured_step(trainer: Trainer, forward: Any) -> tuple[StepResult, dict[str, Any] | None]:
+def _measured_step(trainer: Trainer, step: TrainingStep) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The step, and what it took by phase where that is due: the same numbers, on the CPU several times slower."""
     every = trainer.recipe.train.memory_every
     if every is None or (trainer.state.step and (trainer.state.step + 1) % every):
-        return train_step(trainer, forward), None
+        return train_step(trainer, step), None
     with measure_memory(trainer.model, trainer.optimizer, device=trainer.device) as probe:
-        trainer.phase = probe.phase
+        # The optimizer's own hooks tell the probe of everything after backward.
+        step.phase = lambda name: probe.phase(name) if name in ("forward", "backward") else None
         try:
-            result = train_step(trainer, forward)
+            facts = train_step(trainer, step)
         finally:
-            trainer.phase = _no_phase
-    return result, probe.to_dict()
+            step.phase = no_phase
+    return facts, probe.to_dict()
 
 
-def train_step(trainer: Trainer, forward: Any) -> StepResult:
-    """One optimizer step on the batch of 0-based step ``trainer.state.step``; skipped when it is not finite.
-
-    The gradient is that of the mean loss over all tokens of the batch, however it is cut into micro-batches.
-    """
+def train_step(trainer: Trainer, step: TrainingStep) -> dict[str, Any]:
+    """One optimizer step on the batch of 0-based step ``trainer.state.step``: what metrics.jsonl says of it."""
     recipe, state, optimizer = trainer.recipe, trainer.state, trainer.optimizer
-    settings, merges = recipe.train, trainer.merges
+    settings, merges, train = recipe.train, trainer.merges, trainer.data.train
     factor = lr_factor(
         state.step,
         steps=settings.steps,
@@ -183,68 +158,23 @@ def train_step(trainer: Trainer, forward: Any) -> StepResult:
         merges=merges.merges if merges else 0,
         steps_since_merge=merges.steps_since_merge if merges else 0,
     )
-    total = _accumulate_gradients(trainer, forward)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    loss, norm = torch.stack([total.double(), grad_norm.to(total.device).double()]).cpu().tolist()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        optimizer.zero_grad()
-        if trainer.release is not None:
-            trainer.release.reset()
-        _count_bad_step(trainer, loss, norm)
-        return StepResult(loss, norm, clip, merged=False, skipped=True)
-    if clip is not None and norm > clip:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip, grad_norm)
+    windows = batch_windows(state.step, batch_size=settings.batch_size, windows=len(train), seed=settings.seed)
+    micro_batches = [
+        tuple(part.to(trainer.device) for part in train.batch(windows[start : start + settings.micro_batch]))
+        for start in range(0, settings.batch_size, settings.micro_batch)
+    ]
     merges_before = merges.merges if merges else 0
-    optimizer.step()
-    optimizer.zero_grad()
-    state.bad_steps_in_a_row = 0
+    result = step(micro_batches, clip=clip)
+    if result.skipped:
+        _count_bad_step(trainer, result)
+    else:
+        state.bad_steps_in_a_row = 0
     merged = merges is not None and merges.merges > merges_before
-    return StepResult(loss, norm, clip, merged=merged, skipped=False)
-
-
-def _accumulate_gradients(trainer: Trainer, forward: Any) -> torch.Tensor:
-    """Backward over the micro-batches of the current step; the mean loss over all its tokens, a scalar."""
-    settings, train = trainer.recipe.train, trainer.data.train
-    windows = batch_windows(trainer.state.step, batch_size=settings.batch_size, windows=len(train), seed=settings.seed)
-    tokens = settings.batch_size * train.seq_len
-    trainer.model.train()
-    total = torch.zeros((), dtype=torch.float32, device=trainer.device)
-    starts = range(0, settings.batch_size, settings.micro_batch)
-    with shared_blocks(trainer.model) if len(starts) > 1 else contextlib.nullcontext():
-        for start in starts:
-            inputs, labels = train.batch(windows[start : start + settings.micro_batch])
-            inputs, labels = inputs.to(trainer.device), labels.to(trainer.device)
-            trainer.phase("forward")
-            if settings.chunked_loss:
-                loss = chunked_loss(trainer.model, forward, inputs, labels) / tokens
-            else:
-                loss = summed_loss(forward, inputs, labels) / tokens
-            if _acts_in_backward(trainer.recipe) and not loss.isfinite():
-                return loss.detach()  # what backward does with it could not be taken back
-            trainer.phase("backward")
-            loss.backward()
-            total += loss.detach()
-    return total
-
-
-def _acts_in_backward(recipe: Recipe) -> bool:
-    """Whether backward already updates parameters (released gradients) or a momentum (single-step layers)."""
-    single_step = recipe.poet is not None and recipe.poet.config.method == "single-step"
-    return recipe.optimizer.release_gradients or single_step
-
-
-def summed_loss(forward: Any, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross entropy in nats summed over all tokens, in float32; ``inputs`` and ``labels`` are [sequences, tokens]."""
-    logits = forward(input_ids=inputs, use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
-
-
-def chunked_loss(model: Any, forward: Any, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The number :func:`summed_loss` gives, through the last hidden state: the logits never exist as a whole."""
-    head = model.get_output_embeddings()
-    hidden = forward(input_ids=inputs, use_cache=False).last_hidden_state
-    return chunked_cross_entropy(hidden, head.weight, labels, bias=head.bias, reduction="sum")
+    facts = {"loss": result.loss, "grad_norm": result.grad_norm, "clip": clip}
+    if result.router_loss is not None:
+        facts["router_loss"] = result.router_loss
+    facts |= {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
+    return facts | {"merged": merged} | _merge_facts(merges if merged else None) | {"skipped": result.skipped}
 
 
 @torch.no_grad()
@@ -256,10 +186,11 @@ def evaluate(
     batch_size: int,
     device: torch.device,
     chunked: bool = False,
+    autocast: bool = False,
 ) -> float:
     """Mean loss in nats a token over these windows, the model in eval mode for the duration.
 
-    ``chunked``: without the logits, as :func:`chunked_loss`.
+    ``chunked``: without the logits, as :func:`chunked_loss`. ``autocast``: compute in bfloat16.
     """
     was_training = model.training
     model.eval()
@@ -267,10 +198,11 @@ def evaluate(
     for start in range(0, len(windows), batch_size):
         inputs, labels = data.batch(windows[start : start + batch_size])
         inputs, labels = inputs.to(device), labels.to(device)
-        if chunked:
-            total += float(chunked_loss(model, model.base_model, inputs, labels))
-        else:
-            total += float(summed_loss(model, inputs, labels))
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+            if chunked:
+                total += float(chunked_loss(model, model.base_model, inputs, labels))
+            else:
+                total += float(summed_loss(model, inputs, labels)[0])
     model.train(was_training)
     return total / (len(windows) * data.seq_len)
 
@@ -335,6 +267,7 @@ def _validate(trainer: Trainer, started: float) -> None:
         batch_size=settings.micro_batch,
         device=trainer.device,
         chunked=settings.chunked_loss,
+        autocast=settings.autocast,
     )
     entry = trainer.metrics.write(
         "validation",
@@ -361,19 +294,12 @@ def _record_spectrum(trainer: Trainer) -> None:
     trainer.metrics.write("spectrum", trainer.state.step, layers=layers)
 
 
-def _record_step(trainer: Trainer, result: StepResult, *, seconds: float, step_seconds: float) -> None:
+def _record_step(trainer: Trainer, facts: dict[str, Any], *, seconds: float, step_seconds: float) -> None:
     recipe = trainer.recipe
-    lrs = {f"lr_{group['name']}": group["lr"] for group in trainer.optimizer.param_groups}
     entry = trainer.metrics.write(
         "train",
         trainer.state.step,
-        loss=result.loss,
-        grad_norm=result.grad_norm,
-        clip=result.clip,
-        **lrs,
-        merged=result.merged,
-        **_merge_facts(trainer.merges if result.merged else None),
-        skipped=result.skipped,
+        **facts,
         tokens_per_second=round(recipe.train.batch_size * recipe.data.seq_len / step_seconds, 1),
         seconds=round(seconds, 3),
         peak_memory_gib=round(peak_memory_gib(trainer.device), 3),
@@ -387,11 +313,11 @@ def _merge_facts(merges: MergeHandle | None) -> dict[str, float]:
     return {} if report is None else {"merge_angle": report.angle, "norm_drift": report.norm_drift}
 
 
-def _count_bad_step(trainer: Trainer, loss: float, norm: float) -> None:
+def _count_bad_step(trainer: Trainer, result: StepResult) -> None:
     state, limit = trainer.state, trainer.recipe.train.max_bad_steps
     state.skipped_steps += 1
     state.bad_steps_in_a_row += 1
-    what = f"step {state.step + 1}: loss {loss}, gradient norm {norm}"
+    what = f"step {state.step + 1}: loss {result.loss}, gradient norm {result.grad_norm}"
     trainer.reporter.note(f"{what}: step skipped")
     if state.bad_steps_in_a_row >= limit:
         saved = checkpoints(trainer.run_dir)

@@ -25,13 +25,8 @@ import torch
 
 from poetx.data.tokens import PreparedData, prepare_data
 from poetx.errors import UserError
-from poetx.layers.walk import single_step_layers
-from poetx.merge import merge_every
-from poetx.models import build_model, convert_model, resolve_device, resolve_dtype
-from poetx.optim.build import build_optimizer as build_named_optimizer
-from poetx.optim.gradient_release import release_gradients
-from poetx.optim.groups import param_groups
-from poetx.optim.poetx import POETX
+from poetx.methods.base import convert_model, merge_handle, method_of
+from poetx.models import build_model, resolve_device, settled
 from poetx.recipe import Recipe, differing_keys, load_recipe
 from poetx.remarks import remarks
 from poetx.savings.chunked_loss import check_head
@@ -108,8 +103,7 @@ def train(
         start, recipe = _resume_point(recipe, reporter)
     elif not overwrite:
         _check_free(run_dir)
-    dtype = resolve_dtype(recipe.train.dtype, device)
-    recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, dtype=dtype))
+    recipe = settled(recipe, device)
 
     for text in remarks(recipe):
         reporter.note(text)
@@ -119,20 +113,8 @@ def train(
     report = convert_model(model, recipe, device)
     if recipe.train.chunked_loss:
         check_head(model)
-    optimizer = build_optimizer(model, recipe)
+    optimizer = method_of(recipe).build_optimizer(model, recipe.train.steps)
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
-    merges = None
-    if recipe.poet is not None and recipe.poet.merge_every is not None:
-        merges = merge_every(optimizer, model, steps=recipe.poet.merge_every)
-    release = None
-    if recipe.optimizer.release_gradients:
-        steps = recipe.train.batch_size // recipe.train.micro_batch
-        ends: Any = [
-            end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None
-        ]
-        dense = optimizer.base if isinstance(optimizer, POETX) else optimizer
-        assert dense is not None
-        release = release_gradients(dense, ends, accumulation_steps=steps)
     state = ckpt.TrainState(data_fingerprint=data.meta.fingerprint)
     start_spectrum = None
     if report is not None and recipe.train.spectrum_every is not None:
@@ -156,14 +138,13 @@ def train(
             model=model,
             optimizer=optimizer,
             peak_lrs=peak_lrs,
-            merges=merges,
+            merges=merge_handle(optimizer),
             data=data,
             device=device,
             state=state,
             metrics=MetricsWriter(run_dir / "metrics.jsonl", step=state.step),
             reporter=reporter,
             start_spectrum=start_spectrum,
-            release=release,
         )
         return _train_and_export(trainer, start, report)
 
@@ -194,30 +175,6 @@ def _set_aside_newer(run_dir: Path, start: Path) -> None:
             aside = path.with_name(f"broken-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-
-
-def build_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer over :func:`poetx.param_groups` of ``model``; for single-step layers within POETX."""
-    own = recipe.optimizer
-    settings: dict[str, Any] = {
-        "lr": own.lr,
-        "betas": own.betas,
-        "eps": own.eps,
-        "momentum": own.momentum,
-        "state_dtype": own.state_dtype,
-    }
-    if next(single_step_layers(model), None) is not None:
-        return POETX(
-            model,
-            own.lr,
-            angle=own.angle,
-            norm_growth=own.norm_growth / recipe.train.steps,
-            weight_decay=own.weight_decay,
-            base=lambda groups: build_named_optimizer(groups, own.base or own.name, **settings),
-        )
-    poet_options = {"betas": own.poet_betas, "eps": own.poet_eps} if own.name == "adamw" else {}
-    groups = param_groups(model, lr=own.lr, poet_lr=own.poet_lr, weight_decay=own.weight_decay, **poet_options)
-    return build_named_optimizer(groups, own.name, base=own.base, **settings)
 
 
 def _resume_point(recipe: Recipe, reporter: Reporter) -> tuple[Path, Recipe]:
@@ -273,7 +230,7 @@ def _write_run_files(
     temporary.write_text(recipe.to_yaml(), encoding="utf-8")
     temporary.replace(run_dir / "recipe.yaml")
     (run_dir / "environment.json").write_text(json.dumps(describe(device), indent=2), encoding="utf-8")
-    text = "dense baseline: nothing was converted (poet: null)" if report is None else str(report)
+    text = f"{method_of(recipe).title}: nothing was converted" if report is None else str(report)
     (run_dir / "conversion.txt").write_text(text + "\n", encoding="utf-8")
     source = recipe.data.tokenizer or recipe.model.pretrained
     save_tokenizer(data.tokenizer_file, data.meta.end_of_text, source, run_dir / TOKENIZER_DIR)
@@ -301,6 +258,7 @@ def _train_and_export(trainer: Trainer, start: Path | None, report: ConversionRe
     export_dir = run_dir / "export" if finished and recipe.train.export else None
     if export_dir is not None:
         reporter.stage("Exporting the model")
+        method_of(recipe).to_dense_(trainer.model)
         export_model(trainer.model, run_dir / TOKENIZER_DIR, export_dir)
     saved = ckpt.checkpoints(run_dir)
     validation = [entry for entry in read_metrics(run_dir / "metrics.jsonl") if entry["event"] == "validation"]
@@ -343,13 +301,7 @@ def _title(trainer: Trainer, report: ConversionReport | None) -> str:
     recipe, data = trainer.recipe, trainer.data
     parameters = sum(p.numel() for p in trainer.model.parameters())
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    if report is None:
-        method = "dense baseline"
-    else:
-        assert recipe.poet is not None
-        config = recipe.poet.config
-        name = "POET-X" if config.method == "poet-x" else "single-step POET-X"
-        method = f"{name} {config.mode} b={config.block_size}, {len(report.converted)} layers converted"
+    method = method_of(recipe).title + (f", {len(report.converted)} layers converted" if report else "")
     return (
         f"{recipe.name}: {parameters / 1e6:.2f}M parameters ({trainable / 1e6:.2f}M trainable), {method}; "
         f"{data.meta.train_tokens / 1e6:.2f}M tokens, {recipe.train.steps} steps of "

@@ -1,0 +1,23 @@
+"""What trains a model: every method is one file with two functions and one fact, and nothing else knows them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from poetx.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from poetx.method_names import METHODS
+    from poetx.methods.base import Method, convert_model, merge_handle, method_of, release_handle
+    from poetx.recipe import with_method
+
+__all__ = ["METHODS", "Method", "convert_model", "merge_handle", "method_of", "release_handle", "with_method"]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "poetx.method_names": ("METHODS",),
+        "poetx.methods.base": ("Method", "convert_model", "merge_handle", "method_of", "release_handle"),
+        "poetx.recipe": ("with_method",),
+    },
+)

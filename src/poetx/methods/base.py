@@ -1,0 +1,171 @@
+"""A method is two functions, what it does to a model and the optimizer it trains it with, and one fact.
+
+``poetx train``, the planner, the benchmarks and comparisons build a step by these alone:
+
+    method = method_of(recipe)
+    report = convert_model(model, recipe, device)               # method.apply_, and the recipe's memory savings
+    optimizer = method.build_optimizer(model, recipe.train.steps)
+    step = TrainingStep.of(recipe, model, optimizer)            # poetx.train.step
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import nn
+from torch.optim import Optimizer
+
+from poetx.layers.walk import converted_layers
+from poetx.merge import MergeHandle
+from poetx.optim.gradient_release import ReleaseHandle, release_gradients
+from poetx.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from poetx.convert import ConversionReport
+
+H = TypeVar("H", MergeHandle, ReleaseHandle)
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """One way to train a model, as a recipe sets it. A baseline is a file with one subclass and a line in METHODS."""
+
+    recipe: Recipe
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """A few words for people, such as ``POET-X fast b=256``."""
+
+    @property
+    def acts_in_backward(self) -> bool:
+        """Whether backward already changes a parameter (released gradients) or a momentum (single-step layers).
+
+        A loss that is not finite must then be seen before its backward, and gradient norms leave something out.
+        """
+        return self.recipe.optimizer.release_gradients
+
+    def apply_(self, model: nn.Module) -> ConversionReport | None:
+        """Change the dense ``model`` in place to what is trained; it may be on the meta device.
+
+        Returns:
+            What was converted, or None for a method that converts nothing.
+        """
+        return None
+
+    def to_dense_(self, model: nn.Module) -> None:
+        """Turn the trained ``model`` back into plain layers, in place: the inverse of :meth:`apply_`."""
+        from poetx.convert import to_dense_
+
+        to_dense_(model)
+
+    @abstractmethod
+    def _optimizer(self, model: nn.Module, steps: int, options: dict[str, Any]) -> Optimizer:
+        """The optimizer over every trainable parameter; ``options`` for :func:`poetx.optim.build_optimizer`."""
+
+    def build_optimizer(self, model: nn.Module, steps: int, *, foreach: bool | None = None) -> Optimizer:
+        """The optimizer over every trainable parameter of the converted ``model``, merges and releases included.
+
+        What it does beside its step, merging every so often and releasing gradients inside backward, is registered
+        on it: :func:`merge_handle` and :func:`release_handle` find the handles.
+
+        Args:
+            steps: of the whole run, which schedules of the method itself are stretched over.
+            foreach: of torch's AdamW; None lets torch choose by the device.
+        """
+        own = self.recipe.optimizer
+        options = {
+            "lr": own.lr,
+            "betas": own.betas,
+            "eps": own.eps,
+            "momentum": own.momentum,
+            "state_dtype": own.state_dtype,
+            "foreach": foreach,
+        }
+        optimizer = self._optimizer(model, steps, options)
+        if own.release_gradients:
+            micro_batches = self.recipe.train.batch_size // self.recipe.train.micro_batch
+            release_gradients(_dense_part(optimizer), large_parameters(model), accumulation_steps=micro_batches)
+        return optimizer
+
+
+def method_of(recipe: Recipe) -> Method:
+    """The method that ``recipe`` asks for: its ``poet`` or ``lora`` section, or else a dense baseline."""
+    if recipe.lora is not None:
+        from poetx.methods.lora import LoRA
+
+        return LoRA(recipe)
+    if recipe.poet is None:
+        from poetx.methods.dense import Dense
+
+        return Dense(recipe)
+    if recipe.poet.config.method == "single-step":
+        from poetx.methods.single_step import SingleStep
+
+        return SingleStep(recipe)
+    from poetx.methods.poet import PoetX
+
+    return PoetX(recipe)
+
+
+def convert_model(model: nn.Module, recipe: Recipe, device: torch.device | None) -> ConversionReport | None:
+    """Convert in place as the recipe's method does, then set up activation checkpointing where it is asked for.
+
+    Args:
+        model: dense, on any device. One on the meta device is given its weights on ``device``, layer by layer.
+        device: None leaves a model on the meta device there (what the planner wants).
+
+    Returns:
+        What was converted, or None where the method converts nothing.
+    """
+    from poetx.materialize import materialize_
+    from poetx.savings.activation_checkpointing import checkpoint_layers_
+
+    report = method_of(recipe).apply_(model)
+    if device is not None and next(model.parameters()).is_meta:
+        materialize_(model, recipe.model.pretrained, device=device, seed=recipe.train.seed)
+    if recipe.model.gradient_checkpointing:
+        checkpoint_layers_(model, recompute=recipe.model.recompute)
+    return report
+
+
+def large_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters whose gradients ``optimizer.release_gradients`` means.
+
+    In a model with rotated layers embeddings and output head, the only large gradients there; in any other model every
+    trainable matrix.
+    """
+    if next(converted_layers(model), None) is None:
+        return [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    return list({id(p): p for p in end_weights(model) if p.requires_grad}.values())
+
+
+def end_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of the input embedding and of the output head, where the model has them; a tied one twice."""
+    ends: Any = (getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings"))
+    return [end.weight for end in ends if end is not None]
+
+
+def merge_handle(optimizer: Optimizer) -> MergeHandle | None:
+    """What :func:`poetx.merge_every` registered on ``optimizer``, or None."""
+    return next(_handles(optimizer, MergeHandle), None)
+
+
+def release_handle(optimizer: Optimizer) -> ReleaseHandle | None:
+    """What :func:`poetx.optim.release_gradients` registered on ``optimizer``, or None."""
+    return next(_handles(_dense_part(optimizer), ReleaseHandle), None)
+
+
+def _handles(optimizer: Optimizer, kind: type[H]) -> Iterator[H]:
+    hooks = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_post_hooks.values())
+    return (owner for owner in hooks if isinstance(owner, kind))
+
+
+def _dense_part(optimizer: Optimizer) -> Optimizer:
+    """The optimizer of what POETX does not rotate, or the optimizer itself."""
+    return getattr(optimizer, "base", None) or optimizer

@@ -1,0 +1,42 @@
+"""The paper's form of POET-X, fast, mem or on a quantized weight: rotations that are merged every few hundred steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from poetx.merge import merge_every
+from poetx.methods.base import Method
+from poetx.optim.build import build_optimizer
+from poetx.optim.groups import param_groups
+
+if TYPE_CHECKING:
+    from poetx.convert import ConversionReport
+
+
+class PoetX(Method):
+    """Rotations by ``optimizer.name``, everything else by ``optimizer.base`` (the same one unless given)."""
+
+    @property
+    def title(self) -> str:
+        assert self.recipe.poet is not None
+        config = self.recipe.poet.config
+        return f"POET-X {config.weight_format or config.mode} b={config.block_size}"
+
+    def apply_(self, model: nn.Module) -> ConversionReport | None:
+        from poetx.convert import convert_
+
+        assert self.recipe.poet is not None
+        return convert_(model, self.recipe.poet.config)
+
+    def _optimizer(self, model: nn.Module, steps: int, options: dict[str, Any]) -> Optimizer:
+        own, poet = self.recipe.optimizer, self.recipe.poet
+        assert poet is not None
+        rotations = {"betas": own.poet_betas, "eps": own.poet_eps} if own.name == "adamw" else {}
+        groups = param_groups(model, lr=own.lr, poet_lr=own.poet_lr, weight_decay=own.weight_decay, **rotations)
+        optimizer = build_optimizer(groups, own.name, base=own.base, **options)
+        if poet.merge_every is not None:
+            merge_every(optimizer, model, steps=poet.merge_every)
+        return optimizer

@@ -1,0 +1,44 @@
+"""Single-step POET-X: layers whose backward feeds a momentum, folded at every step by :class:`poetx.POETX`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from poetx.methods.base import Method
+from poetx.optim.build import build_optimizer
+from poetx.optim.poetx import POETX
+
+if TYPE_CHECKING:
+    from poetx.convert import ConversionReport
+
+
+class SingleStep(Method):
+    """Matrices by POETX, everything else by ``optimizer.name``."""
+
+    acts_in_backward = True
+
+    @property
+    def title(self) -> str:
+        assert self.recipe.poet is not None
+        config = self.recipe.poet.config
+        return f"single-step POET-X {config.mode} b={config.block_size}"
+
+    def apply_(self, model: nn.Module) -> ConversionReport | None:
+        from poetx.convert import convert_
+
+        assert self.recipe.poet is not None
+        return convert_(model, self.recipe.poet.config)
+
+    def _optimizer(self, model: nn.Module, steps: int, options: dict[str, Any]) -> Optimizer:
+        own = self.recipe.optimizer
+        return POETX(
+            model,
+            own.lr,
+            angle=own.angle,
+            norm_growth=own.norm_growth / steps,
+            weight_decay=own.weight_decay,
+            base=lambda groups: build_optimizer(groups, own.base or own.name, **options),
+        )

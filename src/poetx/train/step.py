@@ -1,0 +1,198 @@
+"""The one training step: accumulate, look, clip, step. Training, planning and benchmarks all take it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from poetx.errors import UserError
+from poetx.layers.shared_blocks import shared_blocks
+from poetx.methods.base import method_of, release_handle
+from poetx.recipe import Recipe
+from poetx.savings.chunked_loss import chunked_cross_entropy
+
+#: Names under which a mixture of experts keeps the weight of its routers' load-balancing loss.
+_ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
+
+
+def no_phase(name: str) -> None:
+    """Nobody measures."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step found.
+
+    Attributes:
+        loss: mean cross entropy over the tokens of the batch, nats.
+        router_loss: what a mixture of experts added for balance, its weight included; None for any other model.
+        grad_norm: before clipping, of the gradients that are there when backward is over.
+        skipped: a loss or norm was not finite, and nothing was stepped.
+    """
+
+    loss: float
+    router_loss: float | None
+    grad_norm: float
+    skipped: bool
+
+
+@dataclass
+class TrainingStep:
+    """A model and its optimizer, ready to take steps; call it with a batch.
+
+    Attributes:
+        forward: what is called with ``input_ids``: the model, or its base model with ``chunked_loss``, or either of
+            them compiled.
+        acts_in_backward: of the method; a loss that is not finite then ends the step before its backward.
+        chunked_loss: never the full logits. autocast: compute in bfloat16, whatever the weights are.
+        phase: told ``"forward"`` and ``"backward"`` for every micro-batch, then ``"step"`` and ``"after"``.
+    """
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    forward: Callable[..., Any]
+    acts_in_backward: bool = False
+    chunked_loss: bool = False
+    autocast: bool = False
+    phase: Callable[[str], None] = no_phase
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        compiled: bool = False,
+        phase: Callable[[str], None] = no_phase,
+    ) -> TrainingStep:
+        """The step that ``recipe`` asks for over a converted ``model`` and its method's ``optimizer``."""
+        settings = recipe.train
+        body: Any = model.base_model if settings.chunked_loss else model
+        return cls(
+            model=model,
+            optimizer=optimizer,
+            forward=torch.compile(body) if compiled else body,
+            acts_in_backward=method_of(recipe).acts_in_backward,
+            chunked_loss=settings.chunked_loss,
+            autocast=settings.autocast,
+            phase=phase,
+        )
+
+    def __call__(self, micro_batches: Sequence[tuple[Tensor, Tensor]], *, clip: float | None = None) -> StepResult:
+        """One optimizer step on pairs of inputs and labels [sequences, tokens]; skipped if it is not finite.
+
+        The gradient is that of the mean loss over all tokens, however they are cut into micro-batches.
+
+        Args:
+            clip: largest norm over all gradients, or None.
+        """
+        total, router = self._accumulate(micro_batches, reads=True)
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters() if p.grad is not None])
+        numbers = [total.double(), grad_norm.to(total.device).double(), *([] if router is None else [router.double()])]
+        loss, norm, *rest = torch.stack(numbers).cpu().tolist()
+        skipped = not all(map(math.isfinite, (loss, norm, *rest)))
+        if skipped:
+            self._discard()
+        else:
+            if clip is not None and norm > clip:
+                torch.nn.utils.clip_grads_with_norm_(self._parameters(), clip, grad_norm)
+            self._step()
+        return StepResult(loss, rest[0] if rest else None, norm, skipped)
+
+    def take(self, micro_batches: Sequence[tuple[Tensor, Tensor]], *, clip: float | None = None) -> Tensor:
+        """The same step without looking at any number: for fake tensors, which have none; the loss, a scalar."""
+        total, _ = self._accumulate(micro_batches, reads=False)
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(self._parameters(), clip)
+        self._step()
+        return total
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _step(self) -> None:
+        self.phase("step")
+        self.optimizer.step()
+        self.phase("after")
+        self.optimizer.zero_grad()
+
+    def _discard(self) -> None:
+        self.optimizer.zero_grad()
+        release = release_handle(self.optimizer)
+        if release is not None:
+            release.reset()
+
+    def _accumulate(
+        self, micro_batches: Sequence[tuple[Tensor, Tensor]], *, reads: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Backward over the micro-batches; their mean losses over all tokens, scalars."""
+        tokens = sum(labels.numel() for _, labels in micro_batches)
+        self.model.train()
+        total = torch.zeros((), dtype=torch.float32, device=micro_batches[0][0].device)
+        routers: Tensor | None = None
+        with shared_blocks(self.model) if len(micro_batches) > 1 else contextlib.nullcontext():
+            for inputs, labels in micro_batches:
+                self.phase("forward")
+                loss, router = self.losses(inputs, labels)
+                loss = loss / tokens
+                whole = loss
+                if router is not None:
+                    router = router * (labels.numel() / tokens)
+                    whole = loss + router
+                    routers = router.detach() + (0 if routers is None else routers)
+                if reads and self.acts_in_backward and not whole.isfinite():
+                    return whole.detach(), routers  # what backward does with it could not be taken back
+                self.phase("backward")
+                whole.backward()
+                total += loss.detach()
+        return total, routers
+
+    def losses(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Cross entropy in nats summed over all tokens, and the routers' loss of a mixture of experts or None."""
+        with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            if self.chunked_loss:
+                return chunked_loss(self.model, self.forward, inputs, labels), None
+            return summed_loss(self.forward, inputs, labels, self.model)
+
+
+def summed_loss(forward: Any, inputs: Tensor, labels: Tensor, model: Any = None) -> tuple[Tensor, Tensor | None]:
+    """Cross entropy in nats summed over all tokens, in float32; inputs and labels are [sequences, tokens].
+
+    And the routers' load-balancing loss with its weight, where the model computes one (``output_router_logits`` in
+    its config), else None.
+    """
+    out = forward(input_ids=inputs, use_cache=False)
+    loss = F.cross_entropy(out.logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+    auxiliary = getattr(out, "aux_loss", None)
+    return loss, None if auxiliary is None else auxiliary.to(loss.device) * router_weight(model or forward)
+
+
+def chunked_loss(model: Any, forward: Any, inputs: Tensor, labels: Tensor) -> Tensor:
+    """The cross entropy of :func:`summed_loss` through the last hidden state: the logits never exist as a whole."""
+    head = model.get_output_embeddings()
+    hidden = forward(input_ids=inputs, use_cache=False).last_hidden_state
+    return chunked_cross_entropy(hidden, head.weight, labels, bias=head.bias, reduction="sum")
+
+
+def router_weight(model: Any) -> float:
+    """The factor on the routers' load-balancing loss of a mixture of experts.
+
+    Raises:
+        UserError: the model says none.
+    """
+    for name in _ROUTER_WEIGHTS:
+        for owner in (model, getattr(model, "config", None)):
+            if isinstance(weight := getattr(owner, name, None), int | float):
+                return float(weight)
+    raise UserError(
+        f"{type(model).__name__} returns a loss of its routers but names no weight for it (router_aux_loss_coef); set "
+        "output_router_logits to false in its config"
+    )

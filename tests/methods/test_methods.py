@@ -1,0 +1,126 @@
+"""Every method by its word: it trains, resumes, exports a plain model, and puts its own keys into any recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from builders import At, interrupt, train_losses
+from poetx.errors import UserError
+from poetx.method_names import METHODS
+from poetx.methods import convert_model, merge_handle, method_of, release_handle, with_method
+from poetx.models import build_model
+from poetx.recipe import Recipe, load_recipe
+from poetx.train.run import train
+from poetx.train.step import TrainingStep
+
+Tiny = Callable[..., Recipe]
+CPU = torch.device("cpu")
+#: One of each kind; the weight formats are one method on one weight object.
+KINDS = [name for name in METHODS if name not in ("int4", "nf4", "fp8") and not name.startswith("bipolar")]
+
+
+def built(recipe: Recipe) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    model = build_model(recipe, vocab_size=320, end_of_text_id=0, device=CPU)
+    convert_model(model, recipe, CPU)
+    return model, method_of(recipe).build_optimizer(model, recipe.train.steps)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_method_trains_resumes_and_exports_a_plain_model(name: str, tiny: Tiny) -> None:
+    if name == "lora":
+        pytest.importorskip("peft")
+    settings = (f"method={name}", "train.dtype=float32", "train.checkpoint_every=5", "optimizer.clip=1")
+    whole = train(tiny(*settings, run_dir="whole"))
+    assert min(train_losses(whole.run_dir)[-3:]) < train_losses(whole.run_dir)[0]
+    exported = AutoModelForCausalLM.from_pretrained(whole.run_dir / "export")
+    trained = dict(whole.model.named_parameters())
+    assert {n: p.shape for n, p in exported.named_parameters()} == {n: p.shape for n, p in trained.items()}
+    assert all(torch.equal(p, trained[n]) for n, p in exported.named_parameters())
+
+    parts = tiny(*settings, run_dir="parts")
+    assert train(parts, reporter=At(7, interrupt)).step == 7
+    train(parts, resume=True)
+    assert train_losses(parts.directory) == train_losses(whole.run_dir)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_can_be_put_into_any_recipe_and_back(name: str) -> None:
+    for source in ("demo", "demo-single-step"):
+        recipe = with_method(load_recipe(source), name)
+        assert recipe == load_recipe(source, [f"method={name}"])
+        assert with_method(recipe, name) == recipe
+        assert Recipe.from_dict(recipe.to_dict()) == recipe
+        back = with_method(with_method(recipe, "adamw"), "fast")
+        assert type(method_of(back)).__name__ == "PoetX"
+
+
+def test_an_unknown_method_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="method=adamw-8bits: no such method; did you mean 'adamw-8bit'"):
+        load_recipe("demo", ["method=adamw-8bits"])
+
+
+def test_merges_and_releases_are_registered_by_the_method(tiny: Tiny) -> None:
+    _, optimizer = built(tiny("train.dtype=float32", "optimizer.clip=null", "optimizer.release_gradients=true"))
+    merges, release = merge_handle(optimizer), release_handle(optimizer)
+    assert merges is not None
+    assert merges.steps == 5
+    assert release is not None
+    _, plain = built(tiny("train.dtype=float32", "method=adamw"))
+    assert merge_handle(plain) is None
+    assert release_handle(plain) is None
+
+
+@pytest.mark.parametrize("name", ["mem", "single-step", "adamw", "muon"])
+def test_releasing_gradients_means_both_ends_or_every_matrix_of_a_dense_model(name: str, tiny: Tiny) -> None:
+    """During backward the released ones are stepped, so that nothing is left of them for the step."""
+    recipe = tiny(f"method={name}", "train.dtype=float32", "optimizer.clip=null", "optimizer.release_gradients=true")
+    model, optimizer = built(recipe)
+    left: list[str] = []
+    step = TrainingStep.of(recipe, model, optimizer)
+    step.phase = lambda phase: left.extend(
+        n for n, p in model.named_parameters() if phase == "step" and p.grad is not None and p.ndim >= 2
+    )
+    before = model.lm_head.weight.detach().clone()
+    ids = torch.randint(320, (2, 16))
+    assert not step([(ids, ids)]).skipped
+    assert not torch.equal(model.lm_head.weight, before)
+    assert [n for n in left if "skew" not in n and "rotation" not in n] == []
+
+
+def test_muon_steps_the_matrices_between_the_ends_at_its_own_rate(tiny: Tiny) -> None:
+    recipe = tiny("method=muon", "train.dtype=float32", "optimizer.lr=0.01", "optimizer.muon_lr=0.02")
+    model, optimizer = built(recipe)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        inner = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
+        assert rates[id(parameter)] == (0.02 if inner else 0.01), name
+
+
+def test_mixed_precision_keeps_float32_weights_and_computes_in_bfloat16(tiny: Tiny) -> None:
+    recipe = tiny("method=adamw-mixed")
+    model, optimizer = built(recipe)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    seen = []
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    ids = torch.randint(320, (2, 16))
+    TrainingStep.of(recipe, model, optimizer)([(ids, ids)])
+    assert seen == [torch.bfloat16]
+
+
+def test_taking_a_step_without_looking_gives_the_same_weights(tiny: Tiny) -> None:
+    recipe = tiny("train.dtype=float32", "train.chunked_loss=true")
+    ids = torch.randint(320, (4, 16))
+    ends = []
+    for look in (True, False):
+        model, optimizer = built(recipe)
+        step = TrainingStep.of(recipe, model, optimizer)
+        batches = [(ids[:2], ids[:2]), (ids[2:], ids[2:])]
+        loss = step(batches, clip=0.1).loss if look else step.take(batches, clip=0.1).item()
+        ends.append((loss, [p.detach().clone() for p in model.parameters()]))
+    assert ends[0][0] == pytest.approx(ends[1][0])
+    for a, b in zip(ends[0][1], ends[1][1], strict=True):
+        torch.testing.assert_close(a, b)
