@@ -49,7 +49,7 @@ def equal(a, b):
 @pytest.mark.parametrize("base", BASES)
 def test_one_door_gives_the_numbers_of_two_optimizers(base):
     one, two = model_of(), model_of()
-    combined = build_optimizer(groups_of(one), base=base)
+    combined = build_optimizer(groups_of(one), dense_optimizer=base)
     assert isinstance(combined, CombinedOptimizer)
     rotations, *rest = groups_of(two)
     separate = [torch.optim.AdamW([rotations]), type(combined.optimizers[1])(rest)]
@@ -62,7 +62,7 @@ def test_one_door_gives_the_numbers_of_two_optimizers(base):
 
 def test_a_merge_resets_the_rotations_alone():
     model = model_of()
-    optimizer = build_optimizer(groups_of(model), base="hfac")
+    optimizer = build_optimizer(groups_of(model), dense_optimizer="hfac")
     rotations = {p for group in optimizer.param_groups if group["name"] == "rotations" for p in group["params"]}
     train(model, [optimizer], 2)
     others = set(optimizer.state) - rotations
@@ -79,7 +79,7 @@ def test_a_merge_resets_the_rotations_alone():
 def test_saved_and_loaded_it_goes_on_bitwise(base, dtype, state_dtype):
     def start():
         model = model_of(dtype)
-        optimizer = build_optimizer(groups_of(model), base=base, state_dtype=state_dtype)
+        optimizer = build_optimizer(groups_of(model), dense_optimizer=base, state_dtype=state_dtype)
         poetx.merge_every(optimizer, model, steps=3)
         return model, optimizer
 
@@ -96,7 +96,7 @@ def test_saved_and_loaded_it_goes_on_bitwise(base, dtype, state_dtype):
 
 def test_released_gradients_and_copies():
     plain, released = model_of(), model_of()
-    a, b = (build_optimizer(groups_of(m), base="smmf") for m in (plain, released))
+    a, b = (build_optimizer(groups_of(m), dense_optimizer="smmf") for m in (plain, released))
     release_gradients(b, [released[0].weight])
     train(plain, [a], 3)
     train(released, [b], 3)
@@ -133,7 +133,56 @@ def test_mistakes_are_named():
     with pytest.raises(UserError, match="did you mean 'adamw'"):
         build_optimizer([{"params": model.parameters()}], "adam")
     with pytest.raises(UserError, match="the model has no rotations"):
-        build_optimizer([{"params": model.parameters()}], base="smmf")
-    optimizer = build_optimizer(groups_of(model_of()), base="smmf")
+        build_optimizer([{"params": model.parameters()}], dense_optimizer="smmf")
+    optimizer = build_optimizer(groups_of(model_of()), dense_optimizer="smmf")
     with pytest.raises(UserError, match="before they are combined"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+
+
+def test_the_former_name_still_works_and_says_so():
+    with pytest.warns(DeprecationWarning, match="dense_optimizer="):
+        optimizer = build_optimizer(groups_of(model_of()), base="smmf")
+    assert [type(each).__name__ for each in optimizer.optimizers] == ["AdamW", "SMMF"]
+
+
+@pytest.mark.parametrize("kinds", [("adamw", "adamw"), ("adamw", "smmf"), ("adamw", "hfac"), ("sgd", "adafactor")])
+@pytest.mark.parametrize("scheduler", ["OneCycleLR", "CyclicLR"])
+def test_schedulers_that_cycle_momentum_reach_every_group(kinds, scheduler):
+    model = model_of(torch.bfloat16)
+    optimizer = build_optimizer(groups_of(model), kinds[0], dense_optimizer=kinds[1], momentum=0.9)
+    optimizer.load_state_dict(optimizer.state_dict())
+    rates = [group["lr"] for group in optimizer.param_groups]
+    if scheduler == "OneCycleLR":
+        cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rates, total_steps=10)
+    else:
+        cycle = torch.optim.lr_scheduler.CyclicLR(
+            optimizer, base_lr=[r / 10 for r in rates], max_lr=rates, step_size_up=4
+        )
+    seen = set()
+    for step in range(4):
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        cycle.step()
+        used = optimizer.optimizers[0].param_groups[0]
+        seen.add((used["lr"], used["betas"][0] if "betas" in used else used["momentum"]))
+    assert len(seen) == 4
+    assert all(weight.isfinite().all() for weight in weights(model))
+
+
+def test_a_closure_is_called_once_and_before_anything_moves():
+    model = model_of()
+    twin = copy.deepcopy(model)
+    a, b = (build_optimizer(groups_of(m), dense_optimizer="hfac") for m in (model, twin))
+    calls = []
+
+    def closure():
+        calls.append([p.detach().clone() for p in model.parameters()])
+        backward(model, 0)
+        return 3.0
+
+    assert a.step(closure) == 3.0
+    assert len(calls) == 1
+    assert equal(calls[0], weights(twin))
+    train(twin, [b], 1)
+    assert equal(weights(model), weights(twin))

@@ -9,7 +9,7 @@ from torch import nn
 import poetx
 from helpers import relative_error
 from poetx import UserError
-from poetx.optim import SMMF, AdamW, HFac, adamw
+from poetx.optim import SMMF, AdamW, HFac, adamw, build_optimizer
 from poetx.optim import sliced as _base
 from poetx.optim.smmf import pack_signs, square_shape
 
@@ -113,6 +113,37 @@ def test_adamw_with_float32_state_is_torchs(slices, monkeypatch):
     settings = {"lr": 0.01, "betas": (0.9, 0.98), "weight_decay": 0.1}
     got = run(AdamW([parameter], state_dtype="float32", **settings), parameter, gradients)
     assert relative_error(got, run(torch.optim.AdamW([twin], **settings), twin, gradients)) < 1e-6
+
+
+def reference_published_adam(Q, gradients, *, lr, betas, eps):
+    """Adam as its paper's last line of section 2 has it: ε beside the second moment that is not yet corrected."""
+    m = v = torch.zeros_like(Q)
+    for t, g in enumerate(gradients, 1):
+        m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g**2
+        Q = Q - lr * (1 - betas[1] ** t) ** 0.5 / (1 - betas[0] ** t) * m / (v.sqrt() + eps)
+    return Q
+
+
+@pytest.mark.parametrize("size", [1.0, 5e-6])  # where ε is nothing, and where it rules
+def test_uncorrected_eps_is_the_published_adam(size):
+    parameter, gradients = start(30, 7)
+    gradients = [gradient * size for gradient in gradients]
+    settings = {"lr": 0.03, "betas": (0.9, 0.999), "eps": 1e-6}
+    before = parameter.detach().clone()
+    want = reference_published_adam(before, gradients, **settings) - before
+    optimizer = build_optimizer([{"params": [parameter], "weight_decay": 0.0, "eps_mode": "uncorrected"}], **settings)
+    assert relative_error(run(optimizer, parameter, gradients) - before, want) < 1e-12
+    twin = nn.Parameter(before.clone())
+    torchs = run(torch.optim.AdamW([twin], weight_decay=0.0, **settings), twin, gradients) - before
+    assert (relative_error(torchs, want) < 1e-3) == (size == 1.0)
+
+
+def test_uncorrected_eps_for_the_rotations_alone_or_for_all():
+    model = nn.Sequential(nn.Linear(8, 8))
+    poetx.convert_(model, poetx.PoetConfig(block_size=8))
+    groups = poetx.param_groups(model, lr=1e-3, poet_lr=1e-3, eps=1e-6, eps_mode="uncorrected")
+    assert [type(each) for each in build_optimizer(groups).optimizers] == [AdamW, torch.optim.AdamW]
+    assert type(build_optimizer(groups, eps_mode="uncorrected")) is AdamW
 
 
 @pytest.mark.parametrize(("state_dtype", "error"), [("bfloat16", 0.01), ("int8", 0.06)])
@@ -243,6 +274,7 @@ def test_all_learn_the_same_problem():
     ("make", "words"),
     [
         (lambda p: AdamW(p, state_dtype="int4"), "state_dtype='int4'"),
+        (lambda p: AdamW(p, eps_mode="correct"), "did you mean 'corrected'"),
         (lambda p: AdamW(p, betas=(0.9, 1.0)), "betas"),
         (lambda p: AdamW(p, lr=-1.0), "lr=-1.0"),
         (lambda p: SMMF(p, beta=1.0), "beta=1.0"),

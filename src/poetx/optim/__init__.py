@@ -8,7 +8,8 @@ from poetx.lazy import lazy_names
 
 if TYPE_CHECKING:
     from poetx.optim.adamw import AdamW
-    from poetx.optim.build import OPTIMIZERS, CombinedOptimizer, build_optimizer
+    from poetx.optim.build import OPTIMIZERS, build_optimizer
+    from poetx.optim.combined import CombinedOptimizer
     from poetx.optim.gradient_release import ReleaseHandle, release_gradients
     from poetx.optim.groups import param_groups
     from poetx.optim.hfac import HFac
@@ -32,7 +33,8 @@ __getattr__ = lazy_names(
     __name__,
     {
         "poetx.optim.adamw": ("AdamW",),
-        "poetx.optim.build": ("OPTIMIZERS", "CombinedOptimizer", "build_optimizer"),
+        "poetx.optim.build": ("OPTIMIZERS", "build_optimizer"),
+        "poetx.optim.combined": ("CombinedOptimizer",),
         "poetx.optim.groups": ("param_groups",),
         "poetx.optim.hfac": ("HFac",),
         "poetx.optim.poetx": ("POETX",),

@@ -11,6 +11,7 @@ from poetx.errors import UserError, nearest
 from poetx.optim.sliced import SLICE, SlicedOptimizer, compute_dtype, write_
 
 STATE_DTYPES = ("same", "float32", "bfloat16", "int8")
+EPS_MODES = ("corrected", "uncorrected")
 #: Elements that share one scale in the 8-bit state.
 BLOCK = 256
 #: Parameters below this size keep float32 state: there is nothing to save.
@@ -31,6 +32,9 @@ class AdamW(SlicedOptimizer):
         params: parameters or groups, as for any torch optimizer.
         state_dtype: ``"float32"``, ``"bfloat16"``, ``"int8"``, or ``"same"``, bfloat16 for bfloat16 parameters and
             float32 for wider ones; a group may set its own.
+        eps_mode: ``"corrected"`` adds ε to √v̂, v̂ = v / (1 − β₂ᵗ), as torch does; ``"uncorrected"`` to √v, as the
+            published POET runs do: ε √(1 − β₂ᵗ)⁻¹ in torch's form. Where gradients are near ε, the first steps after
+            each merge are then smaller, a warm-up (method, section 6). A group may set its own.
         seed: of the rounding noise.
 
     Raises:
@@ -46,22 +50,16 @@ class AdamW(SlicedOptimizer):
         weight_decay: float = 1e-2,
         *,
         state_dtype: str = "bfloat16",
+        eps_mode: str = "corrected",
         seed: int = 0,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "state_dtype": state_dtype,
-        }
-        super().__init__(params, defaults, seed=seed)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"state_dtype": state_dtype, "eps_mode": eps_mode}, seed=seed)
         for group in self.param_groups:
-            if group["state_dtype"] not in STATE_DTYPES:
-                raise UserError(
-                    f"state_dtype={group['state_dtype']!r}: must be one of {', '.join(STATE_DTYPES)}"
-                    + nearest(str(group["state_dtype"]), STATE_DTYPES)
-                )
+            for name, choices in (("state_dtype", STATE_DTYPES), ("eps_mode", EPS_MODES)):
+                if group[name] not in choices:
+                    guess = nearest(str(group[name]), choices)
+                    raise UserError(f"{name}={group[name]!r}: must be one of {', '.join(choices)}{guess}")
 
     def _update(self, parameter: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         kind = group["state_dtype"]
@@ -93,7 +91,10 @@ def _update_slice(
     v = _load(state, "exp_avg_sq", here, dtype).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     _store_(state, "exp_avg_sq", here, v, noise)
     del grad
-    denominator = v.div_(1 - beta2**step).sqrt_().add_(group["eps"])
+    eps = group["eps"]
+    if group.get("eps_mode") == "uncorrected":
+        eps /= (1 - beta2**step) ** 0.5
+    denominator = v.div_(1 - beta2**step).sqrt_().add_(eps)
     value = weight.to(dtype, copy=True).mul_(1 - group["lr"] * group["weight_decay"])
     value.addcdiv_(m, denominator, value=-group["lr"] / (1 - beta1**step))
     write_(weight, value, noise)

@@ -11,6 +11,7 @@ from torch import Tensor
 from poetx.errors import UserError
 from poetx.layers.poet import stream
 from poetx.ops.fold import stochastic_round_
+from poetx.optim.combined import keep_dtypes
 
 #: Elements worked on at a time, so that the temporaries of a step do not depend on the largest parameter.
 SLICE = 1 << 23
@@ -79,16 +80,6 @@ class SlicedOptimizer(torch.optim.Optimizer):
         """As in torch, but every tensor keeps its dtype: torch would cast all of them to the parameter's."""
         super().load_state_dict(dict(state_dict))
         keep_dtypes(self, state_dict)
-
-
-def keep_dtypes(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """Give the loaded state of ``optimizer`` the dtypes that it was saved in."""
-    saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, parameter in zip(saved, params, strict=True):
-        for key, value in state_dict["state"].get(index, {}).items():
-            if isinstance(value, Tensor):
-                optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
 
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:

@@ -209,7 +209,7 @@ def build_optimizers(model: nn.Module, setup: TrainingSetup) -> list[torch.optim
         return [POETX(model, base=lambda rest: build_optimizer(rest, setup.base_optimizer, **options))]
     if setup.is_poet:
         groups = param_groups(model, lr=1e-3, poet_lr=1e-3)
-        return [build_optimizer(groups, base=setup.base_optimizer, **options)]
+        return [build_optimizer(groups, dense_optimizer=setup.base_optimizer, **options)]
     trainable = [p for p in model.parameters() if p.requires_grad]
     if setup.method == "muon":
         return _muon(model, trainable, foreach)
