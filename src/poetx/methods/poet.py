@@ -36,7 +36,7 @@ class PoetX(Method):
         assert poet is not None
         rotations = {"betas": own.poet_betas, "eps": own.poet_eps} if own.name == "adamw" else {}
         groups = param_groups(model, lr=own.lr, poet_lr=own.poet_lr, weight_decay=own.weight_decay, **rotations)
-        optimizer = build_optimizer(groups, own.name, base=own.base, **options)
+        optimizer = build_optimizer(groups, own.name, dense_optimizer=own.base, **options)
         if poet.merge_every is not None:
             merge_every(optimizer, model, steps=poet.merge_every)
         return optimizer
