@@ -47,7 +47,7 @@ def _naive_merge(layer: PoetLinear) -> None:
 def run(kind: str, angle: float, merges: int, seed: int, every: int) -> Iterator[dict[str, float]]:
     """Relative singular-value change (median, largest) and norm ratio after every ``every``-th merge."""
     dtype = torch.float32 if kind == "float32" else torch.bfloat16
-    config = PoetConfig(block_size=BLOCK, init="normalized", seed=seed, weight_residual=kind == "residual")
+    config = PoetConfig(block_size=BLOCK, init="normalized", seed=seed, weight_extra_bits=kind == "residual")
     layer = PoetLinear(SIZE, SIZE, bias=False, config=config, name="merges", dtype=dtype)
     start: Tensor = torch.linalg.svdvals(layer._precise_weight().detach().double())
     generator = torch.Generator().manual_seed(seed)

@@ -10,7 +10,7 @@ Rows that the file has already are not made again, so that an interrupted run ke
 
 Kinds of requantisation. No suffix: stochastic rounding, the library's. *nearest*: to the nearest level. *feedback*:
 to the nearest level, and the rounding error kept, stochastically rounded, in 4 more bits that only merging reads
-(``weight_residual``). *naive*: to the nearest level after a fold in bfloat16 of the truncated series' blocks, without
+(``weight_extra_bits``). *naive*: to the nearest level after a fold in bfloat16 of the truncated series' blocks, without
 norm correction.
 """
 
@@ -51,7 +51,7 @@ def settings(name: str, kind: str) -> dict[str, Any]:
     """What a format and a kind of requantisation add to a ``PoetConfig``."""
     if name == "bfloat16":
         return {}
-    return {"weight_format": name, "group_size": GROUP, "weight_residual": kind == "feedback"}
+    return {"weight_format": name, "group_size": GROUP, "weight_extra_bits": kind == "feedback"}
 
 
 def set_kind(layer: PoetLinear, kind: str) -> None:

@@ -43,7 +43,7 @@ def test_from_a_checkpoint_equals_converting_the_loaded_model(weight_format, res
     loaded = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     loaded.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    settings = {"weight_format": weight_format, "weight_residual": residual}
+    settings = {"weight_format": weight_format, "weight_extra_bits": residual}
     convert_(loaded, PoetConfig(**settings, **XQ))
     model = materialize_(on_meta(config, **settings), tmp_path)
     want = loaded.state_dict()
@@ -83,7 +83,7 @@ def test_building_takes_the_finished_model_and_one_layer(from_checkpoint, residu
         save_file(linears().state_dict(), tmp_path / "model.safetensors")
     with torch.device("meta"):
         model = linears()
-    convert_(model, PoetConfig(**XQ, weight_format="int8", weight_residual=residual))
+    convert_(model, PoetConfig(**XQ, weight_format="int8", weight_extra_bits=residual))
     tracker = StorageTracker()
     with tracker:
         tracker.enter_phase("build")

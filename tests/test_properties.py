@@ -23,7 +23,7 @@ def cases(draw):
         block_size=draw(st.integers(2, 20)),
         mode=draw(st.sampled_from(["fast", "mem"])),
         neumann_order=draw(st.sampled_from([3, 7, "exact"])),
-        weight_residual=draw(st.booleans()),
+        weight_extra_bits=draw(st.booleans()),
         seed=draw(st.integers(0, 5)),
     )
     sizes = [draw(SIZES) for _ in range(3)]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any, Literal
 
 from poetx.errors import UserError, nearest
@@ -38,6 +39,15 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "rotation_dtype": ("float32", "bfloat16", "float64"),
     "weight_format": (None, *WEIGHT_FORMATS),
 }
+
+
+#: Former names of settings.
+RENAMED = {"weight_residual": "weight_extra_bits"}
+
+
+def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with the present names of settings in place of former ones."""
+    return {RENAMED.get(key, key): value for key, value in values.items()}
 
 
 def name_matches(name: str, patterns: str | tuple[str, ...]) -> bool:
@@ -82,9 +92,9 @@ class PoetConfig:
         rotation_dtype: dtype of the packed rotation parameters. float32 whatever the model's dtype, because
             steps of 2.5e-4 vanish below half a unit in the last place of bfloat16. Of ``"single-step"``: dtype of the
             momentum, which bfloat16 serves with stochastic rounding.
-        weight_residual: keep 8 more bits of a bfloat16 weight in an int8 tensor (3 bytes a weight in all), which
+        weight_extra_bits: keep 8 more bits of a bfloat16 weight in an int8 tensor (3 bytes a weight in all), which
             only merging reads and writes: ten times less rounding noise in the spectrum of a long run. With a
-            ``weight_format`` 4 more bits of it, to the same end.
+            ``weight_format`` 4 more bits of it, to the same end. Formerly ``weight_residual``, still taken.
         weight_format: store the frozen weight as ``"int8"`` or ``"int4"`` (affine), ``"nf4"``, ``"fp8"`` (e4m3) or
             ``"bipolar-int2"`` … ``"bipolar-int8"``, dequantized on the fly (POET-XQ). None: in the model's dtype.
             Needs ``mode="mem"``: what *fast* saves for backward would cost more than the format spares.
@@ -109,11 +119,15 @@ class PoetConfig:
     exclude_modules: str | tuple[str, ...] = ("lm_head",)
     seed: int = 0
     rotation_dtype: str = "float32"
-    weight_residual: bool = False
+    weight_extra_bits: bool = False
     weight_format: str | None = None
     group_size: int = 128
+    weight_residual: InitVar[bool | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, weight_residual: bool | None) -> None:
+        if weight_residual is not None:
+            warnings.warn(f"weight_residual is now weight_extra_bits={weight_residual}", DeprecationWarning, 3)
+            object.__setattr__(self, "weight_extra_bits", weight_residual)
         if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 2:
             raise UserError(
                 f"block_size={self.block_size!r}: must be a whole number of at least 2 (256 or 512 are usual)"
@@ -137,13 +151,13 @@ class PoetConfig:
                 raise UserError(
                     f"{field}={scale}: init='keep' leaves the weight alone; use init='normalized' or {field}=1"
                 )
-        if not isinstance(self.weight_residual, bool):
-            raise UserError(f"weight_residual={self.weight_residual!r}: must be true or false")
+        if not isinstance(self.weight_extra_bits, bool):
+            raise UserError(f"weight_extra_bits={self.weight_extra_bits!r}: must be true or false")
         if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < 2:
             raise UserError(f"group_size={self.group_size!r}: must be a whole number of at least 2 (128 is usual)")
-        if self.method == "single-step" and (self.weight_residual or self.weight_format is not None):
+        if self.method == "single-step" and (self.weight_extra_bits or self.weight_format is not None):
             raise UserError(
-                "method='single-step' with weight_residual or weight_format: it folds the weight itself at every step; "
+                "method='single-step' with weight_extra_bits or weight_format: it folds the weight at every step; "
                 "use method='poet-x' for those"
             )
         if self.weight_format is not None:
@@ -177,7 +191,7 @@ class PoetConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PoetConfig:
         """The inverse of :meth:`to_dict`. Raises :class:`UserError` on an unknown key."""
-        known = [field.name for field in dataclasses.fields(cls)]
+        known, values = [field.name for field in dataclasses.fields(cls)], renamed(values)
         for key in values:
             if key not in known:
                 raise UserError(f"PoetConfig: unknown key {key!r}{nearest(key, known)}")

@@ -38,7 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
 #: Keys that a method does not have, and what they become when it is put into a recipe that sets them.
 _RESET: dict[str, dict[str, Any]] = {
     "poet-x": {},
-    "single-step": {"poet.merge_every": None, "poet.weight_format": None, "poet.weight_residual": False},
+    "single-step": {"poet.merge_every": None, "poet.weight_format": None, "poet.weight_extra_bits": False},
     "none": {"optimizer.base": None},
 }
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from poetx.config import PoetConfig
+from poetx.config import PoetConfig, renamed
 from poetx.errors import UserError, nearest
 from poetx.method_names import put_method
 from poetx.schema import (
@@ -157,6 +157,8 @@ class PoetRecipe:
     def from_mapping(cls, values: Mapping[str, Any], *, path: str) -> PoetRecipe:
         """Read the flat form; ``path`` is the dotted place for error messages."""
         hints = {"merge_every": int | None, **typing.get_type_hints(PoetConfig)}
+        del hints["weight_residual"]  # the former name, mapped already
+        values = renamed(values)
         check_keys(values, list(hints), path=path)
         settings = {key: coerce(value, hints[key], path=join(path, key)) for key, value in values.items()}
         single_step = settings.get("method") == "single-step"

@@ -59,7 +59,7 @@ def test_json_and_plot(app, config, tmp_path):
         (["--gpu", "-3"], "gpu=-3.0"),
         (["--gpu", "inf"], "gpu=inf: must be a positive, finite number"),
         (["--mode", "fast", "--weight-format", "int8"], "weight_format=int8: is for method='mem'"),
-        (["--mode", "adamw", "--weight-residual"], "weight_residual: is for method='mem' or 'fast'"),
+        (["--mode", "adamw", "--weight-residual"], "weight_extra_bits: is for method='mem' or 'fast'"),
         (["--weight-format", "int9"], "did you mean 'int8'"),
         (["--compare", " , "], "names no mode"),
         (["--mode", "int8", "--weight-format", "int4"], "weight_format=int4: mode=int8"),

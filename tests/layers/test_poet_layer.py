@@ -293,7 +293,7 @@ def test_extra_repr_names_the_sizes():
 
 def test_residual_keeps_what_bfloat16_rounds_away():
     layers = {
-        residual: make(m=96, n=64, dtype=torch.bfloat16, block_size=32, bias=False, angle=0, weight_residual=residual)
+        residual: make(m=96, n=64, dtype=torch.bfloat16, block_size=32, bias=False, angle=0, weight_extra_bits=residual)
         for residual in (False, True)
     }
     assert layers[True].residual.dtype == torch.int8

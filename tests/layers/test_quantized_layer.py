@@ -87,7 +87,7 @@ def test_at_most_one_layers_weight_is_alive_in_high_precision(residual):
     from poetx.ops.library import transparent_operators
 
     size = 256
-    settings = {"block_size": 16, "group_size": 64, "weight_residual": residual}
+    settings = {"block_size": 16, "group_size": 64, "weight_extra_bits": residual}
     model = nn.Sequential(*(make(m=size, n=size, bias=False, **settings) for _ in range(3)))
     alive = {}
 
@@ -136,10 +136,10 @@ def test_storage_is_integers_and_scales():
 def test_save_load_continue_deepcopy_and_casts(weight_format, residual, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    layer = make(weight_format, weight_residual=residual)
+    layer = make(weight_format, weight_extra_bits=residual)
     layer.merge_()
     save_file(layer.state_dict(), tmp_path / "layer.safetensors")
-    other = make(weight_format, weight_residual=residual)
+    other = make(weight_format, weight_extra_bits=residual)
     other.load_state_dict(load_file(tmp_path / "layer.safetensors"))
     buffer = io.BytesIO()
     torch.save(layer.state_dict(), buffer)
@@ -163,12 +163,12 @@ def test_save_load_continue_deepcopy_and_casts(weight_format, residual, tmp_path
 
 
 def test_a_state_of_another_format_is_refused_and_one_that_does_not_say_is_taken():
-    layer = make("nf4", weight_residual=True)
+    layer = make("nf4", weight_extra_bits=True)
     state = layer.state_dict()
     with pytest.raises(UserError, match=r"^packed_weight: the state is of weight_format='nf4', .*'bipolar-int4'; .*$"):
-        make("bipolar-int4", weight_residual=True).load_state_dict(state)
+        make("bipolar-int4", weight_extra_bits=True).load_state_dict(state)
     for old in (state, {k: v for k, v in state.items() if not k.endswith("weight_format")}):
-        other = make("nf4", weight_residual=True)
+        other = make("nf4", weight_extra_bits=True)
         assert str(other.load_state_dict(old)) == "<All keys matched successfully>"
         assert torch.equal(other.packed_weight.codes, layer.packed_weight.codes)
     assert "packed_weight.weight_format" in state, "the caller's own was changed"
@@ -190,7 +190,7 @@ def test_three_hundred_merges_hold_the_norm():
 
 @pytest.mark.parametrize("weight_format", ["int8", "int4", "nf4", "bipolar-int3"])
 def test_the_residual_changes_what_merges_keep_and_not_what_forward_sees(weight_format):
-    plain, residual = (make(weight_format, bias=False, weight_residual=kept) for kept in (False, True))
+    plain, residual = (make(weight_format, bias=False, weight_extra_bits=kept) for kept in (False, True))
     x = torch.randn(3, 20)
     assert torch.equal(plain(x), residual(x))
     assert torch.equal(plain.dense_weight(), residual.dense_weight())
@@ -211,7 +211,7 @@ def test_thirty_merges_lose_far_less_with_a_residual(weight_format, gain):
     settings = {"m": 64, "n": 64, "bias": False, "angle": 0, "block_size": 16, "group_size": 64}
     config = PoetConfig(block_size=16, mode="mem", init="normalized")
     exact = PoetLinear(64, 64, bias=False, config=config, name="layer")
-    layers = [exact, *(make(weight_format, **settings, weight_residual=kept) for kept in (False, True))]
+    layers = [exact, *(make(weight_format, **settings, weight_extra_bits=kept) for kept in (False, True))]
     generator = torch.Generator().manual_seed(1)
     for _ in range(30):
         drawn = [torch.randn(skew.shape, generator=generator) * 0.1 / (2 * 15**0.5) for skew in exact.rotations]
@@ -262,7 +262,9 @@ def test_conversion_preserves_the_function_within_the_format_and_export_within_b
     model = nn.Sequential(nn.Linear(64, 96), nn.SiLU(), nn.Linear(96, 64), nn.SiLU(), nn.Linear(64, 64)).bfloat16()
     x = torch.randn(32, 64).bfloat16()
     before = model(x)
-    config = PoetConfig(block_size=16, mode="mem", weight_format=weight_format, group_size=64, weight_residual=residual)
+    config = PoetConfig(
+        block_size=16, mode="mem", weight_format=weight_format, group_size=64, weight_extra_bits=residual
+    )
     report = convert_(model, config)
     assert [layer.name for layer in report.converted] == ["0", "2", "4"]
     assert 0 < relative_error(model(x), before) < LOGITS[weight_format]

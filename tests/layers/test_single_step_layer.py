@@ -403,8 +403,8 @@ def test_refusals():
     convert_(narrow, PoetConfig(method="single-step", block_size=4, rotation_dtype="bfloat16"))
     with pytest.raises(UserError, match="rule='adam'"):
         POETX(narrow, rule="adam")
-    with pytest.raises(UserError, match="method='single-step' with weight_residual"):
-        PoetConfig(method="single-step", weight_residual=True)
+    with pytest.raises(UserError, match="method='single-step' with weight_extra_bits"):
+        PoetConfig(method="single-step", weight_extra_bits=True)
     with pytest.raises(UserError, match="partitions=0"):
         PoetConfig(method="single-step", partitions=0)
     saved = POETX(model).state_dict()

@@ -52,7 +52,7 @@ def stopped(recipe: Recipe, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_learns_resumes_bitwise_across_a_merge_and_exports_what_it_trained(
     tiny: Tiny, weight_format: str, residual: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = (*XQ, f"poet.weight_format={weight_format}", f"poet.weight_residual={str(residual).lower()}")
+    settings = (*XQ, f"poet.weight_format={weight_format}", f"poet.weight_extra_bits={str(residual).lower()}")
     straight = train(tiny(*settings, run_dir="straight"))
     assert straight.last_perplexity is not None
     assert straight.first_perplexity is not None

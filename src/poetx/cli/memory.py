@@ -56,7 +56,7 @@ def memory(
         str | None, typer.Option(help="Of mem's frozen weight: int8, int4, nf4, fp8, bipolar-int2 … bipolar-int8.")
     ] = None,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale in such a format.")] = 128,
-    weight_residual: Annotated[
+    weight_extra_bits: Annotated[
         bool, typer.Option("--weight-residual", help="4 more bits in such a format, 8 in bfloat16, for merging.")
     ] = False,
     batch_size: Annotated[int, typer.Option(help="Sequences in one backward pass.")] = 1,
@@ -98,7 +98,7 @@ def memory(
         "spectrum": spectrum,
         "weight_format": weight_format,
         "group_size": group_size,
-        "weight_residual": weight_residual,
+        "weight_extra_bits": weight_extra_bits,
         "batch_size": batch_size,
         "seq_len": seq_len,
         "dtype": dtype,
@@ -135,7 +135,7 @@ def _setup(
             )
         method, settings = "mem", settings | {"weight_format": method}
     elif method != "mem" and not alone:
-        kept = {"weight_residual": settings["weight_residual"] and method in POET_METHODS}
+        kept = {"weight_extra_bits": settings["weight_extra_bits"] and method in POET_METHODS}
         settings = settings | {"weight_format": None} | kept
     setup = TrainingSetup(method=method, **settings)
     if alone or setup.uses_own_adamw:

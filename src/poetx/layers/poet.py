@@ -50,9 +50,9 @@ class PoetLinear(nn.Module):
             does not divide the side, the last row's entries beyond the shorter last block have no effect.
         bias [m] or None: outside the rotation, trained as usual.
         perm_in [n], perm_out [m]: int32. merge_count: int64 scalar. base_norm: ‖W0‖, float64 scalar.
-        residual [m, n]: int8, only with ``config.weight_residual`` and a bfloat16 weight.
+        residual [m, n]: int8, only with ``config.weight_extra_bits`` and a bfloat16 weight.
         packed_weight: with ``config.weight_format``, a :class:`~poetx.layers.weights.PackedWeight` for ``base_weight``,
-            which is None then; with ``config.weight_residual`` it holds its own residual.
+            which is None then; with ``config.weight_extra_bits`` it holds its own residual.
 
     Args:
         in_features, out_features: sizes, at least 1.
@@ -111,7 +111,7 @@ class PoetLinear(nn.Module):
                 *shape,
                 weight_format=config.weight_format,
                 group_size=config.group_size,
-                residual=config.weight_residual,
+                residual=config.weight_extra_bits,
                 device=device,
             )
         self.skew_in = self._new_skew(in_features, self.block_size_in)
@@ -121,7 +121,7 @@ class PoetLinear(nn.Module):
             self.register_buffer(side, torch.empty(size, dtype=torch.int32, device=device))
         self.register_buffer("merge_count", torch.empty((), dtype=torch.int64, device=device))
         self.register_buffer("base_norm", torch.empty((), dtype=torch.float64, device=device))
-        keeps_residual = config.weight_residual and dtype == torch.bfloat16 and self.packed_weight is None
+        keeps_residual = config.weight_extra_bits and dtype == torch.bfloat16 and self.packed_weight is None
         self.register_buffer(
             "residual", torch.empty(shape, dtype=torch.int8, device=device) if keeps_residual else None
         )

@@ -117,7 +117,7 @@ def prepare_(model: nn.Module, setup: TrainingSetup) -> nn.Module:
             neumann_order=setup.neumann_order,  # type: ignore[arg-type]
             weight_format=setup.weight_format,
             group_size=setup.group_size,
-            weight_residual=setup.weight_residual,
+            weight_extra_bits=setup.weight_extra_bits,
         )
         convert_(model, config)
     elif setup.method == "lora":

@@ -66,7 +66,7 @@ class TrainingSetup:
             optimizers on ``"cuda"``; the exact bytes of tensors on ``"cpu"``.
         neumann_order: of POET-X.
         weight_format, group_size: of a quantized base (POET-XQ), for ``"mem"`` only; see :class:`poetx.PoetConfig`.
-        weight_residual: of ``"mem"`` and ``"fast"``: more bits of the frozen weight, for merging; see there, too.
+        weight_extra_bits: of ``"mem"`` and ``"fast"``: more bits of the frozen weight, for merging; see there, too.
 
     Raises:
         UserError: a value outside its range, or settings that exclude each other.
@@ -91,7 +91,7 @@ class TrainingSetup:
     neumann_order: int = 3
     weight_format: str | None = None
     group_size: int = 128
-    weight_residual: bool = False
+    weight_extra_bits: bool = False
 
     def __post_init__(self) -> None:
         for field, choices in _CHOICES.items():
@@ -117,8 +117,8 @@ class TrainingSetup:
             )
         if self.weight_format is not None and self.method != "mem":
             raise UserError(f"weight_format={self.weight_format}: is for method='mem', not {self.method!r}")
-        if self.weight_residual and self.method not in POET_METHODS:
-            raise UserError(f"weight_residual: is for method='mem' or 'fast', not {self.method!r}")
+        if self.weight_extra_bits and self.method not in POET_METHODS:
+            raise UserError(f"weight_extra_bits: is for method='mem' or 'fast', not {self.method!r}")
         if self.method == "adamw-mixed" and self.dtype != "bfloat16":
             raise UserError("dtype=float32: method='adamw-mixed' computes in bfloat16; leave dtype alone")
 
