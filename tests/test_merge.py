@@ -5,19 +5,50 @@ import math
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from builders import function, gpt2, llama, mlp, turn
 from helpers import TOLERANCE, relative_error
 from poetx import PoetConfig, UserError, convert_, merge_, merge_every, param_groups, poet_layers, spectrum
+from poetx.optim import SMMF, AdamW, HFac, build_optimizer
 
 OPTIMIZERS = {
     "adamw": lambda groups: torch.optim.AdamW(groups),
     "adamw-foreach": lambda groups: torch.optim.AdamW(groups, foreach=True),
     "adamw-fused": lambda groups: torch.optim.AdamW(groups, fused=True),
     "sgd-momentum": lambda groups: torch.optim.SGD(groups, momentum=0.9),
+    "sgd-dampened": lambda groups: torch.optim.SGD(groups, momentum=0.9, dampening=0.5),
     "adafactor": lambda groups: torch.optim.Adafactor(groups),
+    "adagrad": lambda groups: torch.optim.Adagrad(groups, initial_accumulator_value=0.1),
+    "nadam": lambda groups: torch.optim.NAdam(groups),  # whose state does not start at zero
+    "int8": lambda groups: AdamW(groups, state_dtype="int8"),
+    "smmf": lambda groups: SMMF(groups),
+    "hfac": lambda groups: HFac(groups),
+    "in-group": lambda groups: CountsInGroup(groups),
+    "combined": lambda groups: build_optimizer(groups, "sgd", dense_optimizer="hfac", momentum=0.9),
 }
+#: Those whose state stays, as zeros.
+KEPT = set(OPTIMIZERS) - {"sgd-dampened", "nadam", "in-group"}
+
+
+class CountsInGroup(torch.optim.Optimizer):
+    """Adam without its second moment, with the step count, and a size that it adapts, in the group."""
+
+    def __init__(self, params, lr=1e-3):
+        super().__init__(params, {"lr": lr, "size": 1.0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+            group["size"] *= 0.9
+            for p in group["params"]:
+                if p.grad is not None:
+                    m = self.state[p].setdefault("m", torch.zeros_like(p))
+                    m.lerp_(p.grad, 0.1)
+                    p -= group["lr"] * group["size"] * m / (1 - 0.9 ** group["count"])
 
 
 def converted(**config):
@@ -58,34 +89,45 @@ def test_merge_resets_what_was_folded_and_nothing_else(name):
     for k in range(3):
         assert handle.steps_since_merge == k
         step(model, optimizer, seed=k)
-        if k < 2:
-            assert skew in optimizer.state
-    assert handle.merges == 1
-    assert handle.steps_since_merge == 0
-    assert skew not in optimizer.state
+    assert (handle.merges, handle.steps_since_merge) == (1, 0)
     assert skew.eq(0).all()
+    assert (skew in optimizer.state) == (name in KEPT)
     assert bias in optimizer.state
     step(model, optimizer)
     if "step" in optimizer.state[bias]:
-        assert float(optimizer.state[skew]["step"]) == 1
+        assert float(optimizer.state[skew].get("step", 1)) == 1  # SGD, one of two, counts none
         assert float(optimizer.state[bias]["step"]) == 4
     assert skew.ne(0).any()
 
 
-def test_first_step_after_a_merge_is_the_first_step_of_a_new_optimizer():
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_first_step_after_a_merge_is_the_first_step_of_a_new_optimizer(name, direct):
     model = converted(neumann_order="exact")
-    optimizer = optimizer_for(model)
-    merge_every(optimizer, model, steps=3)
+    optimizer = optimizer_for(model, name)
+    handle = merge_every(optimizer, model, steps=100 if direct else 3)
     for k in range(3):
         step(model, optimizer, seed=k)
+    if direct:
+        merge_(model, optimizer)
     twin = copy.deepcopy(model)
-    fresh = torch.optim.AdamW([p for _, layer in poet_layers(twin) for p in layer.rotations], lr=1e-2)
-    fresh.param_groups[0]["weight_decay"] = 0.0
-    step(model, optimizer, seed=9)
-    step(twin, fresh, seed=9)
-    for a, b in zip(poet_layers(model), poet_layers(twin), strict=True):
-        assert torch.equal(a[1].skew_in, b[1].skew_in)
-        assert torch.equal(a[1].skew_out, b[1].skew_out)
+    fresh = optimizer_for(twin, name)
+    for k in range(2):
+        step(model, optimizer, seed=9 + k)
+        step(twin, fresh, seed=9 + k)
+        if k == 0:  # the second inputs differ, because biases go on
+            for (_, a), (_, b) in zip(poet_layers(model), poet_layers(twin), strict=True):
+                assert torch.equal(a.skew_in, b.skew_in)
+                assert torch.equal(a.skew_out, b.skew_out)
+    assert handle.merges == (0 if direct else 1)
+
+
+def test_a_count_in_the_group_of_rotations_and_others_is_refused_at_the_first_step():
+    model = converted()
+    optimizer = CountsInGroup(p for p in model.parameters() if p.requires_grad)
+    merge_every(optimizer, model, steps=50)
+    with pytest.raises(UserError, match="CountsInGroup keeps 'count' in the parameter group"):
+        step(model, optimizer)
 
 
 def test_stale_gradients_are_dropped():
@@ -123,6 +165,60 @@ def test_stop_and_resume_across_a_merge_is_bitwise_the_same(name):
             assert a.shape == b.shape
 
 
+def test_a_state_with_the_counters_where_they_once_were_goes_on_bitwise():
+    def start():
+        torch.manual_seed(0)
+        model = converted(init="normalized")
+        return model, (optimizer := optimizer_for(model)), merge_every(optimizer, model, steps=4)
+
+    model, optimizer, _ = start()
+    want = [step(model, optimizer, seed=k) for k in range(11)]
+    for stop in (3, 4, 6):
+        model, optimizer, handle = start()
+        got = [step(model, optimizer, seed=k) for k in range(stop)]
+        weights, old = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        old["poetx"] = {"steps_since_merge": handle.steps_since_merge, "merges": handle.merges}
+        for group in old["param_groups"]:
+            for key in old["poetx"]:
+                group.pop(key, None)
+        old["state"] = {k: v for k, v in old["state"].items() if float(v["step"])}  # entries were dropped at a merge
+        model, optimizer, handle = start()
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(old)
+        assert (handle.steps_since_merge, handle.merges) == (stop % 4, stop // 4)
+        assert got + [step(model, optimizer, seed=k) for k in range(stop, 11)] == want
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("name", sorted(KEPT - {"adagrad"}))
+def test_distributed_checkpoints_go_on_bitwise_in_objects_that_never_stepped(name, every, flat, tmp_path):
+    def start():
+        torch.manual_seed(0)
+        model = converted(init="normalized")
+        optimizer = optimizer_for(model, name)
+        return model, optimizer, merge_every(optimizer, model, steps=every)
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model, optimizer, _ = start()
+    want = [step(model, optimizer, seed=k) for k in range(9)]
+    for stop in (3, 4):  # 4: right after a merge
+        model, optimizer, _ = start()
+        for k in range(stop):
+            step(model, optimizer, seed=k)
+        weights, states = get_state_dict(model, optimizer, options=options)
+        dcp.save({"model": weights, "optimizer": states}, checkpoint_id=tmp_path / str(stop), no_dist=True)
+        model, optimizer, handle = start()
+        weights, states = get_state_dict(model, optimizer, options=options)
+        target = {"model": weights, "optimizer": states}
+        dcp.load(target, checkpoint_id=tmp_path / str(stop), no_dist=True)
+        set_state_dict(
+            model, optimizer, model_state_dict=target["model"], optim_state_dict=target["optimizer"], options=options
+        )
+        assert (handle.steps_since_merge, handle.merges) == (stop % every, stop // every)
+        assert [step(model, optimizer, seed=k) for k in range(stop, 9)] == want[stop:]
+
+
 def test_optimizer_state_without_the_counter_is_refused():
     model = converted()
     optimizer = optimizer_for(model)
@@ -139,7 +235,7 @@ def test_removed_handle_merges_no_more():
     handle.remove()
     step(model, optimizer)
     assert model[0].merge_count.item() == 0
-    assert "poetx" not in optimizer.state_dict()
+    assert all("merges" not in group for group in optimizer.param_groups)
     merge_every(optimizer, model, steps=1)
 
 

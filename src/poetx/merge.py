@@ -6,14 +6,16 @@ together here, under one counter, because keeping them apart is where public cod
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from poetx.distributed.sharded import refuse_sharded
 from poetx.errors import UserError
 from poetx.layers.poet import FoldStats, PoetLinear
 from poetx.layers.walk import poet_layers
@@ -21,7 +23,11 @@ from poetx.ops.reference import EXACT
 
 logger = logging.getLogger(__name__)
 
-_KEY = "poetx"
+#: What counts merges, in every parameter group that holds rotations.
+_COUNTERS = ("steps_since_merge", "merges")
+#: Optimizers for which zeros are the state of a parameter that was never stepped. Their entries stay, because
+#: ``torch.distributed.checkpoint`` wants the same ones always; those of other optimizers are dropped.
+_FRESH_IS_ZERO = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adafactor, torch.optim.Adagrad, torch.optim.RMSprop)
 _NOTHING = (
     "the model has no PoetLinear layer to merge; call poetx.convert_ first (with method='single-step', poetx.POETX "
     "folds at every step and there is nothing left to merge)"
@@ -50,24 +56,31 @@ class MergeReport:
 def merge_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> MergeReport:
     """Fold every rotation of ``model`` into its weight, in place, and start the rotations anew.
 
-    The rotations become zero, their gradients None (they belonged to the old frame), and their entries in
-    ``optimizer.state`` are dropped, so that first moment, second moment and step count all start again. The
+    The rotations become zero, their gradients None (they belonged to the old frame), and what ``optimizer`` keeps
+    of them is as before their first step: first moment, second moment and step count, also one in their group. The
     model's function is preserved up to the training order's own error (θ⁴ for order 3) and the weight's dtype.
     Where that error passes 1 %, a warning is logged.
 
     Raises:
-        UserError: the model has no rotated layer.
+        UserError: the model has no rotated layer, or ``optimizer`` counts steps in a group that holds rotations and
+            other parameters.
     """
     layers = dict(poet_layers(model))
     if not layers:
         raise UserError(_NOTHING)
+    handle = None if optimizer is None else _handle_of(optimizer)
+    restart = handle.restart if handle else _Restart(())
+    if optimizer is not None:
+        restart.check(optimizer, layers.values())
     stats = []
     for layer in layers.values():
         stats.append(layer.merge_())
         for parameter in layer.rotations:
             parameter.grad = None
             if optimizer is not None:
-                optimizer.state.pop(parameter, None)
+                _reset(optimizer, parameter)
+    if optimizer is not None:
+        restart(optimizer, layers.values())
     return _report(layers, stats)
 
 
@@ -100,6 +113,88 @@ def _report(layers: Mapping[str, PoetLinear], stats: list[FoldStats]) -> MergeRe
     )
 
 
+def _reset(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+    """Make the state of one parameter what it was before its first step."""
+    state = optimizer.state.get(parameter)
+    if not state:
+        return
+    group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
+    owner = _owner(optimizer, group)
+    plain = type(owner) is torch.optim.SGD and group["dampening"] == 0  # which a first step does without
+    if not (plain or type(owner) in _FRESH_IS_ZERO or getattr(owner, "fresh_is_zero", False)):
+        optimizer.state.pop(parameter)
+        return
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            value.fill_(
+                group["initial_accumulator_value"] if type(owner) is torch.optim.Adagrad and key == "sum" else 0
+            )
+        elif isinstance(value, (int, float)):
+            state[key] = type(value)(0)
+
+
+def _owner(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """The optimizer that steps this group: one of several, if ``optimizer`` combines them."""
+    return optimizer.optimizers[group["optimizer"]] if hasattr(optimizer, "optimizers") else optimizer  # type: ignore[attr-defined]
+
+
+def _groups(optimizer: torch.optim.Optimizer, layers: Iterable[PoetLinear]) -> list[dict[str, Any]]:
+    """The parameter groups that hold rotations."""
+    rotations = {id(p) for layer in layers for p in layer.rotations}
+    return [group for group in optimizer.param_groups if any(id(p) in rotations for p in group["params"])]
+
+
+class _Restart:
+    """Restarts what an optimizer itself counts in the groups of the rotations.
+
+    Whatever ``step()`` changes in a group, but the learning rate, is state: every optimizer of ``pytorch_optimizer``
+    has its step count there, others a step size that they found.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
+        self._written = {"step"}
+        self._before: list[dict[str, Any]] = []
+        self._fresh = [self._entries(group) for group in groups]
+
+    def _entries(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {key: copy.deepcopy(value) for key, value in group.items() if key not in ("params", "lr", *_COUNTERS)}
+
+    def before_step(self, groups: list[dict[str, Any]]) -> None:
+        self._before = [{key: self._mark(value) for key, value in group.items()} for group in groups]
+
+    def after_step(self, groups: list[dict[str, Any]]) -> None:
+        for group, before in zip(groups, self._before, strict=False):
+            for key, value in group.items():
+                if key not in ("params", "lr", *_COUNTERS) and (key not in before or before[key] != self._mark(value)):
+                    self._written.add(key)
+
+    @staticmethod
+    def _mark(value: Any) -> Any:
+        return (id(value), value._version) if isinstance(value, Tensor) else value
+
+    def check(self, optimizer: torch.optim.Optimizer, layers: Iterable[PoetLinear]) -> None:
+        """Refuse a group whose count cannot start anew without that of other parameters."""
+        layers = list(layers)
+        rotations = {id(p) for layer in layers for p in layer.rotations}
+        for group in _groups(optimizer, layers):
+            found = sorted(self._written & group.keys())
+            if found and any(id(p) not in rotations for p in group["params"]):
+                raise UserError(
+                    f"{type(_owner(optimizer, group)).__name__} keeps {found[0]!r} in the parameter group, and this "
+                    "group holds rotations and other parameters, so a merge could not reset it for the rotations "
+                    "alone; build the optimizer from poetx.param_groups(model, ...)"
+                )
+
+    def __call__(self, optimizer: torch.optim.Optimizer, layers: Iterable[PoetLinear]) -> None:
+        for index, group in enumerate(_groups(optimizer, layers)):
+            fresh = self._fresh[index] if index < len(self._fresh) else _owner(optimizer, group).defaults
+            for key in self._written & group.keys():
+                if key in fresh:
+                    group[key] = copy.deepcopy(fresh[key])
+                else:
+                    del group[key]
+
+
 class MergeHandle:
     """What :func:`merge_every` returns.
 
@@ -111,61 +206,107 @@ class MergeHandle:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, steps: int) -> None:
-        self.steps, self.steps_since_merge, self.merges = steps, 0, 0
+        self.steps = steps
         self.report: MergeReport | None = None
-        self._model = model
+        self._model, self._optimizer = model, optimizer
+        self._set(0, 0)
+        self.restart = _Restart(() if optimizer.state else self._where())
         self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_state_dict_post_hook(self._save),
             optimizer.register_load_state_dict_pre_hook(self._load),
         ]
 
+    @property
+    def steps_since_merge(self) -> int:
+        return self._where()[0]["steps_since_merge"]
+
+    @property
+    def merges(self) -> int:
+        return self._where()[0]["merges"]
+
     def remove(self) -> None:
-        """Stop merging; the counter leaves the optimizer's ``state_dict``."""
+        """Stop merging; the counters leave the optimizer's groups."""
         for hook in self._hooks:
             hook.remove()
+        for group in self._where():
+            for key in _COUNTERS:
+                group.pop(key, None)
+
+    def _layers(self) -> list[PoetLinear]:
+        return [layer for _, layer in poet_layers(self._model)]
+
+    def _where(self) -> list[dict[str, Any]]:
+        """The groups that carry the counters: a checkpoint of any kind saves what is in a group."""
+        return _groups(self._optimizer, self._layers()) or self._optimizer.param_groups[:1]
+
+    def _set(self, steps_since_merge: int, merges: int) -> None:
+        for group in self._where():
+            group |= {"steps_since_merge": steps_since_merge, "merges": merges}
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.restart.before_step(self._where())
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         # A fused optimizer is stepped by a gradient scaler even where it then does nothing.
         found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and float(found_inf):
+        if (found_inf is not None and float(found_inf)) or self._only_creates_state():
             return
-        self.steps_since_merge += 1
-        if self.steps_since_merge >= self.steps:
+        self.restart.after_step(self._where())
+        self.restart.check(optimizer, self._layers())
+        since, merges = self.steps_since_merge + 1, self.merges
+        self._set(since, merges)
+        if since >= self.steps:
             self.report = merge_(self._model, optimizer)
-            self.steps_since_merge = 0
-            self.merges += 1
+            self._set(0, merges + 1)
 
-    def _save(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        counter = {"steps_since_merge": self.steps_since_merge, "merges": self.merges}
-        return state_dict | {_KEY: counter}
+    def _only_creates_state(self) -> bool:
+        """Whether this step had rate and gradients zero, as ``torch.distributed.checkpoint`` takes one to load into."""
+        groups = self._where()
+        return all(group.get("lr") == 0 for group in groups) and not any(
+            p.grad is not None and p.grad.any() for group in groups for p in group["params"]
+        )
 
     def _load(self, optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-        if _KEY not in state_dict:
+        former = state_dict.get("poetx", {})  # where the counters were up to version 0.1
+        carriers = [any(group is other for other in self._where()) for group in optimizer.param_groups]
+        groups = [
+            group | former if carries else group
+            for group, carries in zip(state_dict["param_groups"], carriers, strict=False)
+        ]
+        if any(
+            carries and key not in group for group, carries in zip(groups, carriers, strict=False) for key in _COUNTERS
+        ):
             raise UserError(
                 "this optimizer state was saved without poetx.merge_every, so it does not say when the last merge "
                 "was; remove the handle before loading it, or start the optimizer anew"
             )
-        counter = state_dict[_KEY]
-        self.steps_since_merge, self.merges = counter["steps_since_merge"], counter["merges"]
-        return {key: value for key, value in state_dict.items() if key != _KEY}
+        return {**{key: value for key, value in state_dict.items() if key != "poetx"}, "param_groups": groups}
+
+
+def _handle_of(optimizer: torch.optim.Optimizer) -> MergeHandle | None:
+    owners = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_post_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, MergeHandle)), None)
 
 
 def merge_every(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int = 200) -> MergeHandle:
     """Call :func:`merge_` inside ``optimizer.step()`` after every ``steps``-th step, for any torch optimizer.
 
-    The counter travels in ``optimizer.state_dict()["poetx"]``; call this before ``load_state_dict``. A step that a
-    gradient scaler skips does not count. The paper uses 200 (400 on a quantized base).
+    The counters are in the parameter groups of the rotations, so ``optimizer.state_dict()`` and
+    ``torch.distributed.checkpoint`` save them; call this before ``load_state_dict``. A step that a gradient scaler
+    skips does not count. The paper uses 200 (400 on a quantized base).
 
     Raises:
-        UserError: ``steps`` below 1, a model with no rotated layer, rotations missing from the optimizer, or a
-            second call for the same optimizer.
+        UserError: ``steps`` below 1, a model with no rotated layer, rotations missing from the optimizer, sharded
+            parameters, or a second call for the same optimizer; at the first step, an optimizer that counts steps
+            in a group of rotations and other parameters.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise UserError(f"steps={steps!r}: must be a whole number of at least 1 (200 is the paper's)")
     layers = dict(poet_layers(model))
     if not layers:
         raise UserError(_NOTHING)
+    refuse_sharded((p for group in optimizer.param_groups for p in group["params"]), "merge_every")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, layer in layers.items():
         for side, parameter in zip(("skew_in", "skew_out"), layer.rotations, strict=True):
@@ -174,9 +315,6 @@ def merge_every(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int =
                     f"{name}.{side} is not in this optimizer, so its state could not be reset; build the "
                     "optimizer from poetx.param_groups(model, ...) after convert_"
                 )
-    if any(
-        isinstance(getattr(hook, "__self__", None), MergeHandle)
-        for hook in optimizer._optimizer_step_post_hooks.values()
-    ):
+    if _handle_of(optimizer) is not None:
         raise UserError("merge_every is already registered on this optimizer; remove() the first handle")
     return MergeHandle(optimizer, model, steps)

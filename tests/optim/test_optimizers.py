@@ -37,6 +37,7 @@ def start(*shape, dtype=torch.float64, steps=6):
 
 def reference_smmf(theta, gradients, *, lr, beta, growth, decay, eps):
     shape, (n, m) = theta.shape, square_shape(theta.numel())
+    assert n >= m
     theta = theta.reshape(n, m).clone()
     rM, cM, rV, cV = (torch.zeros(k, dtype=theta.dtype) for k in (n, m, n, m))
     sign = torch.ones(n, m, dtype=theta.dtype)
@@ -47,10 +48,7 @@ def reference_smmf(theta, gradients, *, lr, beta, growth, decay, eps):
         V = b2 * torch.outer(rV, cV) + (1 - b2) * G**2
         sign = torch.where(M >= 0, 1.0, -1.0).to(theta.dtype)
         rM, cM, rV, cV = M.abs().sum(1), M.abs().sum(0), V.sum(1), V.sum(0)
-        if n <= m:
-            rM, rV = rM / rM.sum(), rV / rV.sum()
-        else:
-            cM, cV = cM / cM.sum(), cV / cV.sum()
+        cM, cV = cM / cM.sum(), cV / cV.sum()
         theta -= lr * M / (V.sqrt() + eps)
     return theta.reshape(shape)
 
@@ -219,8 +217,7 @@ def test_merging_resets_the_state_of_rotations(kind, settings):
         model(torch.randn(4, 96)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-        left = [optimizer.state[p]["step"] for p in model[0].rotations if p in optimizer.state]
-        assert left == ([] if step % 2 == 0 else [1, 1])
+        assert [optimizer.state[p]["step"] for p in model[0].rotations] == ([0, 0] if step % 2 == 0 else [1, 1])
     assert optimizer.state[model[0].bias]["step"] == 5
     assert handle.merges == 2
 
@@ -249,10 +246,10 @@ def test_strided_parameters_and_missing_gradients(kind, settings):
 def test_shapes_and_signs():
     assert [square_shape(n) for n in (1, 12, 13, 36, 128256 * 4096)] == [
         (1, 1),
-        (3, 4),
-        (1, 13),
+        (4, 3),
+        (13, 1),
         (6, 6),
-        (21376, 24576),
+        (24576, 21376),
     ]
     assert pack_signs(torch.tensor([[1.0, -1, 0, -2, 5, -1, -1, -1, 3]])).tolist() == [[0b10101, 1]]
 
@@ -270,6 +267,64 @@ def test_all_learn_the_same_problem():
         assert float((weight.detach() - target).norm() / target.norm()) < (0.4 if kind is SMMF else 0.1), kind
 
 
+def test_a_state_that_was_reshaped_the_other_way_starts_anew(caplog):
+    parameter, gradients = start(12, 20, dtype=torch.float32)
+    optimizer = SMMF([parameter])
+    run(optimizer, parameter, gradients)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["beta"] = saved["param_groups"][0].pop("betas")[0]
+    for name in ("momentum", "variance"):
+        state = saved["state"][0]
+        state[f"{name}_row"], state[f"{name}_column"] = state[f"{name}_column"], state[f"{name}_row"]
+    twin = nn.Parameter(parameter.detach().clone())
+    resumed, fresh = SMMF([parameter]), SMMF([twin])
+    resumed.load_state_dict(saved)
+    assert torch.equal(run(resumed, parameter, gradients[:2]), run(fresh, twin, gradients[:2]))
+    assert caplog.text.count("reshaped the other way, as 15 × 16") == 1
+
+
+SHAPES = [(), (1,), (13,), (0,), (0, 5), (5, 0), (1, 9), (9, 1), (2, 3, 5), (64, 65)]
+
+
+@pytest.mark.parametrize(("kind", "settings"), FAMILY, ids=IDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_no_finite_gradient_of_any_shape_makes_a_nan(kind, settings, dtype):
+    sizes = [1e-38, 3e38, 0.0, 1e-20, 1.0, 1e20, 1e-38, 0.0]
+    for first in range(len(sizes)):
+        parameters = [nn.Parameter(torch.randn(shape, dtype=torch.float32).to(dtype)) for shape in SHAPES]
+        optimizer = kind(parameters, lr=1e-3, **settings)
+        for size in sizes[first:] + sizes[:first]:
+            for p in parameters:
+                p.grad = (torch.randn(p.shape).clamp(-1, 1) * size).to(dtype)
+            optimizer.step()
+        for p in parameters:
+            assert p.isfinite().all(), (first, p.shape)
+            assert p.abs().max() < 1e3 if p.numel() else True
+            assert all(v.isfinite().all() for v in optimizer.state.get(p, {}).values() if torch.is_tensor(v)), p.shape
+
+
+@pytest.mark.parametrize(("kind", "settings"), FAMILY, ids=IDS)
+def test_an_infinite_gradient_is_not_hidden(kind, settings):
+    parameter = nn.Parameter(torch.zeros(80, 66))
+    gradient = torch.ones(80, 66)
+    gradient[3, 5] = torch.inf
+    assert run(kind([parameter], **settings), parameter, [gradient]).isnan().any()
+
+
+@pytest.mark.parametrize(("kind", "settings"), FAMILY, ids=IDS)
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float16])
+def test_dtypes_that_would_go_wrong_are_refused(kind, settings, dtype):
+    with pytest.raises(UserError, match=rf"{kind.__name__}: a parameter of shape \(3,\) is {dtype}; must be float32"):
+        kind([nn.Parameter(torch.ones(3, dtype=dtype))], **settings)
+
+
+def test_sparse_gradients_are_refused():
+    table = nn.Embedding(5, 3, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(UserError, match="use sparse=False"):
+        AdamW(table.parameters()).step()
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -277,6 +332,7 @@ def test_all_learn_the_same_problem():
         (lambda p: AdamW(p, eps_mode="correct"), "did you mean 'corrected'"),
         (lambda p: AdamW(p, betas=(0.9, 1.0)), "betas"),
         (lambda p: AdamW(p, lr=-1.0), "lr=-1.0"),
+        (lambda p: HFac(p, eps=0.0), "eps=0.0: must be positive"),
         (lambda p: SMMF(p, beta=1.0), "beta=1.0"),
         (lambda p: SMMF(p, decay=0.5), "decay=0.5"),
         (lambda p: HFac(p, clip=0.0), "clip=0.0"),

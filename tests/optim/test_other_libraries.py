@@ -1,4 +1,4 @@
-"""8-bit optimizers of other libraries on our parameter groups, where they are installed."""
+"""Optimizers of other libraries on our parameter groups, where they are installed."""
 
 import copy
 
@@ -41,3 +41,26 @@ def test_torchao_merges_saves_and_continues(name):
     step(model, optimizer)
     assert handle.merges == 1
     assert rotation not in optimizer.state
+
+
+@pytest.mark.parametrize("name", ["AdaBelief", "Lion", "RAdam", "Prodigy", "ScheduleFreeAdamW"])
+def test_pytorch_optimizer_counts_in_the_group_and_starts_anew_at_a_merge(name):
+    optim = pytest.importorskip("pytorch_optimizer")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16, bias=False))
+    poetx.convert_(model, poetx.PoetConfig(block_size=16))
+    optimizer = getattr(optim, name)(poetx.param_groups(model, lr=1e-3, poet_lr=1e-3))
+    handle = poetx.merge_every(optimizer, model, steps=5)
+    x = torch.randn(8, 16)
+
+    def size():
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return sum(float(p.detach().norm()) for p in model[0].rotations)
+
+    first = size()
+    for _ in range(4):
+        size()
+    assert handle.merges == 1
+    assert size() == pytest.approx(first, rel=0.3)

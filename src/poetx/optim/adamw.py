@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from poetx.errors import UserError, nearest
-from poetx.optim.sliced import SLICE, SlicedOptimizer, compute_dtype, write_
+from poetx.optim.sliced import SLICE, SlicedOptimizer, compute_dtype, wide, write_
 
 STATE_DTYPES = ("same", "float32", "bfloat16", "int8")
 EPS_MODES = ("corrected", "uncorrected")
@@ -67,7 +67,7 @@ class AdamW(SlicedOptimizer):
             kind = "bfloat16" if parameter.dtype == torch.bfloat16 else "float32"
         if parameter.numel() < _SMALL:
             kind = "float32"
-        if len(state) == 1:
+        if "exp_avg" not in state:
             for moment in _CODES:
                 _initialize(state, moment, parameter, kind)
         noise = self._noise(parameter, state["step"])
@@ -85,7 +85,7 @@ def _update_slice(
 ) -> None:
     beta1, beta2 = group["betas"]
     dtype, step = compute_dtype(weight), state["step"]
-    grad = grad.to(dtype)
+    grad = wide(grad, dtype)
     m = _load(state, "exp_avg", here, dtype).lerp_(grad, 1 - beta1)
     _store_(state, "exp_avg", here, m, noise)
     v = _load(state, "exp_avg_sq", here, dtype).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)

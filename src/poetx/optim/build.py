@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from poetx.distributed.sharded import refuse_sharded
 from poetx.errors import UserError, nearest
 from poetx.optim.adamw import AdamW
 from poetx.optim.combined import CombinedOptimizer
@@ -45,7 +46,7 @@ def build_optimizer(
         base: the former name of ``dense_optimizer``.
 
     Raises:
-        UserError: a name that does not exist, or ``dense_optimizer`` for groups without rotations.
+        UserError: a name that does not exist, ``dense_optimizer`` for groups without rotations, sharded parameters.
     """
     if base is not None:
         text = "base= is called dense_optimizer= now and goes with the next release"
@@ -75,6 +76,7 @@ def build_optimizer(
 
     for group in groups:  # the very groups, not copies: POETX hands out its own
         group["params"] = list(group["params"])
+        refuse_sharded(group["params"], "build_optimizer")
     rotations = [group for group in groups if group.get("name") == "rotations"]
     rest = [group for group in groups if group.get("name") != "rotations"]
     if dense_optimizer is None or dense_optimizer == name:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from poetx.distributed.sharded import refuse_sharded
 from poetx.errors import UserError
 from poetx.layers.walk import poet_layers
 
@@ -23,8 +24,9 @@ def param_groups(
     A group with nothing in it is left out. A model that was not converted has no rotations group.
 
     Raises:
-        UserError: the model has no trainable parameter, or a learning rate is not positive.
+        UserError: the model has no trainable parameter, sharded ones, or a learning rate is not positive.
     """
+    refuse_sharded(model.parameters(), "param_groups")
     for name, value in (("lr", lr), ("poet_lr", poet_lr)):
         if not value > 0:
             raise UserError(f"{name}={value!r}: must be positive; freeze parameters with requires_grad_(False)")

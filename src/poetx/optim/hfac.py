@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from poetx.errors import UserError
-from poetx.optim.sliced import SlicedOptimizer, compute_dtype, row_slices, write_
+from poetx.optim.sliced import SlicedOptimizer, compute_dtype, row_slices, wide, write_
 
 
 class HFac(SlicedOptimizer):
@@ -69,10 +69,10 @@ def _update_vector(
     weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], noise: torch.Generator
 ) -> None:
     dtype, step = compute_dtype(weight), state["step"]
-    if step == 1:
+    if "variance" not in state:
         state["variance"] = torch.zeros_like(weight, dtype=dtype)
     beta2 = _corrected(group["betas"][1], step)
-    grad = grad.to(dtype)
+    grad = wide(grad, dtype)
     state["variance"].mul_(beta2).add_(grad.square() + group["eps"], alpha=1 - beta2)
     update = grad / state["variance"].sqrt()
     update /= (update.square().mean().sqrt() / group["clip"]).clamp_min(1)
@@ -84,14 +84,14 @@ def _update_matrix(
     weight: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any], noise: torch.Generator
 ) -> None:
     (m, n), dtype, step = weight.shape, compute_dtype(weight), state["step"]
-    if step == 1:
+    if "u" not in state:
         for name, size in (("u", m), ("v", n), ("r", m), ("s", n)):
             state[name] = torch.zeros(size, dtype=dtype, device=weight.device)
     beta1, beta2 = (_corrected(beta, step) for beta in group["betas"])
     row_mean, column_mean = torch.empty_like(state["u"]), torch.zeros_like(state["v"])
     row_square, column_square = torch.empty_like(state["r"]), torch.zeros_like(state["s"])
     for here in row_slices(m, n):
-        g = grad[here].to(dtype)
+        g = wide(grad[here], dtype)
         row_mean[here] = g.mean(1)
         column_mean += g.sum(0) / m
         g = g.square().add_(group["eps"])
@@ -107,10 +107,10 @@ def _update_matrix(
     rows, columns = (state["r"] / state["r"].sum()).rsqrt(), state["s"].rsqrt()
     squares = torch.zeros((), dtype=dtype, device=weight.device)
     for here in row_slices(m, n):
-        squares += (grad[here].to(dtype) * rows[here, None]).mul_(columns).square_().sum()
+        squares += (wide(grad[here], dtype) * rows[here, None]).mul_(columns).square_().sum()
     scale = 1 / ((squares / (m * n)).sqrt() / group["clip"]).clamp_min(1)
     for here in row_slices(m, n):
-        update = (grad[here].to(dtype) * rows[here, None]).mul_(columns).mul_(scale)
+        update = (wide(grad[here], dtype) * rows[here, None]).mul_(columns).mul_(scale)
         update.add_(phi[here, None], alpha=0.5).add_(psi, alpha=0.5)
         value = weight[here].to(dtype, copy=True)
         update.add_(value, alpha=group["weight_decay"])

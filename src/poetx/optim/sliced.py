@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poetx.distributed.sharded import refuse_sharded
 from poetx.errors import UserError
 from poetx.layers.poet import stream
 from poetx.ops.fold import stochastic_round_
@@ -15,6 +16,7 @@ from poetx.optim.combined import keep_dtypes
 
 #: Elements worked on at a time, so that the temporaries of a step do not depend on the largest parameter.
 SLICE = 1 << 23
+_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 class SlicedOptimizer(torch.optim.Optimizer):
@@ -23,12 +25,19 @@ class SlicedOptimizer(torch.optim.Optimizer):
     bfloat16 parameters are written with stochastic rounding, because steps of 1e-3 of a weight vanish below half a
     unit in the last place; the noise depends on (seed, parameter's number, step) alone, so a resumed run draws the
     same and the global generators stay as they were.
+
+    Raises:
+        UserError: a value outside its range, a parameter of another dtype or a sharded one, a sparse gradient.
     """
 
+    #: Zeros are the state of a parameter that was not stepped yet: how a merge resets it.
+    fresh_is_zero = True
+
     def __init__(self, params: Any, defaults: dict[str, Any], *, seed: int = 0) -> None:
-        for name in ("lr", "eps"):
-            if not defaults[name] >= 0:
-                raise UserError(f"{name}={defaults[name]!r}: must not be negative")
+        if not defaults["lr"] >= 0:
+            raise UserError(f"lr={defaults['lr']!r}: must not be negative")
+        if not defaults["eps"] > 0:
+            raise UserError(f"eps={defaults['eps']!r}: must be positive, or a gradient of zero divides 0 by 0")
         for beta in defaults.get("betas", ()):
             if not 0 <= beta < 1:
                 raise UserError(f"betas={defaults['betas']!r}: must be at least 0 and below 1")
@@ -45,7 +54,7 @@ class SlicedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is None:
+                if parameter.grad is None or parameter.numel() == 0:
                     continue
                 if parameter.grad.is_sparse:
                     raise UserError(f"{type(self).__name__}: sparse gradients are not supported; use sparse=False")
@@ -59,6 +68,14 @@ class SlicedOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
+        name = type(self).__name__
+        refuse_sharded(param_group["params"], name)
+        for parameter in param_group["params"]:
+            if parameter.dtype not in _DTYPES:
+                raise UserError(
+                    f"{name}: a parameter of shape {tuple(parameter.shape)} is {parameter.dtype}; must be float32, "
+                    "bfloat16 or float64"
+                )
         self._number_parameters()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -84,6 +101,16 @@ class SlicedOptimizer(torch.optim.Optimizer):
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def wide(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """A slice of a gradient in ``dtype``, a copy, and so small that sums of its squares are finite.
+
+    What is past ±2.8e14 becomes that; infinities become NaN, so they are not hidden.
+    """
+    grad = grad.to(dtype)
+    bound = torch.finfo(torch.float32).max ** 0.375  # state may be narrower than ``dtype``
+    return grad.clamp(-bound, bound).add_(grad - grad)
 
 
 def row_slices(rows: int, columns: int) -> Iterator[slice]:

@@ -1,17 +1,19 @@
 """SMMF, square-matricized momentum factorisation (arXiv 2412.08894): both moments as rank-1 factors.
 
-The gradient of any tensor is reshaped to the most nearly square matrix Ḡ [n̂, m̂]. Of each moment only a row vector
+The gradient of any tensor is reshaped to the most nearly square matrix Ḡ [n̂, m̂], n̂ ≥ m̂ as the authors' code has it
+(the other way round, other elements share a row, and runs differ by several percent). Of each moment only a row vector
 r and a column vector c are kept, of the first its signs too, one bit each. A step decompresses, updates, compresses:
 
     M̂ = sign ⊙ (r_M c_Mᵀ),  V̂ = r_V c_Vᵀ
     M = β₁ₜ M̂ + (1 − β₁ₜ) Ḡ,  V = β₂ₜ V̂ + (1 − β₂ₜ) Ḡ²;   β₁ₜ = β₁ λ^(t−1),  β₂ₜ = 1 − t^γ
-    r = row sums, c = column sums of |M| (of V), the shorter one divided by its total
+    r = row sums, c = column sums of |M| (of V), c, the shorter one, divided by its total
     θ ← θ − η M / (√V + ε)
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from typing import Any
 
@@ -19,7 +21,9 @@ import torch
 from torch import Tensor
 
 from poetx.errors import UserError
-from poetx.optim.sliced import SlicedOptimizer, compute_dtype, row_slices, write_
+from poetx.optim.sliced import SlicedOptimizer, compute_dtype, row_slices, wide, write_
+
+logger = logging.getLogger(__name__)
 
 
 class SMMF(SlicedOptimizer):
@@ -53,7 +57,7 @@ class SMMF(SlicedOptimizer):
             raise UserError(f"decay={decay!r}: must be between -1 and 0 (-0.8 for transformers, else -0.5)")
         defaults = {
             "lr": lr,
-            "beta": beta,
+            "betas": (beta,),  # the name that schedulers which cycle momentum look for
             "eps": eps,
             "weight_decay": weight_decay,
             "growth": growth,
@@ -64,20 +68,31 @@ class SMMF(SlicedOptimizer):
     def _update(self, parameter: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         rows, columns = square_shape(parameter.numel())
         dtype, step = compute_dtype(parameter), state["step"]
-        if step == 1:
+        if "momentum_row" in state and state["momentum_row"].numel() != rows:
+            logger.warning(
+                "SMMF: the state of a parameter of shape %s was saved by a version that reshaped the other way, as "
+                "%d × %d; its momentum and variance start anew",
+                tuple(parameter.shape),
+                columns,
+                rows,
+            )
+            state.clear()
+            step = state["step"] = 1
+        if "momentum_row" not in state:
             for name in ("momentum", "variance"):
                 state[f"{name}_row"] = torch.zeros(rows, dtype=dtype, device=parameter.device)
                 state[f"{name}_column"] = torch.zeros(columns, dtype=dtype, device=parameter.device)
             shape = rows, -(-columns // 8)
             state["signs"] = torch.zeros(shape, dtype=torch.uint8, device=parameter.device)
-        beta1 = group["beta"] * group["growth"] ** (step - 1)
+        beta = group["betas"][0] if "betas" in group else group["beta"]  # as it was saved once
+        beta1 = beta * group["growth"] ** (step - 1)
         beta2 = 1 - step ** group["decay"]
         noise = self._noise(parameter, step)
         flat = parameter.view(-1) if parameter.is_contiguous() else parameter.reshape(-1)
         weight, grad = flat.view(rows, columns), grad.reshape(rows, columns)
         sums = {name: torch.zeros_like(state[f"{name}_column"]) for name in ("momentum", "variance")}
         for here in row_slices(rows, columns):
-            g = grad[here].to(dtype)
+            g = wide(grad[here], dtype)
             M = torch.outer(state["momentum_row"][here], state["momentum_column"])
             M = _with_signs(M, state["signs"][here]).mul_(beta1).add_(g, alpha=1 - beta1)
             V = torch.outer(state["variance_row"][here], state["variance_column"])
@@ -93,18 +108,17 @@ class SMMF(SlicedOptimizer):
             write_(weight[here], value, noise)
         for name, total in sums.items():
             state[f"{name}_column"] = total
-            shorter = state[f"{name}_row"] if rows <= columns else state[f"{name}_column"]
-            size = shorter.sum()
-            shorter.div_(torch.where(size > 0, size, 1.0))
+            size = total.sum()
+            total.div_(torch.where(size > 0, size, 1.0))
         if not parameter.is_contiguous():
             parameter.copy_(flat.view(parameter.shape))
 
 
 @functools.cache
 def square_shape(numel: int) -> tuple[int, int]:
-    """(n̂, m̂) with n̂ · m̂ = numel, n̂ ≤ m̂, as nearly square as its divisors allow."""
-    rows = next(n for n in range(max(1, math.isqrt(numel)), 0, -1) if numel % n == 0)
-    return rows, numel // rows
+    """(n̂, m̂) with n̂ · m̂ = numel, n̂ ≥ m̂, as nearly square as its divisors allow."""
+    columns = next(m for m in range(max(1, math.isqrt(numel)), 0, -1) if numel % m == 0)
+    return numel // columns, columns
 
 
 def pack_signs(M: Tensor) -> Tensor:

@@ -1,0 +1,40 @@
+"""Sharded parameters are refused when the optimizer is built, not at the first merge."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
+
+import poetx
+from poetx import UserError
+from poetx.optim import SMMF, AdamW, HFac, build_optimizer
+
+
+@pytest.fixture
+def sharded():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    poetx.convert_(model, poetx.PoetConfig(block_size=4))
+    optimizer = torch.optim.AdamW(poetx.param_groups(model, lr=1e-3, poet_lr=1e-3))
+    mesh = init_device_mesh("cpu", (1,))
+    bias = nn.Parameter(distribute_tensor(model[1].bias.detach(), mesh, [Replicate()]))
+    model[1].bias = bias
+    optimizer.param_groups[-1]["params"][-1] = bias
+    yield model, optimizer
+    dist.destroy_process_group()
+
+
+def test_who_would_fail_later_refuses(sharded):
+    model, optimizer = sharded
+    for who, attempt in {
+        "param_groups": lambda: poetx.param_groups(model, lr=1e-3, poet_lr=1e-3),
+        "merge_every": lambda: poetx.merge_every(optimizer, model, steps=2),
+        "build_optimizer": lambda: build_optimizer([{"params": [model[1].bias]}]),
+        "AdamW": lambda: AdamW([model[1].bias]),
+        "SMMF": lambda: SMMF([model[1].bias]),
+        "HFac": lambda: HFac([model[1].bias]),
+    }.items():
+        with pytest.raises(UserError, match=rf"{who}: a parameter of shape \(8,\) is a DTensor"):
+            attempt()
