@@ -15,6 +15,7 @@ ORDER = (
     ("config",),
     ("ops",),
     ("layers",),
+    ("conversion_report", "targets"),
     ("convert",),
     ("materialize", "merge", "spectra", "distributed"),
     ("optim", "savings"),

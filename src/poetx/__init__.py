@@ -9,7 +9,8 @@ from poetx.lazy import lazy_names
 
 if TYPE_CHECKING:
     from poetx.config import PoetConfig
-    from poetx.convert import ConversionReport, convert_, to_dense_
+    from poetx.conversion_report import ConversionReport
+    from poetx.convert import convert_, to_dense_
     from poetx.layers.poet import PoetLinear
     from poetx.layers.shared_blocks import shared_blocks
     from poetx.layers.single_step import SingleStepLinear
@@ -52,7 +53,8 @@ __getattr__ = lazy_names(
     __name__,
     {
         "poetx.config": ("PoetConfig",),
-        "poetx.convert": ("ConversionReport", "convert_", "to_dense_"),
+        "poetx.conversion_report": ("ConversionReport",),
+        "poetx.convert": ("convert_", "to_dense_"),
         "poetx.layers.poet": ("PoetLinear",),
         "poetx.layers.shared_blocks": ("shared_blocks",),
         "poetx.layers.single_step": ("SingleStepLinear",),

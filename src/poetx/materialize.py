@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from poetx.convert import to_dense_
 from poetx.errors import UserError
 from poetx.layers.poet import PoetLinear
 from poetx.layers.walk import poet_layers
+from poetx.targets import ZERO, next_to_nothing
 
 logger = logging.getLogger(__name__)
+
+#: Endings of tensors that GPTQ, AWQ, bitsandbytes, compressed-tensors and fp8 checkpoints hold beside or for a weight.
+_PACKED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".SCB", ".absmax", ".quant_map")
 
 
 class Checkpoint:
@@ -92,6 +97,8 @@ def materialize_(
             fresh weights, rotated layers as their config says, the rest as the model itself initializes it.
         seed: of the fresh part outside the rotated layers; torch's global generators are left as they were.
 
+    A weight of zeros, which no rotation moves, becomes a plain layer again, and a warning says so.
+
     Raises:
         UserError: no converted layer; a tensor that the checkpoint lacks or has in another shape; ``init`` other than
             ``"keep"`` with a checkpoint; a module that does not know how to give a parameter or buffer its first value
@@ -115,7 +122,17 @@ def materialize_(
             _load_layer(layer, name, source)
     if source is not None:
         _load_rest(model, inside, source)
+        _leave_zeros_dense(model, layers)
     return model
+
+
+def _leave_zeros_dense(model: nn.Module, layers: dict[str, PoetLinear]) -> None:
+    """As :func:`poetx.convert_` does with weights that are there when it looks."""
+    norms = {name: layer.base_norm / max(1, layer.out_features) ** 0.5 for name, layer in layers.items()}
+    names = next_to_nothing(norms)
+    to_dense_(model, names)
+    for name in names:
+        logger.warning("%s: left dense: %s", name, ZERO)
 
 
 def _check(model: nn.Module, layers: dict[str, PoetLinear], source: Checkpoint) -> None:
@@ -125,6 +142,12 @@ def _check(model: nn.Module, layers: dict[str, PoetLinear], source: Checkpoint) 
                 f"init={layer.config.init!r} would discard the weights of {source.directory}; use init='keep'"
             )
     missing = source.missing(model)
+    packed = [name for name in sorted(source.names) if name.endswith(_PACKED)]
+    if packed:
+        raise UserError(
+            f"{source.directory}: holds weights that another library has quantized ({packed[0]}); load it with "
+            "from_pretrained and that library, then call poetx.convert_"
+        )
     if missing:
         raise UserError(
             f"{source.directory}: has no tensor {missing[0]}"

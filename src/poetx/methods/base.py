@@ -26,7 +26,7 @@ from poetx.recipe import Recipe
 if TYPE_CHECKING:
     import torch
 
-    from poetx.convert import ConversionReport
+    from poetx.conversion_report import ConversionReport
 
 H = TypeVar("H", MergeHandle, ReleaseHandle)
 
@@ -125,10 +125,12 @@ def convert_model(model: nn.Module, recipe: Recipe, device: torch.device | None)
     """
     from poetx.materialize import materialize_
     from poetx.savings.activation_checkpointing import checkpoint_layers_
+    from poetx.targets import ZERO
 
     report = method_of(recipe).apply_(model)
     if device is not None and next(model.parameters()).is_meta:
         materialize_(model, recipe.model.pretrained, device=device, seed=recipe.train.seed)
+        report = report and report.with_dense(model, ZERO)
     if recipe.model.gradient_checkpointing:
         checkpoint_layers_(model, recompute=recipe.model.recompute)
     return report

@@ -13,7 +13,7 @@ from poetx.optim.build import build_optimizer
 from poetx.optim.groups import param_groups
 
 if TYPE_CHECKING:
-    from poetx.convert import ConversionReport
+    from poetx.conversion_report import ConversionReport
 
 
 class PoetX(Method):

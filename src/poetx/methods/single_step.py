@@ -12,7 +12,7 @@ from poetx.optim.build import build_optimizer
 from poetx.optim.poetx import POETX
 
 if TYPE_CHECKING:
-    from poetx.convert import ConversionReport
+    from poetx.conversion_report import ConversionReport
 
 
 class SingleStep(Method):

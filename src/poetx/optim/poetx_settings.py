@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from poetx.config import PoetConfig
-from poetx.convert import find_targets
 from poetx.errors import UserError, nearest
 from poetx.layers.single_step import SingleStepLinear
+from poetx.targets import find_targets
 
 RULES = ("ortho", "adam")
 _COPIES = ("before_in_", "before_out_")  # for the look-ahead, where it is on

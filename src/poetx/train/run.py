@@ -41,7 +41,7 @@ from poetx.train.progress import Reporter, RunInfo
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from poetx.convert import ConversionReport
+    from poetx.conversion_report import ConversionReport
 
 # What a run writes: exactly this is deleted by overwrite=True, whatever else lies in the directory.
 _OWN_FILES = ("recipe.yaml", "environment.json", "conversion.txt", "metrics.jsonl")

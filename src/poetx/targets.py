@@ -1,0 +1,317 @@
+"""Which linear layers of a model rotate, and why the others do not.
+
+A rotated weight keeps its singular values, so a matrix that must grow from nothing cannot learn by rotation: zero
+matrices and fresh task heads stay ordinary, whatever their name, unless ``target_modules`` names the head.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from poetx.config import PoetConfig, name_matches
+from poetx.errors import UserError, nearest
+from poetx.layers.poet import DTYPES
+from poetx.layers.prequantized import is_foreign
+
+ZERO = "its weight is zero, or next to the others': a rotation of nothing stays nothing"
+#: A weight whose norm a row is below this part of the median layer's could only grow, which a held norm forbids.
+_NEXT_TO_NOTHING = 1e-3
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The linear layers that a config reaches: by first name, every place each stands in, and why others are not.
+
+    ``for_cause``: of the latter, those that stay dense by what they are, not because a setting says so.
+    """
+
+    layers: dict[str, nn.Module]
+    places: dict[nn.Module, list[str]]
+    reasons: dict[nn.Module, str]
+    for_cause: set[nn.Module]
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is the transposed linear layer of ``transformers``: by name, so that nothing need be imported."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def find_targets(model: nn.Module, config: PoetConfig, *, foreign: bool = False, replaced: bool = True) -> Targets:
+    """Which layers of ``model`` to rotate: ``nn.Linear`` and ``Conv1D`` within the config's patterns, and with
+    ``foreign`` linear layers that bitsandbytes or torchao have quantized.
+
+    Not those with hooks or another forward of their own, or whose weight the model multiplies by without calling them,
+    if they are to be ``replaced``; not adapters of PEFT, task heads (unless ``target_modules`` names them) and, where
+    the weight is kept, matrices of zeros.
+
+    Raises:
+        UserError: none is left, or one of them is float16.
+    """
+    places: dict[nn.Module, list[str]] = defaultdict(list)
+    owners: dict[int, set[int]] = defaultdict(set)
+    for name, module in model.named_modules(remove_duplicate=False):
+        places[module].append(name)
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)].add(id(module))
+    shared = {parameter for parameter, modules in owners.items() if len(modules) > 1}
+    everything = config.target_modules == "all-linear"
+    causes = dict.fromkeys(adapters(model), "an adapter of PEFT, or held by one")
+    causes |= read_directly(model) if replaced else {}
+    heads = task_heads(model) if everything else {}
+
+    reasons: dict[nn.Module, str] = {}
+    layers: dict[str, nn.Module] = {}
+    for_cause: set[nn.Module] = set()
+    linears = [m for m in places if type(m) is nn.Linear or is_conv1d(m) or (foreign and is_foreign(m))]
+    matched = False
+    for module in linears:
+        name = places[module][0]
+        if not everything and not name_matches(name, config.target_modules):
+            reason = "not in target_modules"
+        elif module in heads:
+            reason = heads[module]
+            if reason != OUTPUT:
+                for_cause.add(module)
+        elif name_matches(name, config.exclude_modules):
+            reason = "in exclude_modules"
+        else:
+            matched = True
+            reason = _refusal(module, shared, foreign=foreign, replaced=replaced)
+            if module in causes and (reason is None or "PEFT" in causes[module]):
+                reason = causes[module]
+                for_cause.add(module)
+        if reason is not None:
+            reasons[module] = reason
+        elif not (foreign and is_foreign(module)) and module.weight.dtype not in DTYPES:
+            raise UserError(
+                f"{name}: {module.weight.dtype} is not supported (its range needs loss scaling); convert the "
+                "model to bfloat16 or float32 first"
+            )
+        else:
+            layers[name] = module
+    if config.init == "keep":
+        dense = {name: m.weight for name, m in layers.items() if not is_foreign(m) and not m.weight.is_meta}
+        for name in next_to_nothing({name: norm_per_row(weight) for name, weight in dense.items()}):
+            module = layers.pop(name)
+            reasons[module] = ZERO
+            for_cause.add(module)
+    if config.residual_scale != 1 and layers and not any(map(config.writes_to_residual, layers)):
+        endings = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+        raise UserError(
+            f"residual_scale={config.residual_scale}: no layer to convert is in residual_modules; name those that "
+            f"write to the residual stream (the layers end in {endings})"
+        )
+    if not layers:
+        _raise_no_match(config, [places[m][0] for m in linears], [reasons[m] for m in linears] if matched else [])
+    return Targets(layers, dict(places), reasons, for_cause)
+
+
+def _refusal(module: nn.Module, shared: set[int], *, foreign: bool, replaced: bool) -> str | None:
+    """Why a linear layer that the patterns reach is left alone, or None if it is to be converted or rotated."""
+    weight = module.weight
+    if not isinstance(weight, nn.Parameter):
+        return "its weight is computed (a parametrization or pruning); remove that first"
+    if id(weight) in shared:
+        return "its weight is tied to another layer's"
+    if not weight.requires_grad and not (foreign and is_foreign(module)):
+        return "frozen (requires_grad=False)"
+    if weight.numel() == 0:
+        return "it has no elements"
+    if hasattr(module, "parametrizations"):
+        return "parametrized; remove the parametrization first"
+    if not replaced:
+        return None
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if "forward" in vars(module) or hasattr(module, "_hf_hook"):
+        return "its forward has been replaced, which conversion would lose; convert before that"
+    if any(hooks):
+        return "it has hooks, which conversion would lose; convert before registering them"
+    return None
+
+
+def _raise_no_match(config: PoetConfig, names: list[str], reasons: list[str]) -> None:
+    if not names:
+        raise UserError("the model has no nn.Linear (or Conv1D) layer to convert")
+    if reasons:
+        why = "; ".join(f"{name} is {reason}" for name, reason in list(zip(names, reasons, strict=True))[:3])
+        raise UserError(f"target_modules={config.target_modules!r}: every layer it matches must stay as it is: {why}")
+    wanted = config.target_modules
+    word = wanted if isinstance(wanted, str) else ", ".join(wanted)
+    endings = sorted({name.rpartition(".")[2] for name in names})
+    raise UserError(
+        f"target_modules={wanted!r}: matches no linear layer outside exclude_modules={config.exclude_modules!r}"
+        f"{nearest(word, endings)}; the model's linear layers end in {', '.join(endings)}"
+    )
+
+
+# -- matrices of zeros ------------------------------------------------------------------------------------------------
+
+
+def norm_per_row(weight: torch.Tensor) -> torch.Tensor:
+    """‖W‖ / √rows, a scalar that does not depend on the layer's shape for usual weights."""
+    return torch.linalg.vector_norm(weight.detach(), dtype=torch.float64) / max(1, weight.shape[0]) ** 0.5
+
+
+def next_to_nothing(norms: Mapping[str, torch.Tensor]) -> list[str]:
+    """The layers whose norm a row is zero, or below a thousandth of the median of all that are not zero."""
+    if not norms:
+        return []
+    values = torch.stack([norm.cpu().double() for norm in norms.values()])
+    others = values[values > 0]
+    limit = _NEXT_TO_NOTHING * float(others.median()) if others.numel() else 0.0
+    return [name for name, value in zip(norms, values.tolist(), strict=True) if value <= limit]
+
+
+# -- output layers and task heads -------------------------------------------------------------------------------------
+
+OUTPUT = "the output layer"
+HEAD = "a task head: it lies outside the model's backbone and must grow; name it in target_modules to rotate it"
+
+
+def task_heads(model: nn.Module) -> dict[nn.Module, str]:
+    """Output embeddings, the linear layers that ``AutoModelFor…`` puts behind its backbone (``score``, ``classifier``,
+    ``qa_outputs``, …), those that a wrapper puts beside a ``transformers`` model (``v_head``), and in a model of any
+    other kind the one layer that maps to the rows of its largest embedding; each with the reason."""
+    heads: dict[nn.Module, str] = {}
+    inner = [module for module in model.modules() if _is_pretrained(module)]
+    for module in inner:
+        base = getattr(module, getattr(module, "base_model_prefix", "") or "-", None)
+        if isinstance(base, nn.Module) and base is not module:
+            heads |= dict.fromkeys(_linears_beside(module, {id(base)}), HEAD)
+    if not _is_pretrained(model) and inner:
+        heads |= dict.fromkeys(_linears_beside(model, {id(module) for module in inner}), HEAD)
+    for module in [model, *inner]:
+        head = _output_embeddings(module)
+        if isinstance(head, nn.Module):
+            heads[head] = OUTPUT
+    if not inner and (head := _output_by_shape(model)) is not None:
+        heads[head] = OUTPUT
+    return heads
+
+
+def _is_pretrained(module: nn.Module) -> bool:
+    return any(
+        kind.__name__ == "PreTrainedModel" and kind.__module__.startswith("transformers")
+        for kind in type(module).__mro__
+    )
+
+
+def _output_embeddings(model: nn.Module) -> Any:
+    getter: Any = getattr(model, "get_output_embeddings", None)
+    try:
+        return getter() if callable(getter) else None
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+def _linears_beside(module: nn.Module, backbones: set[int]) -> Iterator[nn.Module]:
+    """Linear layers in those parts of ``module`` that hold no backbone and are no stack of layers themselves."""
+    for child in module.children():
+        inside = list(child.modules())
+        if id(child) in backbones or any(isinstance(part, nn.ModuleList) and _is_stack(part) for part in inside):
+            continue
+        if any(id(part) in backbones for part in inside):
+            if not _is_pretrained(child):
+                yield from _linears_beside(child, backbones)
+            continue
+        if not any(_is_pretrained(part) for part in inside):
+            yield from (part for part in inside if isinstance(part, nn.Linear) or is_conv1d(part))
+
+
+def _is_stack(modules: nn.ModuleList) -> bool:
+    return any(len(list(item.children())) > 1 for item in modules)
+
+
+def _output_by_shape(model: nn.Module) -> nn.Module | None:
+    """The only linear layer outside numbered places whose weight has the shape of the largest embedding."""
+    embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    if not embeddings:
+        return None
+    shape = max(embeddings, key=torch.Tensor.numel).shape
+    fitting = [
+        module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and not any(part.isdigit() for part in name.split("."))
+        if module.weight.shape == shape
+    ]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+# -- what other code holds or reads -----------------------------------------------------------------------------------
+
+
+def adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """Everything inside the layers of PEFT (LoRA, IA3, prompt encoders, ``modules_to_save``), told by their classes."""
+    for module in model.modules():
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        of_peft = type(module).__module__.partition(".")[0] == "peft" and not kinds & {"PeftModel", "BaseTuner"}
+        if of_peft or "BaseTunerLayer" in kinds:
+            yield from module.modules()
+
+
+def read_directly(model: nn.Module) -> dict[nn.Module, str]:
+    """Layers by whose weight the code around them multiplies (Mamba's ``dt_proj``): their forward is not called."""
+    found = {}
+    for module in model.modules():
+        for name in _weights_read(type(module)):
+            child = getattr(module, name, None)
+            if isinstance(child, nn.Module):
+                found[child] = f"{type(module).__name__} multiplies by its weight without calling it"
+    return found
+
+
+#: What does not use a weight's values.
+_FACTS = ("dtype", "device", "shape", "ndim", "size", "is_meta", "requires_grad", "data", "grad", "numel", "dim")
+_SETUP = ("__init__", "_init_weights", "init_weights", "reset_parameters", "initialize_weights", "extra_repr")
+
+
+@functools.cache
+def _weights_read(kind: type) -> tuple[str, ...]:
+    """Names x for which a method of the class reads the values of ``self.x.weight``."""
+    names: set[str] = set()
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] in ("torch", "builtins", "poetx", "peft") or base is object:
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError, SyntaxError):  # a class without source: seen when it trains, not before
+            continue
+        body = next((node.body for node in tree.body if isinstance(node, ast.ClassDef)), [])
+        methods = [node for node in body if isinstance(node, ast.FunctionDef) and node.name not in _SETUP]
+        names.update(name for method in methods for name in _reads(method))
+    return tuple(sorted(names))
+
+
+def _reads(method: ast.FunctionDef) -> Iterable[str]:
+    """Names x whose ``self.x.weight`` is used; not where the method calls ``self.x``, too, in its usual branch."""
+    harmless: set[int] = set()
+    called: set[str] = set()
+    for node in ast.walk(method):
+        if isinstance(node, ast.Attribute) and node.attr in _FACTS:
+            harmless.add(id(node.value))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "type"):
+            harmless.update(map(id, node.args))
+        elif isinstance(node, ast.Call) and (name := _own(node.func)):
+            called.add(name)
+    for node in ast.walk(method):
+        if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load):
+            name = _own(node.value)
+            if name and name not in called and id(node) not in harmless:
+                yield name
+
+
+def _own(node: ast.AST) -> str | None:
+    """x of an expression ``self.x``."""
+    mine = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+    return node.attr if mine else None
