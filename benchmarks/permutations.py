@@ -81,7 +81,7 @@ def run(kind: str, seed: int, settings: list[str], directory: Path) -> dict[str,
         "seed": seed,
         "settings": settings,
         "steps": recipe.train.steps,
-        "merges": recipe.train.steps // (recipe.poet.merge_every or recipe.train.steps) if recipe.poet else 0,
+        "merges": recipe.train.steps // (recipe.merge_every or recipe.train.steps),
         "loss": losses[-1],
     }
 

@@ -79,7 +79,7 @@ def train(recipe: Any, data: Any, variant: dict[str, Any], *, steps: int, seed: 
         chunk_loss_(checkpoint_layers_(model))
     groups = poetx.param_groups(model, lr=settings.lr * options["base_lr"], poet_lr=settings.poet_lr)
     optimizers = _optimizers(groups, options)
-    handle = poetx.merge_every(optimizers[0], model, steps=recipe.poet.merge_every)
+    handle = poetx.merge_every(optimizers[0], model, steps=recipe.merge_every)
     large = large_dense_parameters(model)
     if options["release"]:
         for optimizer in optimizers:
@@ -99,7 +99,7 @@ def train(recipe: Any, data: Any, variant: dict[str, Any], *, steps: int, seed: 
             optimizer.step()
             optimizer.zero_grad()
     seconds = (time.perf_counter() - started) / steps
-    assert handle.merges == steps // recipe.poet.merge_every
+    assert handle.merges == steps // recipe.merge_every
     return validate(model, data, recipe), seconds
 
 

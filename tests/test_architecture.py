@@ -20,7 +20,7 @@ ORDER = (
     ("materialize", "merge", "spectra", "distributed"),
     ("optim", "savings"),
     ("memory",),  # measuring is below the loop
-    ("schema", "method_names", "recipe", "remarks"),
+    ("shorthands", "sections", "former_recipes", "recipe"),
     ("models",),
     ("methods",),
     ("data",),

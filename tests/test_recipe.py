@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import yaml
+from pydantic import ValidationError
 
 from poetx.errors import UserError
-from poetx.recipe import Recipe, builtin_recipes, differing_keys, load_recipe
-from poetx.remarks import remarks
+from poetx.recipe import RECIPE_DIR, Recipe, builtin_recipes, differing_keys, load_recipe
+from poetx.sections import PoetXKeys
+from poetx.shorthands import SIZED_RECIPES
 
-BIG = [name for name in builtin_recipes() if not name.startswith("demo") and not name.endswith("single-step")]
+FORMER = json.loads((Path(__file__).parent / "former_recipes.json").read_text())
+BIG = sorted(SIZED_RECIPES)
+
+
+def flat(values: dict, prefix: str = "") -> dict:
+    nested = {k: flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v} for k, v in values.items()}
+    return {key: value for part in nested.values() for key, value in part.items()}
+
+
+def former(name: str) -> dict:
+    """All keys of a built-in recipe as the version wrote them that had a file for every size."""
+    return FORMER["llama-60m"] | FORMER[name]
+
+
+def nested(values: dict) -> dict:
+    out: dict = {}
+    for key, value in values.items():
+        section, _, last = key.rpartition(".")
+        (out.setdefault(section, {}) if section else out)[last] = value
+    return out
 
 
 @pytest.mark.parametrize("name", builtin_recipes())
@@ -22,31 +45,59 @@ def test_builtin_recipes_load_and_survive_yaml(name: str, tmp_path: Path) -> Non
     assert load_recipe(str(path)) == recipe
 
 
+@pytest.mark.parametrize("name", FORMER)
+def test_builtin_recipes_train_what_they_trained_before(name: str) -> None:
+    """Every key that is left has the value it had; every key that is gone had no effect."""
+    before, now = former(name), flat(load_recipe(name, ["data.train=builtin"]).to_dict())
+    assert {key: value for key, value in before.items() if key in now and now[key] != value} == {}
+    new = {"lora": None, "model.recompute": "auto", "optimizer.dense_optimizer": None, "train.autocast": False}
+    assert {key: now[key] for key in now.keys() - before.keys()} == {k: new[k] for k in new if k in now}
+
+
+@pytest.mark.parametrize("name", FORMER)
+def test_runs_of_former_versions_are_read_and_may_be_resumed(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(yaml.safe_dump(nested(former(name))), encoding="utf-8")
+    assert differing_keys(load_recipe(str(run)), load_recipe(name, ["data.train=builtin"])) == {}
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"optimizer.base": "sgd"}, "optimizer.base is called optimizer.dense_optimizer now"),
+        ({"poet.weight_residual": True}, "poet.weight_residual is called poet.weight_extra_bits now"),
+        ({"optimizer.angle": 0.02}, "optimizer.angle=0.02 has had no effect in this run"),
+        ({"poet.partitions": 5, "poet.partition_kind": "random"}, ""),  # of no effect in the paper's form
+    ],
+)
+def test_of_a_former_run_what_has_changed_is_said(
+    changes: dict, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(nested(former("demo") | changes)), encoding="utf-8")
+    recipe = load_recipe(str(tmp_path))
+    assert words in caplog.text
+    assert bool(words) == bool(caplog.text)
+    assert isinstance(recipe.optimizer, PoetXKeys)
+    assert recipe.optimizer.dense_optimizer == changes.get("optimizer.base")
+
+
+@pytest.mark.parametrize(("key", "value"), [("partitions", 2), ("partition_kind", "random")])
+def test_a_former_single_step_run_that_cannot_go_on_says_so(key: str, value: object, tmp_path: Path) -> None:
+    values = nested(former("demo-single-step") | {f"poet.{key}": value})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"^poet\.{key}={value}: of a version before.*start anew"):
+        load_recipe(str(tmp_path))
+
+
 @pytest.mark.parametrize("name", BIG)
 def test_big_recipes_ask_for_text(name: str) -> None:
     with pytest.raises(UserError, match=r"data\.train is missing.*data\.train=PATH"):
         load_recipe(name)
-
-
-@pytest.mark.parametrize("name", BIG)
-def test_big_recipes_are_the_published_ones(name: str) -> None:
-    recipe = load_recipe(name, ["data.train=x"])
-    assert recipe.poet is not None
-    assert (recipe.poet.merge_every, recipe.poet.config.block_size, recipe.poet.config.init) == (
-        200,
-        256,
-        "normalized",
-    )
-    optimizer = recipe.optimizer
-    assert (optimizer.lr, optimizer.poet_lr, optimizer.poet_eps, optimizer.weight_decay) == (
-        1e-3,
-        2.5e-4,
-        1e-6,
-        0.0,
-    )
-    assert (optimizer.clip, optimizer.clip_ramp_until, optimizer.clip_ramp_steps) == (0.1, 2000, 10)
-    assert (optimizer.warmup_steps, recipe.train.steps, optimizer.min_lr_ratio) == (5000, 600_000, 0.01)
-    assert (recipe.data.seq_len, recipe.train.batch_size, recipe.train.dtype) == (256, 512, "auto")
+    assert load_recipe(name, text=False).data.train is None
 
 
 @pytest.mark.parametrize(("name", "billions"), [("llama-3b", 2.76447), ("llama-8b", 8.05), ("llama-13b", 13.0)])
@@ -62,6 +113,27 @@ def test_big_recipes_have_the_published_number_of_parameters(name: str, billions
     assert total / 1e9 == pytest.approx(billions, rel=2e-3)
 
 
+def test_a_shape_is_its_sizes_and_what_it_trains_at_once() -> None:
+    named = load_recipe("llama-8b", text=False)
+    assert load_recipe("llama", ["model.shape=llama-8b", "name=llama-8b"], text=False) == named
+    grouped = load_recipe("llama", ["model.shape=llama-3.1-8b"], text=False)
+    assert (grouped.model.num_key_value_heads, grouped.data.vocab_size) == (8, 128256)
+    own = load_recipe("llama-8b", ["model.num_layers=2", "poet.mode=fast", "train.batch_size=6"], text=False)
+    assert (own.model.num_layers, own.model.hidden_size, own.train.micro_batch) == (2, 4096, 6)
+    assert own.poet is not None
+    assert own.poet.config.mode == "fast"
+    with pytest.raises(UserError, match=r"model\.shape=llama-8: must be one of .*did you mean 'llama-8b'"):
+        load_recipe("demo", ["model.shape=llama-8"])
+
+
+def test_another_source_of_the_model_replaces_the_files() -> None:
+    keep = ["poet.init=keep", "poet.residual_scale=1"]
+    model = load_recipe("demo", ["model.pretrained=somewhere", *keep]).model
+    assert (model.hidden_size, model.num_layers) == (None, None)
+    assert load_recipe("demo", ["model.shape=llama-60m"]).model.hidden_size == 512
+    assert load_recipe("llama", ["model.config=x"], text=False).model.hidden_size is None
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -70,25 +142,45 @@ def test_big_recipes_have_the_published_number_of_parameters(name: str, billions
         ("poet.blok_size=64", r"^poet\.blok_size: unknown key; did you mean 'block_size'\?$"),
         ("poet.block_size=0", r"^poet\.block_size=0: must be"),
         ("poet.block_size=-4", r"^poet\.block_size=-4: must be"),
-        ("poet.block_size=big", r"^poet\.block_size='big': must be a whole number"),
-        ("poet.merge_every=0", r"^poet\.merge_every=0 must be positive"),
-        ("train.steps=many", r"^train\.steps='many': must be a whole number"),
+        ("poet.block_size=big", r"^poet\.block_size=big: must be a whole number"),
+        ("poet.merge_every=0", r"^poet\.merge_every=0: must be positive"),
+        ("train.steps=many", r"^train\.steps=many: must be a whole number"),
         ("train.steps=1.5", r"^train\.steps=1\.5: must be a whole number"),
         ("train.steps=true", r"^train\.steps=True: must be a whole number"),
-        ("train.steps=0", r"^train\.steps=0 must be positive"),
+        ("train.steps=0", r"^train\.steps=0: must be positive"),
         ("train.dtype=float16", r"float16 needs loss scaling.*use bfloat16"),
         ("train.dtype=flaot32", r"must be one of .*did you mean 'float32'"),
         ("train.micro_batch_size=7", r"micro_batch_size=7 does not divide train\.batch_size=8"),
         ("train=3", r"^train: expected keys and values"),
         ("train.steps.now=3", r"^train\.steps\.now: train\.steps is a single value"),
-        ("optimizer.norm_growth=-1", r"^optimizer\.norm_growth=-1: from 0 to less than train\.steps="),
-        ("optimizer.norm_growth=nan", r"^optimizer\.norm_growth"),
-        ("optimizer.lr=-1", r"^optimizer\.lr=-1\.0 must be positive"),
+        ("steps=3", r"^steps: unknown key; did you mean 'train\.steps'\?$"),
+        ("optimizer.steps=3", r"^optimizer\.steps: unknown key; did you mean 'train\.steps'\?$"),
+        ("train.lr=3", r"^train\.lr: unknown key; did you mean 'optimizer\.lr'\?$"),
+        ("optimizer.norm_growth=0", r"^optimizer\.norm_growth=0: is for poet\.method=single-step and has no effect"),
+        ("optimizer.angle=0.012", r"^optimizer\.angle=0\.012: is for poet\.method=single-step.*; leave it out$"),
+        (
+            "optimizer.momentum=0.9",
+            r"^optimizer\.momentum=0\.9: is SGD's and has no effect with .*=adamw; leave it out",
+        ),
+        ("poet.spectrum=free", r"^poet\.spectrum=free: is for poet\.method=single-step"),
+        ("poet.group_size=64", r"^poet\.group_size=64: is for poet\.weight_format"),
+        ("model.recompute=mem", r"^model\.recompute=mem: is for model\.gradient_checkpointing=true"),
+        ("optimizer.name=muon", r"^optimizer\.name=muon trains dense matrices; use it with poet=null"),
+        ("lora.rank=4", r"^lora and poet are both set"),
+        ("train.dtype=2024-01-01", r"^train\.dtype=2024-01-01: must be one of"),
+        ("data.train=2024-01-01", r"^data\.train=2024-01-01: must be text$"),
+        ("name=2024-13-45", r"^name=2024-13-45: the value is not valid YAML: month"),
+        ("train.steps=" + "9" * 5000, r"^train\.steps=9{60,70}\.\.\.: the value is not valid YAML: Exceeds"),
+        ("train.steps=" + "9" * 4000, r"^train\.steps=9{60,80}\.\.\.: must be below 2\*\*63$"),
+        ("optimizer.lr=1" + "0" * 400, r"^optimizer\.lr=10{60,80}\.\.\.: must be a number$"),
+        ("run_dir=~no-such-user/x", r"^run_dir=~no-such-user/x: there is no such user; write \./~no-such-user/x"),
+        ("data.train=~no-such-user", r"^data\.train=~no-such-user: there is no such user"),
+        ("data.train=" + "[" * 3000, r"not valid YAML"),
+        ("optimizer.lr=-1", r"^optimizer\.lr=-1: must be positive"),
         ("optimizer.lr=.nan", r"^optimizer\.lr=nan: must be a number"),
         ("optimizer.betas=[0.9]", r"^optimizer\.betas=\[0\.9\]: must be a list of 2"),
         ("optimizer.betas=[0.9, 1.0]", r"must lie in \[0, 1\)"),
         ("model.num_heads=7", r"num_heads=7 does not divide model\.hidden_size=256"),
-        ("model.config=x", r"model\.hidden_size is set although model\.config decides it"),
         ("steps", r"an override is written key=value"),
         ("train.steps=[", r"not valid YAML"),
     ],
@@ -138,7 +230,7 @@ def test_broken_yaml_names_the_file(tmp_path: Path) -> None:
 def test_only_cadence_and_places_may_differ_on_resume() -> None:
     old = load_recipe("demo")
     free = ["run_dir=elsewhere", "train.eval_every=7", "train.checkpoint_every=9", "train.device=cpu"]
-    assert differing_keys(old, load_recipe("demo", free)) == []
+    assert differing_keys(old, load_recipe("demo", free)) == {}
     changed = ["train.steps=7", "poet.block_size=32", "optimizer.lr=0.5"]
     assert set(differing_keys(old, load_recipe("demo", changed))) == {
         "train.steps",
@@ -171,26 +263,60 @@ def test_one_seed_is_enough(overrides: list[str], seeds: tuple[int, int]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "key"),
     [
-        ([], ()),
-        (["optimizer.angle=0.02"], ("optimizer.angle",)),
-        (["poet.spectrum=free", "poet.partitions=1"], ("poet.partitions", "poet.spectrum")),
-        (["poet=null"], ("optimizer.poet_lr",)),
-        (["optimizer.name=adafactor", "optimizer.betas=[0.9,0.95]"], ("optimizer.betas",)),
-        (["optimizer.momentum=0.9"], ("optimizer.momentum",)),
-        (["optimizer.base=sgd", "optimizer.momentum=0.9"], ()),
-        (["poet.method=single-step", "poet.merge_every=null"], ("optimizer.poet_lr", "poet.neumann_order")),
-        (["optimizer.warmup_steps=900"], ("ends at 33% of its peak",)),
+        (["poet=null", "optimizer.poet_lr=1"], "optimizer.poet_lr"),
+        (["optimizer.name=adafactor", "optimizer.betas=[0.9,0.95]"], "optimizer.betas"),
+        (["optimizer.name=sgd", "optimizer.poet_betas=[0.9,0.95]"], "optimizer.poet_betas"),
+        (["poet.method=single-step", "optimizer.poet_lr=1"], "optimizer.poet_lr"),
+        (["poet.method=single-step", "poet.neumann_order=7"], "poet.neumann_order"),
+        (["poet.method=single-step", "poet.merge_every=5"], "poet.merge_every"),
+        (["poet.method=single-step", "optimizer.dense_optimizer=sgd"], "optimizer.dense_optimizer"),
+        (["poet=null", "optimizer.dense_optimizer=sgd"], "optimizer.dense_optimizer"),
+        (["method=muon", "optimizer.momentum=0.9"], "optimizer.momentum"),
     ],
 )
-def test_settings_without_effect_are_named(overrides: list[str], words: tuple[str, ...]) -> None:
-    said = "; ".join(remarks(load_recipe("demo", overrides)))
-    assert bool(said) == bool(words)
-    assert all(word in said for word in words)
+def test_a_key_without_effect_cannot_be_written(overrides: list[str], key: str) -> None:
+    with pytest.raises(UserError, match=rf"^{key}=.* has no effect with .*; leave it out$"):
+        load_recipe("demo", overrides)
 
 
-@pytest.mark.parametrize("name", builtin_recipes())
-def test_built_in_recipes_set_nothing_in_vain(name: str) -> None:
-    overrides = [] if name.startswith("demo") else ["data.train=text"]
-    assert remarks(load_recipe(name, overrides)) == []
+def test_a_file_cannot_either(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    text = (RECIPE_DIR / "demo.yaml").read_text(encoding="utf-8")
+    path.write_text(text.replace("optimizer:\n", "optimizer:\n  angle: 0.02\n"), encoding="utf-8")
+    with pytest.raises(UserError, match=r"^optimizer\.angle=0\.02: is for poet\.method=single-step"):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["poet=null"],
+        ["poet.method=single-step"],
+        ["optimizer.name=sgd", "optimizer.momentum=0.9"],
+        ["optimizer.dense_optimizer=sgd", "optimizer.momentum=0.9"],
+        ["poet.method=single-step", "poet.merge_every=null"],
+        ["poet.mode=mem", "poet.weight_format=int8", "poet.group_size=64"],
+    ],
+)
+def test_what_the_file_sets_for_another_choice_goes_with_it(overrides: list[str]) -> None:
+    recipe = load_recipe("demo", overrides)
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+def test_a_method_may_stand_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("method: adamw-8bit\nmodel: {shape: llama-60m}\ndata: {train: builtin}\n", encoding="utf-8")
+    recipe = load_recipe(str(path))
+    assert recipe.poet is None
+    assert recipe == load_recipe(str(path), ["method=adamw-8bit"])
+
+
+def test_with_keys_checks_what_it_changes() -> None:
+    recipe = load_recipe("demo")
+    assert recipe.with_keys({"train.dtype": "bfloat16"}).train.dtype == "bfloat16"
+    with pytest.raises(UserError, match=r"train\.dtype=int3: must be one of"):
+        recipe.with_keys({"train.dtype": "int3"})
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.name = "other"

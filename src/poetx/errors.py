@@ -18,3 +18,8 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the choice closest to ``word``, or the empty string."""
     match = difflib.get_close_matches(word, list(choices), n=1)
     return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an exception on one line."""
+    return " ".join(str(error).split())

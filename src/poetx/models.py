@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from poetx.errors import UserError
+from poetx.errors import UserError, one_line
 from poetx.recipe import Recipe
-from poetx.schema import one_line
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def resolve_device(device: str) -> torch.device:
@@ -46,7 +45,7 @@ def settled(recipe: Recipe, device: torch.device) -> Recipe:
     """``recipe`` with ``train.dtype: auto`` made what it is on ``device``; under autocast the weights are float32."""
     auto = "float32" if recipe.train.autocast else resolve_dtype("auto", device)
     dtype = auto if recipe.train.dtype == "auto" else recipe.train.dtype
-    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, dtype=dtype))
+    return recipe.with_keys({"train.dtype": dtype})
 
 
 def build_model(recipe: Recipe, *, vocab_size: int, end_of_text_id: int, device: torch.device) -> PreTrainedModel:
@@ -54,6 +53,7 @@ def build_model(recipe: Recipe, *, vocab_size: int, end_of_text_id: int, device:
 
     On the meta device where the recipe has a ``poet.weight_format``: :func:`poetx.methods.convert_model` then makes it
     layer by layer, so that the dense weights never exist together.
+    With ``device`` meta no weight is made or read, of a checkpoint either: for plans.
     Fresh weights depend on ``train.seed`` only; the global random generators are left as they were.
 
     Args:
@@ -69,11 +69,12 @@ def build_model(recipe: Recipe, *, vocab_size: int, end_of_text_id: int, device:
     cuda_devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda_devices):
         torch.manual_seed(recipe.train.seed)
-        if recipe.model.pretrained:
+        if recipe.model.pretrained and device.type != "meta":
             model = _pretrained(recipe, dtype)
         else:
+            config = model_config(recipe, vocab_size=vocab_size, end_of_text_id=end_of_text_id)
             start = torch.device("meta") if _is_quantized(recipe) else device
-            model = _fresh(recipe, vocab_size, end_of_text_id, start, dtype)
+            model = _from_config(config, dtype, start, f"model.config={recipe.model.config}")
     rows = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
     if rows < vocab_size:
         raise UserError(
@@ -90,52 +91,77 @@ def build_model(recipe: Recipe, *, vocab_size: int, end_of_text_id: int, device:
     return cast(Any, model).to(device)  # transformers' decorator hides nn.Module.to from the type checker
 
 
-def _fresh(
-    recipe: Recipe, vocab_size: int, end_of_text_id: int, device: torch.device, dtype: torch.dtype
-) -> PreTrainedModel:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+def model_config(recipe: Recipe, *, vocab_size: int, end_of_text_id: int = 0) -> PretrainedConfig:
+    """The ``transformers`` config of the recipe's model, whichever way that is given.
 
+    Raises:
+        UserError: a config that is not there or cannot be read.
+    """
     shape = recipe.model
+    if shape.pretrained:
+        return _read_config("model.pretrained", shape.pretrained)
     if shape.config:
-        config = _read_config(shape.config, AutoConfig)
+        config = _read_config("model.config", shape.config)
         # Those in the file belong to another tokenizer.
         config.bos_token_id = config.eos_token_id = end_of_text_id
         config.pad_token_id = None
-    else:
-        assert shape.hidden_size and shape.intermediate_size and shape.num_layers and shape.num_heads  # noqa: PT018
-        config = LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size,
-            num_hidden_layers=shape.num_layers,
-            num_attention_heads=shape.num_heads,
-            num_key_value_heads=shape.num_key_value_heads or shape.num_heads,
-            max_position_embeddings=recipe.data.seq_len,
-            tie_word_embeddings=shape.tie_embeddings,
-            bos_token_id=end_of_text_id,
-            eos_token_id=end_of_text_id,
-            pad_token_id=None,  # a padding id would zero that row of the embedding, and it is the end of text
-        )
+        return config
+    from transformers import LlamaConfig
+
+    assert shape.hidden_size and shape.intermediate_size and shape.num_layers and shape.num_heads  # noqa: PT018
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_key_value_heads or shape.num_heads,
+        max_position_embeddings=recipe.data.seq_len,
+        tie_word_embeddings=shape.tie_embeddings,
+        bos_token_id=end_of_text_id,
+        eos_token_id=end_of_text_id,
+        pad_token_id=None,  # a padding id would zero that row of the embedding, and it is the end of text
+    )
+
+
+def _from_config(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, source: str) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
     try:
         with torch.device(device):
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"model.config={shape.config}: {one_line(error)}") from None
+    except (ValueError, KeyError, ImportError) as error:
+        raise UserError(f"{source}: {one_line(error)}") from None
 
 
-def _read_config(source: str, auto_config: Any) -> Any:
+def _read_config(key: str, source: str) -> Any:
+    from transformers import AutoConfig
+
     path = Path(source).expanduser()
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"model.config={source}: no config.json there")
+        raise UserError(f"{key}={source}: {_not_there(path)}")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        return auto_config.for_model(values.pop("model_type"), **values)
+        values = json.loads(file.read_text(encoding="utf-8"), object_hook=_special_float)
+        return AutoConfig.for_model(values.pop("model_type"), **values)
     except KeyError:
-        raise UserError(f'model.config={source}: no "model_type" in it') from None
+        raise UserError(f'{key}={source}: no "model_type" in its config.json') from None
     except Exception as error:  # transformers and huggingface_hub have a class of their own for every mistake
-        raise UserError(f"model.config={source}: {one_line(error)}") from None
+        raise UserError(f"{key}={source}: {one_line(error)}") from None
+
+
+def _special_float(values: dict[str, Any]) -> Any:
+    """How ``transformers`` writes infinity into JSON, which has none: ``{"__float__": "Infinity"}``."""
+    return float(values["__float__"]) if values.keys() == {"__float__"} else values
+
+
+def _not_there(path: Path) -> str:
+    if path.exists():
+        return "no config.json there"
+    name = os.path.relpath(path)
+    hub = f"; for a model of the Hub, first: hf download {name} --local-dir DIR" if not name.startswith("..") else ""
+    return f"no such file or directory{hub}"
 
 
 def _is_quantized(recipe: Recipe) -> bool:
@@ -149,24 +175,24 @@ def _pretrained(recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
     source = str(recipe.model.pretrained)
     path = Path(source).expanduser()
     if not (path / "config.json").is_file():
-        raise UserError(f"model.pretrained={source}: not a checkpoint directory (no config.json in it)")
+        raise UserError(f"model.pretrained={source}: not a checkpoint directory ({_not_there(path)})")
     try:
         if _is_quantized(recipe) and (model := _on_meta(path, dtype)) is not None:
             return model
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:  # ImportError: for a quantized one
         raise UserError(f"model.pretrained={source}: {one_line(error)}") from None
 
 
 def _on_meta(path: Path, dtype: torch.dtype) -> PreTrainedModel | None:
     """The checkpoint's model without its weights, or None where its files name tensors otherwise than the model."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     from poetx.materialize import Checkpoint
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, local_files_only=True), dtype=dtype)
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    model = _from_config(config, dtype, torch.device("meta"), f"model.pretrained={path}")
     if Checkpoint(path).missing(model):
         return None
     if (path / "generation_config.json").is_file():

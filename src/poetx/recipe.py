@@ -1,36 +1,43 @@
-"""The recipe: everything that defines a training run, as nested frozen dataclasses read from YAML.
+"""The recipe: everything that defines a training run, read from YAML into frozen, strict sections.
 
 A recipe is found by a built-in name, by the path of a YAML file, or by the directory of an earlier run.
-Overrides are ``a.b=value`` strings whose values are read as YAML. Keys are strict: a misspelt key is an error that
-names the nearest right one, and :func:`poetx.remarks.remarks` says which have no effect, so that no setting is
-ever ignored in silence.
+Overrides are ``a.b=value`` strings whose values are read as YAML. A misspelt key is an error that names the nearest
+right one, and so is a key that nothing in this run would read: no setting is ever ignored in silence.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import datetime
+import logging
 import os
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from poetx.config import PoetConfig, renamed
-from poetx.errors import UserError, nearest
-from poetx.method_names import put_method
-from poetx.schema import (
-    apply_override,
-    build,
-    check_keys,
-    coerce,
-    flatten,
-    join,
-    not_negative,
-    one_line,
-    plain,
-    positive,
+from pydantic import ValidationError, model_validator
+
+from poetx.errors import UserError, nearest, one_line
+from poetx.former_recipes import drop_without_effect, modern_key, modernize, without_effect
+from poetx.sections import (
+    SIZES,
+    DataRecipe,
+    LoraRecipe,
+    MergedRecipe,
+    ModelRecipe,
+    OptimizerRecipe,
+    PoetRecipe,
+    Section,
+    SingleStepKeys,
+    Text,
+    TrainRecipe,
+    belongs,
+    every_key,
+    section_types,
 )
+from poetx.shorthands import SIZED_RECIPES, put_method, put_shape
+
+logger = logging.getLogger(__name__)
 
 RECIPE_DIR = Path(__file__).resolve().parent / "recipes"
 DEMOS = ("demo-single-step", "demo")  # the first is what `poetx train` runs
@@ -58,253 +65,24 @@ FREE_ON_RESUME = (
 )
 
 _PATHS = ("data.train", "data.validation", "data.tokenizer", "data.cache_dir", "model.config", "model.pretrained")
+_SECTIONS = ("model", "data", "poet", "lora", "optimizer", "train")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelRecipe:
-    """Where the model comes from: a Llama shape (sizes below), a config file, or a pretrained checkpoint.
+class Recipe(Section):
+    """One training run. ``poet`` and ``lora`` both null: the plain dense model, a baseline.
 
-    ``config`` is a Hugging Face ``config.json`` or its directory; ``pretrained`` a checkpoint directory. With
-    either of them the sizes are taken from there and must not be given here.
+    ``method`` at the top level of a file, or as an override, is one word for what a method sets
+    (:data:`poetx.shorthands.METHODS`).
     """
 
-    hidden_size: int | None = None
-    intermediate_size: int | None = None
-    num_layers: int | None = None
-    num_heads: int | None = None
-    num_key_value_heads: int | None = None  # None: as many as num_heads (no grouped-query attention)
-    tie_embeddings: bool = False
-    config: str | None = None
-    pretrained: str | None = None
-    gradient_checkpointing: bool = False  # keep only every decoder layer's input, and compute the layer again
-    recompute: Literal["auto", "fast", "mem"] = "auto"  # of rotated layers then; poetx.savings.checkpoint_layers_
-
-    def validate(self) -> None:
-        """Raise :class:`UserError` unless exactly one source of the model is described, with sane sizes."""
-        sizes = ("hidden_size", "intermediate_size", "num_layers", "num_heads")
-        positive(self, "model", *sizes, "num_key_value_heads")
-        given = [name for name in (*sizes, "num_key_value_heads") if getattr(self, name) is not None]
-        if self.config and self.pretrained:
-            raise UserError("model.config and model.pretrained are both set; give one of them")
-        if self.config or self.pretrained:
-            source = "model.config" if self.config else "model.pretrained"
-            if given or self.tie_embeddings:
-                extra = given[0] if given else "tie_embeddings"
-                raise UserError(f"model.{extra} is set although {source} decides it; remove one of the two")
-            return
-        missing = [name for name in sizes if getattr(self, name) is None]
-        if missing:
-            raise UserError(
-                f"model.{missing[0]} is missing; give {', '.join(sizes)}, or model.config, or model.pretrained"
-            )
-        assert self.hidden_size is not None
-        assert self.num_heads is not None
-        if self.hidden_size % self.num_heads:
-            raise UserError(f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}")
-        if self.hidden_size // self.num_heads % 2:
-            raise UserError(
-                f"model.hidden_size / model.num_heads = {self.hidden_size // self.num_heads} is odd; "
-                "rotary position embeddings need an even head size"
-            )
-        if self.num_key_value_heads and self.num_heads % self.num_key_value_heads:
-            raise UserError(
-                f"model.num_key_value_heads={self.num_key_value_heads} does not divide model.num_heads={self.num_heads}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataRecipe:
-    """Text and tokenizer. ``train``: "builtin", a text file, a directory of text files, or JSONL with ``text``."""
-
-    train: str | None = None
-    validation: str | None = None  # same kinds as train; None: hold out validation_fraction of the documents
-    validation_fraction: float = 0.01
-    tokenizer: str | None = None  # existing tokenizer (directory or tokenizer.json); None: train one
-    vocab_size: int = 32000  # of a tokenizer trained here
-    end_of_text: str | None = None  # token between documents; None: "<|endoftext|>" or the tokenizer's own
-    seq_len: int = 256
-    cache_dir: str | None = None  # where tokenized data is kept; None: beside the run directory
-
-    def validate(self) -> None:
-        """Raise :class:`UserError` on missing or impossible values."""
-        if not self.train:
-            raise UserError(
-                "data.train is missing; give it on the command line: data.train=PATH "
-                '(a text file, a directory of text files, JSONL with a "text" field, or builtin)'
-            )
-        positive(self, "data", "seq_len", "vocab_size")
-        if self.tokenizer is None and self.vocab_size < 300:
-            raise UserError(f"data.vocab_size={self.vocab_size} is too small; bytes alone take 256, use 300 or more")
-        if self.validation is None and not 0 < self.validation_fraction < 1:
-            raise UserError(f"data.validation_fraction={self.validation_fraction} must be between 0 and 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PoetRecipe:
-    """The fields of :class:`poetx.PoetConfig`, flat, and ``merge_every`` (steps; None: only at export).
-
-    With ``method: single-step``, which folds at every step, ``merge_every`` is None.
-    """
-
-    merge_every: int | None = 200
-    config: PoetConfig = field(default_factory=PoetConfig)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As written in YAML: ``merge_every`` beside the config's own keys."""
-        return {"merge_every": self.merge_every, **self.config.to_dict()}
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any], *, path: str) -> PoetRecipe:
-        """Read the flat form; ``path`` is the dotted place for error messages."""
-        hints = {"merge_every": int | None, **typing.get_type_hints(PoetConfig)}
-        del hints["weight_residual"]  # the former name, mapped already
-        values = renamed(values)
-        check_keys(values, list(hints), path=path)
-        settings = {key: coerce(value, hints[key], path=join(path, key)) for key, value in values.items()}
-        single_step = settings.get("method") == "single-step"
-        merge_every = settings.pop("merge_every", None if single_step else 200)
-        if single_step and merge_every is not None:
-            raise UserError(
-                f"{path}.merge_every={merge_every}: {path}.method=single-step folds at every step; set null"
-            )
-        try:
-            return cls(merge_every=merge_every, config=PoetConfig(**settings))
-        except UserError as error:
-            raise UserError(f"{path}.{error}") from None
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraRecipe:
-    """Adapters by peft in place of ``poet``; the model itself stays as it is."""
-
-    rank: int = 16
-    alpha: float | None = None  # what the product of the two is scaled by, times the rank; None: twice the rank
-
-    def validate(self) -> None:
-        """Raise :class:`UserError` on values peft does not take."""
-        positive(self, "lora", "rank", "alpha")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerRecipe:
-    """Optimizer, its learning rates and gradient clipping. Defaults: method.md section 6."""
-
-    name: Literal["adamw", "sgd", "adafactor", "smmf", "hfac", "muon"] = "adamw"
-    base: Literal["adamw", "sgd", "adafactor", "smmf", "hfac"] | None = None  # for all but rotations; None: name
-    state_dtype: Literal["auto", "same", "float32", "bfloat16", "int8"] = "auto"  # AdamW's; optim.build_optimizer
-    release_gradients: bool = False  # update embeddings and head inside backward; needs clip null and one micro-batch
-    lr: float = 1e-3  # of everything that is not a rotation
-    poet_lr: float = 2.5e-4  # of the rotations
-    muon_lr: float | None = None  # of what Muon steps; None: lr
-    angle: float = 0.012  # of the rotations with poet.method=single-step instead: radians a step
-    norm_growth: float = 0.0  # of single-step: ‖W‖² grows by so many times its first value over all train.steps
-    weight_decay: float = 0.0  # never applied to rotations
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    poet_betas: tuple[float, float] = (0.9, 0.999)
-    poet_eps: float = 1e-6
-    momentum: float = 0.0  # sgd only
-    clip: float | None = 0.1  # global gradient norm; null or 0: off
-    clip_ramp_start: float = 0.1  # after a merge the clip value climbs from this fraction of itself ...
-    clip_ramp_steps: int = 10  # ... to itself in this many steps; 0: no ramp
-    clip_ramp_until: int = 2000  # ... for merges within the first so many steps
-    warmup_steps: int = 0
-    min_lr_ratio: float = 0.01  # the cosine ends at this fraction of the peak
-
-    def validate(self) -> None:
-        """Raise :class:`UserError` on values no optimizer accepts."""
-        positive(self, "optimizer", "lr", "poet_lr", "muon_lr", "eps", "poet_eps")
-        not_negative(
-            self,
-            "optimizer",
-            "weight_decay",
-            "momentum",
-            "clip",
-            "clip_ramp_steps",
-            "clip_ramp_until",
-            "warmup_steps",
-        )
-        if self.state_dtype != "auto" and not {"adamw", "muon"} & {self.name, self.base}:
-            raise UserError(
-                f"optimizer.state_dtype={self.state_dtype} is AdamW's; with optimizer.name={self.name} leave it out"
-            )
-        if not 0 < self.angle < 0.5:
-            raise UserError(f"optimizer.angle={self.angle}: radians a step, between 0 and 0.5 (0.012 is usual)")
-        if self.release_gradients and self.clip:
-            raise UserError(
-                f"optimizer.release_gradients with optimizer.clip={self.clip:g}: the norm over all gradients is not "
-                "known while some are released during backward; set optimizer.clip=null"
-            )
-        for name in ("betas", "poet_betas"):
-            if not all(0 <= beta < 1 for beta in getattr(self, name)):
-                raise UserError(f"optimizer.{name}={list(getattr(self, name))} must lie in [0, 1)")
-        for name in ("min_lr_ratio", "clip_ramp_start"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"optimizer.{name}={getattr(self, name)} must lie in [0, 1]")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainRecipe:
-    """Length, batch, precision and cadence of the run."""
-
-    steps: int = 1000
-    batch_size: int = 32  # sequences in one optimizer step
-    micro_batch_size: int | None = None  # sequences in one forward; None: batch_size
-    seed: int = 0
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on cuda, else float32
-    autocast: bool = False  # compute in bfloat16 while weights and optimizer state stay in dtype (auto: float32)
-    compile: bool = False
-    chunked_loss: bool = False  # cross entropy a piece of the vocabulary at a time: the logits never exist
-    deterministic: bool = False  # refuse operations that are not (slower on a GPU; the CPU always is)
-    eval_every: int = 200
-    eval_windows: int = 64  # validation windows, spread evenly over the set
-    spectrum_every: int | None = None  # steps between measurements of every rotated layer's singular values
-    memory_every: int | None = None  # steps between measurements of memory by phase; slow on the CPU, first step too
-    log_every: int = 10  # steps between lines of plain progress; metrics.jsonl has every step
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2
-    max_bad_steps: int = 5  # this many non-finite steps in a row stop the run
-    export: bool = True  # write run_dir/export at the end
-
-    @property
-    def micro_batch(self) -> int:
-        """Sequences in one forward pass."""
-        return self.micro_batch_size or self.batch_size
-
-    def validate(self) -> None:
-        """Raise :class:`UserError` on impossible lengths and unsupported precisions."""
-        positive(
-            self,
-            "train",
-            *("steps", "batch_size", "micro_batch_size", "eval_every", "eval_windows", "log_every"),
-            *("checkpoint_every", "keep_checkpoints", "max_bad_steps", "spectrum_every", "memory_every"),
-        )
-        not_negative(self, "train", "seed")
-        if self.batch_size % self.micro_batch:
-            raise UserError(
-                f"train.micro_batch_size={self.micro_batch} does not divide train.batch_size={self.batch_size}"
-            )
-        if self.seed >= 1 << 63:
-            raise UserError(f"train.seed={self.seed}: must be below 2**63")
-        if self.autocast and self.dtype == "bfloat16":
-            raise UserError("train.autocast with train.dtype=bfloat16 has no effect; leave one of them out")
-        if self.dtype == "float16":
-            raise UserError("train.dtype=float16 needs loss scaling, which poetx does not do; use bfloat16")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """One training run. ``poet: null`` trains the plain dense model with the same optimizer: the baseline."""
-
-    name: str = "run"
-    run_dir: str | None = None  # None: runs/<name>
-    model: ModelRecipe = field(default_factory=ModelRecipe)
-    data: DataRecipe = field(default_factory=DataRecipe)
-    poet: PoetRecipe | None = field(default_factory=PoetRecipe)
+    name: Text = "run"
+    run_dir: Text | None = None  # None: runs/<name>
+    model: ModelRecipe
+    data: DataRecipe
+    poet: PoetRecipe | None = None
     lora: LoraRecipe | None = None
-    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
-    train: TrainRecipe = field(default_factory=TrainRecipe)
+    optimizer: OptimizerRecipe
+    train: TrainRecipe
 
     @property
     def directory(self) -> Path:
@@ -316,50 +94,37 @@ class Recipe:
         """Where tokenized data is kept: shared by the runs that lie beside each other."""
         return Path(self.data.cache_dir) if self.data.cache_dir else self.directory.parent
 
-    def validate(self) -> None:
-        """Raise :class:`UserError` for values that cannot work, before anything is written or computed."""
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
         if not self.name.strip():
             raise UserError("name is empty")
-        for section in (self.model, self.data, self.optimizer, self.train):
-            section.validate()
-        if not 0 <= (growth := self.optimizer.norm_growth) < self.train.steps:
-            raise UserError(f"optimizer.norm_growth={growth:g}: from 0 to less than train.steps={self.train.steps}")
-        if self.poet is not None and self.poet.merge_every is not None and self.poet.merge_every <= 0:
-            raise UserError(f"poet.merge_every={self.poet.merge_every} must be positive, or null for never")
-        if self.lora is not None:
-            self.lora.validate()
-            if self.poet is not None:
-                raise UserError("lora and poet are both set; set one of them to null")
+        if self.lora is not None and self.poet is not None:
+            raise UserError("lora and poet are both set; set one of them to null")
         if self.optimizer.name == "muon" and (self.poet is not None or self.lora is not None):
             raise UserError("optimizer.name=muon trains dense matrices; use it with poet=null and lora=null")
-        if self.poet is None and self.optimizer.base is not None:
-            raise UserError(
-                f"optimizer.base={self.optimizer.base} is for what rotations leave, and poet=null has none; use "
-                f"optimizer.name={self.optimizer.base}"
-            )
+        if self.poet is None and self.model.recompute != "auto":
+            raise UserError(f"model.recompute={self.model.recompute}: is for rotated layers; leave it out")
+        growth = self.optimizer.norm_growth if isinstance(self.optimizer, SingleStepKeys) else 0
+        if growth >= self.train.steps:
+            raise UserError(f"optimizer.norm_growth={growth:g}: must be less than train.steps={self.train.steps}")
         if self.model.pretrained and self.poet is not None and (config := self.poet.config).init != "keep":
             also = "".join(f" poet.{s}=1" for s in ("init_scale", "residual_scale") if getattr(config, s) != 1)
             raise UserError(
                 f"poet.init={config.init} would destroy the weights of model.pretrained={self.model.pretrained}; "
                 f"use poet.init=keep{also}"
             )
+        return self
+
+    @property
+    def merge_every(self) -> int | None:
+        """Steps between merges; None: only at export, or a method that does not merge."""
+        return self.poet.merge_every if isinstance(self.poet, MergedRecipe) else None
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dicts and lists, as written to ``recipe.yaml``."""
-        sections = {
-            key: plain(dataclasses.asdict(getattr(self, key))) for key in ("model", "data", "optimizer", "train")
-        }
-        poet = None if self.poet is None else plain(self.poet.to_dict())
-        return {
-            "name": self.name,
-            "run_dir": self.run_dir,
-            "model": sections["model"],
-            "data": sections["data"],
-            "poet": poet,
-            "lora": None if self.lora is None else dataclasses.asdict(self.lora),
-            "optimizer": sections["optimizer"],
-            "train": sections["train"],
-        }
+        sections = {name: getattr(self, name) for name in _SECTIONS}
+        written = {name: None if part is None else _plain(part.model_dump()) for name, part in sections.items()}
+        return {"name": self.name, "run_dir": self.run_dir} | written
 
     def to_yaml(self) -> str:
         """The recipe as YAML that :func:`load_recipe` reads back to an equal recipe."""
@@ -370,61 +135,81 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """Build a recipe from nested dicts. Raises :class:`UserError` on unknown keys and wrong types."""
-        return build(cls, values, path="")
+        return _build(values)
+
+    def with_keys(self, changes: Mapping[str, Any]) -> Recipe:
+        """A copy with these dotted keys changed, checked like any recipe: ``{"train.dtype": "float32"}``."""
+        values = self.to_dict()
+        for key, value in changes.items():
+            _set(values, key, value)
+        return _build(values)
 
 
 def builtin_recipes() -> list[str]:
     """Names of the recipes that ship with the package."""
-    return sorted(path.stem for path in RECIPE_DIR.glob("*.yaml"))
+    return sorted([*(path.stem for path in RECIPE_DIR.glob("*.yaml")), *SIZED_RECIPES])
 
 
-def load_recipe(source: str | None = None, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(source: str | None = None, overrides: Sequence[str] = (), *, text: bool = True) -> Recipe:
     """Read the recipe ``source`` (built-in name, path, or run directory), apply ``key=value`` overrides, check.
+
+    An override of a method, an optimizer or the model's source drops what the file sets for the one before.
+
+    Args:
+        text: require ``data.train``, which training needs and planning does not.
 
     Raises:
         UserError: on anything wrong, with the full dotted path of the key.
     """
-    import yaml
-
-    path = recipe_path(source or DEMOS[0])
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {one_line(error)}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: a recipe is a mapping of keys to values")
-    values.setdefault("name", path.stem)
-    if source is not None and Path(source).is_dir() and source not in builtin_recipes():
-        values["run_dir"] = source  # where the run is now, not where it was when it started
-    if "method" in values:
-        put_method(values, values.pop("method"))
-    for override in overrides:
-        if override.partition("=")[0].strip() == "method":
-            put_method(values, override.partition("=")[2].strip())
-    for override in overrides:
-        if override.partition("=")[0].strip() != "method":
-            apply_override(values, override)
+    source = source or DEMOS[0]
+    values, of_a_run = _read(source)
+    for note in modernize(values, of_a_run=of_a_run):
+        logger.warning("%s: %s", source, note)
+    if (method := values.pop("method", None)) is not None:
+        put_method(values, method)
+    for section, key, value in without_effect(values):
+        raise _without_effect(values, section, key, value)
+    given: set[str] = set()
+    pairs = [_parse(override) for override in overrides]
+    for key, value in pairs:
+        if key == "method":
+            put_method(values, value)
+    drop_without_effect(values)
+    for key, value in pairs:
+        if key != "method":
+            _set(values, key, value)
+            given.add(modern_key(key))
+    modernize(values, keep=given)
+    _drop_other_sources(values, given)
+    drop_without_effect(values, keep=given)
     _make_absolute(values)
+    put_shape(values)
     _share_seed(values)
-    recipe = Recipe.from_dict(values)
-    recipe.validate()
+    recipe = _build(values)
+    if text and not recipe.data.train:
+        raise UserError(
+            "data.train is missing; give it on the command line: data.train=PATH "
+            '(a text file, a directory of text files, JSONL with a "text" field, or builtin)'
+        )
     return recipe
 
 
 def with_method(recipe: Recipe, name: str) -> Recipe:
-    """``recipe`` trained by the method ``name`` of :data:`poetx.method_names.METHODS`, all else as it was.
+    """``recipe`` trained by the method ``name`` of :data:`poetx.shorthands.METHODS`, all else as it was.
 
     Keys that the method does not have are dropped. Raises :class:`UserError` where there is no such method.
     """
     values = recipe.to_dict()
     put_method(values, name)
-    changed = Recipe.from_dict(values)
-    changed.validate()
-    return changed
+    drop_without_effect(values)
+    _share_seed(values)
+    return _build(values)
 
 
 def recipe_path(source: str) -> Path:
     """The YAML file meant by a built-in name, a path, or a run directory."""
+    if source in SIZED_RECIPES:
+        return RECIPE_DIR / "llama.yaml"
     if source in builtin_recipes():
         return RECIPE_DIR / f"{source}.yaml"
     path = Path(source)
@@ -439,27 +224,206 @@ def recipe_path(source: str) -> Path:
     return path
 
 
-def differing_keys(old: Recipe, new: Recipe) -> list[str]:
+def differing_keys(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
     """Dotted keys in which two recipes train differently, cadence and places (:data:`FREE_ON_RESUME`) left out."""
-    old_flat, new_flat = flatten(old.to_dict()), flatten(new.to_dict())
-    keys = [*old_flat, *(key for key in new_flat if key not in old_flat)]
-    return [key for key in keys if key not in FREE_ON_RESUME and old_flat.get(key) != new_flat.get(key)]
+    before, after = dict(_flat(old.to_dict())), dict(_flat(new.to_dict()))
+    keys = [key for key in before | after if key not in FREE_ON_RESUME and before.get(key) != after.get(key)]
+    return {key: (before.get(key), after.get(key)) for key in keys}
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _read(source: str) -> tuple[dict[str, Any], bool]:
+    """The values in the file of ``source``, and whether that is the directory of a run."""
+    import yaml
+
+    path = recipe_path(source)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, no such date, too long
+        raise UserError(f"{path}: not valid YAML: {one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys to values")
+    if source in SIZED_RECIPES:
+        values["name"] = source
+        values["model"]["shape"] = SIZED_RECIPES[source]
+    values.setdefault("name", path.stem)
+    of_a_run = source not in builtin_recipes() and Path(source).is_dir()
+    if of_a_run:
+        values["run_dir"] = source  # where the run is now, not where it was when it started
+    return values, of_a_run
+
+
+def _parse(override: str) -> tuple[str, Any]:
+    """Key and value of ``a.b=value``; the value is read as YAML."""
+    import yaml
+
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise UserError(f"{override!r}: an override is written key=value, for example train.steps=100")
+    try:
+        return key, yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{_shown(override)}: the value is not valid YAML: {one_line(error)}") from None
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    node = values
+    for depth, parent in enumerate(parents):
+        child = node.get(parent)
+        if child is None:  # absent, or `poet: null` about to get settings again
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"{key}: {'.'.join(parents[: depth + 1])} is a single value, it has no keys")
+        node = child
+    node[last] = value
+
+
+def _drop_other_sources(values: dict[str, Any], given: set[str]) -> None:
+    """Of the file's model, what an override of its source replaces: sizes by a checkpoint, and so on."""
+    model = values.get("model")
+    if not isinstance(model, dict):
+        return
+    sources: dict[str, tuple[str, ...]] = {
+        "config": ("config",),
+        "pretrained": ("pretrained",),
+        "shape": ("shape", *SIZES),
+    }
+    chosen = [name for name in sources if f"model.{name}" in given and model.get(name) is not None]
+    if chosen:
+        away = {key for name, keys in sources.items() if name != chosen[0] or name == "shape" for key in keys}
+        away |= {"tie_embeddings"} if chosen[0] != "shape" else set()
+        for key in away - {chosen[0]}:
+            if f"model.{key}" not in given:
+                model.pop(key, None)
 
 
 def _make_absolute(values: dict[str, Any]) -> None:
     """Paths as they are meant here and now, so that a run can be resumed from another directory."""
     if isinstance(values.get("run_dir"), str):
-        values["run_dir"] = os.path.expanduser(values["run_dir"])  # noqa: PTH111
+        values["run_dir"] = _expanded("run_dir", values["run_dir"])
     for key in _PATHS:
         section, _, name = key.partition(".")
         part = values.get(section)
         if isinstance(part, dict) and isinstance(part.get(name), str) and part[name] != "builtin":
-            # os.path leaves a "~nobody" as it is, where pathlib raises RuntimeError.
-            part[name] = os.path.abspath(os.path.expanduser(part[name]))  # noqa: PTH100, PTH111
+            part[name] = os.path.abspath(_expanded(key, part[name]))  # noqa: PTH100
+
+
+def _expanded(key: str, path: str) -> str:
+    expanded = os.path.expanduser(path)  # noqa: PTH111
+    if expanded.startswith("~"):
+        raise UserError(f"{key}={path}: there is no such user; write ./{path} for a name that begins with ~")
+    return expanded
 
 
 def _share_seed(values: dict[str, Any]) -> None:
     """``train.seed`` is also the seed of permutations and fresh converted weights, unless ``poet.seed`` is given."""
-    train, poet = values.get("train"), values.setdefault("poet", {})
+    train, poet = values.get("train"), values.get("poet")
+    if "poet" not in values and values.get("lora") is None:
+        poet = values["poet"] = {}
     if isinstance(train, dict) and "seed" in train and isinstance(poet, dict):
         poet.setdefault("seed", train["seed"])
+
+
+# -- building, and what is said of mistakes ---------------------------------------------------------------------------
+
+
+def _build(values: Mapping[str, Any]) -> Recipe:
+    if not isinstance(values, Mapping):
+        raise UserError(f"recipe: expected keys and values, got {_shown(values)}")
+    for key in values:
+        if key not in Recipe.model_fields:
+            raise _unknown(str(key), [*Recipe.model_fields, "method"])
+    types = section_types(values)
+    poet = values.get("poet", None if values.get("lora") is not None else {})
+    parts: dict[str, Any] = {key: values[key] for key in ("name", "run_dir") if key in values}
+    for name in _SECTIONS:
+        part = poet if name == "poet" else values.get(name, None if name == "lora" else {})
+        if part is None and name in ("poet", "lora"):
+            parts[name] = None
+            continue
+        if not isinstance(part, Mapping):
+            raise UserError(f"{name}: expected keys and values, got {_shown(part)}")
+        for key, value in part.items():
+            if key not in types[name].model_fields:
+                raise _without_effect(values, name, str(key), value)
+        parts[name] = _checked(types[name], part, name)
+    return _checked(Recipe, parts, "")
+
+
+def _checked(kind: type[Any], values: Mapping[str, Any], section: str) -> Any:
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):
+        raise cause
+    key = str(first["loc"][0])
+    value = values.get(key)
+    raise UserError(f"{section}{'.' if section else ''}{key}={_shown(value)}: {_wanted(first, kind, key, value)}")
+
+
+def _wanted(error: Any, kind: type[Section], key: str, value: Any) -> str:
+    """What a value must be instead, in words."""
+    if error["type"] == "refused":
+        return error["ctx"]["message"]
+    if error["type"] == "literal_error":
+        choices = [str(choice) for choice in _choices(kind.model_fields[key].annotation)]
+        return f"must be one of {', '.join(choices)}{nearest(_shown(value), choices)}"
+    if error["type"] in ("missing", "too_long"):
+        return "must be a list of 2 values"
+    return "must be text" if error["type"] == "string_type" else str(error["msg"])
+
+
+def _choices(annotation: Any) -> list[Any]:
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Literal:
+        return list(arguments)
+    return [choice for argument in arguments for choice in _choices(argument)]
+
+
+def _without_effect(values: Mapping[str, Any], section: str, key: str, value: Any) -> UserError:
+    """A key that the chosen type of the section lacks: it belongs to another type, or to none."""
+    owner = belongs(section, key)
+    if not owner:
+        return _unknown(f"{section}.{key}", list(section_types(values)[section].model_fields))
+    poet, optimizer = values.get("poet", {}), values.get("optimizer") or {}
+    method = f"poet.method={poet.get('method', 'poet-x')}" if isinstance(poet, Mapping) else "poet=null"
+    here = f"{method}, optimizer.name={optimizer.get('name', 'adamw')}"
+    return UserError(f"{section}.{key}={_shown(value)}: is {owner} and has no effect with {here}; leave it out")
+
+
+def _unknown(dotted: str, known: Sequence[str]) -> UserError:
+    section, _, key = dotted.rpartition(".")
+    elsewhere = [f"{name}.{key}" for name, keys in every_key().items() if key in keys and name != section]
+    hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else nearest(key, known)
+    return UserError(f"{_shown(dotted)}: unknown key{hint}")
+
+
+def _shown(value: Any) -> str:
+    """A value in an error message: one line, not endless."""
+    try:
+        plain = (isinstance(value, str) and value.isprintable()) or isinstance(value, datetime.date)
+        text = str(value) if plain else repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        return "(a very long number)"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, all the way down, so that YAML stays plain."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -89,7 +89,7 @@ def test_every_run_is_a_valid_recipe_and_merges_twice(run):
     recipe = load_recipe(RUNS[run][0], overrides(run, steps=60, renamed={}))
     assert recipe.poet is not None
     single_step = recipe.poet.config.method == "single-step"
-    assert recipe.poet.merge_every == (None if single_step else 25)
+    assert recipe.merge_every == (None if single_step else 25)
     assert "poet.every=25" in overrides("demo", steps=60, renamed={"poet.merge_every": "poet.every"})
 
 

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from builders import At, interrupt, train_losses
 from poetx.errors import UserError
-from poetx.method_names import METHODS
 from poetx.methods import convert_model, merge_handle, method_of, release_handle, with_method
 from poetx.models import build_model
 from poetx.recipe import Recipe, load_recipe
+from poetx.shorthands import METHODS
 from poetx.train.run import train
 from poetx.train.step import TrainingStep
 

@@ -47,12 +47,12 @@ def test_exact_switches_leave_the_curve_as_it_was(tiny: Tiny, switch: str, mode:
         ("optimizer.state_dtype=int8",),
         ("optimizer.name=smmf",),
         ("optimizer.name=hfac",),
-        ("optimizer.base=adafactor",),
-        ("optimizer.base=smmf", "optimizer.state_dtype=int8", "optimizer.release_gradients=true"),
+        ("optimizer.dense_optimizer=adafactor",),
+        ("optimizer.dense_optimizer=smmf", "optimizer.state_dtype=int8", "optimizer.release_gradients=true"),
         ("optimizer.state_dtype=int8", "optimizer.release_gradients=true", "train.chunked_loss=true"),
         ("train.dtype=bfloat16",),
         ("train.dtype=bfloat16", "optimizer.state_dtype=same"),
-        ("train.dtype=bfloat16", "poet.method=single-step", "poet.merge_every=null"),
+        ("train.dtype=bfloat16", "poet.method=single-step", "optimizer.clip_ramp_until=null"),
     ],
 )
 def test_small_state_learns_and_resumes_bitwise(tiny: Tiny, settings: tuple[str, ...]) -> None:
@@ -70,7 +70,7 @@ def test_small_state_learns_and_resumes_bitwise(tiny: Tiny, settings: tuple[str,
         (["optimizer.release_gradients=true", "optimizer.clip=1"], "set optimizer.clip=null"),
         (["optimizer.state_dtype=int8", "optimizer.name=sgd"], "is AdamW's"),
         (["optimizer.state_dtype=int4"], "optimizer.state_dtype"),
-        (["optimizer.base=hfac", "poet=null"], "use optimizer.name=hfac"),
+        (["optimizer.dense_optimizer=hfac", "poet=null"], "is for poet.method=poet-x"),
     ],
 )
 def test_what_does_not_go_together_is_refused(overrides: list[str], message: str) -> None:

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from poetx.recipe import OptimizerRecipe
+from poetx.recipe import load_recipe
 from poetx.train.schedule import clip_value, lr_factor
 
 
@@ -25,7 +25,7 @@ def test_no_warmup_and_a_single_step() -> None:
 
 
 def test_the_clip_ramps_after_each_merge_and_only_in_the_first_steps() -> None:
-    recipe = OptimizerRecipe(clip=0.1, clip_ramp_start=0.1, clip_ramp_steps=10, clip_ramp_until=2000)
+    recipe = load_recipe("llama-60m", text=False).optimizer  # the published clip and ramp
 
     def clip(step: int, merges: int, since: int) -> float | None:
         return clip_value(recipe, step=step, merges=merges, steps_since_merge=since)
@@ -38,6 +38,7 @@ def test_the_clip_ramps_after_each_merge_and_only_in_the_first_steps() -> None:
     assert clip(2000, 10, 0) == 0.1
 
 
-@pytest.mark.parametrize("off", [None, 0.0])
-def test_no_clipping(off: float | None) -> None:
-    assert clip_value(OptimizerRecipe(clip=off), step=0, merges=1, steps_since_merge=0) is None
+@pytest.mark.parametrize("off", ["null", "0", "off"])
+def test_no_clipping(off: str) -> None:
+    optimizer = load_recipe("demo", [f"optimizer.clip={off}"]).optimizer
+    assert clip_value(optimizer, step=0, merges=1, steps_since_merge=0) is None

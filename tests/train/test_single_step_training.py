@@ -17,7 +17,7 @@ from poetx.train.checkpoint import checkpoints
 from poetx.train.metrics import read_metrics
 from poetx.train.run import train
 
-SINGLE = ("poet.method=single-step", "poet.merge_every=null", "optimizer.angle=0.02")
+SINGLE = ("poet.method=single-step", "optimizer.angle=0.02")
 
 
 @pytest.mark.parametrize(
@@ -80,9 +80,9 @@ def test_a_loss_that_is_not_finite_reaches_no_momentum(tiny: Tiny, monkeypatch: 
 
 
 def test_merging_and_single_steps_exclude_each_other(tiny: Tiny) -> None:
-    with pytest.raises(UserError, match=r"poet.merge_every=5: poet.method=single-step folds at every step"):
-        tiny("poet.method=single-step")
+    with pytest.raises(UserError, match=r"poet.merge_every=5: is for poet.method=poet-x"):
+        tiny("poet.method=single-step", "poet.merge_every=5")
     with pytest.raises(UserError, match=r"optimizer.angle=0.7: radians"):
-        tiny(*SINGLE[:2], "optimizer.angle=0.7").validate()
-    with pytest.raises(UserError, match=r"optimizer.norm_growth=8: from 0 to less than train.steps=8"):
-        tiny(*SINGLE, "optimizer.norm_growth=8", "train.steps=8").validate()
+        tiny(*SINGLE[:1], "optimizer.angle=0.7")
+    with pytest.raises(UserError, match=r"optimizer.norm_growth=8: must be less than train.steps=8"):
+        tiny(*SINGLE, "optimizer.norm_growth=8", "train.steps=8")

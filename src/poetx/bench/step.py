@@ -20,16 +20,15 @@ from poetx.train.step import TrainingStep
 
 # Fresh weights are drawn on the CPU, minutes for 8B, and a step takes as long on any: keep the dense model's.
 _KEEP = ("poet.init=keep", "poet.init_scale=1.0", "poet.residual_scale=1.0")
-_SINGLE = ("poet.method=single-step", "poet.merge_every=null", *_KEEP)
+_SINGLE = ("poet.method=single-step", *_KEEP)
 #: Who takes part, as overrides of the recipe. The first one is what the others are compared with.
 CONTESTANTS: dict[str, tuple[str, ...]] = {
-    "adamw": ("poet=null", "optimizer.name=adamw", "optimizer.base=null", "optimizer.state_dtype=same"),
+    "adamw": ("poet=null", "optimizer.name=adamw", "optimizer.dense_optimizer=null", "optimizer.state_dtype=same"),
     "fast": ("poet.mode=fast", *_KEEP),
     "mem": ("poet.mode=mem", *_KEEP),
     **{name: ("poet.mode=mem", f"poet.weight_format={name}", *_KEEP) for name in ("int8", "int4", "nf4", "fp8")},
-    "single-step": (*_SINGLE, "poet.partitions=1"),
-    "single-step-2": (*_SINGLE, "poet.partitions=2"),
-    "single-step-free": (*_SINGLE, "poet.partitions=1", "poet.spectrum=free"),
+    "single-step": _SINGLE,
+    "single-step-free": (*_SINGLE, "poet.spectrum=free"),
 }
 _GATE_STEPS = 4
 
@@ -128,8 +127,7 @@ def _measure(
         return
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     for name, run in runs.items():
-        ms, poet = median(times[name]), run.recipe.poet
-        every = poet.merge_every if poet else None
+        ms, every = median(times[name]), run.recipe.merge_every
         merge_ms = milliseconds(lambda run=run: merge_(run.model, run.optimizer), device) if every else 0.0
         amortised = ms + (merge_ms / every if every else 0.0)
         yield (
@@ -153,7 +151,7 @@ def _of(run: Run) -> dict[str, Any]:
         "dtype": run.recipe.train.dtype,
         "trainable": trainable,
         "block_size": poet.config.block_size if poet else None,
-        "merge_every": poet.merge_every if poet else None,
+        "merge_every": run.recipe.merge_every,
     }
 
 

@@ -251,7 +251,6 @@ app.add_typer(bench_app)
 
 def _place_demo(recipe: Recipe, *, resume: bool) -> Recipe:
     """A demo finds its own place: the first free of runs/NAME, runs/NAME-2, …, or the latest one to resume."""
-    import dataclasses
 
     from poetx.train.checkpoint import checkpoints
 
@@ -260,7 +259,7 @@ def _place_demo(recipe: Recipe, *, resume: bool) -> Recipe:
         latest, number = place, number + 1
         place = recipe.directory.with_name(f"{recipe.directory.name}-{number}")
     chosen = latest if resume and latest else place
-    return dataclasses.replace(recipe, run_dir=str(chosen))
+    return recipe.with_keys({"run_dir": str(chosen)})
 
 
 def _stopped_text(result: RunResult) -> str:

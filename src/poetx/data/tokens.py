@@ -33,7 +33,8 @@ from poetx.data.tokenizer import (
     train_tokenizer,
 )
 from poetx.errors import UserError
-from poetx.recipe import DataRecipe, Recipe
+from poetx.recipe import Recipe
+from poetx.sections import DataRecipe
 
 if TYPE_CHECKING:
     import torch

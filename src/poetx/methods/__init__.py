@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 from poetx.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from poetx.method_names import METHODS
     from poetx.methods.base import Method, convert_model, merge_handle, method_of, release_handle
     from poetx.recipe import with_method
+    from poetx.shorthands import METHODS
 
 __all__ = ["METHODS", "Method", "convert_model", "merge_handle", "method_of", "release_handle", "with_method"]
 
 __getattr__ = lazy_names(
     __name__,
     {
-        "poetx.method_names": ("METHODS",),
+        "poetx.shorthands": ("METHODS",),
         "poetx.methods.base": ("Method", "convert_model", "merge_handle", "method_of", "release_handle"),
         "poetx.recipe": ("with_method",),
     },

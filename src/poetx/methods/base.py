@@ -50,6 +50,11 @@ class Method(ABC):
         """
         return self.recipe.optimizer.release_gradients
 
+    @property
+    def without_norm(self) -> str:
+        """Which gradients are gone after backward, and so out of their norm, where :attr:`acts_in_backward`."""
+        return "released gradients (optimizer.release_gradients)"
+
     def apply_(self, model: nn.Module) -> ConversionReport | None:
         """Change the dense ``model`` in place to what is trained; it may be on the meta device.
 
@@ -79,15 +84,8 @@ class Method(ABC):
             foreach: of torch's AdamW; None lets torch choose by the device.
         """
         own = self.recipe.optimizer
-        options = {
-            "lr": own.lr,
-            "betas": own.betas,
-            "eps": own.eps,
-            "momentum": own.momentum,
-            "state_dtype": own.state_dtype,
-            "foreach": foreach,
-        }
-        optimizer = self._optimizer(model, steps, options)
+        given = own.model_dump(include={"lr", "betas", "eps", "momentum", "state_dtype"})
+        optimizer = self._optimizer(model, steps, given | {"foreach": foreach})
         if own.release_gradients:
             micro_batches = self.recipe.train.batch_size // self.recipe.train.micro_batch
             release_gradients(_dense_part(optimizer), large_parameters(model), accumulation_steps=micro_batches)

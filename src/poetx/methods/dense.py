@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from poetx.methods.base import Method, end_weights
 from poetx.optim.build import CombinedOptimizer, build_optimizer
 from poetx.optim.groups import param_groups
+from poetx.sections import AdamWKeys, MuonKeys
 
 
 class Dense(Method):
@@ -19,13 +20,14 @@ class Dense(Method):
     @property
     def title(self) -> str:
         own = self.recipe.optimizer
-        state = f", {own.state_dtype} state" if own.state_dtype not in ("auto", "same") else ""
+        dtype = own.state_dtype if isinstance(own, AdamWKeys) else "auto"
+        state = f", {dtype} state" if dtype not in ("auto", "same") else ""
         return f"dense baseline ({own.name}{state}{', autocast' if self.recipe.train.autocast else ''})"
 
     def _optimizer(self, model: nn.Module, steps: int, options: dict[str, Any]) -> Optimizer:
         own = self.recipe.optimizer
         groups = param_groups(model, lr=own.lr, poet_lr=own.lr, weight_decay=own.weight_decay)
-        if own.name != "muon":
+        if not isinstance(own, MuonKeys):
             return build_optimizer(groups, own.name, **options)
         return muon(model, groups, lr=own.muon_lr or own.lr, weight_decay=own.weight_decay, rest=options)
 

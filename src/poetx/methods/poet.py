@@ -11,13 +11,14 @@ from poetx.merge import merge_every
 from poetx.methods.base import Method
 from poetx.optim.build import build_optimizer
 from poetx.optim.groups import param_groups
+from poetx.sections import PoetXKeys, RotationAdamWKeys
 
 if TYPE_CHECKING:
     from poetx.conversion_report import ConversionReport
 
 
 class PoetX(Method):
-    """Rotations by ``optimizer.name``, everything else by ``optimizer.base`` (the same one unless given)."""
+    """Rotations by ``optimizer.name``, everything else by ``optimizer.dense_optimizer`` (the same one unless given)."""
 
     @property
     def title(self) -> str:
@@ -32,11 +33,11 @@ class PoetX(Method):
         return convert_(model, self.recipe.poet.config)
 
     def _optimizer(self, model: nn.Module, steps: int, options: dict[str, Any]) -> Optimizer:
-        own, poet = self.recipe.optimizer, self.recipe.poet
-        assert poet is not None
-        rotations = {"betas": own.poet_betas, "eps": own.poet_eps} if own.name == "adamw" else {}
+        own = self.recipe.optimizer
+        assert isinstance(own, PoetXKeys)
+        rotations = {"betas": own.poet_betas, "eps": own.poet_eps} if isinstance(own, RotationAdamWKeys) else {}
         groups = param_groups(model, lr=own.lr, poet_lr=own.poet_lr, weight_decay=own.weight_decay, **rotations)
-        optimizer = build_optimizer(groups, own.name, dense_optimizer=own.base, **options)
-        if poet.merge_every is not None:
-            merge_every(optimizer, model, steps=poet.merge_every)
+        optimizer = build_optimizer(groups, own.name, dense_optimizer=own.dense_optimizer, **options)
+        if (steps_between := self.recipe.merge_every) is not None:
+            merge_every(optimizer, model, steps=steps_between)
         return optimizer

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from poetx.methods.base import Method
 from poetx.optim.build import build_optimizer
 from poetx.optim.poetx import POETX
+from poetx.sections import SingleStepKeys
 
 if TYPE_CHECKING:
     from poetx.conversion_report import ConversionReport
@@ -18,13 +19,19 @@ if TYPE_CHECKING:
 class SingleStep(Method):
     """Matrices by POETX, everything else by ``optimizer.name``."""
 
-    acts_in_backward = True
+    @property
+    def acts_in_backward(self) -> bool:
+        return True
 
     @property
     def title(self) -> str:
         assert self.recipe.poet is not None
         config = self.recipe.poet.config
         return f"single-step POET-X {config.mode} b={config.block_size}"
+
+    @property
+    def without_norm(self) -> str:
+        return "rotated matrices, whose step does not depend on the size of their gradient (poet.method=single-step)"
 
     def apply_(self, model: nn.Module) -> ConversionReport | None:
         from poetx.convert import convert_
@@ -34,11 +41,12 @@ class SingleStep(Method):
 
     def _optimizer(self, model: nn.Module, steps: int, options: dict[str, Any]) -> Optimizer:
         own = self.recipe.optimizer
+        assert isinstance(own, SingleStepKeys)
         return POETX(
             model,
             own.lr,
             angle=own.angle,
             norm_growth=own.norm_growth / steps,
             weight_decay=own.weight_decay,
-            base=lambda groups: build_optimizer(groups, own.base or own.name, **options),
+            base=lambda groups: build_optimizer(groups, own.name, **options),
         )

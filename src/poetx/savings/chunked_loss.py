@@ -142,11 +142,6 @@ def chunk_loss_(model: nn.Module, *, chunk_bytes: int = _CHUNK_BYTES) -> nn.Modu
     if isinstance(plain, functools.partial) and plain.func is _forward:
         return model
     check_head(model)
-    if getattr(getattr(model, "config", None), "output_router_logits", False):
-        raise UserError(
-            "chunked loss: output_router_logits=True of this model's config adds the routers' loss, which would be "
-            "left out; set it to False, or train with the plain loss"
-        )
     # The class's own forward, so that a copy of the model calls the copy's.
     model.forward = functools.partial(_forward, model, chunk_bytes)  # type: ignore[method-assign]
     return model
@@ -163,6 +158,11 @@ def check_head(model: nn.Module) -> None:
         raise UserError(f"chunked loss: the head is a {type(head).__name__}, not a plain nn.Linear; exclude it")
     assert base is not None
     config = getattr(model, "config", None)
+    if getattr(config, "output_router_logits", False):
+        raise UserError(
+            "chunked loss: output_router_logits=True of this model's config adds the routers' loss, which would be "
+            "left out; set it to False, or train with the plain loss"
+        )
     for name, harmless in _LOGIT_SETTINGS.items():
         value = getattr(config, name, None)
         if value not in harmless:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from poetx.data.tokenizer import fast_tokenizer
-from poetx.errors import UserError
+from poetx.errors import UserError, one_line
 from poetx.methods.base import convert_model, method_of
 from poetx.models import build_model, resolve_device, settled
 from poetx.recipe import Recipe, load_recipe
-from poetx.schema import one_line
 from poetx.train.checkpoint import find_checkpoint, load_model, read_state
 
 if TYPE_CHECKING:
@@ -131,7 +129,7 @@ def rebuild_run(run_dir: Path, device: torch.device) -> RebuiltRun:
     from transformers import AutoTokenizer
 
     checkpoint, notes = find_checkpoint(run_dir)
-    recipe = dataclasses.replace(load_recipe(str(checkpoint)), run_dir=str(run_dir))
+    recipe = load_recipe(str(checkpoint)).with_keys({"run_dir": str(run_dir)})
     tokenizer = AutoTokenizer.from_pretrained(run_dir / TOKENIZER_DIR, local_files_only=True)
     model = build_model(
         settled(recipe, device),
@@ -171,7 +169,7 @@ def _load_exported(path: Path, device: torch.device) -> LoadedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise UserError(f"{path}: {one_line(error)}") from None
     return LoadedModel(cast(Any, model).to(device).eval(), tokenizer, device, None, [])
 

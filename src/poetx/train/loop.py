@@ -159,10 +159,11 @@ def train_step(trainer: Trainer, step: TrainingStep) -> dict[str, Any]:
         steps_since_merge=merges.steps_since_merge if merges else 0,
     )
     windows = batch_windows(state.step, batch_size=settings.batch_size, windows=len(train), seed=settings.seed)
-    micro_batches = [
-        tuple(part.to(trainer.device) for part in train.batch(windows[start : start + settings.micro_batch]))
+    parts = (
+        train.batch(windows[start : start + settings.micro_batch])
         for start in range(0, settings.batch_size, settings.micro_batch)
-    ]
+    )
+    micro_batches = [(inputs.to(trainer.device), labels.to(trainer.device)) for inputs, labels in parts]
     merges_before = merges.merges if merges else 0
     result = step(micro_batches, clip=clip)
     if result.skipped:
@@ -171,6 +172,8 @@ def train_step(trainer: Trainer, step: TrainingStep) -> dict[str, Any]:
         state.bad_steps_in_a_row = 0
     merged = merges is not None and merges.merges > merges_before
     facts = {"loss": result.loss, "grad_norm": result.grad_norm, "clip": clip}
+    if step.acts_in_backward:
+        facts["grad_norm_of"] = "rest"  # what is not rotated and not released
     if result.router_loss is not None:
         facts["router_loss"] = result.router_loss
     facts |= {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}

@@ -12,8 +12,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -28,7 +28,6 @@ from poetx.errors import UserError
 from poetx.methods.base import convert_model, merge_handle, method_of
 from poetx.models import build_model, resolve_device, settled
 from poetx.recipe import Recipe, differing_keys, load_recipe
-from poetx.remarks import remarks
 from poetx.savings.chunked_loss import check_head
 from poetx.spectra import spectrum
 from poetx.train import checkpoint as ckpt
@@ -93,7 +92,7 @@ def train(
         OSError: a file that cannot be written.
     """
     reporter = reporter or Reporter()
-    recipe.validate()
+    _check_one_process()
     run_dir = recipe.directory
     device = resolve_device(recipe.train.device)
     if run_dir.exists() and not run_dir.is_dir():
@@ -105,14 +104,14 @@ def train(
         _check_free(run_dir)
     recipe = settled(recipe, device)
 
-    for text in remarks(recipe):
-        reporter.note(text)
     data = prepare_data(recipe, progress=reporter.stage)
     reporter.stage("Building the model")
     model = build_model(recipe, vocab_size=data.meta.vocab_size, end_of_text_id=data.meta.end_of_text_id, device=device)
     report = convert_model(model, recipe, device)
     if recipe.train.chunked_loss:
         check_head(model)
+    for text in _remarks(recipe, model):
+        reporter.note(text)
     optimizer = method_of(recipe).build_optimizer(model, recipe.train.steps)
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
     state = ckpt.TrainState(data_fingerprint=data.meta.fingerprint)
@@ -147,6 +146,40 @@ def train(
             start_spectrum=start_spectrum,
         )
         return _train_and_export(trainer, start, report)
+
+
+def _check_one_process() -> None:
+    """Refuse several processes at once, as ``torchrun`` starts: each would train the whole run, in one directory."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        world = str(torch.distributed.get_world_size())
+    if world not in ("", "1"):
+        raise UserError(
+            f"poetx train is one process on one device, and this is one of {world} (WORLD_SIZE); start it without "
+            "torchrun, or train in a loop of your own with DistributedDataParallel"
+        )
+
+
+def _remarks(recipe: Recipe, model: Any) -> Iterator[str]:
+    """What people should know of this run before it starts; nothing for most."""
+    method, steps, warmup = method_of(recipe), recipe.train.steps, recipe.optimizer.warmup_steps
+    if warmup >= steps:
+        yield (
+            f"optimizer.warmup_steps={warmup} is not below train.steps={steps}: the learning rate ends at "
+            f"{steps / warmup:.0%} of its peak"
+        )
+    if method.acts_in_backward:
+        what = "clipping and grad_norm leave" if recipe.optimizer.clip else "grad_norm leaves"
+        yield f"{what} out {method.without_norm}"
+    config = getattr(model.config, "get_text_config", lambda: model.config)()
+    weight = getattr(config, "router_aux_loss_coef", 0)
+    if weight and not getattr(config, "output_router_logits", False):
+        yield (
+            "the routers of this mixture of experts train without their load-balancing loss (router_aux_loss_coef="
+            f"{weight}): output_router_logits is false in its config, which is where to switch it on"
+        )
+    if recipe.lora is not None and not recipe.model.pretrained:
+        yield "lora on fresh weights: they stay random, because only adapters train; give model.pretrained=DIR"
 
 
 def _check_free(run_dir: Path, *, known: bool | None = None) -> None:
@@ -184,11 +217,10 @@ def _resume_point(recipe: Recipe, reporter: Reporter) -> tuple[Path, Recipe]:
         reporter.note(f"broken checkpoint passed over: {problem}")
     saved = load_recipe(str(start))
     if recipe.train.dtype == "auto":
-        recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, dtype=saved.train.dtype))
+        recipe = recipe.with_keys({"train.dtype": saved.train.dtype})
     changed = differing_keys(saved, recipe)
     if changed:
-        old, new = _flat(saved), _flat(recipe)
-        shown = ", ".join(f"{key} ({old.get(key)} -> {new.get(key)})" for key in changed[:4])
+        shown = ", ".join(f"{key} ({old} -> {new})" for key, (old, new) in list(changed.items())[:4])
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
         raise UserError(
             f"{start}: was trained with another recipe: {shown}{more}; "
@@ -324,9 +356,3 @@ def _locked(run_dir: Path) -> Iterator[None]:
         except OSError:
             raise UserError(f"{run_dir}: another process is training there") from None
         yield
-
-
-def _flat(recipe: Recipe) -> dict[str, object]:
-    from poetx.schema import flatten
-
-    return flatten(recipe.to_dict())

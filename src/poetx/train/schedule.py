@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from poetx.recipe import OptimizerRecipe
+from poetx.sections import OptimizerRecipe, PoetXKeys
 
 
 def lr_factor(step: int, *, steps: int, warmup_steps: int, min_ratio: float) -> float:
@@ -28,8 +28,10 @@ def clip_value(optimizer: OptimizerRecipe, *, step: int, merges: int, steps_sinc
     """
     if not optimizer.clip:
         return None
+    if merges == 0 or not isinstance(optimizer, PoetXKeys):
+        return optimizer.clip
     ramp = optimizer.clip_ramp_steps
-    if merges == 0 or step >= optimizer.clip_ramp_until or steps_since_merge >= ramp:
+    if step >= optimizer.clip_ramp_until or steps_since_merge >= ramp:
         return optimizer.clip
     start = optimizer.clip_ramp_start
     return optimizer.clip * (start + (1 - start) * steps_since_merge / ramp)

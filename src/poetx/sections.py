@@ -1,0 +1,452 @@
+"""The sections of a recipe as frozen pydantic models, one type per method and per optimizer.
+
+A section's type is put together from what the recipe chose (:func:`section_types`), so that a key without effect
+cannot be written: ``optimizer.momentum`` exists only with SGD. Numbers may be written as YAML 1.1 reads them: ``1e-3``
+is text there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, create_model, model_validator
+from pydantic_core import PydanticCustomError
+
+from poetx.config import PoetConfig
+from poetx.errors import UserError
+
+
+def _refuse(message: str) -> PydanticCustomError:
+    return PydanticCustomError("refused", "{message}", {"message": message})
+
+
+def _number(value: Any) -> int | float | None:
+    """``value`` as a finite number, or None."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _whole(value: Any) -> int:
+    try:
+        number = _number(value)
+        if number is None or number != int(number):
+            raise _refuse("must be a whole number")
+        if abs(number) >= 1 << 63:
+            raise _refuse("must be below 2**63")
+    except OverflowError:
+        raise _refuse("must be below 2**63") from None
+    return int(number)
+
+
+def _real(value: Any) -> float:
+    try:
+        if (number := _number(value)) is not None:
+            return float(number)
+    except OverflowError:
+        pass
+    raise _refuse("must be a number")
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _refuse("must be true or false")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise _refuse("must be text")
+    if not value.isprintable():
+        raise _refuse("must be printable text")
+    return value
+
+
+def _off(value: Any) -> Any:
+    """YAML reads ``clip: off`` as false; where a number is optional that means none."""
+    return None if value is False else value
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, str) or not isinstance(value, list | tuple):
+        raise _refuse("must be a list")
+    return tuple(value)
+
+
+def _must(holds: Callable[[Any], bool], message: str) -> AfterValidator:
+    def check(value: Any) -> Any:
+        if not holds(value):
+            raise _refuse(message)
+        return value
+
+    return AfterValidator(check)
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+Flag = Annotated[bool, BeforeValidator(_flag)]
+Whole = Annotated[int, BeforeValidator(_whole)]
+Real = Annotated[float, BeforeValidator(_real)]
+_POSITIVE = _must(lambda value: value > 0, "must be positive")
+_NOT_NEGATIVE = _must(lambda value: value >= 0, "must not be negative")
+_SHARE = _must(lambda value: 0 <= value <= 1, "must lie in [0, 1]")
+Count = Annotated[int, BeforeValidator(_whole), _POSITIVE]
+Size = Annotated[int, BeforeValidator(_whole), _NOT_NEGATIVE]
+Rate = Annotated[float, BeforeValidator(_real), _POSITIVE]
+Amount = Annotated[float, BeforeValidator(_real), _NOT_NEGATIVE]
+Share = Annotated[float, BeforeValidator(_real), _SHARE]
+Beta = Annotated[float, BeforeValidator(_real), _must(lambda value: 0 <= value < 1, "must lie in [0, 1)")]
+Betas = Annotated[tuple[Beta, Beta], BeforeValidator(_listed)]
+MaybeCount = Annotated[Count | None, BeforeValidator(_off)]
+MaybeRate = Annotated[Rate | None, BeforeValidator(_off)]
+MaybeAmount = Annotated[Amount | None, BeforeValidator(_off)]
+Names = Text | tuple[Text, ...]
+
+Dense = Literal["adamw", "sgd", "adafactor", "smmf", "hfac"]
+
+
+class Section(BaseModel):
+    """Keys and values, strict and frozen. ``belongs`` says in a few words whose the keys of this type are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    belongs: ClassVar[str] = ""
+
+
+class ModelRecipe(Section):
+    """Where the model comes from: a Llama shape (sizes below), a config file, or a pretrained checkpoint.
+
+    ``config`` is a Hugging Face ``config.json`` or its directory; ``pretrained`` a checkpoint directory. With
+    either of them the sizes are taken from there and must not be given here. ``model.shape``, a name of
+    :data:`poetx.shorthands.SHAPES`, is read as the sizes that it stands for.
+    """
+
+    hidden_size: MaybeCount = None
+    intermediate_size: MaybeCount = None
+    num_layers: MaybeCount = None
+    num_heads: MaybeCount = None
+    num_key_value_heads: MaybeCount = None  # None: as many as num_heads (no grouped-query attention)
+    tie_embeddings: Flag = False
+    config: Text | None = None
+    pretrained: Text | None = None
+    gradient_checkpointing: Flag = False  # keep only every decoder layer's input, and compute the layer again
+    recompute: Literal["auto", "fast", "mem"] = "auto"  # of rotated layers then; poetx.savings.checkpoint_layers_
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelRecipe:
+        if self.recompute != "auto" and not self.gradient_checkpointing:
+            raise UserError(
+                f"model.recompute={self.recompute}: is for model.gradient_checkpointing=true; leave it out or set that"
+            )
+        if self.config and self.pretrained:
+            raise UserError("model.config and model.pretrained are both set; give one of them")
+        given = [name for name in SIZES if getattr(self, name) is not None]
+        if self.config or self.pretrained:
+            source = "model.config" if self.config else "model.pretrained"
+            if given or self.tie_embeddings:
+                extra = given[0] if given else "tie_embeddings"
+                raise UserError(f"model.{extra} is set although {source} decides it; remove one of the two")
+            return self
+        missing = [name for name in SIZES[:4] if getattr(self, name) is None]
+        if missing:
+            raise UserError(
+                f"model.{missing[0]} is missing; give {', '.join(SIZES[:4])}, or model.shape, model.config or "
+                "model.pretrained"
+            )
+        assert self.hidden_size is not None
+        assert self.num_heads is not None
+        if self.hidden_size % self.num_heads:
+            raise UserError(f"model.num_heads={self.num_heads} does not divide model.hidden_size={self.hidden_size}")
+        if self.hidden_size // self.num_heads % 2:
+            raise UserError(
+                f"model.hidden_size / model.num_heads = {self.hidden_size // self.num_heads} is odd; "
+                "rotary position embeddings need an even head size"
+            )
+        if self.num_key_value_heads and self.num_heads % self.num_key_value_heads:
+            raise UserError(
+                f"model.num_key_value_heads={self.num_key_value_heads} does not divide model.num_heads={self.num_heads}"
+            )
+        return self
+
+
+#: A Llama's sizes; the first four have no default.
+SIZES = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_key_value_heads")
+
+
+class DataRecipe(Section):
+    """Text and tokenizer. ``train``: "builtin", a text file, a directory of text files, or JSONL with ``text``."""
+
+    train: Text | None = None
+    validation: Text | None = None  # same kinds as train; None: hold out validation_fraction of the documents
+    validation_fraction: Real = 0.01
+    tokenizer: Text | None = None  # existing tokenizer (directory or tokenizer.json); None: train one
+    vocab_size: Count = 32000  # of a tokenizer trained here
+    end_of_text: Text | None = None  # token between documents; None: "<|endoftext|>" or the tokenizer's own
+    seq_len: Count = 256
+    cache_dir: Text | None = None  # where tokenized data is kept; None: beside the run directory
+
+    @model_validator(mode="after")
+    def _ranges(self) -> DataRecipe:
+        if self.tokenizer is None and self.vocab_size < 300:
+            raise UserError(f"data.vocab_size={self.vocab_size} is too small; bytes alone take 256, use 300 or more")
+        if self.validation is None and not 0 < self.validation_fraction < 1:
+            raise UserError(f"data.validation_fraction={self.validation_fraction} must be between 0 and 1")
+        return self
+
+
+class PoetRecipe(Section):
+    """Fields of :class:`poetx.PoetConfig`, those that the chosen ``method`` has."""
+
+    belongs: ClassVar[str] = "poet"
+    method: Literal["poet-x", "single-step"] = "poet-x"
+
+    @functools.cached_property
+    def config(self) -> PoetConfig:
+        """The settings of :func:`poetx.convert_`."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
+        values.pop("merge_every", None)
+        return PoetConfig(**values | _REMOVED)
+
+    @model_validator(mode="after")
+    def _as_a_config(self) -> PoetRecipe:
+        try:
+            _ = self.config
+        except UserError as error:
+            raise UserError(f"poet.{error}") from None
+        return self
+
+
+class MergedRecipe(PoetRecipe):
+    """The paper's form, whose rotations live between merges."""
+
+    merge_every: MaybeCount = 200  # steps; None: only at export
+
+
+class LoraRecipe(Section):
+    """Adapters by peft in place of ``poet``; the model itself stays as it is."""
+
+    rank: Count = 16
+    alpha: MaybeRate = None  # the product of the two thin matrices is scaled by alpha / rank; None: twice the rank
+
+
+class OptimizerRecipe(Section):
+    """What every optimizer has. ``lr`` is that of everything that is not a rotation. Defaults: method.md section 6."""
+
+    name: Literal["adamw", "sgd", "adafactor", "smmf", "hfac", "muon"] = "adamw"
+    lr: Rate = 1e-3
+    weight_decay: Amount = 0.0  # never applied to rotations
+    clip: MaybeAmount = 0.1  # global gradient norm; null or 0: off
+    release_gradients: Flag = False  # update large matrices inside backward; needs clip null and one micro-batch
+    warmup_steps: Size = 0
+    min_lr_ratio: Share = 0.01  # the cosine ends at this fraction of the peak
+
+    @model_validator(mode="after")
+    def _no_norm_of_released_gradients(self) -> OptimizerRecipe:
+        if self.release_gradients and self.clip:
+            raise UserError(
+                f"optimizer.release_gradients with optimizer.clip={self.clip:g}: the norm over all gradients is not "
+                "known while some are released during backward; set optimizer.clip=null"
+            )
+        return self
+
+
+class AdamWKeys(Section):
+    belongs: ClassVar[str] = "AdamW's"
+    betas: Betas = (0.9, 0.999)
+    eps: Rate = 1e-8
+    state_dtype: Literal["auto", "same", "float32", "bfloat16", "int8"] = "auto"  # see poetx.optim.build_optimizer
+
+
+class SgdKeys(Section):
+    belongs: ClassVar[str] = "SGD's"
+    momentum: Amount = 0.0
+
+
+class MuonKeys(Section):
+    belongs: ClassVar[str] = "Muon's"
+    muon_lr: MaybeRate = None  # of the matrices that Muon steps; None: lr
+
+
+class PoetXKeys(Section):
+    belongs: ClassVar[str] = "for poet.method=poet-x"
+    dense_optimizer: Dense | None = None  # for all but rotations; None: name
+    poet_lr: Rate = 2.5e-4  # of the rotations
+    clip_ramp_start: Share = 0.1  # after a merge the clip value climbs from this fraction of itself ...
+    clip_ramp_steps: Size = 10  # ... to itself in this many steps; 0: no ramp
+    clip_ramp_until: Size = 2000  # ... for merges within the first so many steps
+
+
+class RotationAdamWKeys(Section):
+    belongs: ClassVar[str] = "for rotations by AdamW (poet.method=poet-x, optimizer.name=adamw)"
+    poet_betas: Betas = (0.9, 0.999)
+    poet_eps: Rate = 1e-6
+
+
+class SingleStepKeys(Section):
+    belongs: ClassVar[str] = "for poet.method=single-step"
+    angle: Annotated[
+        float,
+        BeforeValidator(_real),
+        _must(lambda value: 0 < value < 0.5, "radians a step, between 0 and 0.5 (0.012 is usual)"),
+    ] = 0.012
+    norm_growth: Amount = 0.0  # ‖W‖² grows by so many times its first value over all train.steps
+
+
+class TrainRecipe(Section):
+    """Length, batch, precision and cadence of the run."""
+
+    steps: Count = 1000
+    batch_size: Count = 32  # sequences in one optimizer step
+    micro_batch_size: MaybeCount = None  # sequences in one forward; None: batch_size
+    seed: Size = 0
+    device: Text = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on cuda, else float32
+    autocast: Flag = False  # compute in bfloat16 while weights and optimizer state stay in dtype (auto: float32)
+    compile: Flag = False
+    chunked_loss: Flag = False  # cross entropy a piece of the vocabulary at a time: the logits never exist
+    deterministic: Flag = False  # refuse operations that are not (slower on a GPU; the CPU always is)
+    eval_every: Count = 200
+    eval_windows: Count = 64  # validation windows, spread evenly over the set
+    spectrum_every: MaybeCount = None  # steps between measurements of every rotated layer's singular values
+    memory_every: MaybeCount = None  # steps between measurements of memory by phase; slow on the CPU, first step too
+    log_every: Count = 10  # steps between lines of plain progress; metrics.jsonl has every step
+    checkpoint_every: Count = 500
+    keep_checkpoints: Count = 2
+    max_bad_steps: Count = 5  # this many non-finite steps in a row stop the run
+    export: Flag = True  # write run_dir/export at the end
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences in one forward pass."""
+        return self.micro_batch_size or self.batch_size
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainRecipe:
+        if self.batch_size % self.micro_batch:
+            raise UserError(
+                f"train.micro_batch_size={self.micro_batch} does not divide train.batch_size={self.batch_size}"
+            )
+        if self.autocast and self.dtype == "bfloat16":
+            raise UserError("train.autocast with train.dtype=bfloat16 has no effect; leave one of them out")
+        if self.dtype == "float16":
+            raise UserError("train.dtype=float16 needs loss scaling, which poetx does not do; use bfloat16")
+        return self
+
+
+# -- one type per method and per optimizer ----------------------------------------------------------------------------
+
+_REMOVED: dict[str, Any] = (
+    {"partitions": 1} if "partitions" in {field.name for field in dataclasses.fields(PoetConfig)} else {}
+)
+_OF_SINGLE_STEP = ("spectrum",)
+_OF_POET_X = ("neumann_order", "weight_extra_bits", "weight_format")
+_OF_FORMATS = ("group_size",)
+_PLAIN: dict[Any, Any] = {int: Whole, float: Real, bool: Flag, str: Text}
+
+
+@functools.cache
+def _config_fields() -> dict[str, tuple[Any, Any]]:
+    hints = typing.get_type_hints(PoetConfig)
+    hints |= {"target_modules": Names, "exclude_modules": Names, "residual_modules": Names}
+    fields = {field.name: field.default for field in dataclasses.fields(PoetConfig)}
+    return {
+        name: (_PLAIN.get(hints[name], hints[name]), default)
+        for name, default in fields.items()
+        if name not in ("method", "partitions", "partition_kind")
+    }
+
+
+@functools.cache
+def poet_type(method: str, quantized: bool) -> type[PoetRecipe]:
+    """The type of the ``poet`` section of a method; ``group_size`` is there with a ``weight_format`` only."""
+    single_step = method == "single-step"
+    away = {*(_OF_POET_X if single_step else _OF_SINGLE_STEP), *(() if quantized and not single_step else _OF_FORMATS)}
+    fields: dict[str, Any] = {name: field for name, field in _config_fields().items() if name not in away}
+    base = PoetRecipe if single_step else MergedRecipe
+    return create_model("SingleStepRecipe" if single_step else "PoetXRecipe", __base__=base, **fields)
+
+
+@functools.cache
+def optimizer_type(method: str | None, names: frozenset[str], rotations_by_adamw: bool) -> type[OptimizerRecipe]:
+    """The type of the ``optimizer`` section: what every one has, and what these optimizers and this method have."""
+    parts: list[type[Section]] = []
+    if names & {"adamw", "muon"}:
+        parts.append(AdamWKeys)
+    parts += [keys for name, keys in (("sgd", SgdKeys), ("muon", MuonKeys)) if name in names]
+    if method == "poet-x":
+        parts += [PoetXKeys, *([RotationAdamWKeys] if rotations_by_adamw else [])]
+    elif method == "single-step":
+        parts.append(SingleStepKeys)
+    bases: Any = (*reversed(parts), OptimizerRecipe)
+    kind: Any = create_model("OptimizerRecipe", __base__=bases)
+    return kind
+
+
+def section_types(values: Mapping[str, Any]) -> dict[str, type[Section]]:
+    """The types of all sections that the raw recipe ``values`` choose, by name."""
+    lora = isinstance(values.get("lora"), Mapping)
+    poet = values.get("poet", None if lora else {})
+    poet = poet if isinstance(poet, Mapping) else None
+    optimizer = values.get("optimizer")
+    optimizer = optimizer if isinstance(optimizer, Mapping) else {}
+    method = None if poet is None else "single-step" if poet.get("method") == "single-step" else "poet-x"
+    name = optimizer.get("name", "adamw")
+    names = {str(name)}
+    if method == "poet-x" and optimizer.get("dense_optimizer") is not None:
+        names.add(str(optimizer["dense_optimizer"]))
+    types: dict[str, type[Section]] = {
+        "model": ModelRecipe,
+        "data": DataRecipe,
+        "optimizer": optimizer_type(method, frozenset(names & _KNOWN), name == "adamw"),
+        "train": TrainRecipe,
+        "lora": LoraRecipe,
+    }
+    if method is not None and poet is not None:
+        types["poet"] = poet_type(method, poet.get("weight_format") is not None)
+    return types
+
+
+_KNOWN = frozenset(typing.get_args(OptimizerRecipe.model_fields["name"].annotation))
+
+
+def belongs(section: str, key: str) -> str:
+    """Whose a key of ``optimizer`` or ``poet`` is, in a few words; empty for a key that no type has."""
+    if section == "optimizer":
+        parts = (AdamWKeys, SgdKeys, MuonKeys, PoetXKeys, RotationAdamWKeys, SingleStepKeys)
+        return next((part.belongs for part in parts if key in part.model_fields), "")
+    if section == "poet":
+        owners = {"for poet.method=single-step": _OF_SINGLE_STEP, "for poet.weight_format": _OF_FORMATS}
+        owners["for poet.method=poet-x"] = (*_OF_POET_X, "merge_every")
+        return next((owner for owner, keys in owners.items() if key in keys), "")
+    return ""
+
+
+def default_of(section: str, key: str) -> Any:
+    """The default of a key of ``optimizer`` or ``poet``, whatever type it belongs to."""
+    for types in _all_types(section):
+        if key in types.model_fields:
+            return types.model_fields[key].default
+    return None
+
+
+def _all_types(section: str) -> Iterator[type[Section]]:
+    if section == "poet":
+        yield from (poet_type("poet-x", True), poet_type("single-step", False))
+    elif section == "optimizer":
+        yield from (OptimizerRecipe, AdamWKeys, SgdKeys, MuonKeys, PoetXKeys, RotationAdamWKeys, SingleStepKeys)
+    else:
+        yield from {"model": [ModelRecipe], "data": [DataRecipe], "train": [TrainRecipe], "lora": [LoraRecipe]}[section]
+
+
+def every_key() -> dict[str, list[str]]:
+    """All keys of every section, whatever is chosen: for *did you mean*."""
+    sections = ("model", "data", "poet", "lora", "optimizer", "train")
+    return {s: list({k: None for t in _all_types(s) for k in t.model_fields}) for s in sections}

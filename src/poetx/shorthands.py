@@ -1,0 +1,120 @@
+"""One word for many keys: methods (``method=int8``), Llama shapes (``model.shape=llama-8b``), recipes by size."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from poetx.config import WEIGHT_FORMATS
+from poetx.errors import UserError, nearest
+
+
+class Shape(NamedTuple):
+    """A Llama, embeddings untied, and with how much of it at once its recipe trains."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_key_value_heads: int
+    vocab_size: int = 32000
+    micro_batch_size: int = 8
+    mode: str = "mem"
+
+
+#: All but the last are the papers'; "llama-1b-12" has half of llama-1b's layers.
+SHAPES = {
+    "llama-60m": Shape(512, 1280, 8, 8, 8, micro_batch_size=64, mode="fast"),
+    "llama-130m": Shape(768, 2048, 12, 12, 12, micro_batch_size=32, mode="fast"),
+    "llama-350m": Shape(1024, 2736, 24, 16, 16, micro_batch_size=16, mode="fast"),
+    "llama-1b": Shape(2048, 5632, 24, 32, 32),
+    "llama-1b-12": Shape(2048, 5632, 12, 32, 32),
+    "llama-3b": Shape(2560, 7168, 32, 32, 32),
+    "llama-8b": Shape(4096, 14336, 32, 32, 32),
+    "llama-13b": Shape(5120, 13824, 40, 40, 40),
+    "llama-3.1-8b": Shape(4096, 14336, 32, 32, 8, vocab_size=128256),
+}
+
+#: Names of recipes that are recipes/llama.yaml with a shape.
+SIZED_RECIPES = {name: name for name in SHAPES if name not in ("llama-1b-12", "llama-3.1-8b")} | {
+    "llama-1b-12l": "llama-1b-12"
+}
+
+
+def _poet(mode: str, weight_format: str | None = None) -> dict[str, Any]:
+    return {"lora": None, "poet.method": "poet-x", "poet.mode": mode, "poet.weight_format": weight_format}
+
+
+def _single_step(mode: str) -> dict[str, Any]:
+    return {"lora": None, "poet.method": "single-step", "poet.mode": mode}
+
+
+def _dense(optimizer: str) -> dict[str, Any]:
+    return {"poet": None, "lora": None, "optimizer.name": optimizer}
+
+
+#: What each method sets, by dotted key; None for a section takes it away.
+METHODS: dict[str, dict[str, Any]] = {
+    "mem": _poet("mem"),
+    "fast": _poet("fast"),
+    **{name: _poet("mem", name) for name in WEIGHT_FORMATS},
+    "single-step": _single_step("fast"),
+    "single-step-mem": _single_step("mem"),
+    "adamw": _dense("adamw") | {"optimizer.state_dtype": "auto"},
+    "adamw-mixed": _dense("adamw")
+    | {"optimizer.state_dtype": "auto", "train.autocast": True, "train.dtype": "float32"},
+    "adamw-8bit": _dense("adamw") | {"optimizer.state_dtype": "int8"},
+    **{name: _dense(name) for name in ("muon", "adafactor", "sgd", "smmf", "hfac")},
+    "lora": {"poet": None, "lora": {}, "optimizer.name": "adamw"},
+}
+
+
+def put_method(values: dict[str, Any], name: str) -> None:
+    """Set the keys of the method ``name`` in nested recipe ``values``, in place; what it has not stays to be dropped.
+
+    Raises:
+        UserError: no such method.
+    """
+    if name not in METHODS:
+        known = ", ".join(METHODS)
+        raise UserError(f"method={name}: no such method{nearest(str(name), METHODS)} (there are {known})")
+    for key, value in METHODS[name].items():
+        section, _, last = key.partition(".")
+        if not last:
+            values[section] = dict(value) if isinstance(value, dict) else value
+            continue
+        if not isinstance(values.get(section), dict):
+            values[section] = {}
+        values[section][last] = value
+    if values["poet"] is not None and (values.get("optimizer") or {}).get("name") == "muon":
+        values["optimizer"]["name"] = "adamw"  # Muon is for dense matrices
+
+
+def put_shape(values: dict[str, Any]) -> None:
+    """Read ``model.shape`` in nested recipe ``values`` as the sizes it stands for, where none are given, in place.
+
+    And so with what its recipe takes at once (``train.micro_batch_size``, ``poet.mode``) and its vocabulary.
+
+    Raises:
+        UserError: no such shape.
+    """
+    model = values.get("model")
+    name = model.pop("shape", None) if isinstance(model, dict) else None
+    if name is None or not isinstance(model, dict):
+        return
+    if not isinstance(name, str) or name not in SHAPES:
+        raise UserError(f"model.shape={name}: must be one of {', '.join(SHAPES)}{nearest(str(name), SHAPES)}")
+    shape = SHAPES[name]
+    sizes = {key: getattr(shape, key) for key in Shape._fields[:5]}
+    if shape.num_key_value_heads == shape.num_heads:
+        del sizes["num_key_value_heads"]
+    for key, size in sizes.items():
+        if model.get(key) is None:
+            model[key] = size
+    train, poet, data = values.get("train"), values.get("poet"), values.get("data")
+    batch = train.get("batch_size") if isinstance(train, dict) else None
+    if isinstance(train, dict) and isinstance(batch, int) and batch % shape.micro_batch_size == 0:
+        train.setdefault("micro_batch_size", shape.micro_batch_size)
+    if isinstance(poet, dict):
+        poet.setdefault("mode", shape.mode)
+    if isinstance(data, dict):
+        data.setdefault("vocab_size", shape.vocab_size)
