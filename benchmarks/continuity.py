@@ -18,8 +18,8 @@ from poetx import merge_
 
 def run(order: str, dtype: str, *, steps: int, directory: Path) -> dict[str, Any]:
     """Train ``steps`` steps without a merge; the loss on the same windows before and after one."""
+    from poetx.data.prepare import prepare_data
     from poetx.data.sampler import evenly_spread
-    from poetx.data.tokens import prepare_data
     from poetx.recipe import load_recipe
     from poetx.train.loop import evaluate
     from poetx.train.run import train

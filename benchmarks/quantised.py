@@ -177,7 +177,7 @@ QUALITY = [
 
 def quality(done: set[str]) -> Iterator[dict[str, Any]]:
     """Validation loss of the demo model, of two layers, after the same batches and schedule from the same weights."""
-    from poetx.data.tokens import prepare_data
+    from poetx.data.prepare import prepare_data
     from poetx.recipe import load_recipe
 
     recipe = load_recipe("demo", [f"train.batch_size={BATCH}", f"model.num_layers={LAYERS}"])

@@ -293,7 +293,7 @@ def factor(step: int, steps: int) -> float:
 
 
 def data_for(scale: Scale, text: str, cache: Path) -> Any:
-    from poetx.data.tokens import prepare_data
+    from poetx.data.prepare import prepare_data
     from poetx.recipe import load_recipe
 
     overrides = [

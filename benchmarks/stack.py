@@ -21,8 +21,8 @@ from torch import nn
 
 import poetx
 from benchmarks.record import append, provenance
+from poetx.data.prepare import prepare_data
 from poetx.data.sampler import batch_windows, evenly_spread
-from poetx.data.tokens import prepare_data
 from poetx.optim import SMMF, AdamW, HFac, release_gradients
 from poetx.planner.build import large_dense_parameters
 from poetx.recipe import load_recipe

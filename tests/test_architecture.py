@@ -12,6 +12,7 @@ ROOT = Path(poetx.__file__).parent
 #: Lower may not import higher.
 ORDER = (
     ("errors", "lazy"),
+    ("files",),
     ("config",),
     ("ops",),
     ("layers",),

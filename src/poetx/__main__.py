@@ -2,6 +2,6 @@
 
 import sys
 
-from poetx.cli.commands import main
+from poetx.cli.app import main
 
 sys.exit(main())

@@ -21,5 +21,5 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an exception on one line."""
-    return " ".join(str(error).split())
+    """The text of an exception on one line; its class where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -18,7 +18,7 @@ from poetx.bench import ops as ops_bench
 from poetx.bench.layer import OriginalPoet, Shape, bench_layer, check, poet_layer
 from poetx.bench.step import Run, bench_step
 from poetx.bench.timing import interleaved, peak_bytes
-from poetx.cli.commands import main
+from poetx.cli import main
 
 ROOT = Path(layer_bench.__file__).parents[3]
 CPU = torch.device("cpu")

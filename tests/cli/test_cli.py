@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from poetx.cli.commands import main
+from poetx.cli import main
 from poetx.errors import UserError
 
 RECIPE = """
@@ -100,12 +100,12 @@ def test_generate_eval_and_export(trained: Path, capsys: pytest.CaptureFixture[s
 def test_a_finished_run_without_a_sample_is_no_failure(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from poetx.train import export
+    from poetx.runs import generate
 
     def diverged(*args: object, **options: object) -> str:
         raise UserError("the model's output is not finite")
 
-    monkeypatch.setattr(export, "generate_text", diverged)
+    monkeypatch.setattr(generate, "generate_text", diverged)
     assert main(["train", "small.yaml", "data.train=text.txt", "train.steps=1"]) == 0
     out = capsys.readouterr().out
     assert "no sample: the model's output is not finite" in out
@@ -207,7 +207,7 @@ def test_mistakes_in_the_other_commands(trained: Path, fails: Callable[..., str]
 
 
 def test_the_demo_finds_a_place_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from poetx.cli import commands as cli
+    from poetx.cli import train as cli
     from poetx.recipe import load_recipe
 
     monkeypatch.chdir(tmp_path)

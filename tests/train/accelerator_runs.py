@@ -10,8 +10,8 @@ import torch
 import accelerator
 from accelerator import crossings
 from builders import At, Tiny, curve, interrupt, train_losses
+from poetx.runs.load import load_run
 from poetx.train import loop, run
-from poetx.train.export import load_run
 
 FORMS = {
     "fast": ("poet.mode=fast",),

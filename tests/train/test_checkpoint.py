@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import poetx
+from poetx import files
 from poetx.errors import UserError
 from poetx.train import checkpoint as ckpt
 
@@ -131,6 +133,16 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def holds(text: str) -> Callable[[Path], None]:
+    return lambda path: path.write_text(text)
+
+
+MANIFESTS = [
+    *("null", "3", '"x"', "[]", "[" * 100_000, '{"format": 1, "files": {"state.json": {"size": ' + "9" * 5000 + "}}}"),
+    *('{"format": null, "files": {}}', '{"format": 1, "files": null}', '{"format": 1, "files": ["state.json"]}'),
+    *('{"format": 1, "files": {"state.json": null}}', '{"format": 1, "files": {"state.json": [1, 2]}}'),
+    *('{"format": [1], "files": {}}', '{"format": 1e999, "files": {}}'),
+]
 DAMAGES = [(truncate, "bytes instead of"), (Path.unlink, "missing"), (flip, "contents have changed")]
 
 
@@ -142,8 +154,11 @@ DAMAGES = [(truncate, "bytes instead of"), (Path.unlink, "missing"), (flip, "con
             for name in ("model.safetensors", "optimizer.safetensors", "state.json")
             for damage in DAMAGES
         ),
-        ("manifest.json", truncate, "missing or unreadable"),
-        ("manifest.json", Path.unlink, "missing or unreadable"),
+        *(
+            ("manifest.json", damage, "missing or unreadable")
+            for damage in (truncate, Path.unlink, *map(holds, MANIFESTS))
+        ),
+        ("manifest.json", holds('{"format": 1, "files": {}}'), "names no files"),
     ],
 )
 def test_damage_is_found_and_the_one_before_is_taken(tmp_path: Path, name: str, damage, message: str) -> None:
@@ -175,7 +190,7 @@ def test_none_at_all_and_a_newer_format(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_earlier_checkpoints_and_no_rubbish(tmp_path: Path, monkeypatch, full_at: str) -> None:
     model, optimizer, _ = make()
     old = save(tmp_path, model, optimizer, 1)
-    sync, write_text = ckpt._sync_file, Path.write_text
+    sync, write_text = files.sync_to_disk, Path.write_text
 
     def full_sync(path: Path) -> None:
         if path.name == full_at:
@@ -187,7 +202,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_and_no_rubbish(tmp_path: Path, m
             raise OSError(28, "No space left on device")
         return write_text(path, *args, **kwargs)
 
-    monkeypatch.setattr(ckpt, "_sync_file", full_sync)
+    monkeypatch.setattr(files, "sync_to_disk", full_sync)
     monkeypatch.setattr(Path, "write_text", full_write)
     with pytest.raises(UserError, match=r"step-00000002: .*No space left.*--resume"):
         save(tmp_path, model, optimizer, 2)
@@ -212,3 +227,25 @@ def test_a_file_size_limit_inside_safetensors_is_a_clear_error_too(tmp_path: Pat
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, previous)
     assert list(ckpt.checkpoint_dir(tmp_path).iterdir()) == []
+
+
+def test_an_old_checkpoint_that_is_a_link_or_a_file_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    model, optimizer, _ = make()
+    kept = tmp_path / "kept"
+    shutil.move(save(tmp_path, model, optimizer, 1), kept)
+    (ckpt.checkpoint_dir(tmp_path) / "step-00000001").symlink_to(kept)
+    (ckpt.checkpoint_dir(tmp_path) / "step-00000002").write_text("a file")
+    newest = save(tmp_path, model, optimizer, 3, keep=1)
+    assert list(ckpt.checkpoint_dir(tmp_path).iterdir()) == [newest]
+    ckpt.verify(kept)
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(tmp_path: Path, monkeypatch, caplog) -> None:
+    def stays(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    model, optimizer, _ = make()
+    save(tmp_path, model, optimizer, 1)
+    monkeypatch.setattr(ckpt, "remove", stays)
+    ckpt.verify(save(tmp_path, model, optimizer, 2, keep=1))
+    assert "step-00000001: could not be removed (Permission denied)" in caplog.text

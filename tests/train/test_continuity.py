@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from poetx import merge_
-from poetx.data.tokens import prepare_data
+from poetx.data.prepare import prepare_data
 from poetx.recipe import Recipe
 from poetx.train.loop import evaluate
 from poetx.train.run import train

@@ -14,7 +14,9 @@ from poetx.data.tokenizer import END_OF_TEXT, train_tokenizer
 from poetx.errors import UserError
 from poetx.recipe import Recipe
 from poetx.runs.evaluate import evaluate_run
-from poetx.train.export import export_model, generate_text, load_run
+from poetx.runs.generate import generate_text
+from poetx.runs.load import load_run
+from poetx.train.export import export_model
 from poetx.train.run import train
 
 Tiny = Callable[..., Recipe]
@@ -76,16 +78,15 @@ def test_a_full_disk_during_the_export_is_one_line_and_leaves_nothing(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def full(model: object, directory: Path) -> None:
-        directory.mkdir()
         (directory / "model.safetensors").write_text("half")
         raise error
 
     monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
     recipe = tiny("train.steps=1")
-    with pytest.raises(UserError, match=r"run/export: the model could not be written .*No space left") as caught:
+    with pytest.raises(UserError, match=r"run/export: could not be written .*No space left") as caught:
         train(recipe)
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=r"out: the model could not be written .*poetx export RUN DIR"):
+    with pytest.raises(UserError, match=r"out: could not be written .*poetx export RUN DIR"):
         export_model(load_run(str(recipe.directory)).model, recipe.directory / "tokenizer", tmp_path / "out")
     assert not [path for path in tmp_path.rglob("*") if "out" in path.name or "export" in path.name]
     monkeypatch.undo()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from poetx.data.tokens import prepare_data
+from poetx.data.prepare import prepare_data
 from poetx.errors import UserError
 from poetx.recipe import Recipe, load_recipe
 from poetx.runs.evaluate import evaluate_run

@@ -15,8 +15,8 @@ from poetx.errors import UserError
 from poetx.methods.base import convert_model
 from poetx.models import build_model
 from poetx.recipe import Recipe
+from poetx.runs.load import load_run, rebuild_run
 from poetx.train.checkpoint import find_checkpoint, load_model
-from poetx.train.export import load_run, rebuild_run
 from poetx.train.run import train
 
 Tiny = Callable[..., Recipe]

@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from builders import train_losses
+from poetx import files
 from poetx.errors import UserError
 from poetx.recipe import Recipe, load_recipe
+from poetx.runs.generate import generate_text
+from poetx.runs.load import load_run
 from poetx.train import checkpoint as ckpt
-from poetx.train.export import generate_text, load_run
 from poetx.train.metrics import TIMING_KEYS, read_metrics
 from poetx.train.run import train
 
@@ -61,8 +63,8 @@ def test_the_export_loads_with_transformers_alone_and_computes_the_same(tiny: Ti
 
 
 def _validation_loss(model: torch.nn.Module, run_dir: Path, recipe: Recipe) -> float:
+    from poetx.data.prepare import prepare_data
     from poetx.data.sampler import evenly_spread
-    from poetx.data.tokens import prepare_data
     from poetx.train.loop import evaluate
 
     data = prepare_data(recipe).validation
@@ -164,7 +166,7 @@ def test_a_full_disk_during_training_is_one_line(tiny: Tiny, monkeypatch: pytest
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ckpt, "_sync_file", full)
+    monkeypatch.setattr(files, "sync_to_disk", full)
     with pytest.raises(UserError, match="No space left on device"):
         train(recipe)
     assert list((recipe.directory / "checkpoints").iterdir()) == []

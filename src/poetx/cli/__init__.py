@@ -1,5 +1,5 @@
 """The command line. ``main`` is what the ``poetx`` script calls."""
 
-from poetx.cli.commands import main
+from poetx.cli.app import main
 
 __all__ = ["main"]

@@ -10,9 +10,11 @@ import json
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
+from poetx.data.binary import binary_kind
 from poetx.errors import UserError
 
 BUILTIN = "builtin"
@@ -24,6 +26,7 @@ _SKIPPED_DIRS = {
     *("test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo", "__pycache__"),
 }
 _JSONL_SUFFIXES = (".jsonl", ".ndjson")
+_FEW_SECTIONS = 40  # of a file too short for sections of the usual size
 _LONGEST_LINE = 1 << 26  # characters read of a .json file to see whether it has a record a line
 
 Kind = Literal["builtin", "file", "directory", "jsonl"]
@@ -38,8 +41,11 @@ class Corpus:
     kind: Kind
     files: tuple[Path, ...]
 
-    def documents(self) -> Iterator[Document]:
-        """The documents in order. Each must be consumed before the next is asked for.
+    def documents(self, section: int = SECTION) -> Iterator[Document]:
+        """The documents in order, a single file's in sections. Each must be consumed before the next is asked for.
+
+        Args:
+            section: characters of a single file's.
 
         Raises:
             UserError: a file that is not UTF-8 or vanished, or a JSONL line without text, with its place.
@@ -48,7 +54,7 @@ class Corpus:
             for path in self.files:
                 yield from _jsonl_documents(path)
         elif self.kind == "file":
-            yield from _sections(self.files[0])
+            yield from _sections(self.files[0], section)
         elif self.kind == "builtin":
             for path in self.files:
                 if text := _read_or_none(path):
@@ -69,8 +75,8 @@ class Corpus:
 def open_corpus(source: str, *, key: str = "data.train") -> Corpus:
     """Find the files of ``source``: "builtin", a text file, a JSONL file, or a directory of either.
 
-    A ``.json`` file is JSONL when its first line is a record with a text. Any other is refused by itself, and text
-    among other files, as in a directory of code.
+    A ``.json`` file is JSONL when its first line is a record with a text. Any other is refused by itself, as are
+    tables (``.csv``, ``.tsv``), and both are text among other files, as in a directory of code.
 
     Args:
         key: the recipe key, for error messages.
@@ -82,11 +88,8 @@ def open_corpus(source: str, *, key: str = "data.train") -> Corpus:
         return Corpus(source, "builtin", tuple(_standard_library()))
     path = Path(source).expanduser()
     if path.is_file():
-        _check_not_empty([path], f"{key}={source}")
-        kind: Kind = "jsonl" if _is_jsonl(path) else "file"
-        if kind == "file":
-            _check_not_json([path], f"{key}={source}")
-        return Corpus(source, kind, (path.resolve(),))
+        _check_text([path], f"{key}={source}")
+        return Corpus(source, "jsonl" if _is_jsonl(path) else "file", (path.resolve(),))
     if not path.is_dir():
         raise UserError(f"{key}={source}: no such file or directory")
     files = sorted(
@@ -96,32 +99,81 @@ def open_corpus(source: str, *, key: str = "data.train") -> Corpus:
     )
     if not files:
         raise UserError(f"{key}={source}: the directory has no files")
-    _check_not_empty(files, f"{key}={source}")
+    _check_text(files, f"{key}={source}")
     jsonl = [file for file in files if _is_jsonl(file)]
-    if not jsonl:
-        _check_not_json(files, f"{key}={source}")
     if jsonl and len(jsonl) < len(files):
         other = next(file for file in files if file not in jsonl)
         raise UserError(f"{key}={source}: mixes JSONL ({jsonl[0].name}) and other files ({other.name})")
     return Corpus(source, "jsonl" if jsonl else "directory", tuple(files))
 
 
-def held_out(index: int, fraction: float) -> bool:
-    """Whether document ``index`` belongs to validation: evenly spread, exactly ``fraction`` of them in the end."""
-    return int((index + 1) * fraction) > int(index * fraction)
+@dataclass(frozen=True)
+class Split:
+    """Which documents are held out for validation: evenly spread, exactly ``fraction`` of them in the end.
+
+    Attributes:
+        section: characters of a document where a single file is cut into them.
+        note: what the user should know of it.
+    """
+
+    fraction: float | Fraction = 0
+    section: int = SECTION
+    note: str = ""
+
+    def held_out(self, index: int) -> bool:
+        """Whether document ``index`` belongs to validation."""
+        return int((index + 1) * self.fraction) > int(index * self.fraction)
 
 
-def _check_not_empty(files: list[Path], what: str) -> None:
+def split_for(corpus: Corpus, fraction: float) -> Split:
+    """The split of ``fraction``. Of so little text that this holds out nothing: a tenth, and at least one document.
+
+    Reads to the first document that is held out.
+
+    Raises:
+        UserError: no text, or one document that is not a file by itself.
+    """
+    split, count, characters = Split(fraction), 0, 0
+    for index, document in enumerate(corpus.documents()):
+        if split.held_out(index):
+            return split
+        count, characters = count + 1, characters + sum(map(len, document))
+    if count == 0:
+        raise UserError(f"data.train={corpus.source}: no text to train on")
+    if corpus.kind == "file":
+        section = max(1, characters // _FEW_SECTIONS)
+        more: float | Fraction = max(fraction, 0.1)
+        what = f"{more:.0%} of it, in sections of {section} characters"
+    elif count > 1:
+        section, more = SECTION, Fraction(1, min(10, count))
+        what = f"{int(count * more)} of its {count} documents"
+    else:
+        raise UserError(
+            f"data.validation_fraction={fraction} holds out nothing: data.train={corpus.source} is one document; "
+            "give the text file itself, which is held out in sections, more documents, or data.validation=PATH"
+        )
+    note = f"data.validation_fraction={fraction} is nothing of so little text: holding out {what}"
+    return Split(more, section, note)
+
+
+def _check_text(files: list[Path], what: str) -> None:
+    """Refuse files without text, JSON and tables by themselves, and what a file's first bytes say is no text."""
     if not any(file.stat().st_size for file in files):
         raise UserError(f"{what}: empty, there is no text in it")
-
-
-def _check_not_json(files: list[Path], what: str) -> None:
-    if all(file.suffix.lower() == ".json" for file in files):
-        raise UserError(
-            f'{what}: no JSON lines with a "text" field ({files[0].name}); write it as one {{"text": ...}} a line, '
-            "or rename it to .txt to train on it as it is"
-        )
+    for file in {file.suffix: file for file in reversed(files)}.values():  # one of each kind
+        if kind := binary_kind(file):
+            raise UserError(f"{file}: {kind}")
+    suffixes = {file.suffix.lower() for file in files}
+    if suffixes == {".json"} and not _is_jsonl(files[0]):
+        found = f'no JSON lines with a "text" field ({files[0].name})'
+    elif suffixes <= {".csv", ".tsv"}:
+        found = f"a table ({files[0].name}), whose header and separators would be learnt as well"
+    else:
+        return
+    raise UserError(
+        f'{what}: {found}; write it as one {{"text": ...}} a line into a .jsonl file, or rename it to .txt to train on '
+        "it as it is"
+    )
 
 
 def _is_jsonl(path: Path) -> bool:
@@ -170,41 +222,26 @@ def _split(text: str) -> Iterator[str]:
         yield text[start : start + PIECE]
 
 
-def _pieces(path: Path) -> Iterator[str]:
-    """A file in pieces that end at line ends where there are any."""
+def _sections(path: Path, size: int) -> Iterator[Document]:
+    return ([piece] for piece in _pieces(path, size, line=size))
+
+
+def _pieces(path: Path, size: int = PIECE, *, line: int = SECTION) -> Iterator[str]:
+    """A file in pieces of about ``size`` characters that end at line ends; a line may be cut after ``line``."""
     buffer: list[str] = []
-    size = 0
-    for line in _lines(path):
-        buffer.append(line)
-        size += len(line)
-        if size >= PIECE:
-            yield "".join(buffer)
-            buffer, size = [], 0
-    if buffer:
-        yield "".join(buffer)
-
-
-def _sections(path: Path) -> Iterator[Document]:
-    buffer: list[str] = []
-    size = 0
-    for line in _lines(path):
-        buffer.append(line)
-        size += len(line)
-        if size >= SECTION:
-            yield ["".join(buffer)]
-            buffer, size = [], 0
-    if buffer:
-        yield ["".join(buffer)]
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Lines of at most ``SECTION`` characters each (a file need not have line ends)."""
+    filled = 0
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            while line := file.readline(SECTION):
-                yield line
+            while text := file.readline(line):
+                buffer.append(text)
+                filled += len(text)
+                if filled >= size:
+                    yield "".join(buffer)
+                    buffer, filled = [], 0
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} near byte {error.start} of a block)") from None
+        raise _not_text(path, error) from None
+    if buffer:
+        yield "".join(buffer)
 
 
 def _jsonl_documents(path: Path) -> Iterator[Document]:
@@ -214,7 +251,7 @@ def _jsonl_documents(path: Path) -> Iterator[Document]:
                 if line.strip():
                     yield _split(_jsonl_text(line, f"{path}, line {number}"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason})") from None
+        raise _not_text(path, error) from None
 
 
 def _jsonl_text(line: str, place: str) -> str:
@@ -232,3 +269,7 @@ def _jsonl_text(line: str, place: str) -> str:
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f'{place}: "text" has half a surrogate pair, which is no character')
     return text
+
+
+def _not_text(path: Path, error: UnicodeDecodeError) -> UserError:
+    return UserError(f"{path}: {binary_kind(path) or f'not UTF-8 text ({error.reason})'}")

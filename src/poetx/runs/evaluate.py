@@ -1,4 +1,4 @@
-"""Loss and perplexity of a run or an exported model on its validation text or on other text."""
+"""What a trained model is worth: its loss on validation or other text, and what became of its weights' spectra."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from poetx.data.prepare import encode_corpus, prepare_data
+from poetx.data.tokenizer import whole_text
+from poetx.data.tokens import TokenWindows, window_count
 from poetx.errors import UserError
-from poetx.train.checkpoint import find_checkpoint, read_state
-from poetx.data.tokens import TokenWindows, encode_corpus, prepare_data, window_count
-from poetx.train.export import LoadedModel, load_run
+from poetx.models import resolve_device
+from poetx.runs.load import LoadedModel, load_run, rebuild_run
+from poetx.spectra import LayerSpectrum, spectrum
+from poetx.train.checkpoint import find_checkpoint, load_model, read_state, step_of
 from poetx.train.loop import evaluate
 from poetx.train.metrics import perplexity
-from poetx.data.tokenizer import whole_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,3 +94,26 @@ def _windows(tokens: np.ndarray, seq_len: int, source: str) -> TokenWindows:
     if window_count(len(tokens), seq_len) == 0:
         raise UserError(f"{source}: {len(tokens)} tokens, fewer than one window of {seq_len} + 1; lower --seq-len")
     return TokenWindows(tokens, seq_len=seq_len)
+
+
+@dataclass(frozen=True)
+class RunSpectrum:
+    """Every rotated layer's spectrum at ``step``, with its drift since the start of the run."""
+
+    step: int
+    layers: dict[str, LayerSpectrum]
+    notes: list[str]
+
+
+def run_spectrum(run_dir: Path, *, device: str = "auto") -> RunSpectrum:
+    """Spectrum at the newest whole checkpoint against the model that the run started with.
+
+    Raises:
+        UserError: not a run directory, no whole checkpoint, or a dense run, which has no rotated layers.
+    """
+    run = rebuild_run(run_dir, resolve_device(device))
+    if run.recipe.poet is None:
+        raise UserError(f"{run_dir}: a dense run (poet: null) has no rotated layers whose spectrum could be kept")
+    start = spectrum(run.model)
+    load_model(run.checkpoint, run.model)
+    return RunSpectrum(step_of(run.checkpoint), spectrum(run.model, start), run.notes)

@@ -12,19 +12,20 @@ Everything is written to a hidden directory, synced to disk and renamed. Loading
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+import logging
 import re
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poetx.errors import UserError
+from poetx.files import new_directory, read_json, reason, remove, sha256
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -79,30 +80,20 @@ def save_checkpoint(
     Raises:
         UserError: the disk is full or not writable; earlier checkpoints are as they were.
     """
-    from safetensors import SafetensorError
-
-    parent = checkpoint_dir(run_dir)
-    final = parent / f"step-{state.step:08d}"
-    temporary = parent / f".{final.name}.tmp"
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+    final = checkpoint_dir(run_dir) / f"step-{state.step:08d}"
+    remedy = "continue with --resume; earlier checkpoints are untouched"
+    with new_directory(final, remedy=remedy, sync=True) as temporary:
         _write_files(temporary, model, optimizer, state, recipe_yaml)
-        _write_manifest(temporary)
-        if final.exists():  # a broken one that a resumed run has passed again
-            shutil.rmtree(final)
-        temporary.replace(final)
-        _sync_directory(parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-        raise UserError(
-            f"{final}: the checkpoint could not be written ({reason}); earlier checkpoints are untouched: "
-            "free some space, then continue with --resume"
-        ) from None
+        files = {
+            file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in sorted(temporary.iterdir())
+        }
+        manifest = json.dumps({"format": FORMAT, "files": files}, indent=1)
+        (temporary / MANIFEST).write_text(manifest, encoding="utf-8")
     for old in [path for path in checkpoints(run_dir) if step_of(path) <= state.step][:-keep]:
-        shutil.rmtree(old)
+        try:
+            remove(old)
+        except OSError as error:
+            logger.warning("%s: could not be removed (%s)", old, reason(error))
     return final
 
 
@@ -133,27 +124,28 @@ def verify(path: Path) -> None:
         UserError: the format is newer than this version of poetx reads.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version, files = manifest["format"], manifest["files"]
-        newer = version > FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
+        manifest = read_json(path / MANIFEST)
+        version, files = int(manifest["format"]), dict(manifest["files"])
+        expected = {name: (int(facts["size"]), str(facts["sha256"])) for name, facts in files.items()}
+    except (UserError, KeyError, TypeError, ValueError, OverflowError):
         raise BrokenCheckpoint(f"{path / MANIFEST}: missing or unreadable") from None
-    if newer:
+    if not expected:
+        raise BrokenCheckpoint(f"{path / MANIFEST}: names no files")
+    if version > FORMAT:
         raise UserError(f"{path}: checkpoint format {version}, this poetx reads up to {FORMAT}; update poetx")
-    for name, expected in files.items():
+    for name, (size, digest) in expected.items():
         file = path / name
         if not file.is_file():
             raise BrokenCheckpoint(f"{file}: missing")
-        size = file.stat().st_size
-        if size != expected["size"]:
-            raise BrokenCheckpoint(f"{file}: {size} bytes instead of {expected['size']}")
-        if _sha256(file) != expected["sha256"]:
+        if file.stat().st_size != size:
+            raise BrokenCheckpoint(f"{file}: {file.stat().st_size} bytes instead of {size}")
+        if sha256(file) != digest:
             raise BrokenCheckpoint(f"{file}: its contents have changed (sha256 differs)")
 
 
 def read_state(path: Path) -> TrainState:
     """The loop's own state in a verified checkpoint."""
-    return TrainState(**_read_json(path / "state.json")["train"])
+    return TrainState(**read_json(path / "state.json")["train"])
 
 
 def load_model(path: Path, model: torch.nn.Module) -> None:
@@ -181,7 +173,7 @@ def load_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.Op
     """
     from safetensors.torch import load_file
 
-    saved = _read_json(path / "state.json")["optimizer"]
+    saved = read_json(path / "state.json")["optimizer"]
     current = optimizer.state_dict()
     groups = current["param_groups"]
     names = _names_by_index(model, optimizer)
@@ -214,8 +206,8 @@ def load_rng(path: Path) -> None:
 
 def remove_leftovers(run_dir: Path) -> None:
     """Remove what a killed process left half-written."""
-    for path in checkpoint_dir(run_dir).glob(".step-*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
+    for path in checkpoint_dir(run_dir).glob(".step-*.tmp*"):
+        remove(path)
 
 
 def _write_files(
@@ -235,17 +227,6 @@ def _write_files(
     document = {"train": vars(state), "optimizer": optimizer_json}
     (directory / "state.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     (directory / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
-
-
-def _write_manifest(directory: Path) -> None:
-    files = {}
-    for file in sorted(directory.iterdir()):
-        files[file.name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
-        _sync_file(file)
-    manifest = directory / MANIFEST
-    manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
-    _sync_file(manifest)
-    _sync_directory(directory)
 
 
 def _without_aliases(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -309,28 +290,3 @@ def _rng_states() -> dict[str, torch.Tensor]:
 def _untuple(value: Any, current: Any) -> Any:
     """JSON has no tuples: give an option back the type it has in the fresh optimizer."""
     return tuple(value) if isinstance(current, tuple) and isinstance(value, list) else value
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -23,7 +23,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from poetx.data.tokens import PreparedData, prepare_data
+from poetx.data.prepare import prepare_data
+from poetx.data.tokens import PreparedData
 from poetx.errors import UserError
 from poetx.methods.base import convert_model, merge_handle, method_of
 from poetx.models import build_model, resolve_device, settled

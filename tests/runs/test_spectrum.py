@@ -6,7 +6,7 @@ import pytest
 
 from poetx.errors import UserError
 from poetx.runs.report import write_report
-from poetx.runs.run_spectrum import run_spectrum
+from poetx.runs.evaluate import run_spectrum
 from poetx.train.metrics import read_metrics
 from poetx.train.run import train
 

@@ -1,0 +1,62 @@
+"""``poetx`` on the command line. Heavy imports happen inside the commands, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Annotated
+
+import typer
+
+from poetx.cli import env, runs, train
+from poetx.cli.bench import app as bench_app
+from poetx.cli.memory import register as register_memory
+from poetx.errors import UserError, one_line
+
+SIGINT, SIGPIPE = 2, 13  # Windows has no SIGPIPE
+
+app = typer.Typer(
+    name="poetx",
+    help="Train language models in the memory of a LoRA run, by POET-X.",
+    epilog="Start with: poetx train    (a demo of a few minutes, no download)",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+for _group in (train, runs, env):
+    _group.register(app)
+register_memory(app)
+app.add_typer(bench_app)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; the exit code. A user's mistake is one line on stderr and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model's text may have any character, a terminal's encoding not
+    try:
+        app(args=argv)
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+    except BrokenPipeError:  # `poetx ... | head`
+        return 128 + SIGPIPE
+    except (UserError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + SIGINT
+    return 0
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib import metadata
+
+        print(f"poetx {metadata.version('poetx')}")
+        raise typer.Exit

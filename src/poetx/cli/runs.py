@@ -1,0 +1,130 @@
+"""Commands that read a run: ``export``, ``generate``, ``eval``, ``spectrum``, ``report``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from poetx.cli.quiet import quiet_transformers
+from poetx.errors import UserError
+
+_DEVICE = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+_RUN = Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or exported model directory.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command(epilog="Example: poetx export runs/demo my-model")(export)
+    app.command(epilog='Example: poetx generate runs/demo --prompt "def read(path):"')(generate)
+    app.command(name="eval", epilog="Example: poetx eval runs/demo --data other-text.txt")(evaluate)
+    app.command(epilog="Example: poetx spectrum runs/demo")(spectrum)
+    app.command(epilog="Example: poetx report runs/demo")(report)
+
+
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write; must not exist, or be empty.")],
+) -> None:
+    """Write a run's newest checkpoint as a plain Hugging Face model that transformers loads by itself."""
+    from poetx.runs.load import load_run
+    from poetx.train.export import TOKENIZER_DIR, export_model
+
+    if not (Path(run) / "recipe.yaml").is_file():
+        raise UserError(f"{run}: not a run directory (no recipe.yaml in it)")
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory}: exists and is not an empty directory; choose another")
+    quiet_transformers()
+    loaded = load_run(run, device="cpu")
+    _show_notes(loaded.notes)
+    export_model(loaded.model, Path(run) / TOKENIZER_DIR, directory)
+    print(f"wrote {directory}: load it with AutoModelForCausalLM.from_pretrained({str(directory)!r})")
+
+
+def generate(
+    run: _RUN,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token each time.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample among this many likeliest tokens; 0: all.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
+    device: _DEVICE = "auto",
+) -> None:
+    """Continue a text with a trained model."""
+    from poetx.runs.generate import generate_text
+    from poetx.runs.load import load_run
+
+    quiet_transformers()
+    loaded = load_run(run, device=device)
+    _show_notes(loaded.notes)
+    text = generate_text(loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
+    print(prompt + text)
+
+
+def evaluate(
+    run: _RUN,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text to evaluate on (as data.train in a recipe). Default: the run's own."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences in one forward pass.")] = 8,
+    seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in a window. Default: the run's; of a model, up to 256.")
+    ] = None,
+    device: _DEVICE = "auto",
+) -> None:
+    """Loss and perplexity on validation text."""
+    from poetx.runs.evaluate import evaluate_run
+
+    quiet_transformers()
+    result = evaluate_run(run, data=data, batch_size=batch_size, seq_len=seq_len, device=device)
+    _show_notes(result.notes)
+    print(
+        f"loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.2f} "
+        f"({result.tokens:,} tokens of {result.source}, windows of {result.seq_len})"
+    )
+
+
+def spectrum(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory.")],
+    device: _DEVICE = "auto",
+    json_lines: Annotated[bool, typer.Option("--json", help="One JSON object a layer instead of a table.")] = False,
+) -> None:
+    """Singular values of every rotated layer now, against the start of the run."""
+    from poetx.runs.evaluate import run_spectrum
+
+    quiet_transformers()
+    result = run_spectrum(Path(run), device=device)
+    _show_notes(result.notes)
+    if json_lines:
+        for name, layer in result.layers.items():
+            facts = {key: value for key, value in vars(layer).items() if key != "singular_values"}
+            print(json.dumps({"layer": name, "step": result.step} | facts))
+        return
+    width = max(map(len, result.layers))
+    print(f"step {result.step}, against the start")
+    print(f"{'layer':<{width}}  ||W|| ratio-1  median change  largest change  entropy")
+    for name, layer in result.layers.items():
+        assert layer.norm_ratio is not None
+        print(
+            f"{name:<{width}}  {layer.norm_ratio - 1:+13.1e}  {layer.drift_median:13.1e}  {layer.drift_max:14.1e}  "
+            f"{layer.entropy:7.4f}"
+        )
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: RUN/report.html.")] = None,
+) -> None:
+    """Write one self-contained HTML page: loss, speed, memory, merges, spectrum."""
+    from poetx.runs.report import write_report
+
+    print(f"wrote {write_report(run, output or run / 'report.html')}")
+
+
+def _show_notes(notes: list[str]) -> None:
+    for note in notes:
+        print(f"note: broken checkpoint passed over: {note}", file=sys.stderr)

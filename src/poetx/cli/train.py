@@ -1,0 +1,195 @@
+"""``poetx train``: a run from a recipe, what happens meanwhile, and what to do next."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shlex
+import signal
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from poetx.cli.quiet import quiet_transformers
+from poetx.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from poetx.recipe import Recipe
+    from poetx.train.progress import Reporter
+    from poetx.train.run import RunResult
+
+_EPILOG = (
+    "Examples: poetx train | poetx train llama-60m data.train=corpus.jsonl run_dir=runs/mine | "
+    "poetx train runs/mine --resume"
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command(epilog=_EPILOG)(train)
+
+
+def train(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="RECIPE", help="Built-in name, YAML file, or run directory. Default: the demo."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Recipe settings, for example train.steps=500 poet=null."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in the same place.")] = False,
+) -> None:
+    """Train a model from a recipe. With no recipe: a demo of a few minutes, with nothing to download."""
+    overrides = list(overrides or [])
+    if recipe is not None and "=" in recipe and not Path(recipe).exists():
+        overrides.insert(0, recipe)
+        recipe = None
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+
+    from rich.console import Console
+
+    from poetx.recipe import DEMOS, load_recipe
+
+    loaded = load_recipe(recipe, overrides)  # before torch is imported: a typing mistake is answered at once
+    if recipe in (None, *DEMOS) and loaded.run_dir is None and not overwrite:
+        loaded = _place_demo(loaded, resume=resume)
+
+    from poetx.train.environment import keep_freed_memory
+    from poetx.train.progress import LiveReporter, PlainReporter
+    from poetx.train.run import train as run_training
+
+    keep_freed_memory()
+    quiet_transformers()
+    console = Console()
+    reporter = LiveReporter(console) if console.is_terminal else PlainReporter(console)
+    try:
+        with _library_warnings_to(reporter):
+            result = run_training(loaded, resume=resume, overwrite=overwrite, reporter=reporter)
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # ours, or a library's: whoever reports it needs the traceback
+        traceback.print_exc()
+        console.print(_failed_text(loaded.directory, error), markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    if result.signum is not None:
+        console.print(_stopped_text(result), markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(128 + result.signum)
+    _show_result(console, loaded, result)
+
+
+def _place_demo(recipe: Recipe, *, resume: bool) -> Recipe:
+    """A demo finds its own place: the first free of runs/NAME, runs/NAME-2, …, or the latest one to resume."""
+    from poetx.train.checkpoint import checkpoints
+
+    number, place, latest = 1, recipe.directory, None
+    while checkpoints(place):
+        latest, number = place, number + 1
+        place = recipe.directory.with_name(f"{recipe.directory.name}-{number}")
+    chosen = latest if resume and latest else place
+    return recipe.with_keys({"run_dir": str(chosen)})
+
+
+def _stopped_text(result: RunResult) -> str:
+    stopped = f"stopped by {signal.Signals(result.signum or 0).name} after step {result.step} of {result.steps}"
+    if result.checkpoint is None:
+        return f"{stopped}; there was nothing to save yet"
+    return f"{stopped}; saved {result.checkpoint}\ncontinue with: poetx train {result.run_dir} --resume"
+
+
+def _failed_text(run_dir: Path, error: Exception) -> str:
+    from poetx.train.checkpoint import checkpoints
+
+    saved = checkpoints(run_dir)
+    if not saved:
+        return f"failed unexpectedly ({type(error).__name__}, above); there was nothing saved yet that could be lost"
+    return (
+        f"failed unexpectedly ({type(error).__name__}, above); nothing that was saved is lost: {saved[-1]}\n"
+        f"continue with: poetx train {run_dir} --resume"
+    )
+
+
+def _show_result(console: Console, recipe: Recipe, result: RunResult) -> None:
+    from poetx.recipe import DEMOS
+
+    def say(text: str = "", style: str | None = None) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True, style=style)
+
+    minutes, seconds = divmod(round(result.seconds), 60)
+    say()
+    say(f"reached step {result.step} in {minutes}:{seconds:02d}, peak memory {result.peak_memory_gib:.2f} GiB")
+    say(_audit_text(result.audit))
+    if result.first_perplexity and result.last_perplexity:
+        say(f"validation perplexity {result.first_perplexity:,.1f} before, {result.last_perplexity:,.1f} after")
+    prompt = _prompt(recipe, result)
+    try:
+        text = _continuation(result, prompt)
+        say("\nthe model continues:", style="dim")
+        say(prompt + text)
+    except Exception as error:  # the run is finished and saved, and a model may generate otherwise: no failure
+        say(f"\nno sample: {error if isinstance(error, UserError) else repr(error)}")
+    say()
+    say(f"run        {result.run_dir}  (metrics.jsonl, checkpoints/)")
+    if result.export_dir:
+        say(f"model      {result.export_dir}  (plain Hugging Face model)")
+    say("try next")
+    words = " ".join(prompt.split()[:6])
+    say(f"  poetx generate {result.run_dir}" + (f" --prompt {shlex.quote(words)}" if words else ""))
+    say(f"  poetx eval {result.run_dir}")
+    say(f"  poetx report {result.run_dir}")
+    if recipe.name in DEMOS and recipe.poet is not None:
+        # AdamW's best rate of those tried: a dense model does not bear the demos' own.
+        say("  poetx train demo poet=null optimizer.lr=1.5e-3 run_dir=runs/dense  # dense with AdamW, to compare")
+        say(f"  poetx train {recipe.name} data.train=PATH run_dir=runs/mine  # the same on your own text")
+
+
+def _audit_text(audit: dict[str, Any]) -> str:
+    text = f"audit: {audit['step']} steps, {audit['skipped_steps']} skipped as not finite, {audit['tokens']:,} tokens"
+    if audit["merges"]:
+        text += (
+            f", {audit['merges']} merges (largest angle {audit['merge_angle']:.3f}, largest norm drift before "
+            f"correction {audit['norm_drift']:.0e})"
+        )
+    return text
+
+
+def _prompt(recipe: Recipe, result: RunResult) -> str:
+    """A line of Python for the built-in text, else the first validation words."""
+    if recipe.data.train == "builtin":
+        return "def read_file(path):\n"
+    return _tokenizer(result).decode(result.first_validation_tokens, skip_special_tokens=True)
+
+
+def _continuation(result: RunResult, prompt: str) -> str:
+    from poetx.runs.generate import generate_text
+    from poetx.runs.load import LoadedModel
+
+    loaded = LoadedModel(result.model.eval(), _tokenizer(result), result.model.device, None, [])
+    return generate_text(loaded, prompt, max_new_tokens=80)
+
+
+def _tokenizer(result: RunResult) -> Any:
+    from poetx.runs.load import load_tokenizer
+    from poetx.train.export import TOKENIZER_DIR
+
+    return load_tokenizer(result.run_dir / TOKENIZER_DIR)
+
+
+@contextlib.contextmanager
+def _library_warnings_to(reporter: Reporter) -> Iterator[None]:
+    """Show what the library logs as notes, so that it does not tear the live display."""
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: reporter.note(record.getMessage())
+    logger = logging.getLogger("poetx")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)

@@ -1,0 +1,281 @@
+"""From text to tokens: a corpus is split and tokenized once, and found again by later runs.
+
+The directory's key hashes the source files (path, size, modification time), the tokenizer settings and the format
+version. Runs that start together on the same text wait for the one that tokenizes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from poetx.data.sources import PIECE, Corpus, Split, open_corpus, split_for
+from poetx.data.tokenizer import (
+    END_OF_TEXT,
+    embeddings_needed,
+    find_end_of_text,
+    read_tokenizer,
+    tokenizer_file,
+    train_tokenizer,
+)
+from poetx.data.tokens import (
+    FORMAT,
+    META,
+    PARTS,
+    TOKENIZER,
+    DataMeta,
+    PreparedData,
+    fingerprint,
+    open_tokens,
+    verified_meta,
+    window_count,
+    write_meta,
+)
+from poetx.errors import UserError
+from poetx.files import locked, new_directory
+from poetx.recipe import Recipe
+from poetx.sections import DataRecipe
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER_CHARACTERS = 64 << 20  # a BPE learns nothing new from more text than this
+Progress = Callable[[str], None]
+
+
+def prepare_data(recipe: Recipe, *, progress: Progress | None = None) -> PreparedData:
+    """Tokenize the recipe's text, or find the tokens of an earlier run, whole and undamaged.
+
+    Args:
+        progress: called with one line before each slow part.
+
+    Raises:
+        UserError: missing, empty or unreadable text, fewer tokens than one window, or a disk that is full.
+    """
+    data, say = recipe.data, progress or logger.info
+    assert data.train is not None
+    train = open_corpus(data.train)
+    validation = open_corpus(data.validation, key="data.validation") if data.validation else None
+    tokenizer = data.tokenizer or recipe.model.pretrained
+    source = tokenizer_file(tokenizer) if tokenizer else None
+    directory = recipe.cache_dir / f"data-{_key(data, train, validation, source)}"
+    made = [path for path in (directory.parent, *directory.parent.parents) if not path.exists()]
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with locked(directory.with_name(f".{directory.name}.lock"), wait=True, keep=False) as alone:
+            meta = _found(directory, say) or _build(directory, data, train, validation, source, say, alone=alone)
+            _check_length(meta, data)
+    except BaseException:
+        for path in made:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        raise
+    _remove_leftovers(directory.parent)
+    return open_tokens(directory, meta, seq_len=data.seq_len)
+
+
+def encode_corpus(source: str, tokenizer: Tokenizer, end_of_text_id: int, *, key: str) -> np.ndarray:
+    """All tokens of a corpus as one int64 array, for evaluation on other text than the run's own."""
+    corpus = open_corpus(source, key=key)
+    chunks = [ids for ids, _ in _encode(corpus, Split(), tokenizer, end_of_text_id)]
+    return np.concatenate(chunks) if chunks else np.empty(0, np.int64)
+
+
+def _found(directory: Path, say: Progress) -> DataMeta | None:
+    """The tokens of an earlier run; None where there are none, or damaged ones, which are made again."""
+    if not (directory / META).exists():
+        return None
+    try:
+        return verified_meta(directory)
+    except UserError as error:
+        say(f"{error}; making it again")
+        return None
+
+
+def _build(
+    directory: Path,
+    data: DataRecipe,
+    train: Corpus,
+    validation: Corpus | None,
+    source: Path | None,
+    say: Progress,
+    *,
+    alone: bool,
+) -> DataMeta:
+    """Tokenize into ``directory``. ``alone``: nobody else does so at the same time."""
+    split = Split() if validation else split_for(train, data.validation_fraction)
+    if split.note:
+        say(split.note)
+    with new_directory(directory, remedy="run it again, or with another data.cache_dir=PATH", alone=alone) as temporary:
+        tokenizer, end_of_text = _tokenizer(data, train, split, source, say)
+        say("Tokenizing the text")
+        (temporary / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
+        meta = _write_tokens(temporary, train, validation, split, tokenizer, end_of_text)
+        _check_split(meta, data)
+        _check_length(meta, data)
+        write_meta(temporary, meta)
+    return meta
+
+
+def _tokenizer(
+    data: DataRecipe, train: Corpus, split: Split, source: Path | None, say: Progress
+) -> tuple[Tokenizer, str]:
+    if source is not None:
+        tokenizer = read_tokenizer(source)
+        return tokenizer, find_end_of_text(tokenizer, data.end_of_text, file=source)
+    end_of_text = data.end_of_text or END_OF_TEXT
+    say(f"Training a tokenizer of {data.vocab_size} tokens")
+    return train_tokenizer(
+        _training_text(train, split), vocab_size=data.vocab_size, end_of_text=end_of_text
+    ), end_of_text
+
+
+def _training_text(train: Corpus, split: Split) -> Iterator[str]:
+    characters = 0
+    for index, document in enumerate(train.documents(split.section)):
+        if split.held_out(index):
+            continue
+        for piece in document:
+            yield piece
+            characters += len(piece)
+            if characters >= TOKENIZER_CHARACTERS:
+                return
+
+
+def _write_tokens(
+    directory: Path,
+    train: Corpus,
+    validation: Corpus | None,
+    split: Split,
+    tokenizer: Tokenizer,
+    end_of_text: str,
+) -> DataMeta:
+    vocab_size = embeddings_needed(tokenizer)
+    end_id = tokenizer.token_to_id(end_of_text)
+    assert end_id is not None
+    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    counts, digests = dict.fromkeys(PARTS, 0), {name: hashlib.sha256() for name in PARTS}
+    with (directory / "train.bin").open("wb") as train_file, (directory / "validation.bin").open("wb") as held_file:
+
+        def append(ids: np.ndarray, part: str) -> None:
+            raw = ids.astype(dtype).tobytes()
+            (train_file if part == "train" else held_file).write(raw)
+            digests[part].update(raw)
+            counts[part] += len(ids)
+
+        for ids, is_held_out in _encode(train, split, tokenizer, end_id):
+            append(ids, "validation" if is_held_out else "train")
+        if validation is not None:
+            for ids, _ in _encode(validation, split, tokenizer, end_id):
+                append(ids, "validation")
+    return DataMeta(
+        format=FORMAT,
+        dtype=dtype,
+        vocab_size=vocab_size,
+        end_of_text=end_of_text,
+        end_of_text_id=end_id,
+        train_tokens=counts["train"],
+        validation_tokens=counts["validation"],
+        fingerprint=fingerprint({name: digest.hexdigest() for name, digest in digests.items()}),
+    )
+
+
+def _encode(corpus: Corpus, split: Split, tokenizer: Tokenizer, end_id: int) -> Iterator[tuple[np.ndarray, bool]]:
+    """Token ids of the corpus, int64, in order, with the part they belong to; about a piece of text at a time."""
+    texts: list[str] = []
+    tails: list[tuple[bool, bool]] = []  # (held out, end of a document), one for each text
+    size = 0
+    for text, held, ends in _marked_pieces(corpus, split):
+        texts.append(text)
+        tails.append((held, ends))
+        size += len(text)
+        if size >= PIECE:
+            yield from _encode_batch(texts, tails, tokenizer, end_id)
+            texts, tails, size = [], [], 0
+    if texts:
+        yield from _encode_batch(texts, tails, tokenizer, end_id)
+
+
+def _marked_pieces(corpus: Corpus, split: Split) -> Iterator[tuple[str, bool, bool]]:
+    """Pieces with (held out, end of a document). Neighbouring sections of one file stay together."""
+    waiting: tuple[str, bool] | None = None
+    for index, document in enumerate(corpus.documents(split.section)):
+        held = split.held_out(index)
+        if waiting is not None:
+            yield (*waiting, corpus.kind != "file" or held != waiting[1])
+            waiting = None
+        for piece in document:
+            if waiting is not None:
+                yield (*waiting, False)
+            waiting = (piece, held)
+    if waiting is not None:
+        yield (*waiting, True)
+
+
+def _encode_batch(
+    texts: list[str], tails: list[tuple[bool, bool]], tokenizer: Tokenizer, end_id: int
+) -> Iterator[tuple[np.ndarray, bool]]:
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    for encoding, (held, ends) in zip(encodings, tails, strict=True):
+        ids = encoding.ids
+        if ends:
+            ids.append(end_id)
+        yield np.asarray(ids, dtype=np.int64), held
+
+
+def _key(data: DataRecipe, train: Corpus, validation: Corpus | None, source: Path | None) -> str:
+    status = source.stat() if source else None
+    parts: dict[str, Any] = {
+        "format": FORMAT,
+        "train": [train.kind, train.fingerprint()],
+        "validation": [validation.kind, validation.fingerprint()] if validation else data.validation_fraction,
+        "tokenizer": [str(source), status.st_size, status.st_mtime_ns] if status else data.vocab_size,
+        "end_of_text": data.end_of_text,
+    }
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _remove_leftovers(cache_dir: Path) -> None:
+    """Remove half-written data of processes that no longer hold its lock."""
+    for path in cache_dir.glob(".data-*.tmp-*"):
+        with contextlib.suppress(OSError), locked(path.with_suffix(".lock"), wait=False, keep=False) as alone:
+            if alone:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _check_split(meta: DataMeta, data: DataRecipe) -> None:
+    if meta.train_tokens == 0:
+        raise UserError(f"data.train={data.train}: no text to train on")
+    if meta.validation_tokens == 0:
+        if data.validation:
+            raise UserError(f"data.validation={data.validation}: there is no text in it")
+        raise UserError(
+            f"data.validation_fraction={data.validation_fraction}: the documents that it holds out of "
+            f"data.train={data.train} are empty; change it, or give data.validation=PATH"
+        )
+
+
+def _check_length(meta: DataMeta, data: DataRecipe) -> None:
+    if data.validation:
+        validation, remedy = f"validation text (data.validation={data.validation})", "give more text"
+    else:
+        validation, remedy = "validation text", "raise data.validation_fraction, give data.validation=PATH"
+    for part, tokens, remedies in (
+        ("training text", meta.train_tokens, "give more text"),
+        (validation, meta.validation_tokens, remedy),
+    ):
+        if window_count(tokens, data.seq_len) == 0:
+            raise UserError(
+                f"the {part} has {tokens} tokens, fewer than one window of data.seq_len={data.seq_len} + 1; "
+                f"{remedies} or lower data.seq_len"
+            )

@@ -1,0 +1,101 @@
+"""Directories and files that are whole or not there, JSON that may be anything, locks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from poetx.errors import UserError
+from poetx.files import locked, new_directory, read_json
+
+
+def fill(final: Path, *, fail: Exception | None = None) -> None:
+    with new_directory(final, remedy="go on") as directory:
+        (directory / "part").mkdir()
+        (directory / "part" / "file").write_text("new")
+        (directory / "other").write_text("new")
+        if fail is not None:
+            raise fail
+
+
+def names(place: Path) -> list[str]:
+    return sorted(str(path.relative_to(place)) for path in place.rglob("*"))
+
+
+def prepare(final: Path, before: str) -> None:
+    if before != "nothing":
+        final.mkdir(parents=True)
+    if before == "old":
+        (final / "old").write_text("old")
+
+
+@pytest.mark.parametrize("before", ["nothing", "empty", "old"])
+def test_a_directory_is_new_as_a_whole_or_as_it_was(tmp_path: Path, before: str) -> None:
+    final = tmp_path / "a" / "final"
+    prepare(final, before)
+    then = names(tmp_path)
+    with pytest.raises(UserError, match=r"final: .* written \(Disk quota exceeded\); free some space, then go"):
+        fill(final, fail=OSError(122, "Disk quota exceeded"))
+    with pytest.raises(UserError, match=r"\(Device busy\); make the place writable or choose another, then go on"):
+        fill(final, fail=OSError(16, "Device busy"))
+    with pytest.raises(KeyError):
+        fill(final, fail=KeyError("ours"))
+    assert names(tmp_path) == (then or ["a"])
+    fill(final)
+    assert names(final) == ["other", "part", "part/file"]
+    assert names(final.parent) == ["final", "final/other", "final/part", "final/part/file"]
+
+
+def test_an_empty_directory_stays_the_one_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a mounted one, or where the user stands: neither can be renamed."""
+    monkeypatch.chdir(tmp_path)
+    number = tmp_path.stat().st_ino
+    fill(Path())
+    assert names(Path()) == ["other", "part", "part/file"]
+    assert tmp_path.stat().st_ino == number
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    for name in (".final.tmp", f".final.tmp-{os.getpid()}", ".final.tmp-0123abcd"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".final.tmp-file").write_text("a file")
+    (tmp_path / "mine").write_text("mine")
+    fill(tmp_path / "final")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["final", "mine"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "missing"),
+        (b"", r"not JSON"),
+        (b"\xff", r"not JSON"),
+        (b"{" + b'"a": {' * 100_000, "nested too deeply"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "not JSON"),
+        (b"null", "holds NoneType, not a JSON object"),
+        (b"[{}]", "holds list, not a JSON object"),
+    ],
+)
+def test_json_that_is_no_object_is_one_line(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "facts.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"facts\.json: .*{message}|facts\.json: {message}") as caught:
+        read_json(path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_json(tmp_path)
+
+
+def test_a_lock_is_held_by_one_and_its_file_goes_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with locked(path, wait=False, keep=False) as held:
+        assert held
+        with pytest.raises(BlockingIOError), locked(path, wait=False):
+            pass
+    assert not path.exists()
+    with locked(path, wait=True) as held:
+        assert held
+    assert path.exists()
