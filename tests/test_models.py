@@ -101,3 +101,40 @@ def test_a_config_takes_over_the_tokenizers_special_tokens(tiny: Tiny, tmp_path:
     model = build(tiny(*NO_SIZES, "train.dtype=float32", f"model.config={tmp_path}"))
     assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (0, 0, None)
     assert (model.get_input_embeddings().weight[0] != 0).any()
+
+
+def test_infinity_in_a_config_as_transformers_writes_it(tiny: Tiny, tmp_path: Path) -> None:
+    values = build(tiny("train.dtype=float32")).config.to_dict()
+    values["rope_parameters"] |= {"some_limit": {"__float__": "-Infinity"}, "other": {"__float__": "NaN"}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    model = build(tiny("train.dtype=float32", f"model.config={tmp_path}"))
+    assert model.config.rope_parameters["some_limit"] == float("-inf")
+
+
+@pytest.mark.parametrize("key", ["config", "pretrained"])
+def test_a_name_on_the_hub_says_how_to_download_it(
+    key: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="hf download some-org/some-model --local-dir DIR"):
+        build(tiny("train.dtype=float32", "poet.init=keep", f"model.{key}=some-org/some-model"))
+
+
+@pytest.mark.parametrize("method", ["aqlm", "awq", "hqq"])
+def test_a_missing_library_of_a_quantized_checkpoint_is_one_line(method: str, tiny: Tiny, tmp_path: Path) -> None:
+    build(tiny("train.dtype=float32")).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"^model\.pretrained=") as caught:
+        build(tiny("train.dtype=float32", "poet.init=keep", f"model.pretrained={tmp_path}"))
+    assert "\n" not in str(caught.value)
+
+
+def test_on_the_meta_device_no_weight_is_made_or_read(tiny: Tiny, tmp_path: Path) -> None:
+    model = build(tiny("train.dtype=float32"))
+    model.config.save_pretrained(tmp_path)  # and no weights
+    recipe = tiny("train.dtype=bfloat16", "poet.init=keep", f"model.pretrained={tmp_path}")
+    planned = build_model(recipe, vocab_size=320, end_of_text_id=0, device=torch.device("meta"))
+    assert {p.device.type for p in planned.parameters()} == {"meta"}
+    assert {n: p.shape for n, p in planned.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}

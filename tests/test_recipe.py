@@ -52,6 +52,7 @@ def test_builtin_recipes_train_what_they_trained_before(name: str) -> None:
     assert {key: value for key, value in before.items() if key in now and now[key] != value} == {}
     new = {"lora": None, "model.recompute": "auto", "train.autocast": False}
     new |= {"optimizer.dense_optimizer": None, "poet.weight_extra_bits": False}
+    new |= {"optimizer.poet_eps_mode": "uncorrected" if name in SIZED_RECIPES else "corrected"}
     assert {key: now[key] for key in now.keys() - before.keys()} == {k: new[k] for k in new if k in now}
 
 
@@ -62,7 +63,8 @@ def test_runs_of_former_versions_are_read_and_may_be_resumed(
     run = tmp_path / "run"
     run.mkdir()
     (run / "recipe.yaml").write_text(yaml.safe_dump(nested(former(name))), encoding="utf-8")
-    assert differing_keys(load_recipe(str(run)), load_recipe(name, ["data.train=builtin"])) == {}
+    now = ["optimizer.poet_eps_mode=corrected"] if name in SIZED_RECIPES else []
+    assert differing_keys(load_recipe(str(run)), load_recipe(name, ["data.train=builtin", *now])) == {}
     assert caplog.text == ""
 
 

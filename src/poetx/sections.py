@@ -288,6 +288,7 @@ class RotationAdamWKeys(Section):
     belongs: ClassVar[str] = "for rotations by AdamW (poet.method=poet-x, optimizer.name=adamw)"
     poet_betas: Betas = (0.9, 0.999)
     poet_eps: Rate = 1e-6
+    poet_eps_mode: Literal["corrected", "uncorrected"] = "corrected"  # uncorrected: as the papers add it; method.md 6
 
 
 class SingleStepKeys(Section):

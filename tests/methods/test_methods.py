@@ -91,6 +91,14 @@ def test_releasing_gradients_means_both_ends_or_every_matrix_of_a_dense_model(na
     assert [n for n in left if "skew" not in n and "rotation" not in n] == []
 
 
+def test_epsilon_is_added_as_published_where_the_recipe_says_so(tiny: Tiny) -> None:
+    for mode in ("uncorrected", "corrected"):
+        _, optimizer = built(tiny("train.dtype=float32", f"optimizer.poet_eps_mode={mode}"))
+        groups = {group["name"]: group for group in optimizer.param_groups}
+        assert groups["rotations"].get("eps_mode", "corrected") == mode
+        assert groups["decay"].get("eps_mode", "corrected") == "corrected"
+
+
 def test_muon_steps_the_matrices_between_the_ends_at_its_own_rate(tiny: Tiny) -> None:
     recipe = tiny("method=muon", "train.dtype=float32", "optimizer.lr=0.01", "optimizer.muon_lr=0.02")
     model, optimizer = built(recipe)

@@ -22,6 +22,7 @@ from poetx.runs.generate import generate_text
 from poetx.runs.load import load_run
 from poetx.train import checkpoint as ckpt
 from poetx.train.metrics import TIMING_KEYS, read_metrics
+from poetx.train.progress import Reporter
 from poetx.train.run import train
 
 Tiny = Callable[..., Recipe]
@@ -215,3 +216,73 @@ def test_text_that_has_moved_can_be_resumed(tiny: Tiny, tmp_path: Path) -> None:
     moved = tiny(f"data.train={tmp_path / 'elsewhere.txt'}", *settings, "train.steps=4", run_dir="parts")
     resumed = train(moved, resume=True)
     assert train_losses(resumed.run_dir) == train_losses(whole.run_dir)
+
+
+@pytest.mark.parametrize(("world", "refused"), [("2", True), ("8", True), ("1", False), ("", False)])
+def test_several_processes_are_refused_before_anything_is_written(
+    world: str, refused: bool, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", world)
+    recipe = tiny("train.steps=1", "train.export=false")
+    if not refused:
+        assert train(recipe).step == 1
+        return
+    with pytest.raises(UserError, match=rf"one process on one device, and this is one of {world} .*without torchrun"):
+        train(recipe)
+    assert not recipe.directory.exists()
+
+
+class Notes(Reporter):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "word"),
+    [
+        (["method=single-step"], "leave out rotated matrices"),
+        (["optimizer.release_gradients=true", "optimizer.clip=null"], "leaves out released gradients"),
+        (["method=adamw"], ""),
+        (["optimizer.warmup_steps=36", "optimizer.clip_ramp_until=0"], "the learning rate ends at 33% of its peak"),
+    ],
+)
+def test_what_people_should_know_is_said_at_the_start(overrides: list[str], word: str, tiny: Tiny) -> None:
+    reporter = Notes()
+    result = train(tiny(*overrides, "train.export=false"), reporter=reporter)
+    assert word in "; ".join(reporter.notes)
+    assert bool(word) == bool(reporter.notes)
+    lines = [e for e in read_metrics(result.run_dir / "metrics.jsonl") if e["event"] == "train"]
+    assert {e.get("grad_norm_of") for e in lines} == ({"rest"} if "leave" in word else {None})
+
+
+@pytest.mark.parametrize("kind", ["qwen2_moe", "olmoe"])
+def test_the_routers_of_a_mixture_of_experts_train_with_their_loss_or_it_is_said(
+    kind: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 32, "num_hidden_layers": 1}
+    sizes |= {"shared_expert_intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "vocab_size": 400, "max_position_embeddings": 64}
+    found = {}
+    for on, weight in ((True, 1.0), (True, 0.0), (False, 1.0)):
+        config = tmp_path / f"{on}{weight}.json"
+        own = {"model_type": kind, "output_router_logits": on, "router_aux_loss_coef": weight}
+        config.write_text(json.dumps(sizes | own))
+        reporter = Notes()
+        recipe = tiny(f"model.config={config}", "method=adamw", "train.steps=1", "train.micro_batch_size=2",
+                      "train.export=false", run_dir=config.stem)  # fmt: skip
+        train(recipe, reporter=reporter)
+        (line,) = [e for e in read_metrics(recipe.directory / "metrics.jsonl") if e["event"] == "train"]
+        found[on, weight] = line
+        assert any("load-balancing loss" in note for note in reporter.notes) == (not on)
+        if on:
+            with pytest.raises(UserError, match="output_router_logits"):
+                train(recipe.with_keys({"train.chunked_loss": True, "run_dir": str(tmp_path / "chunked")}))
+    # at the start of about the size that balanced routers have: their number of choices for every token
+    assert found[True, 1.0]["router_loss"] == pytest.approx(2, rel=0.5)
+    assert found[True, 0.0]["router_loss"] == 0
+    assert found[True, 1.0]["grad_norm"] != found[True, 0.0]["grad_norm"] == found[False, 1.0]["grad_norm"]
+    assert "router_loss" not in found[False, 1.0]
+    assert found[True, 1.0]["loss"] == found[False, 1.0]["loss"]

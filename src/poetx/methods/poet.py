@@ -35,7 +35,11 @@ class PoetX(Method):
     def _optimizer(self, model: nn.Module, steps: int, options: dict[str, Any]) -> Optimizer:
         own = self.recipe.optimizer
         assert isinstance(own, PoetXKeys)
-        rotations = {"betas": own.poet_betas, "eps": own.poet_eps} if isinstance(own, RotationAdamWKeys) else {}
+        rotations: dict[str, Any] = {}
+        if isinstance(own, RotationAdamWKeys):
+            rotations = {"betas": own.poet_betas, "eps": own.poet_eps}
+            if own.poet_eps_mode != "corrected":  # AdamW's own key: torch's groups have none
+                rotations["eps_mode"] = own.poet_eps_mode
         groups = param_groups(model, lr=own.lr, poet_lr=own.poet_lr, weight_decay=own.weight_decay, **rotations)
         optimizer = build_optimizer(groups, own.name, dense_optimizer=own.dense_optimizer, **options)
         if (steps_between := self.recipe.merge_every) is not None:
