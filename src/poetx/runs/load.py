@@ -1,0 +1,133 @@
+"""From a run or an exported directory to a dense model, or to the model that a run started with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from poetx.errors import UserError, one_line
+from poetx.files import read_json
+from poetx.methods.base import convert_model, method_of
+from poetx.models import build_model, resolve_device, settled
+from poetx.recipe import Recipe, load_recipe
+from poetx.train.checkpoint import find_checkpoint, load_model, read_state
+from poetx.train.export import TOKENIZER_DIR, stop_at_
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A dense model in eval mode with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    device: torch.device
+    recipe: Recipe | None  # None for an exported directory
+    notes: list[str]  # one line about every broken checkpoint that was passed over
+
+    @property
+    def end_of_text_id(self) -> int:
+        """The token between documents. Raises :class:`UserError` when the tokenizer names none."""
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(
+                f"{self.tokenizer.name_or_path}: its tokenizer names no end-of-text token; "
+                "give tokenizer_config.json there an eos_token"
+            )
+        return self.tokenizer.eos_token_id
+
+
+def load_run(run: str, *, device: str = "auto") -> LoadedModel:
+    """The dense model of a run directory (newest whole checkpoint) or of an exported directory.
+
+    Raises:
+        UserError: the directory is neither, or has no whole checkpoint.
+    """
+    path, target = Path(run), resolve_device(device)
+    if (path / "recipe.yaml").is_file():
+        return _load_checkpoint(path, target)
+    if (path / "config.json").is_file():
+        return _load_exported(path, target)
+    what = "neither a run (recipe.yaml) nor an exported model (config.json)" if path.is_dir() else "no such directory"
+    raise UserError(f"{run}: {what}")
+
+
+@dataclass(frozen=True)
+class RebuiltRun:
+    """The model a run started with, converted, and the checkpoint whose state would bring it to where the run is."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    recipe: Recipe
+    checkpoint: Path
+    notes: list[str]
+
+
+def rebuild_run(run_dir: Path, device: torch.device) -> RebuiltRun:
+    """Build a run's model as its first step found it: the same, because it depends on the recipe alone.
+
+    Raises:
+        UserError: not a run directory, or there is no whole checkpoint.
+    """
+    if not (run_dir / "recipe.yaml").is_file():
+        raise UserError(f"{run_dir}: not a run directory (no recipe.yaml in it)")
+    checkpoint, notes = find_checkpoint(run_dir)
+    recipe = load_recipe(str(checkpoint)).with_keys({"run_dir": str(run_dir)})
+    tokenizer = load_tokenizer(run_dir / TOKENIZER_DIR)
+    model = build_model(
+        settled(recipe, device),
+        vocab_size=_vocab_size(checkpoint, recipe),
+        end_of_text_id=tokenizer.eos_token_id,
+        device=device,
+    )
+    convert_model(model, recipe, device)
+    return RebuiltRun(model, tokenizer, recipe, checkpoint, notes)
+
+
+def _vocab_size(checkpoint: Path, recipe: Recipe) -> int:
+    """Embeddings of a Llama shape as it was trained. A config or pretrained model has its own number: 0 asks for none.
+
+    The saved tokenizer need not say it: transformers' classes may add tokens to what its file has.
+    """
+    from safetensors import safe_open
+
+    if recipe.model.config or recipe.model.pretrained:
+        return 0
+    name = "model.embed_tokens.weight"
+    with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
+        return file.get_slice(read_state(checkpoint).aliases.get(name, name)).get_shape()[0]
+
+
+def _load_checkpoint(run_dir: Path, device: torch.device) -> LoadedModel:
+    run = rebuild_run(run_dir, device)
+    load_model(run.checkpoint, run.model)
+    method_of(run.recipe).to_dense_(run.model)
+    stop_at_(run.model, run.tokenizer.eos_token_id)
+    return LoadedModel(run.model.eval(), run.tokenizer, device, run.recipe, run.notes)
+
+
+def _load_exported(path: Path, device: torch.device) -> LoadedModel:
+    from transformers import AutoModelForCausalLM
+
+    for name in ("config.json", "generation_config.json"):
+        if (path / name).exists():
+            read_json(path / name)
+    tokenizer = load_tokenizer(path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True, use_safetensors=True)
+    except Exception as error:  # by what is wrong in the files, transformers raises nearly any class
+        raise UserError(f"{path}: {one_line(error)}") from None
+    return LoadedModel(cast(Any, model).to(device).eval(), tokenizer, device, None, [])
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The transformers tokenizer saved in a directory. Raises :class:`UserError` when its files are damaged."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # as above
+        raise UserError(f"{directory}: its tokenizer cannot be read ({one_line(error)})") from None
