@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from poetx.errors import UserError
-from poetx.runs.evaluate import evaluate_run
 from poetx.recipe import Recipe
+from poetx.runs.evaluate import evaluate_run
 from poetx.train.run import train
 
 Tiny = Callable[..., Recipe]

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from poetx.errors import UserError
-from poetx.runs.report import write_report
 from poetx.runs.evaluate import run_spectrum
+from poetx.runs.report import write_report
 from poetx.train.metrics import read_metrics
 from poetx.train.run import train
 

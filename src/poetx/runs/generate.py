@@ -35,7 +35,7 @@ def generate_text(
     if not 0 <= temperature < math.inf:
         raise UserError(f"--temperature={temperature}: must be a number from 0 on")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise UserError(f"--prompt={ascii(prompt)}: not valid Unicode text; give it as UTF-8")
+        raise UserError(f"--prompt={prompt!a}: not valid Unicode text; give it as UTF-8")
 
     inputs = loaded.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
     if inputs.numel() == 0:
