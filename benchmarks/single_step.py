@@ -129,9 +129,6 @@ def sweep() -> Iterator[Run]:
     for angle in (0.006, 0.008, 0.012, 0.018, 0.024):
         yield recommended(angle)
         yield recommended(angle, spectrum="fixed")
-    for angle in (7.5e-4, 1.5e-3, 3e-3, 6e-3):
-        yield recommended(angle, rule="adam")
-        yield recommended(angle, rule="adam", spectrum="fixed")
     for lr in (0.006, 0.024, 0.048):  # 0.012: above, and among the ablations
         yield Run("adamw-split", lr=lr, matrix_lr=1.5e-3, out_scale=0.25)
         yield Run("muon", lr=lr, matrix_lr=3e-3, out_scale=0.25)
@@ -146,8 +143,6 @@ def sweep() -> Iterator[Run]:
 def ablate() -> Iterator[Run]:
     """One change at a time from the recommended single-step form, and the controls on others that explain them."""
     yield recommended()
-    yield recommended(0.006, alternate=False)
-    yield recommended(0.008, alternate=False)
     yield recommended(nesterov=False)
     yield recommended(partitions=2)
     yield recommended(partitions=4)

@@ -74,7 +74,6 @@ FORMS = {
     "drop-in": drop_in(),
     "drop-in, two partitions": drop_in(partitions=2),
     "drop-in, resampled": drop_in(partition_kind="random", resample_every=2),
-    "drop-in, Adam's rule": drop_in(rule="adam", angle=3e-3),
     "drop-in, gradients released": drop_in(release_gradients=True),
     "drop-in, free spectrum": drop_in(spectrum="free"),
 }

@@ -66,8 +66,6 @@ def test_backward_feeds_the_sinks_and_gives_the_plain_gradients(m, n, b, gradien
 VARIANTS = [
     {},
     {"nesterov": False},
-    {"rule": "adam", "angle": 0.004},
-    {"alternate": False, "angle": 0.004},
     {"partitions": 1},
     {"partitions": 3},
     {"partition_kind": "random"},
@@ -399,10 +397,6 @@ def test_refusals():
         POETX(model, block_size=8)
     with pytest.raises(UserError, match="no PoetLinear layer"):
         merge_every(torch.optim.SGD(model.parameters(), lr=0.1), model, steps=5)
-    narrow = mlp()
-    convert_(narrow, PoetConfig(method="single-step", block_size=4, rotation_dtype="bfloat16"))
-    with pytest.raises(UserError, match="rule='adam'"):
-        POETX(narrow, rule="adam")
     with pytest.raises(UserError, match="method='single-step' with weight_extra_bits"):
         PoetConfig(method="single-step", weight_extra_bits=True)
     with pytest.raises(UserError, match="partitions=0"):
@@ -429,8 +423,6 @@ def trained_state(**settings):
 @pytest.mark.parametrize(
     ("there", "here", "message"),
     [
-        ({}, {"rule": "adam"}, "first_in is missing there, float32 [1, 3, 6] here"),
-        ({"rule": "adam"}, {}, "first_in is float32 [1, 3, 6] there, missing here"),
         ({}, {"momentum_dtype": "bfloat16"}, "before_out_0 is float32 [5, 6] there, bfloat16 [5, 6] here"),
         ({"momentum_dtype": "bfloat16", "nesterov": False}, {}, "momentum_in is bfloat16 [1, 3, 6] there, float32"),
     ],

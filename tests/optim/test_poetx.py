@@ -151,14 +151,11 @@ def train(model, x, y, optimizer, steps):
 
 
 VARIANTS = [
-    {"rule": "ortho"},
-    {"rule": "ortho", "alternate": False, "angle": 0.005},
-    {"rule": "adam", "angle": 0.004},
-    {"rule": "ortho", "partitions": 1},
-    {"rule": "ortho", "partitions": 3},
-    {"rule": "ortho", "partition_kind": "random"},
-    {"rule": "ortho", "partition_kind": "random", "partitions": 1, "resample_every": 7},
-    {"rule": "adam", "partition_kind": "random", "resample_every": 7, "angle": 0.004},
+    {},
+    {"partitions": 1},
+    {"partitions": 3},
+    {"partition_kind": "random"},
+    {"partition_kind": "random", "partitions": 1, "resample_every": 7},
 ]
 
 
@@ -176,8 +173,6 @@ def test_it_learns_and_the_singular_values_stay(settings):
 
 FREE = [
     {},
-    {"alternate": False, "angle": 0.01},
-    {"rule": "adam", "angle": 0.004},
     {"partitions": 1},
     {"partition_kind": "random", "resample_every": 7},
 ]
@@ -302,7 +297,6 @@ def test_momentum_is_a_small_part_of_adamws_state(shapes, kind, block_size, shar
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rule": "muon"}, "rule='muon': must be one of ortho, adam"),
         ({"partitions": 0}, "partitions=0: must be a whole number"),
         ({"angle": 0.7}, "angle=0.7: radians"),
         ({"block_size": 1}, "block_size=1"),

@@ -45,7 +45,7 @@ def start(*, converted=True, dtype=torch.float64, **settings):
     return model, POETX(model, **settings)
 
 
-@pytest.mark.parametrize("settings", [{}, {"nesterov": False}, {"rule": "adam"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"nesterov": False}], ids=str)
 def test_both_forms_leave_an_unused_layer_alone(settings):
     models = []
     for converted in (False, True):

@@ -1,4 +1,4 @@
-"""What a step follows: the rules "ortho" (momentum made orthogonal) and "adam", and the state each keeps of a matrix.
+"""What a step follows: momentum made orthogonal, and the state it keeps of a matrix.
 
 Gradients arrive by addition, in ``state["momentum_in"]`` and ``state["momentum_out"]`` [K, blocks, …], between two
 steps.
@@ -6,7 +6,6 @@ steps.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,17 +27,11 @@ LARGEST_SINGULAR_VALUE = 1.3
 _BATCH_ELEMENTS = 1 << 23
 
 
-@functools.cache
-def _cpu_has_bfloat16_tiles() -> bool:
-    """Whether this CPU multiplies bfloat16 tiles (AMX); without them bfloat16 is slower than float32."""
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
-
-
 def orthogonalize(X_KBB: Tensor, *, skew: bool = True) -> Tensor:
     """The nearest orthogonal-like matrices: five Newton–Schulz steps; of skew-symmetric ones, antisymmetrised again.
 
     Blocks of zeros stay zero; no finite block gives anything else than finite numbers, however large or small.
-    In bfloat16 where that is several times faster; the singular values it gives are rough in any precision.
+    On a GPU in bfloat16, several times faster; the singular values it gives are rough in any precision.
     """
     a, b, c = _NEWTON_SCHULZ
     # By an exact power of two, near 1 before anything is squared; blocks of subnormal numbers count as zero.
@@ -47,7 +40,7 @@ def orthogonalize(X_KBB: Tensor, *, skew: bool = True) -> Tensor:
     power = torch.ldexp(torch.ones_like(peaks), torch.frexp(peaks.masked_fill(empty, 1.0)).exponent - 1)
     X = (X_KBB / power[:, None, None]).masked_fill_(empty[:, None, None], 0.0)
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp_min(1e-30)
-    if X.dtype == torch.float32 and (X.is_cuda or (X.device.type == "cpu" and _cpu_has_bfloat16_tiles())):
+    if X.dtype == torch.float32 and X.is_cuda:
         X = X.bfloat16()
     for _ in range(5):
         A = torch.bmm(X, X.transpose(1, 2))
@@ -96,9 +89,6 @@ class Ortho:
     nesterov: bool
     entries = ("momentum",)
 
-    def absorb(self, state: dict[str, Any]) -> None:
-        """Gradients were added to the momentum itself."""
-
     def direction(self, states: Sequence[dict[str, Any]], move: Move) -> Tensor:
         """Of several matrices, one after the other, in float32 or float64."""
         now = [state[f"momentum_{move.side}"][move.index] for state in states]
@@ -135,43 +125,3 @@ class Ortho:
             del state[key]
         for move in upcoming if self.nesterov else ():
             state[f"before_{move.side}_{move.index}"] = state[f"momentum_{move.side}"][move.index].clone()
-
-
-@dataclass(frozen=True)
-class Adam:
-    """Elementwise moments of the gradient; ``resample``: after how many steps they start anew."""
-
-    betas: tuple[float, float]
-    eps: float
-    resample: int | None
-    entries = ("momentum", "first", "square")
-
-    def absorb(self, state: dict[str, Any]) -> None:
-        """Take the gradients out of where they arrived, into the moments."""
-        for side in ("in", "out"):
-            gradient = state[f"momentum_{side}"]
-            state[f"first_{side}"].lerp_(gradient, 1 - self.betas[0])
-            state[f"square_{side}"].lerp_(gradient.square(), 1 - self.betas[1])
-            gradient.zero_()
-
-    def direction(self, states: Sequence[dict[str, Any]], move: Move) -> Tensor:
-        """Of several matrices, one after the other, in float32 or float64."""
-        parts = []
-        for state in states:
-            steps = (state["step"] - 1) % self.resample + 1 if self.resample else state["step"]
-            first, second = (1 - beta**steps for beta in self.betas)
-            square = state[f"square_{move.side}"][move.index] / second
-            parts.append((state[f"first_{move.side}"][move.index] / first) / (square.sqrt() + self.eps))
-        return torch.cat(parts)
-
-    def restart(self, state: dict[str, Any]) -> None:
-        """Forget what came so far."""
-        for side in ("in", "out"):
-            for name in self.entries:
-                state[f"{name}_{side}"].zero_()
-
-    def finish(self, states: Sequence[Finished]) -> None:
-        """The moments are ready as they are."""
-
-    def expect(self, state: dict[str, Any], upcoming: Iterable[Move]) -> None:
-        """Nothing is looked ahead at."""

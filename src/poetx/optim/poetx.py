@@ -39,7 +39,7 @@ from poetx.ops.single_step import (
     map_gradient,
     small_cayley_delta,
 )
-from poetx.optim.orthogonalize import LARGEST_SINGULAR_VALUE, Adam, Finished, Move, Ortho, batches, orthogonalize
+from poetx.optim.orthogonalize import LARGEST_SINGULAR_VALUE, Finished, Move, Ortho, batches, orthogonalize
 from poetx.optim.partitions import Orders
 from poetx.optim.poetx_settings import check, check_state, model_groups, settings
 from poetx.optim.release_weight_gradients import release
@@ -71,9 +71,7 @@ class POETX(torch.optim.Optimizer):
             if any.
         norm_growth: g lets ‖W‖² grow by g times its first value a step, as it does under additive optimizers. 0: held.
         resample_every: draw random partitions anew after so many steps, with their momentum reset. None: never.
-        rule: ``"ortho"`` (orthogonalized momentum) or ``"adam"`` (elementwise).
-        alternate: write one (side, partition) a step, in turn. False: all of them at every step.
-        momentum, nesterov: of ``"ortho"``. betas, eps: of AdamW and of ``"adam"``. weight_decay: of the
+        momentum, nesterov: of the rotated matrices. betas, eps: of AdamW. weight_decay: of the
             matrices of the rest, vectors having none; None: the base's own, 0 without one.
         momentum_dtype: ``"float32"`` or ``"bfloat16"``, which is rounded stochastically; for an ordinary model, the
             layers' ``rotation_dtype`` decides otherwise.
@@ -86,9 +84,9 @@ class POETX(torch.optim.Optimizer):
         seed: of random partitions and of the rounding of bfloat16 weights and momenta. Only what a converted layer's
             backward adds is rounded with torch's global generator: ranks average it before they use it.
 
-    State of a matrix: ``b(m+n)/2`` numbers a partition, and half of the largest of them again for ``nesterov`` (for
-    ``"adam"`` three times instead). In a process group, what converted layers added is averaged over its ranks, and so
-    are gradients that are released: before ``DistributedDataParallel`` could do that.
+    State of a matrix: ``b(m+n)/2`` numbers a partition, and half of the largest of them again for ``nesterov``.
+    In a process group, what converted layers added is averaged over its ranks, and so are gradients that are
+    released: before ``DistributedDataParallel`` could do that.
 
     ‖W‖ is held as it is at the first step. Weights written from outside later (a checkpoint loaded; not through
     ``.data``, which torch does not count) are seen, and theirs is held from then on.
@@ -117,8 +115,6 @@ class POETX(torch.optim.Optimizer):
         spectrum: str | None = None,
         norm_growth: float = 0.0,
         resample_every: int | None = None,
-        rule: str = "ortho",
-        alternate: bool = True,
         momentum: float = 0.95,
         nesterov: bool = True,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -135,10 +131,9 @@ class POETX(torch.optim.Optimizer):
         given: dict[str, Any] = {"block_size": block_size, "partitions": partitions, "seed": seed, "spectrum": spectrum}
         given |= {"partition_kind": partition_kind, "rotation_dtype": momentum_dtype}
         self._config = settings(layers, given, target_modules, exclude_modules)
-        check(rule, resample_every, momentum, angle, norm_growth, self._config)
-        self._alternate, self._resample, self._growth = alternate, resample_every, norm_growth
-        self._rule = Ortho(momentum, nesterov) if rule == "ortho" else Adam(betas, eps, resample_every)
-        self._bound = LARGEST_SINGULAR_VALUE if rule == "ortho" else None
+        check(resample_every, momentum, angle, norm_growth, self._config)
+        self._resample, self._growth = resample_every, norm_growth
+        self._rule = Ortho(momentum, nesterov)
         self._free = self._config.spectrum == "free"
         self._moves = [Move(side, i) for i in range(self._config.partitions) for side in ("in", "out")]
         self._layers: dict[Tensor, SingleStepLinear] = {
@@ -223,7 +218,7 @@ class POETX(torch.optim.Optimizer):
         """As in torch; every tensor keeps its dtype, where torch would cast it to the weight's.
 
         Raises:
-            UserError: it was saved with another rule, or momenta of other shapes or another dtype.
+            UserError: it was saved with momenta of other shapes or another dtype.
         """
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
@@ -266,7 +261,6 @@ class POETX(torch.optim.Optimizer):
         for p in moving:
             self._measure(p)
             self.state[p]["step"] += 1
-            self._rule.absorb(self.state[p])
         for move in self._moves:
             written = [p for p in moving if move in self._written(self.state[p]["step"] - 1)]
             blocks = {p: (self._sides(p, move.side)[1], self._sink_shape(p, move.side)[1]) for p in written}
@@ -286,7 +280,7 @@ class POETX(torch.optim.Optimizer):
 
     def _written(self, steps: int) -> list[Move]:
         """What is written in the step after so many."""
-        return [self._moves[steps % len(self._moves)]] if self._alternate else self._moves
+        return [self._moves[steps % len(self._moves)]]
 
     def _sides(self, p: Tensor, side: str) -> tuple[int, int]:
         """Size and block size of one side."""
@@ -414,12 +408,11 @@ class POETX(torch.optim.Optimizer):
         direction = direction.masked_fill_(~touched.view(-1, *[1] * (direction.ndim - 1)), 0.0)
         if not self._free:
             direction = unpack_skew(direction, 0, self._sides(batch[0], move.side)[1])
-        if isinstance(self._rule, Ortho):
-            direction = orthogonalize(direction, skew=not self._free)
+        direction = orthogonalize(direction, skew=not self._free)
         counts = [self._sink_shape(p, move.side)[1] for p in batch]
         with full_precision_products():
             Q = direction.mul_(-angle)
-            E = Q.mul_(2) if self._free else small_cayley_delta(Q, self._bound and self._bound * angle)
+            E = Q.mul_(2) if self._free else small_cayley_delta(Q, LARGEST_SINGULAR_VALUE * angle)
             pieces = zip(batch, E.split(counts), touched.split(counts), strict=True)
             squares = [self._fold(p, move, E_KBB, touched_K) for p, E_KBB, touched_K in pieces]
         norms = torch.cat([self.state[p]["norm"] * self._grown(p) for p in batch])

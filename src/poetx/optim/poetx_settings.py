@@ -7,11 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from poetx.config import PoetConfig
-from poetx.errors import UserError, nearest
+from poetx.errors import UserError
 from poetx.layers.single_step import SingleStepLinear
 from poetx.targets import find_targets
 
-RULES = ("ortho", "adam")
 _COPIES = ("before_in_", "before_out_")  # for the look-ahead, where it is on
 
 
@@ -33,11 +32,7 @@ def settings(
     return config
 
 
-def check(
-    rule: str, resample_every: int | None, momentum: float, angle: float, norm_growth: float, config: PoetConfig
-) -> None:
-    if rule not in RULES:
-        raise UserError(f"rule={rule!r}: must be one of {', '.join(RULES)}{nearest(str(rule), RULES)}")
+def check(resample_every: int | None, momentum: float, angle: float, norm_growth: float, config: PoetConfig) -> None:
     if resample_every is not None and (
         isinstance(resample_every, bool) or not isinstance(resample_every, int) or resample_every < 1
     ):
@@ -50,8 +45,6 @@ def check(
         raise UserError(f"angle={angle!r}: radians a step, between 0 and 0.5 (0.012 is usual)")
     if not 0 <= norm_growth < 1:
         raise UserError(f"norm_growth={norm_growth!r}: at least 0 and below 1 (8 / steps is usual)")
-    if rule == "adam" and config.rotation_dtype == "bfloat16":
-        raise UserError("rule='adam': its second moment needs float32; set momentum_dtype (rotation_dtype) to it")
 
 
 def check_state(saved: dict[str, Any], fresh: dict[str, Tensor]) -> None:
@@ -62,7 +55,7 @@ def check_state(saved: dict[str, Any], fresh: dict[str, Tensor]) -> None:
         there, here = (_kind(kept.get(key)) for kept in (saved, wanted))
         if there != here:
             raise UserError(
-                "POETX: this state was saved with other blocks, partitions, rule or momentum_dtype (rotation_dtype): "
+                "POETX: this state was saved with other blocks, partitions or momentum_dtype (rotation_dtype): "
                 f"{key} is {there} there, {here} here; use the settings it was trained with, or start anew"
             )
 
