@@ -59,12 +59,12 @@ TARGETS: dict[str, tuple[str, TrainingSetup, float]] = {
     # At most what mem takes with the same stack, the third row.
     "8B, 1 × 1024, single-step, K=1, full stack": (
         "llama-8b",
-        full_stack(method="single-step-mem", partitions=1),
+        full_stack(method="single-step-mem"),
         18.14,
     ),
     "8B, 1 × 1024, single-step, free spectrum, K=1, b=128, full stack": (
         "llama-8b",
-        full_stack(method="single-step-mem", partitions=1, spectrum="free", block_size=128),
+        full_stack(method="single-step-mem", spectrum="free", block_size=128),
         18.14,
     ),
     "8B, 1 × 1024, single-step, K=2, full stack": ("llama-8b", full_stack(method="single-step-mem"), 18.14),

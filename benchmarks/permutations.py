@@ -22,7 +22,6 @@ from torch import Tensor
 
 from benchmarks.record import append, provenance
 from poetx.layers.poet import PoetLinear, stream
-from poetx.ops.single_step import strided_order
 
 Draw = Callable[[PoetLinear, int], tuple[Tensor, Tensor]]
 
@@ -44,6 +43,14 @@ def grouped(width: int) -> Draw:
         return tuple(perms)  # type: ignore[return-value]
 
     return draw
+
+
+def strided_order(size: int, block_size: int) -> Tensor:
+    """Coordinates k, k + r, k + 2r, … of block k for r blocks, one block after the other; backwards where b does not
+    divide the size, so that the same coordinates do not stand in both short last blocks."""
+    blocks = -(-size // block_size)
+    order = torch.cat([torch.arange(start, size, blocks) for start in range(blocks)])
+    return order.flip(0) if size % block_size else order
 
 
 def strided(layer: PoetLinear, merge_count: int) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import resource
@@ -144,10 +145,6 @@ def ablate() -> Iterator[Run]:
     """One change at a time from the recommended single-step form, and the controls on others that explain them."""
     yield recommended()
     yield recommended(nesterov=False)
-    yield recommended(partitions=2)
-    yield recommended(partitions=4)
-    yield recommended(partition_kind="random", resample_every=200)
-    yield recommended(partition_kind="random", partitions=2)
     for block_size in (32, 96, 128, 192):
         yield recommended(block_size=block_size)
     for momentum in (0.9, 0.98):
@@ -258,7 +255,7 @@ def optimizer_for(model: Any, run: Run) -> tuple[Any, list[Tensor], list[nn.Para
             angle=run.matrix_lr,
             block_size=run.block_size,
             norm_growth=run.norm_growth / (run.steps or SCALES[run.scale].steps),
-            betas=betas,
+            dense_optimizer=functools.partial(torch.optim.AdamW, betas=betas, weight_decay=0.0),
             weight_decay=run.weight_decay,
             seed=run.seed,
             **run.options,

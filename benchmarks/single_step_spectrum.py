@@ -2,7 +2,7 @@
 
     python -m benchmarks.single_step_spectrum --out benchmarks/results/single_step_spectrum.jsonl
 
-512×512, b = 128, two partitions, angle 0.015; gradients are noise around one fixed direction, so that steps add
+512×512, b = 128, angle 0.015; gradients are noise around one fixed direction, so that steps add
 up instead of averaging out.
 """
 

@@ -69,13 +69,10 @@ FORMS = {
     "H-Fac": rotated(HFac, mode="mem"),
     "AdamW with an 8-bit state": rotated(partial(AdamW, state_dtype="int8"), mode="mem"),
     "single-step layers": single_step_layers(),
-    "single-step layers, two partitions": single_step_layers(partitions=2),
-    "single-step layers, free spectrum": single_step_layers(spectrum="free"),
+    "single-step layers, free maps": single_step_layers(update="free"),
     "drop-in": drop_in(),
-    "drop-in, two partitions": drop_in(partitions=2),
-    "drop-in, resampled": drop_in(partition_kind="random", resample_every=2),
     "drop-in, gradients released": drop_in(release_gradients=True),
-    "drop-in, free spectrum": drop_in(spectrum="free"),
+    "drop-in, free maps": drop_in(update="free"),
 }
 
 

@@ -306,6 +306,6 @@ def test_a_residual_scale_that_reaches_no_layer_is_refused():
 @pytest.mark.parametrize(("block_size", "more"), [(8, True), (4, False)])
 def test_blocks_larger_than_the_weight_are_pointed_out(block_size, more):
     model = nn.ModuleDict({"a": nn.Linear(8, 8, bias=False)})
-    settings = {"method": "single-step", "spectrum": "free", "partitions": 1}
+    settings = {"method": "single-step", "update": "free"}
     report = convert_(model, PoetConfig(block_size=block_size, **settings))
     assert ("a smaller block_size saves memory" in str(report)) == more

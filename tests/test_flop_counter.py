@@ -47,7 +47,7 @@ def test_what_is_computed_again_counts_again(weight_format: str | None) -> None:
 
 
 def test_single_step_has_no_weight_gradient() -> None:
-    model = _converted(method="single-step", block_size=8, partitions=1)
+    model = _converted(method="single-step", block_size=8)
     POETX(model)
     counts = _counts(model, torch.randn(TOKENS, IN, requires_grad=True))
     bias = 2 * OUT * 8  # taken out of y again
@@ -56,7 +56,7 @@ def test_single_step_has_no_weight_gradient() -> None:
 
 def test_counting_leaves_results_alone() -> None:
     torch.manual_seed(0)
-    model = _converted(method="single-step", block_size=8, partitions=1)
+    model = _converted(method="single-step", block_size=8)
     optimizer, x = POETX(model, momentum_dtype="float32"), torch.randn(TOKENS, IN, requires_grad=True)
     model(x).sum().backward()
     once = optimizer.state[model[0].weight]["momentum_in"].clone()

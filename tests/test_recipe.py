@@ -165,7 +165,7 @@ def test_another_source_of_the_model_replaces_the_files() -> None:
             "optimizer.momentum=0.9",
             r"^optimizer\.momentum=0\.9: is SGD's and has no effect with .*=adamw; leave it out",
         ),
-        ("poet.spectrum=free", r"^poet\.spectrum=free: is for poet\.method=single-step"),
+        ("poet.update=free", r"^poet\.update=free: is for poet\.method=single-step"),
         ("poet.group_size=64", r"^poet\.group_size=64: is for poet\.weight_format"),
         ("model.recompute=mem", r"^model\.recompute=mem: is for model\.gradient_checkpointing=true"),
         ("optimizer.name=muon", r"^optimizer\.name=muon trains dense matrices; use it with poet=null"),

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from poetx.errors import UserError, nearest
 
+T = TypeVar("T")
 Mode = Literal["fast", "mem"]
 Init = Literal["keep", "normalized", "uniform"]
 NeumannOrder = Literal[3, 7, "exact"]
 Method = Literal["poet-x", "single-step"]
-PartitionKind = Literal["structured", "random"]
-Spectrum = Literal["fixed", "free"]
+Update = Literal["rotation", "free"]
 
 #: Endings of the names of layers that write to the residual stream: Llama, Mistral, Qwen, Gemma; GPT-2; OPT, GPT-J;
 #: NeoX, BLOOM, Falcon; Phi, BERT; T5, ModernBERT.
@@ -31,8 +32,7 @@ WEIGHT_FORMATS = ("int8", "int4", "nf4", "fp8", *(f"bipolar-int{bits}" for bits 
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "method": ("poet-x", "single-step"),
-    "partition_kind": ("structured", "random"),
-    "spectrum": ("fixed", "free"),
+    "update": ("rotation", "free"),
     "mode": ("fast", "mem"),
     "init": ("keep", "normalized", "uniform"),
     "neumann_order": (3, 7, "exact"),
@@ -45,11 +45,6 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 RENAMED = {"weight_residual": "weight_extra_bits"}
 
 
-def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` with the present names of settings in place of former ones."""
-    return {RENAMED.get(key, key): value for key, value in values.items()}
-
-
 def name_matches(name: str, patterns: str | tuple[str, ...]) -> bool:
     """PEFT's rule: one string is a regular expression for the whole name, several are names or endings."""
     if isinstance(patterns, str):
@@ -57,6 +52,43 @@ def name_matches(name: str, patterns: str | tuple[str, ...]) -> bool:
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
+def current_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of :class:`PoetConfig` as older versions wrote them, under the names of this one.
+
+    Raises:
+        UserError: a single-step config with several partitions, or random ones.
+    """
+    gone = ("partitions", "partition_kind", "spectrum")
+    new = {RENAMED.get(key, key): value for key, value in values.items() if key not in gone}
+    if new.get("method", "poet-x") == "single-step":
+        for key, kept in (("partitions", 1), ("partition_kind", "structured")):
+            if values.get(key, kept) != kept:
+                raise UserError(
+                    f"{key}={values[key]!r}: one contiguous partition is all there is now, because larger "
+                    f"blocks did better at equal state; leave {key} out and start anew, with a larger block_size"
+                )
+    if "spectrum" in values and "update" not in values:
+        new["update"] = {"fixed": "rotation"}.get(values["spectrum"], values["spectrum"])
+    return new
+
+
+def _with_older_names(cls: type[T]) -> type[T]:
+    """Let a config be made with ``spectrum`` and ``partitions=1``, too."""
+    made: Any = cls.__init__
+
+    @functools.wraps(made)
+    def __init__(self: T, **settings: Any) -> None:
+        if "spectrum" in settings:
+            text = "spectrum is called update now: 'rotation' for 'fixed', or 'free'"
+            warnings.warn(text, DeprecationWarning, stacklevel=2)
+        residual = {key: settings.pop(key) for key in RENAMED if key in settings}
+        made(self, **current_keys(settings), **residual)
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    return cls
+
+
+@_with_older_names
 @dataclass(frozen=True, kw_only=True)
 class PoetConfig:
     """Settings of :func:`poetx.convert_`.
@@ -69,12 +101,8 @@ class PoetConfig:
             block.
         mode: ``"fast"`` keeps the product with the frozen weight for backward; ``"mem"`` keeps the layer's
             input only and recomputes the rest. Both for either method.
-        partitions: of ``"single-step"``: into how many different sets of blocks the coordinates of a side are cut,
-            each with its own momentum. With one, only coordinates that share a block ever mix.
-        partition_kind: of ``"single-step"``: ``"structured"`` (the first contiguous, the second strided, which
-            together connect every pair; more are random) or ``"random"``.
-        spectrum: of ``"single-step"``: ``"fixed"`` turns the weight, so that its singular values stay. ``"free"`` moves
-            it by maps I + E whose blocks need not be rotations and holds ‖W‖ only; twice the state.
+        update: of ``"single-step"``: ``"rotation"`` turns the weight, so that its singular values stay. ``"free"``
+            moves it by maps I + E whose blocks need not be rotations and holds ‖W‖ only; twice the state.
         init: ``"keep"`` leaves the weight, and so the model's function, alone (the only right choice for a
             pretrained model). ``"normalized"`` draws a Gaussian and scales every row to norm ``init_scale``.
             ``"uniform"`` makes all singular values ``init_scale``.
@@ -106,9 +134,7 @@ class PoetConfig:
 
     method: Method = "poet-x"
     block_size: int = 256
-    partitions: int = 2
-    partition_kind: PartitionKind = "structured"
-    spectrum: Spectrum = "fixed"
+    update: Update = "rotation"
     mode: Mode = "fast"
     init: Init = "keep"
     init_scale: float = 1.0
@@ -132,8 +158,6 @@ class PoetConfig:
             raise UserError(
                 f"block_size={self.block_size!r}: must be a whole number of at least 2 (256 or 512 are usual)"
             )
-        if isinstance(self.partitions, bool) or not isinstance(self.partitions, int) or self.partitions < 1:
-            raise UserError(f"partitions={self.partitions!r}: must be a whole number of at least 1 (2 is usual)")
         for field, choices in _CHOICES.items():
             value = getattr(self, field)
             if not any(value == choice and type(value) is type(choice) for choice in choices):
@@ -190,8 +214,8 @@ class PoetConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PoetConfig:
-        """The inverse of :meth:`to_dict`. Raises :class:`UserError` on an unknown key."""
-        known, values = [field.name for field in dataclasses.fields(cls)], renamed(values)
+        """The inverse of :meth:`to_dict`, older versions' included. Raises :class:`UserError` on an unknown key."""
+        known, values = [field.name for field in dataclasses.fields(cls)], current_keys(values)
         for key in values:
             if key not in known:
                 raise UserError(f"PoetConfig: unknown key {key!r}{nearest(key, known)}")

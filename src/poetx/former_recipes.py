@@ -29,6 +29,9 @@ def modernize(values: dict[str, Any], *, of_a_run: bool = False, keep: Container
     notes = _rename(values)
     poet = values.get("poet")
     if isinstance(poet, dict):
+        if "spectrum" in poet:
+            update = poet.pop("spectrum")
+            poet.setdefault("update", "rotation" if update == "fixed" else update)
         for key, (left, words) in _ONLY.items():
             value = poet.pop(key, left)
             if value != left and poet.get("method") == "single-step":

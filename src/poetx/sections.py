@@ -213,7 +213,7 @@ class PoetRecipe(Section):
         """The settings of :func:`poetx.convert_`."""
         values: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
         values.pop("merge_every", None)
-        return PoetConfig(**values | _REMOVED)
+        return PoetConfig(**values)
 
     @model_validator(mode="after")
     def _as_a_config(self) -> PoetRecipe:
@@ -344,10 +344,7 @@ class TrainRecipe(Section):
 
 # -- one type per method and per optimizer ----------------------------------------------------------------------------
 
-_REMOVED: dict[str, Any] = (
-    {"partitions": 1} if "partitions" in {field.name for field in dataclasses.fields(PoetConfig)} else {}
-)
-_OF_SINGLE_STEP = ("spectrum",)
+_OF_SINGLE_STEP = ("update",)
 _OF_POET_X = ("neumann_order", "weight_extra_bits", "weight_format")
 _OF_FORMATS = ("group_size",)
 _PLAIN: dict[Any, Any] = {int: Whole, float: Real, bool: Flag, str: Text}
@@ -359,9 +356,7 @@ def _config_fields() -> dict[str, tuple[Any, Any]]:
     hints |= {"target_modules": Names, "exclude_modules": Names, "residual_modules": Names}
     fields = {field.name: field.default for field in dataclasses.fields(PoetConfig)}
     return {
-        name: (_PLAIN.get(hints[name], hints[name]), default)
-        for name, default in fields.items()
-        if name not in ("method", "partitions", "partition_kind")
+        name: (_PLAIN.get(hints[name], hints[name]), default) for name, default in fields.items() if name != "method"
     }
 
 

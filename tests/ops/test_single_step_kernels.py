@@ -23,14 +23,14 @@ def test_the_triton_outer_product_feeds_the_same(bias):
     x, g = torch.randn(33, 24), torch.randn(33, 40)
     sums = []
     for context in (contextlib.nullcontext, interpreted):
-        layer.sinks.sink_in.zero_()
-        layer.sinks.sink_out.zero_()
+        layer.momentum.momentum_in.zero_()
+        layer.momentum.momentum_out.zero_()
         with context():
             y = single_step_linear(
-                x, layer.weight, layer.bias, layer.sinks, block_sizes=(16, 16), route="tokens", keep_y=True
+                x, layer.weight, layer.bias, layer.momentum, block_sizes=(16, 16), route="tokens", keep_y=True
             )
             y.backward(g)
-        sums.append((layer.sinks.sink_in.clone(), layer.sinks.sink_out.clone()))
+        sums.append((layer.momentum.momentum_in.clone(), layer.momentum.momentum_out.clone()))
     for got, want in zip(sums[1], sums[0], strict=True):
         assert want.any()
         assert relative_error(got, want) < 1e-5

@@ -39,7 +39,7 @@ def measured(setup, layers=2):
         {"method": "mem", "weight_format": "nf4", "activation_checkpointing": True, "chunked_loss": True},
         {"method": "mem", "weight_format": "int8", "group_size": 64, "weight_extra_bits": True},
         {"method": "single-step"},
-        {"method": "single-step-mem", "partitions": 1, "optimizer_state": "int8", "release_gradients": True},
+        {"method": "single-step-mem", "optimizer_state": "int8", "release_gradients": True},
     ],
     ids=lambda changes: "-".join(str(v) for v in changes.values()),
 )

@@ -55,7 +55,7 @@ def test_it_learns_and_its_checkpoint_is_the_plain_model(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("steps", [10, 40])
 def test_the_norm_grows_as_told_over_the_run_however_long(tiny: Tiny, steps: int) -> None:
-    settings = (f"train.steps={steps}", "optimizer.norm_growth=8", "poet.spectrum=free", "train.export=false")
+    settings = (f"train.steps={steps}", "optimizer.norm_growth=8", "poet.update=free", "train.export=false")
     recipe = tiny(*SINGLE, *settings)
     layers = [module for module in train(recipe).model.modules() if isinstance(module, SingleStepLinear)]
     assert layers

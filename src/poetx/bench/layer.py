@@ -120,9 +120,8 @@ CONTESTANTS: dict[str, Callable[[Shape], nn.Module]] = {
     "original": lambda shape: OriginalPoet(poet_layer(shape, "fast")),
     "fast": lambda shape: poet_layer(shape, "fast"),
     "mem": lambda shape: poet_layer(shape, "mem"),
-    "single-step": lambda shape: _single_step(shape, partitions=1),
-    "single-step-2": lambda shape: _single_step(shape, partitions=2),
-    "single-step-free": lambda shape: _single_step(shape, partitions=1, spectrum="free"),
+    "single-step": lambda shape: _single_step(shape),
+    "single-step-free": lambda shape: _single_step(shape, update="free"),
 }
 
 
@@ -137,20 +136,21 @@ def check(name: str, module: nn.Module, x: Tensor, g: Tensor) -> None:
     reference_weight: Any = module.dense_weight if rotations else lambda: module.weight
     dense = reference_weight()
     y = module(x)
-    dx, *dq = torch.autograd.grad(y, [x, *rotations], g)
+    y.backward(g)  # not torch.autograd.grad: single-step layers accumulate
+    dx, *dq = (t.grad for t in (x, *rotations))
+    x.grad = None
+    module.zero_grad()
     x_wide, g_wide, W = x.detach().to(wide), g.to(wide), dense.detach().to(wide)
     gate(f"{name}: output", y, x_wide @ W.T, x.dtype)
     gate(f"{name}: input gradient", dx, g_wide @ W, x.dtype)
     if isinstance(module, SingleStepLinear):
-        assert module.sinks is not None
-        gradient_of = map_gradient if module.config.spectrum == "free" else skew_gradient
-        for side, sink, orders, block_size in (
-            ("in", module.sinks.sink_in, module.sinks.orders_in, module.block_size_in),
-            ("out", module.sinks.sink_out, module.sinks.orders_out, module.block_size_out),
+        assert module.momentum is not None
+        gradient_of = map_gradient if module.config.update == "free" else skew_gradient
+        for side, got, block_size in (
+            ("in", module.momentum.momentum_in, module.block_size_in),
+            ("out", module.momentum.momentum_out, module.block_size_out),
         ):
-            for got, order in zip(sink, orders, strict=True):
-                chosen = order if order.numel() else None
-                gate(f"{name}: {side}", got, gradient_of(W, g_wide.T @ x_wide, side, chosen, block_size), x.dtype)
+            gate(f"{name}: {side}", got, gradient_of(W, g_wide.T @ x_wide, side, block_size), x.dtype)
     if rotations:
         dW = (g_wide.T @ x_wide).to(dense.dtype)
         for side, got, want in zip(("in", "out"), dq, torch.autograd.grad(dense, rotations, dW), strict=True):

@@ -28,7 +28,7 @@ CONTESTANTS: dict[str, tuple[str, ...]] = {
     "mem": ("poet.mode=mem", *_KEEP),
     **{name: ("poet.mode=mem", f"poet.weight_format={name}", *_KEEP) for name in ("int8", "int4", "nf4", "fp8")},
     "single-step": _SINGLE,
-    "single-step-free": (*_SINGLE, "poet.spectrum=free"),
+    "single-step-free": (*_SINGLE, "poet.update=free"),
 }
 _GATE_STEPS = 4
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -11,7 +12,34 @@ from poetx.config import PoetConfig
 from poetx.errors import UserError
 from poetx.layers.poet import DTYPES, checked_input, fresh_weight
 from poetx.ops.cayley import packed_size
-from poetx.ops.single_step import Sinks, cheaper_route, single_step_linear
+from poetx.ops.single_step import MomentumBuffers, cheaper_route, single_step_linear
+
+
+class RotatedWeight(nn.Parameter):
+    """A weight that :class:`poetx.POETX` moves: it requires no gradient, and ``requires_grad_(False)`` freezes it.
+
+    So ``model.part.requires_grad_(False)``, which torch hands down to parameters alone, freezes such layers, too.
+    """
+
+    frozen: bool = False
+
+    def requires_grad_(self, requires_grad: bool = True) -> RotatedWeight:
+        self.frozen = not requires_grad
+        return self
+
+    @property
+    def requires_grad(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, requires_grad: bool) -> None:
+        self.frozen = not requires_grad
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RotatedWeight:
+        if id(self) not in memo:
+            memo[id(self)] = RotatedWeight(self.detach().clone(), requires_grad=False)
+            memo[id(self)].frozen = self.frozen
+        return memo[id(self)]
 
 
 class SingleStepLinear(nn.Module):
@@ -24,7 +52,8 @@ class SingleStepLinear(nn.Module):
     Parameters: ``weight`` [m, n], frozen, under the name and in the layout of ``nn.Linear``, so that a checkpoint is
     that of the plain model; ``bias`` [m] or None, trained as usual.
 
-    ``layer.requires_grad_(False)`` freezes it, weight and bias; a call on the whole model does not reach the weight.
+    ``requires_grad_(False)`` of the layer, of a module around it or of its weight freezes it, and ``True`` trains it
+    again (by a :class:`poetx.POETX` built while it was not frozen). The weight itself never requires a gradient.
 
     Saved for backward: x; with ``mode="fast"`` also y, where block products of activations are cheaper than the
     weight's gradient (see :mod:`poetx.ops.single_step`). ``mode="mem"`` computes y again.
@@ -58,12 +87,12 @@ class SingleStepLinear(nn.Module):
         self.block_size_out = min(config.block_size, out_features)
         self.name, self.transposed = name, transposed
         weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight = RotatedWeight(weight, requires_grad=False)
         self._check_dtype()
         self.fast_tokens = 0  # up to so many tokens mode is fast; see poetx.savings.checkpoint_layers_
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        self.sinks: Sinks | None = None
-        self.frozen = False
+        self.momentum: MomentumBuffers | None = None
+        self.trainer: weakref.ref[Any] | None = None  # what of an optimizer these buffers belong to
         self.reset_parameters()
 
     def _check_dtype(self) -> None:
@@ -100,22 +129,24 @@ class SingleStepLinear(nn.Module):
         )
         if config.init != "keep" and not native.is_meta:
             native = fresh_weight(config, m, n, name).to(native)
-        layer.weight = nn.Parameter(native, requires_grad=False)
+        layer.weight = RotatedWeight(native, requires_grad=False)
         layer.bias = linear.bias  # type: ignore[assignment]
         return layer.train(linear.training)
 
     @property
     def route(self) -> str:
         """``"tokens"`` or ``"weight"``: how backward gets the rotations' gradient, by what it costs."""
-        block_size = max(self.block_size_in, self.block_size_out)
-        contiguous = int(self.config.partition_kind == "structured")
-        counts = {"contiguous": contiguous, "gathered": self.config.partitions - contiguous}
-        return cheaper_route(self.out_features, self.in_features, block_size, **counts)
+        return cheaper_route(self.out_features, self.in_features, self.block_size_out, self.block_size_in)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether :class:`poetx.POETX` leaves the weight alone."""
+        return getattr(self.weight, "frozen", False)
 
     @property
     def rotation_count(self) -> int:
-        """Degrees of freedom of one partition of both sides."""
-        total, free = 0, self.config.spectrum == "free"
+        """Degrees of freedom of both sides."""
+        total, free = 0, self.config.update == "free"
         for size, block_size in ((self.in_features, self.block_size_in), (self.out_features, self.block_size_out)):
             full, rest = divmod(size, block_size)
             total += full * block_size**2 + rest**2 if free else full * packed_size(block_size) + packed_size(rest)
@@ -124,7 +155,7 @@ class SingleStepLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → y [..., out_features], in autocast's dtype if that is on, else in x's."""
         x = checked_input(x, self.in_features, self.weight.dtype, self.name or "SingleStepLinear")
-        if self.frozen or self.sinks is None or not torch.is_grad_enabled():
+        if self.frozen or self.momentum is None or not torch.is_grad_enabled():
             if self.training and torch.is_grad_enabled() and not self.frozen:
                 raise UserError(
                     f"{self.name or 'SingleStepLinear'}: nothing would train its weight; build poetx.POETX(model, ...) "
@@ -136,37 +167,29 @@ class SingleStepLinear(nn.Module):
             x,
             self.weight,
             self.bias,
-            self.sinks,
+            self.momentum,
             block_sizes=(self.block_size_in, self.block_size_out),
             route=self.route,
             keep_y=self.config.mode == "fast" or x.numel() <= self.fast_tokens * self.in_features,
         )
-
-    def requires_grad_(self, requires_grad: bool = True) -> SingleStepLinear:
-        """Freeze the layer, or train it again (by a :class:`poetx.POETX` built while it was not frozen).
-
-        The weight itself never requires a gradient, so that a call on a module *around* the layer, which torch hands
-        down to parameters alone, reaches the bias only.
-        """
-        self.frozen = not requires_grad
-        if self.bias is not None:
-            self.bias.requires_grad_(requires_grad)
-        return self
 
     def dense_weight(self) -> Tensor:
         """The weight [out_features, in_features]: itself."""
         return self.weight.detach()
 
     def _apply(self, fn: Any, recurse: bool = True) -> SingleStepLinear:
+        frozen = self.frozen
         super()._apply(fn, recurse)
+        if not isinstance(self.weight, RotatedWeight):  # put in its place, as by to_empty
+            self.weight = RotatedWeight(self.weight.data, requires_grad=False)
+            self.weight.frozen = frozen
         self._check_dtype()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # The sinks are one optimizer's state; a copy belongs to none until one is built for it.
-        return {**self.__dict__, "sinks": None}
+        # The buffers are one optimizer's state; a copy belongs to none until one is built for it.
+        return {**self.__dict__, "momentum": None, "trainer": None}
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        blocks = f"block_size={(self.block_size_in, self.block_size_out)}, partitions={self.config.partitions}"
-        return f"{sizes}, {blocks}, mode={self.config.mode!r}"
+        return f"{sizes}, block_size={(self.block_size_in, self.block_size_out)}, mode={self.config.mode!r}"

@@ -48,5 +48,5 @@ class SingleStep(Method):
             angle=own.angle,
             norm_growth=own.norm_growth / steps,
             weight_decay=own.weight_decay,
-            base=lambda groups: build_optimizer(groups, own.name, **options),
+            dense_optimizer=lambda groups: build_optimizer(groups, own.name, **options),
         )

@@ -110,8 +110,7 @@ def prepare_(model: nn.Module, setup: TrainingSetup) -> nn.Module:
         config = PoetConfig(
             method="single-step" if setup.method in SINGLE_STEP else "poet-x",
             block_size=setup.block_size,
-            partitions=setup.partitions,
-            spectrum=setup.spectrum,  # type: ignore[arg-type]
+            update="free" if setup.spectrum == "free" else "rotation",
             mode=SINGLE_STEP.get(setup.method, setup.method),  # type: ignore[arg-type]
             rotation_dtype=setup.rotation_dtype,
             neumann_order=setup.neumann_order,  # type: ignore[arg-type]
@@ -206,7 +205,7 @@ def build_optimizers(model: nn.Module, setup: TrainingSetup) -> list[torch.optim
     foreach = setup.device == "cuda"  # what torch.optim chooses there by itself
     options: dict[str, Any] = {"state_dtype": setup.optimizer_state, "foreach": foreach}
     if setup.method in SINGLE_STEP:
-        return [POETX(model, base=lambda rest: build_optimizer(rest, setup.base_optimizer, **options))]
+        return [POETX(model, dense_optimizer=lambda rest: build_optimizer(rest, setup.base_optimizer, **options))]
     if setup.is_poet:
         groups = param_groups(model, lr=1e-3, poet_lr=1e-3)
         return [build_optimizer(groups, dense_optimizer=setup.base_optimizer, **options)]

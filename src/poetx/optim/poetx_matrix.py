@@ -1,0 +1,314 @@
+"""One rotated parameter: its blocks, the momentum that gradients are added to, and the step that is taken at once."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from poetx.config import PoetConfig
+from poetx.distributed.ranks import average_, maximum_
+from poetx.errors import UserError
+from poetx.layers.poet import stream
+from poetx.layers.single_step import SingleStepLinear
+from poetx.ops.cayley import packed_size
+from poetx.ops.fold import stochastic_round_
+from poetx.ops.single_step import MomentumBuffers, add_to_, block_count, block_peaks, fold_side, map_gradient
+
+SIDES = ("in", "out")
+#: A block whose gradient since the last step is smaller than this beside its direction counts as one without gradient.
+_NEGLIGIBLE = 2.0**-20
+#: Weights whose ‖W‖ differs by less count as those of the last fold: stochastic rounding of bfloat16 moves it by 0.8 %.
+_SAME_NORM = 0.01
+
+
+class Matrix:
+    """A parameter [m, n], or a stack [e, m, n], that :class:`poetx.POETX` rotates.
+
+    Its state, in ``optimizer.state[parameter]``:
+        momentum_in, momentum_out: [blocks of the side, P], or [.., b, b] for maps that need not be rotations.
+        before: with look-ahead, the momentum of the side that the next step writes, flat, without its gradients.
+        norm, scale [e], float64: the ‖W‖ to hold, and the factor that the next step takes its excess away by.
+        step: int64.
+
+    Args:
+        index: place among the rotated parameters, which decides the noise. name: for messages.
+        layer: whose backward feeds the momentum, or None: from full gradients.
+        transposed: the parameter is stored [in, out].
+    """
+
+    def __init__(
+        self,
+        parameter: Tensor,
+        *,
+        index: int,
+        name: str,
+        config: PoetConfig,
+        look_ahead: bool,
+        growth: float,
+        layer: SingleStepLinear | None,
+        transposed: bool,
+    ) -> None:
+        self.parameter, self.index, self.name, self.layer = parameter, index, name, layer
+        self.config, self.look_ahead, self.growth, self.transposed = config, look_ahead, growth, transposed
+        self.free = config.update == "free"
+        self.micro_batches = 0  # full gradients taken since the last step
+        self.handle: RemovableHandle | None = None
+        self._touched, self._counted = False, 0
+        self._taken: int | None = None  # the step that is being taken
+        self._version: int | None = None  # of the weight after its last fold
+        self._snapshot: dict[str, Tensor] = {}
+
+    # Blocks
+
+    def sizes(self, side: str) -> tuple[int, int]:
+        """Size and block size of one side."""
+        size = self.parameter.shape[-1] if (side == "in") != self.transposed else self.parameter.shape[-2]
+        return size, min(self.config.block_size, size)
+
+    def blocks(self, side: str) -> int:
+        """Blocks of one side, in all matrices of a stack."""
+        return block_count(*self.sizes(side)) * (self.parameter.shape[0] if self.parameter.ndim == 3 else 1)
+
+    def matrices(self, values: Tensor) -> Tensor:
+        """Values of the parameter's shape as matrices [e, out, in]: a view."""
+        values = values.mT if self.transposed else values
+        return values if values.ndim == 3 else values.unsqueeze(0)
+
+    def noise(self, purpose: str, step: int) -> torch.Generator:
+        return stream(self.config.seed, str(self.index), step, purpose, self.parameter.device)
+
+    # State
+
+    def fresh_state(self, device: torch.device | str | None = None) -> dict[str, Tensor]:
+        """The state before the first step."""
+        p, device = self.parameter, device or self.parameter.device
+        dtype = torch.float64 if p.dtype == torch.float64 else getattr(torch, self.config.rotation_dtype)
+        state: dict[str, Tensor] = {"step": torch.tensor(0)}
+        for side in SIDES:
+            block_size = self.sizes(side)[1]
+            entries = (block_size, block_size) if self.free else (packed_size(block_size),)
+            state[f"momentum_{side}"] = torch.zeros(self.blocks(side), *entries, dtype=dtype, device=device)
+        if self.look_ahead:
+            largest = max(state[f"momentum_{side}"].numel() for side in SIDES)
+            state["before"] = torch.zeros(largest, dtype=dtype, device=device)
+        count = p.shape[0] if p.ndim == 3 else 1
+        state["norm"] = torch.zeros(count, dtype=torch.float64, device=device)
+        state["scale"] = torch.ones(count, dtype=torch.float64, device=device)
+        return state
+
+    def attach(self, state: dict[str, Any]) -> None:
+        """Keep the momentum in ``state``, and have the layer's backward add to it."""
+        self.state, self.touched, self.micro_batches = state, False, 0
+        self._version, self._snapshot = None, {}
+        momenta = [state[f"momentum_{side}"] for side in SIDES]
+        if self.look_ahead and "before" not in state:
+            state["before"] = self.fresh_state()["before"]
+            self._before(self.side).copy_(state[f"momentum_{self.side}"])
+        self.peaks = {
+            side: torch.zeros(len(q), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+            for side, q in zip(SIDES, momenta, strict=True)
+        }
+        self._noise = self._seed(self.step)
+        if self.layer is not None:
+            anchor = torch.zeros((), device=self.parameter.device, requires_grad=True)
+            anchor.register_post_accumulate_grad_hook(partial(_touch, weakref.ref(self)))
+            self.layer.momentum = MomentumBuffers(*momenta, *self.peaks.values(), self._noise, anchor)
+            self.layer.trainer = weakref.ref(self)
+
+    def _seed(self, step: int) -> Tensor:
+        """What the rounding in a layer's backward draws from until the next step."""
+        seed = stream(self.config.seed, str(self.index), step, "backward").initial_seed()
+        return torch.tensor([seed, 0])
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        step = self.state["step"]
+        return int(step) if type(step) is Tensor else self._counted  # tensors without values when memory is planned
+
+    @property
+    def side(self) -> str:
+        """The side that the next step writes."""
+        return SIDES[self.step % 2]
+
+    def _before(self, side: str) -> Tensor:
+        momentum = self.state[f"momentum_{side}"]
+        return self.state["before"][: momentum.numel()].view_as(momentum)
+
+    # Gradients
+
+    @property
+    def touched(self) -> bool:
+        """Whether the momentum holds gradients that no step has taken."""
+        return self._touched and self._taken != self.step
+
+    @touched.setter
+    def touched(self, touched: bool) -> None:
+        self._touched, self._taken = touched, None
+
+    @property
+    def moves(self) -> bool:
+        """Whether gradients came since the last step that was taken to its end."""
+        if self.layer is not None and self.layer.frozen:
+            return False
+        return self.touched or (self.parameter.grad is not None and self.layer is None)
+
+    def released(self) -> None:
+        """Take the full gradient, and drop it."""
+        with torch.no_grad():
+            self._add(self.state, self.peaks)
+        self.parameter.grad, self.touched = None, True
+        self.micro_batches += 1
+
+    def _add(self, momenta: dict[str, Tensor], peaks: dict[str, Tensor]) -> None:
+        """Add the full gradient's share to momenta, as a converted layer does in backward."""
+        assert self.parameter.grad is not None
+        W, dW = (self.matrices(values) for values in (self.parameter.detach(), self.parameter.grad))
+        for side in SIDES:
+            size, block_size = self.sizes(side)
+            M = torch.cat([map_gradient(W_i, dW_i, side, block_size) for W_i, dW_i in zip(W, dW, strict=True)])
+            momentum, noise = momenta[f"momentum_{side}"], None
+            if momentum.dtype == torch.bfloat16:
+                noise = self.noise(f"gradient-{side}-0-{self.micro_batches}", self.step)
+            add_to_(momentum, peaks[side], M, size, noise)
+
+    def average(self) -> None:
+        """Mean over the ranks of what they added: a momentum is linear, and all ranks had the same one before."""
+        for side in SIDES:
+            average_(self.state[f"momentum_{side}"], partial(self.noise, f"ranks-{side}", self.step))
+            maximum_(self.peaks[side])
+
+    def snapshot(self) -> None:
+        """Keep what :meth:`discard` needs besides the look-ahead's copy."""
+        kept = self.side if self.look_ahead else None
+        self._snapshot = {side: self.state[f"momentum_{side}"].clone() for side in SIDES if side != kept}
+
+    def discard(self) -> None:
+        """Put the momentum back as it was after the last step."""
+        if self.touched:
+            if not self._snapshot:
+                raise UserError(f"POETX: {self.name}: nothing to go back to; call snapshot() before the first backward")
+            for side in SIDES:
+                before = self._snapshot[side] if side in self._snapshot else self._before(side)
+                self.state[f"momentum_{side}"].copy_(before)
+                self.peaks[side].zero_()
+            self._noise[1] = 0
+        self.touched, self.micro_batches, self._snapshot = False, 0, {}
+
+    # The step
+
+    def with_gradient(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Momentum and peaks with the full gradient's share, without writing to the state."""
+        momenta = {f"momentum_{side}": self.state[f"momentum_{side}"] for side in SIDES}
+        if self.layer is not None or self.parameter.grad is None:
+            return momenta, self.peaks
+        momenta = {key: momentum.clone() for key, momentum in momenta.items()}
+        peaks = {side: peak.clone() for side, peak in self.peaks.items()}
+        self._add(momenta, peaks)
+        return momenta, peaks
+
+    def direction(self, momenta: dict[str, Tensor], factor: float) -> Tensor:
+        """What the written side follows, in float32 or float64; with look-ahead, one gradient ahead."""
+        momentum = momenta[f"momentum_{self.side}"]
+        momentum = momentum.to(torch.promote_types(momentum.dtype, torch.float32), copy=True)
+        # The gradient is what came since the copy was taken.
+        return momentum.mul_(1 + factor).sub_(self._before(self.side)) if self.look_ahead else momentum
+
+    def measured(self) -> tuple[Tensor, Tensor]:
+        """The ‖W‖ to hold [e], and the factor to get there: anew where the weight was written since the last fold.
+
+        If the norm is within 1 % of the last fold's, this is the same weight reloaded; otherwise the new one is held.
+        """
+        held, scale = self.state["norm"], self.state["scale"]
+        if self._version == self.parameter._version:
+            return held, scale
+        norm = torch.linalg.vector_norm(self.matrices(self.parameter.detach()), dim=(-2, -1), dtype=torch.float64)
+        first = norm / self._grown(self.step)
+        same = (first * scale / held - 1).abs() < _SAME_NORM
+        return torch.where(same, held, first), torch.where(same, scale, 1.0)
+
+    def _grown(self, step: int) -> float:
+        """‖W‖ as it should be after so many steps, over the first one."""
+        return math.sqrt(1 + self.growth * step)
+
+    def take_step(self, momenta: dict[str, Tensor], E_KBB: Tensor, touched_K: Tensor, factor: float) -> None:
+        """W ← (I + E)·W or W·(I + E), and all that goes with it, in one call: as before or stepped, never between.
+
+        Args:
+            momenta: with this step's gradients. E_KBB: of the written side's blocks. touched_K: which of them move.
+            factor: what the momentum decays by.
+        """
+        state, side, step = self.state, self.side, self.step + 1
+        W, weight = self.parameter.detach(), torch.empty_like(self.parameter.detach())
+        norm, scale = self.measured()
+        touched = touched_K.view(len(norm), -1)
+        if self.growth:  # ‖W‖ grows by the part of the matrix that is trained
+            share = touched.double().mean(1)
+            norm = norm * ((1 + self.growth * (step - 1 + share)) / (1 + self.growth * step)).sqrt()
+        scales = torch.where(touched, scale[:, None], 1.0)
+        noise = self.noise(f"rounding-{side}-0", step) if W.dtype == torch.bfloat16 else None
+        parts = zip(self.matrices(W), self.matrices(weight), E_KBB.chunk(len(norm)), scales, strict=True)
+        squares = [fold_side(w, E, side, out, scale=s, generator=noise) for w, out, E, s in parts]
+        ratios = norm * self._grown(step) / torch.stack(squares).sqrt()
+        scale = torch.where(ratios.isfinite() & (ratios > 0), ratios, 1.0)  # a matrix of zeros stays one
+        new = {key: self._decayed(momentum, factor, key, step) for key, momentum in momenta.items()}
+        new |= {"norm": norm, "scale": scale, "step": torch.tensor(step)}
+        targets, values = [W, *(state[key] for key in new)], [weight, *new.values()]
+        if self.look_ahead:
+            upcoming = new[f"momentum_{SIDES[step % 2]}"]
+            targets.append(state["before"][: upcoming.numel()])
+            values.append(upcoming.flatten())
+        targets += [*self.peaks.values(), self._noise]
+        values += [*(torch.zeros_like(peak) for peak in self.peaks.values()), self._seed(step)]
+        self._taken = step  # known before the one call that makes it so, wherever an exception comes
+        torch._foreach_copy_(targets, values)  # pyright: ignore[reportPrivateImportUsage]
+        self._version, self._counted, self.micro_batches, self._snapshot = W._version, step, 0, {}
+        self.touched = False
+
+    def _decayed(self, momentum: Tensor, factor: float, key: str, step: int) -> Tensor:
+        if momentum.dtype != torch.bfloat16:
+            return momentum * factor
+        noise = self.noise(key.replace("_", "-"), step)
+        return stochastic_round_(torch.empty_like(momentum), momentum.float().mul_(factor), noise)
+
+
+def _touch(matrix: weakref.ref[Matrix], anchor: Tensor) -> None:
+    """Backward has added to a layer's momentum."""
+    anchor.grad = None
+    found = matrix()
+    if found is not None:
+        found.touched = True
+
+
+def touched_blocks(directions: Tensor, peaks: Tensor) -> Tensor:
+    """Which blocks [K] move: those with a gradient since the last step, and a direction to move along."""
+    size = block_peaks(directions)
+    return (peaks > size * _NEGLIGIBLE) & (size >= torch.finfo(directions.dtype).tiny)
+
+
+def attach_released(matrix: Matrix) -> RemovableHandle:
+    """Hand every full gradient to the matrix as soon as backward has it; once the matrix is gone, it stays.
+
+    Raises:
+        UserError: the gradients go to another optimizer already, which would leave none to this one.
+    """
+    hooks = (getattr(matrix.parameter, "_post_accumulate_grad_hooks", None) or {}).values()
+    if any(isinstance(hook, _Release) and hook.matrix() is not None for hook in hooks):
+        raise UserError("POETX: another one releases these gradients already; call its close() first")
+    return matrix.parameter.register_post_accumulate_grad_hook(_Release(matrix))
+
+
+class _Release:
+    def __init__(self, matrix: Matrix) -> None:
+        self.matrix = weakref.ref(matrix)
+
+    def __call__(self, p: Tensor) -> None:
+        matrix = self.matrix()
+        if matrix is not None:
+            matrix.released()
