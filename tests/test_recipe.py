@@ -53,6 +53,7 @@ def test_builtin_recipes_train_what_they_trained_before(name: str) -> None:
     new = {"lora": None, "model.recompute": "auto", "train.autocast": False}
     new |= {"optimizer.dense_optimizer": None, "poet.weight_extra_bits": False}
     new |= {"optimizer.poet_eps_mode": "uncorrected" if name in SIZED_RECIPES else "corrected"}
+    new["poet.update"] = {"fixed": "rotation"}.get(before["poet.spectrum"], before["poet.spectrum"])
     assert {key: now[key] for key in now.keys() - before.keys()} == {k: new[k] for k in new if k in now}
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from poetx.config import PoetConfig, name_matches
-from poetx.convert import find_targets
 from poetx.errors import UserError
 from poetx.layers.single_step import RotatedWeight, SingleStepLinear
 from poetx.layers.walk import single_step_layers
+from poetx.targets import ZERO, find_targets
 
 #: Root mean square of a matrix below which rotating it would leave it where it is: R·0·P = 0.
 _ZERO = 1e-8
@@ -44,8 +44,8 @@ def read_model(model: Any, settings: dict[str, Any], modules: dict[str, Any], an
     if isinstance(model, nn.Module):
         layers = dict(single_step_layers(model))
         config = _of_layers(layers, given) if layers else PoetConfig(method="single-step", **given, **modules)
-        groups, transposed = _model_groups(model, layers, config, angle, decay)
-        names = {p: name for name, p in model.named_parameters()}
+        names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        groups, transposed = _model_groups(model, layers, config, names, angle, decay)
         trained = {layer.weight: layer for layer in layers.values() if not layer.frozen}
         return Given(_without_zeros(groups, names), trained, transposed, names, config)
     config = PoetConfig(method="single-step", **given)
@@ -74,12 +74,21 @@ def _of_layers(layers: dict[str, SingleStepLinear], given: dict[str, Any]) -> Po
 
 
 def _model_groups(
-    model: nn.Module, layers: dict[str, SingleStepLinear], config: PoetConfig, angle: float, decay: float | None
+    model: nn.Module,
+    layers: dict[str, SingleStepLinear],
+    config: PoetConfig,
+    names: dict[Tensor, str],
+    angle: float,
+    decay: float | None,
 ) -> tuple[list[dict[str, Any]], set[Tensor]]:
     """Groups "rotated", "decay" (matrices) and "no_decay" (vectors); and which rotated weights are stored [in, out]."""
     modules: list[Any] = [layer for layer in layers.values() if not layer.frozen]
     if not layers:
-        modules = list(find_targets(model, config, replaced=False).layers.values())
+        targets = find_targets(model, config, replaced=False)
+        modules = list(targets.layers.values())
+        zeros: list[Any] = [module for module, reason in targets.reasons.items() if reason == ZERO]
+        if zeros:
+            _say_zeros([names[module.weight] for module in zeros])
     rotated = [module.weight for module in modules]
     ids = {id(p) for p in rotated} | {id(layer.weight) for layer in layers.values()}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
@@ -137,18 +146,19 @@ def _without_zeros(groups: list[dict[str, Any]], names: dict[Tensor, str]) -> li
             group["params"] = [p for p in group["params"] if id(p) not in found]
     if not zeros:
         return groups
-    shown = [names.get(p, f"a parameter of shape {tuple(p.shape)}") for p in zeros]
-    more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
-    warnings.warn(
-        f"POETX: {', '.join(shown[:4])}{more}: all zeros, which no rotation moves; the dense optimizer trains them",
-        stacklevel=4,
-    )
+    _say_zeros([names.get(p, f"a parameter of shape {tuple(p.shape)}") for p in zeros])
     groups = [group for group in groups if group["params"]]
     dense = next((group for group in groups if group.get("name") == "decay"), None)
     if dense is None:
         return [*groups, {"name": "decay", "params": zeros}]
     dense["params"] = [*dense["params"], *zeros]
     return groups
+
+
+def _say_zeros(names: list[str]) -> None:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    text = f"POETX: {', '.join(names[:4])}{more}: all zeros, which no rotation moves; the dense optimizer trains them"
+    warnings.warn(text, stacklevel=6)
 
 
 def check(momentum: float, angle: float, norm_growth: float) -> None:
