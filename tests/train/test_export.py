@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import transformers
-from poetx.runs.generate import generate_text
-from poetx.runs.load import load_run
 from safetensors import SafetensorError
 
 from poetx.data.tokenizer import END_OF_TEXT, train_tokenizer
 from poetx.errors import UserError
 from poetx.recipe import Recipe
 from poetx.runs.evaluate import evaluate_run
+from poetx.runs.generate import generate_text
+from poetx.runs.load import load_run
 from poetx.train.export import export_model
 from poetx.train.run import train
 
