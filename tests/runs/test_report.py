@@ -6,7 +6,9 @@ import re
 import pytest
 
 from poetx import UserError
+from poetx.runs import report
 from poetx.runs.report import write_report
+from poetx.train.metrics import read_metrics
 
 
 def run_directory(path, *, steps=30, spectrum=True, broken=False):
@@ -62,3 +64,22 @@ def test_page_of_a_young_or_wounded_run(tmp_path):
 def test_not_a_run(tmp_path):
     with pytest.raises(UserError, match="is it a run directory"):
         write_report(tmp_path, tmp_path / "page.html")
+
+
+@pytest.mark.parametrize("content", [b"null", b"[1]", b"{}", b"[" * 100_000, b"\xff", b'{"device": 1, "versions": 3}'])
+def test_a_damaged_environment_is_said_in_the_summary(tmp_path, content):
+    run = run_directory(tmp_path / "run")
+    (run / "environment.json").write_bytes(content)
+    train = [entry for entry in read_metrics(run / "metrics.jsonl") if entry["event"] == "train"]
+    assert "<td>device</td><td>unknown: " in report._summary(run, train, [], [])
+
+
+def test_damaged_lines_and_texts_do_not_spoil_the_page(tmp_path):
+    run = run_directory(tmp_path / "run", steps=3)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "train", "step": 3, "loss": "3.5"}\n{"event": "spectrum", "step": 5, "layers": {}}\n')
+    for name in ("recipe.yaml", "conversion.txt"):
+        (run / name).write_bytes(b"caf\xe9 <\xff")
+    page = write_report(run, tmp_path / "page.html").read_text()
+    assert page.count("caf\ufffd &lt;\ufffd") == 2
+    assert "<td>steps</td><td>3</td>" in page

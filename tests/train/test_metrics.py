@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-from poetx.train.metrics import MetricsWriter, perplexity, read_metrics
+from poetx.train.metrics import MetricsWriter, is_whole, perplexity, read_metrics
 
 
 def test_resuming_cuts_what_comes_after_the_checkpoint_and_a_torn_line(tmp_path: Path) -> None:
@@ -47,3 +47,40 @@ def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
 def test_perplexity_does_not_overflow() -> None:
     assert perplexity(1000.0) == math.inf
     assert perplexity(0.0) == 1
+
+
+TRAIN = '{"event": "train", "step": 5, "tokens_per_second": 1, "merged": 0, "skipped": 0, '
+JUNK = [
+    TRAIN + '"loss": "3.5", "peak_memory_gib": 1}',
+    TRAIN + '"loss": 3, "peak_memory_gib": null}',
+    TRAIN + '"loss": 3, "peak_memory_gib": 1, "lr_rest": []}',
+    TRAIN + '"loss": NaN, "peak_memory_gib": 1}',
+    TRAIN.replace("5", "9" * 400) + '"loss": 3, "peak_memory_gib": 1}',
+    TRAIN.replace("5", "1e9") + '"loss": 3, "peak_memory_gib": 1}',
+    '{"event": "train", "step": 4}',
+    '{"event": "validation", "step": 5, "loss": {}, "perplexity": 3}',
+    '{"event": "validation", "step": 5, "loss": 3}',
+    f'{{"event": "validation", "step": 5, "loss": 1{"0" * 400}, "perplexity": 3}}',
+    *(f'{{"event": "spectrum", "step": 5, "layers": {rows}}}' for rows in ("{}", "[]", '{"a": 3}', '{"a": {"b": 1}}')),
+    *(f'{{"event": "memory", "step": 5, "phases": {rows}}}' for rows in ("null", '{"a": {}}', '{"a": {"total": "b"}}')),
+    "[" * 100_000,
+    f'{{"step": {"9" * 5000}}}',
+    "null",
+    "\x00\ufffd",
+]
+
+
+def test_damaged_lines_are_told_from_whole_ones(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path / "metrics.jsonl", step=0)
+    facts = {"tokens_per_second": 1.5, "merged": False, "skipped": False, "peak_memory_gib": 0.5}
+    writer.write("train", 1, loss=math.nan, clip=None, lr_rest=1e-3, **facts)
+    writer.write("validation", 1, loss=3.0, perplexity=math.inf)
+    writer.write("spectrum", 1, layers={"a": {"norm_ratio": 1, "drift_median": 0, "drift_max": 0, "entropy": 0.5}})
+    writer.write("memory", 1, peak=3, phases={"forward": {"total": 3, "frozen": 3}})
+    writer.write("audit", 1, merges=0, merge_angle=None)
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write("\n".join(JUNK))
+    found = read_metrics(tmp_path / "metrics.jsonl")
+    assert [is_whole(entry) for entry in found] == [True] * 5 + [False] * (len(found) - 5)
+    assert len(found) >= 5 + 14

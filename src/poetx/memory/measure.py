@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any
@@ -14,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from poetx.errors import UserError
 from poetx.layers.walk import poet_layers
+from poetx.memory.resident import resident_peak
 from poetx.memory.tracker import (
     PHASES,
     PhasePeak,
@@ -52,7 +52,7 @@ class MemoryProbe:
 
     @property
     def resident(self) -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return resident_peak()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, for a line of metrics; sizes in bytes."""

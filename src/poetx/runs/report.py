@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import html
 import io
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 from poetx.errors import UserError
-from poetx.train.metrics import read_metrics
+from poetx.files import read_json, write_text
+from poetx.train.metrics import is_whole, read_metrics
 
 _SMOOTHING_POINTS = 200  # a drawn curve is the running median over 1/200 of the run
 _BLUE, _ORANGE, _GREY = "#1f6fb2", "#d9730d", "#8a8f98"
@@ -30,11 +30,11 @@ def write_report(run_dir: Path, path: Path) -> Path:
     Raises:
         UserError: ``run_dir`` has no metrics.
     """
-    entries = read_metrics(run_dir / "metrics.jsonl")
+    entries = [entry for entry in read_metrics(run_dir / "metrics.jsonl") if is_whole(entry)]
     if not any(entry["event"] == "train" for entry in entries):
         raise UserError(f"{run_dir}: no training steps in {run_dir / 'metrics.jsonl'}; is it a run directory?")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_page(run_dir, entries), encoding="utf-8")
+    write_text(path, _page(run_dir, entries))
     return path
 
 
@@ -47,7 +47,7 @@ def _page(run_dir: Path, entries: list[dict[str, Any]]) -> str:
         ("Learning rates and gradient norm", _step_chart(train)),
         ("Speed and memory", _speed_chart(train)),
     ]
-    if merges := [entry for entry in train if entry.get("merge_angle") is not None]:
+    if merges := [entry for entry in train if None not in (entry.get("merge_angle"), entry.get("norm_drift"))]:
         sections.append(("Merges", _merge_chart(merges)))
     if memory := [entry for entry in entries if entry["event"] == "memory"]:
         sections.append(("Memory by phase", _memory_table(memory)))
@@ -55,7 +55,7 @@ def _page(run_dir: Path, entries: list[dict[str, Any]]) -> str:
         sections.append(("Spectrum", _spectrum_chart(spectra) + _spectrum_table(spectra[-1])))
     for title, name in (("What was converted", "conversion.txt"), ("Recipe", "recipe.yaml")):
         if (run_dir / name).is_file():
-            sections.append((title, f"<pre>{html.escape((run_dir / name).read_text(encoding='utf-8'))}</pre>"))
+            sections.append((title, f"<pre>{html.escape((run_dir / name).read_text('utf-8', 'replace'))}</pre>"))
     body = "".join(f"<h2>{html.escape(title)}</h2>{content}" for title, content in sections)
     name = html.escape(run_dir.resolve().name)
     return (
@@ -74,7 +74,7 @@ def _summary(run_dir: Path, train: list[dict], validation: list[dict], spectra: 
     rows.append(("speed", f"{_finite_median([e['tokens_per_second'] for e in train]):,.0f} tokens/s (median)"))
     rows.append(("peak memory", f"{max(e['peak_memory_gib'] for e in train):.2f} GiB"))
     rows.append(("skipped steps", f"{sum(bool(e['skipped']) for e in train)}"))
-    if merges := [entry for entry in train if entry.get("merge_angle") is not None]:
+    if merges := [entry for entry in train if None not in (entry.get("merge_angle"), entry.get("norm_drift"))]:
         rows.append(
             (
                 "merges",
@@ -85,11 +85,14 @@ def _summary(run_dir: Path, train: list[dict], validation: list[dict], spectra: 
     if spectra:
         worst = max(layer["drift_median"] for layer in spectra[-1]["layers"].values())
         rows.append(("spectrum", f"largest median change of a layer's singular values {worst:.1e}"))
-    environment = run_dir / "environment.json"
-    if environment.is_file():
-        facts = json.loads(environment.read_text(encoding="utf-8"))
+    try:
+        facts = read_json(run_dir / "environment.json")
         rows.append(("device", f"{facts['device']}: {facts['device_name']}"))
-        rows.append(("versions", ", ".join(f"{k} {v}" for k, v in facts["versions"].items())))
+        rows.append(("versions", ", ".join(f"{k} {v}" for k, v in dict(facts["versions"]).items())))
+    except UserError as error:
+        rows.append(("device", f"unknown: {error}"))
+    except (KeyError, TypeError, ValueError):
+        rows.append(("device", "unknown: environment.json is incomplete"))
     cells = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in rows)
     return f"<table>{cells}</table>"
 
@@ -224,7 +227,7 @@ def _memory_table(measured: list[dict]) -> str:
     names = list(next(iter(largest.values()), {}))
     head = "".join(f"<td>{html.escape(name)}</td>" for name in names)
     rows = "".join(
-        f"<tr><td>{html.escape(phase)}</td>{''.join(f'<td>{sizes[name] / 2**20:,.1f}</td>' for name in names)}</tr>"
+        f"<tr><td>{html.escape(phase)}</td>{''.join(f'<td>{(sizes.get(name) or 0) / 2**20:,.1f}</td>' for name in names)}</tr>"
         for phase, sizes in largest.items()
     )
     note = f'<p class="note">MiB at the largest moment of each phase, {len(measured)} steps measured.</p>'

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import platform
-import sys
 from importlib import metadata
 from typing import Any
 
 import torch
+
+from poetx.memory.resident import resident_peak
 
 _PACKAGES = ("poetx", "torch", "numpy", "safetensors", "transformers", "tokenizers", "triton")
 
@@ -61,15 +62,7 @@ def keep_freed_memory() -> bool:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory so far in GiB: allocated by torch on a GPU, resident set of the process elsewhere.
-
-    0 where the system does not tell (Windows).
-    """
+    """Largest memory so far in GiB: allocated by torch on a GPU, else the process's (0 where no system tells)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource
-    except ImportError:
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes on macOS, KiB on Linux
+    return resident_peak() / 2**30

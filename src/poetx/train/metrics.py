@@ -19,6 +19,11 @@ import math
 from pathlib import Path
 from typing import IO, Any
 
+from poetx.files import write_text
+
+_NO_NUMBERS = ("event", "merged", "skipped")
+_SPECTRUM = ("norm_ratio", "drift_median", "drift_max", "entropy")
+_LARGEST = 1e300
 TIMING_KEYS = ("seconds", "tokens_per_second", "peak_memory_gib")  # differ from run to run
 
 
@@ -29,9 +34,7 @@ class MetricsWriter:
         kept = (
             [line for line in read_metrics(path) if line["step"] <= step and line["event"] != "audit"] if step else []
         )
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(_line(entry) for entry in kept), encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, "".join(_line(entry) for entry in kept))
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def write(self, event: str, step: int, **values: Any) -> dict[str, Any]:
@@ -46,18 +49,45 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, a torn last line (a killed process) left out; nothing when there is no file."""
+    """The lines of a metrics file, one torn by a kill or damaged left out; nothing when there is no file.
+
+    Values are as they are found: see :func:`is_whole`.
+    """
     if not path.exists():
         return []
     entries = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # torn, a number of thousands of digits, or nested too deeply
             continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int) and "event" in entry:
+        if isinstance(entry, dict) and type(entry.get("step")) is int and "event" in entry:
             entries.append(entry)
     return entries
+
+
+def is_whole(entry: dict[str, Any]) -> bool:
+    """Whether a line has what every line of its event has, as numbers: a disk or an editor may have damaged it."""
+    event, numbers = entry["event"], {key: value for key, value in entry.items() if key not in _NO_NUMBERS}
+    if not 0 <= entry["step"] < 2**63:
+        return False
+    if event == "train":
+        known = {"loss", "tokens_per_second", "merged", "skipped"} <= entry.keys()
+        return known and _are_numbers(numbers, "peak_memory_gib")
+    if event == "validation":
+        return {"loss", "perplexity"} <= entry.keys() and _are_numbers(numbers)
+    nested, needed = {"spectrum": ("layers", _SPECTRUM), "memory": ("phases", ("total",))}.get(str(event), ("", ()))
+    rows = entry.get(nested)
+    if not nested:
+        return True
+    return isinstance(rows, dict) and bool(rows) and all(_are_numbers(row, *needed) for row in rows.values())
+
+
+def _are_numbers(values: Any, *needed: str) -> bool:
+    """Whether every value is a number that a float can hold, or null where it is not ``needed``."""
+    if not isinstance(values, dict) or any(values.get(key) is None for key in needed):
+        return False
+    return all(v is None or (type(v) in (int, float) and abs(v) < _LARGEST) for v in values.values())
 
 
 def perplexity(loss: float) -> float:

@@ -19,13 +19,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from poetx.data.prepare import prepare_data
 from poetx.data.tokens import PreparedData
 from poetx.errors import UserError
+from poetx.files import locked, write_text
 from poetx.methods.base import convert_model, merge_handle, method_of
 from poetx.models import build_model, resolve_device, settled
 from poetx.recipe import Recipe, differing_keys, load_recipe
@@ -35,7 +36,7 @@ from poetx.train import checkpoint as ckpt
 from poetx.train.environment import describe, peak_memory_gib
 from poetx.train.export import TOKENIZER_DIR, export_model, save_tokenizer
 from poetx.train.loop import Trainer, fit
-from poetx.train.metrics import MetricsWriter, read_metrics
+from poetx.train.metrics import MetricsWriter, is_whole, read_metrics
 from poetx.train.progress import Reporter, RunInfo
 
 if TYPE_CHECKING:
@@ -259,12 +260,10 @@ def _write_run_files(
             shutil.rmtree(run_dir / name, ignore_errors=True)
         for name in _OWN_FILES:
             (run_dir / name).unlink(missing_ok=True)
-    temporary = run_dir / "recipe.yaml.tmp"  # a resumed run writes it again, and a kill must not leave half of it
-    temporary.write_text(recipe.to_yaml(), encoding="utf-8")
-    temporary.replace(run_dir / "recipe.yaml")
-    (run_dir / "environment.json").write_text(json.dumps(describe(device), indent=2), encoding="utf-8")
+    write_text(run_dir / "recipe.yaml", recipe.to_yaml())  # a resumed run writes them again
+    write_text(run_dir / "environment.json", json.dumps(describe(device), indent=2))
     text = f"{method_of(recipe).title}: nothing was converted" if report is None else str(report)
-    (run_dir / "conversion.txt").write_text(text + "\n", encoding="utf-8")
+    write_text(run_dir / "conversion.txt", text + "\n")
     source = recipe.data.tokenizer or recipe.model.pretrained
     save_tokenizer(data.tokenizer_file, data.meta.end_of_text, source, run_dir / TOKENIZER_DIR)
 
@@ -294,7 +293,8 @@ def _train_and_export(trainer: Trainer, start: Path | None, report: ConversionRe
         method_of(recipe).to_dense_(trainer.model)
         export_model(trainer.model, run_dir / TOKENIZER_DIR, export_dir)
     saved = ckpt.checkpoints(run_dir)
-    validation = [entry for entry in read_metrics(run_dir / "metrics.jsonl") if entry["event"] == "validation"]
+    entries = filter(is_whole, read_metrics(run_dir / "metrics.jsonl"))
+    validation = [entry for entry in entries if entry["event"] == "validation"]
     return RunResult(
         run_dir=run_dir,
         step=trainer.state.step,
@@ -315,8 +315,9 @@ def _train_and_export(trainer: Trainer, start: Path | None, report: ConversionRe
 
 def _audit(trainer: Trainer) -> dict[str, Any]:
     """The line that sums a run up, over all the processes it took."""
-    train = [e for e in read_metrics(trainer.run_dir / "metrics.jsonl") if e["event"] == "train"]
-    merges = [entry for entry in train if entry["merged"]]
+    entries = filter(is_whole, read_metrics(trainer.run_dir / "metrics.jsonl"))
+    train = [entry for entry in entries if entry["event"] == "train"]
+    merges = [entry for entry in train if entry["merged"] and {"merge_angle", "norm_drift"} <= entry.keys()]
     recipe = trainer.recipe
     return trainer.metrics.write(
         "audit",
@@ -344,16 +345,10 @@ def _title(trainer: Trainer, report: ConversionReport | None) -> str:
 
 @contextlib.contextmanager
 def _locked(run_dir: Path) -> Iterator[None]:
-    """Hold the run directory. Released by the system when the process ends, in whatever way."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: no lock
-        yield
-        return
-    file: IO[str]
-    with (run_dir / _LOCK).open("w") as file:
+    """Hold the run directory."""
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            stack.enter_context(locked(run_dir / _LOCK, wait=False))
+        except BlockingIOError:
             raise UserError(f"{run_dir}: another process is training there") from None
         yield
