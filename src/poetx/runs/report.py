@@ -226,9 +226,9 @@ def _memory_table(measured: list[dict]) -> str:
                 largest[phase] = sizes
     names = list(next(iter(largest.values()), {}))
     head = "".join(f"<td>{html.escape(name)}</td>" for name in names)
-    rows = "".join(
-        f"<tr><td>{html.escape(phase)}</td>{''.join(f'<td>{(sizes.get(name) or 0) / 2**20:,.1f}</td>' for name in names)}</tr>"
-        for phase, sizes in largest.items()
-    )
+    rows = ""
+    for phase, sizes in largest.items():
+        cells = "".join(f"<td>{(sizes.get(name) or 0) / 2**20:,.1f}</td>" for name in names)
+        rows += f"<tr><td>{html.escape(phase)}</td>{cells}</tr>"
     note = f'<p class="note">MiB at the largest moment of each phase, {len(measured)} steps measured.</p>'
     return f"{note}<table><tr><td>phase</td>{head}</tr>{rows}</table>"
