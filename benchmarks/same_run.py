@@ -45,6 +45,7 @@ RUNS = {
     "released": ("demo", MERGES, "optimizer.release_gradients=true", "optimizer.clip=null"),
 }
 IGNORED = frozenset({"seconds", "tokens_per_second", "peak_memory_gib"})  # differ from run to run
+FRACTIONS = frozenset({"norm_drift"})  # of a norm already, and in float32 nothing but rounding, near 1e-9
 MISSING = "missing"
 Line = Mapping[str, Any]  # of metrics.jsonl
 
@@ -57,7 +58,7 @@ class Difference:
     name: str  # event.field
     base: Any
     head: Any
-    relative: float  # |base - head| / max(|base|, |head|); infinite unless both are numbers
+    relative: float  # see relative_difference
 
     def __str__(self) -> str:
         return f"step {self.step} {self.name}: {self.base!r} -> {self.head!r} (relative {self.relative:.1e})"
@@ -98,7 +99,7 @@ def compare(base: Sequence[Line], head: Sequence[Line], *, tolerance: float = 0.
             names.add(f"{event}.{name}")
             pair = old.get(name, MISSING), new.get(name, MISSING)
             if repr(pair[0]) != repr(pair[1]):  # a float's repr is exact, and tells -0.0 from 0.0
-                found.append(Difference(step, f"{event}.{name}", *pair, relative_difference(*pair)))
+                found.append(Difference(step, f"{event}.{name}", *pair, relative_difference(name, *pair)))
     result = Comparison(lines=len(places), fields=len(names))
     result.first = next((each for each in found if tolerance == 0 or each.relative > tolerance), None)
     for each in found:
@@ -106,13 +107,13 @@ def compare(base: Sequence[Line], head: Sequence[Line], *, tolerance: float = 0.
     return result
 
 
-def relative_difference(a: Any, b: Any) -> float:
-    """|a - b| / max(|a|, |b|), infinite unless both are finite numbers."""
+def relative_difference(name: str, a: Any, b: Any) -> float:
+    """|a - b| / max(|a|, |b|), of ``FRACTIONS`` just |a - b|; infinite unless both are finite numbers."""
     if any(
         isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) for value in (a, b)
     ):
         return math.inf
-    return abs(a - b) / (max(abs(a), abs(b)) or 1.0)
+    return abs(a - b) if name in FRACTIONS else abs(a - b) / (max(abs(a), abs(b)) or 1.0)
 
 
 def _by_place(lines: Sequence[Line]) -> dict[tuple[int, str, int], dict[str, Any]]:

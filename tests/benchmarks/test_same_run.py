@@ -72,6 +72,13 @@ def test_what_is_no_number_is_never_within_a_tolerance(lines):
         assert found.first.name == f"train.{key}"
 
 
+def test_norm_drift_is_a_fraction_already_and_differs_by_so_much():
+    drifts = [[{"event": "train", "step": 1, "norm_drift": drift}] for drift in (4e-10, 6e-10)]
+    assert compare(*drifts).first is not None
+    found = compare(*drifts, tolerance=1e-6)
+    assert (found.first, found.largest) == (None, {"train.norm_drift": pytest.approx(2e-10)})
+
+
 def test_a_missing_line_field_or_a_line_twice_is_a_difference(lines):
     first = compare(lines, lines[:1] + lines[2:], tolerance=1.0).first
     assert first is not None
