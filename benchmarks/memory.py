@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.record import RESULTS, append, provenance
-from poetx.planner import GIB, TrainingSetup, estimate_memory, full_stack, largest_batch, paper
+from poetx.planner import GIB, estimate_memory, largest_batch
 
 DOCS = Path(__file__).parent.parent / "docs"
 SIZES = ("llama-3b", "llama-8b", "llama-13b")
@@ -35,112 +35,96 @@ PUBLISHED: dict[tuple[str, int], tuple[float | None, ...]] = {
     ("mem", 256): (11.96, 13.28, 15.47, 25.94, 27.87, 31.74, 35.65, 41.62, 47.21),
     ("mem", 512): (16.31, 18.33, 20.48, 32.93, 35.94, 40.44, 49.63, 53.26, 59.02),
 }
-#: What an 80 GB H100 has, and what a process takes of it before its first tensor (GB of 2³⁰ bytes).
-CARD, CONTEXT = 79.1, 0.5
-TARGETS: dict[str, tuple[str, TrainingSetup, float]] = {
-    # bfloat16 state is rounded stochastically: torch's own AdamW loses by rounding (benchmarks.stack)
-    "8B, 1 × 1024, mem, no checkpointing": ("llama-8b", paper(optimizer_state="bfloat16"), 25.5),
-    "the same, checkpointing and chunked loss": (
+
+
+def settings(method: str, *, seq_len: int = 1024, batch: int = 1, more: str = "") -> list[str]:
+    """Overrides of a recipe: one method in the setting of the papers' tables, everything in bfloat16."""
+    rotations = " poet.rotation_dtype=bfloat16" if method in ("mem", "fast", "int8", "int4") else ""
+    state = "optimizer.state_dtype=same " if "state_dtype" not in more and method != "adamw-8bit" else ""
+    sizes = f"data.seq_len={seq_len} train.batch_size={batch} train.micro_batch_size={batch}"
+    return f"method={method} {sizes}{rotations} {state}{more}".split()
+
+
+_SAVING = "model.gradient_checkpointing=true train.chunked_loss=true"
+_RELEASED = "optimizer.release_gradients=true optimizer.clip=null"
+_STACK = f"{_SAVING} {_RELEASED} optimizer.state_dtype=int8"
+_NARROW = "optimizer.state_dtype=bfloat16"  # rounded stochastically: torch's own AdamW loses by rounding (stack)
+_REAL = "model.num_key_value_heads=8 data.vocab_size=128256"
+#: By cell: a recipe, its settings, and what it may take at most.
+TARGETS: dict[str, tuple[str, list[str], float]] = {
+    "8B, 1 × 1024, mem, no checkpointing": ("llama-8b", settings("mem", more=_NARROW), 25.5),
+    "the same, checkpointing and chunked loss": ("llama-8b", settings("mem", more=f"{_SAVING} {_NARROW}"), 20.5),
+    "the same, 8-bit state and released gradients": ("llama-8b", settings("mem", more=_STACK), 18.5),
+    "13B, 1 × 2048, full stack": ("llama-13b", settings("mem", seq_len=2048, more=_STACK), 32.0),
+    "Llama-3.1-8B shape, 2 × 2048, full stack": (
         "llama-8b",
-        paper(optimizer_state="bfloat16", activation_checkpointing=True, chunked_loss=True),
-        20.5,
+        settings("mem", seq_len=2048, batch=2, more=f"{_STACK} {_REAL}"),
+        22.0,
     ),
-    "the same, 8-bit state and released gradients": ("llama-8b", full_stack(), 18.5),
-    "13B, 1 × 2048, full stack": ("llama-13b", full_stack(seq_len=2048), 32.0),
-    "Llama-3.1-8B shape, 2 × 2048, full stack": ("llama-3.1-8b", full_stack(batch_size=2, seq_len=2048), 22.0),
-    "8B, 1 × 1024, int8, full stack": ("llama-8b", full_stack(weight_format="int8"), 12.5),
-    "8B, 1 × 1024, int4, full stack": ("llama-8b", full_stack(weight_format="int4"), 9.0),
-    "13B, 1 × 2048, int8, full stack": ("llama-13b", full_stack(seq_len=2048, weight_format="int8"), 22.0),
+    "8B, 1 × 1024, int8, full stack": ("llama-8b", settings("int8", more=_STACK), 12.5),
+    "8B, 1 × 1024, int4, full stack": ("llama-8b", settings("int4", more=_STACK), 9.0),
+    "13B, 1 × 2048, int8, full stack": ("llama-13b", settings("int8", seq_len=2048, more=_STACK), 22.0),
     "Llama-3.1-8B shape, 2 × 2048, int8, full stack": (
-        "llama-3.1-8b",
-        full_stack(batch_size=2, seq_len=2048, weight_format="int8"),
+        "llama-8b",
+        settings("int8", seq_len=2048, batch=2, more=f"{_STACK} {_REAL}"),
         16.0,
     ),
     # At most what mem takes with the same stack, the third row.
-    "8B, 1 × 1024, single-step, K=1, full stack": (
+    "8B, 1 × 1024, single-step, full stack": ("llama-8b", settings("single-step-mem", more=_STACK), 18.14),
+    "8B, 1 × 1024, single-step, free spectrum, b=128, full stack": (
         "llama-8b",
-        full_stack(method="single-step-mem"),
+        settings("single-step-mem", more=f"{_STACK} poet.spectrum=free poet.block_size=128"),
         18.14,
     ),
-    "8B, 1 × 1024, single-step, free spectrum, K=1, b=128, full stack": (
-        "llama-8b",
-        full_stack(method="single-step-mem", spectrum="free", block_size=128),
-        18.14,
-    ),
-    "8B, 1 × 1024, single-step, K=2, full stack": ("llama-8b", full_stack(method="single-step-mem"), 18.14),
 }
-_CHECKPOINTED: dict[str, Any] = {"activation_checkpointing": True, "chunked_loss": True}
-BATCHES: dict[str, TrainingSetup] = {
-    "AdamW mixed": TrainingSetup(method="adamw-mixed"),
-    "AdamW bf16": TrainingSetup(method="adamw"),
-    "POET-X fast": paper(method="fast"),
-    "POET-X mem": paper(optimizer_state="bfloat16"),
-    "POET-X mem, 8-bit state": paper(optimizer_state="int8"),
-    "AdamW mixed, chunked loss": TrainingSetup(method="adamw-mixed", chunked_loss=True),
-    "AdamW bf16, chunked loss": TrainingSetup(method="adamw", chunked_loss=True),
-    "POET-X mem, chunked loss": paper(optimizer_state="bfloat16", chunked_loss=True),
-    "AdamW mixed, checkpointing and chunked loss": TrainingSetup(method="adamw-mixed", **_CHECKPOINTED),
-    "AdamW bf16, checkpointing and chunked loss": TrainingSetup(method="adamw", **_CHECKPOINTED),
-    "AdamW bf16, full stack": TrainingSetup(method="adamw-8bit", release_gradients=True, **_CHECKPOINTED),
-    "POET-X mem, checkpointing and chunked loss": paper(optimizer_state="bfloat16", **_CHECKPOINTED),
-    "the same, fast inside checkpointed layers": paper(optimizer_state="bfloat16", recompute="fast", **_CHECKPOINTED),
-    "POET-X mem, full stack": full_stack(),
+BATCHES: dict[str, list[str]] = {
+    "AdamW mixed": settings("adamw-mixed"),
+    "AdamW bf16": settings("adamw"),
+    "POET-X fast": settings("fast"),
+    "POET-X mem": settings("mem", more=_NARROW),
+    "POET-X mem, 8-bit state": settings("mem", more="optimizer.state_dtype=int8"),
+    "AdamW mixed, chunked loss": settings("adamw-mixed", more="train.chunked_loss=true"),
+    "AdamW bf16, chunked loss": settings("adamw", more="train.chunked_loss=true"),
+    "POET-X mem, chunked loss": settings("mem", more=f"train.chunked_loss=true {_NARROW}"),
+    "AdamW mixed, checkpointing and chunked loss": settings("adamw-mixed", more=_SAVING),
+    "AdamW bf16, checkpointing and chunked loss": settings("adamw", more=_SAVING),
+    "AdamW bf16, full stack": settings("adamw-8bit", more=f"{_SAVING} {_RELEASED}"),
+    "POET-X mem, checkpointing and chunked loss": settings("mem", more=f"{_SAVING} {_NARROW}"),
+    "the same, fast inside checkpointed layers": settings("mem", more=f"{_SAVING} {_NARROW} model.recompute=fast"),
+    "POET-X mem, full stack": settings("mem", more=_STACK),
 }
 SWEEP = tuple(2048 << i for i in range(7))
-SWEEP_SETUPS = {
-    "mem": paper(),
-    "mem, checkpointing and chunked loss": paper(**_CHECKPOINTED),
-}
+SWEEP_SETTINGS = {"mem": "", "mem, checkpointing and chunked loss": _SAVING}
 
 
-def predict(kind: str, name: str, model: str, setup: TrainingSetup, *, card_gib: float | None = None) -> dict[str, Any]:
+def predict(kind: str, name: str, recipe: str, overrides: list[str]) -> dict[str, Any]:
     started, worked = time.perf_counter(), time.process_time()
-    estimate = estimate_memory(model, setup, card_gib=card_gib)
-    held = {} if card_gib is None else {"reserved_gib": estimate.reserved and round(estimate.reserved / GIB, 3)}
-    return held | {
+    estimate = estimate_memory(recipe, overrides)
+    return {
         "benchmark": f"memory-{kind}",
         "cell": name,
-        "model": model,
+        "model": recipe,
         "predicted_gib": round(estimate.gib, 3),
         "phase": estimate.phase,
         "gib": {key: round(value / GIB, 3) for key, value in estimate.categories.items()},
         "rotations_gib": {key: round(value / GIB, 3) for key, value in estimate.rotations.items()},
         "parameters": estimate.parameters,
         "trainable": estimate.trainable,
-        "setup": estimate.to_dict()["setup"],
+        "settings": overrides,
         "seconds": round(time.perf_counter() - started, 1),
         "cpu_seconds": round(time.process_time() - worked, 1),
     }
 
 
-def _published_cells() -> Iterator[tuple[str, str, TrainingSetup, float | None]]:
+def published(done: set[str]) -> Iterator[dict[str, Any]]:
     for (method, block_size), cells in PUBLISHED.items():
         for index, reported in enumerate(cells):
             model, seq_len = SIZES[index // 3], LENGTHS[index % 3]
-            setup = paper(method=method, seq_len=seq_len, **({"block_size": block_size} if block_size else {}))
-            yield f"{method} {block_size or ''}".strip() + f" {model} {seq_len}", model, setup, reported
-
-
-def published(done: set[str]) -> Iterator[dict[str, Any]]:
-    for name, model, setup, reported in _published_cells():
-        if name not in done:
-            row = predict("published", name, model, setup)
-            yield row | {"published_gib": reported, "error_percent": _error(row["predicted_gib"], reported)}
-
-
-def held(done: set[str]) -> Iterator[dict[str, Any]]:
-    """The same cells as what the process holds: the caching allocator's segments and the CUDA context."""
-    for name, model, setup, reported in _published_cells():
-        if f"held {name}" not in done:
-            row = predict("held", f"held {name}", model, setup, card_gib=CARD - CONTEXT)
-            total = None if row["reserved_gib"] is None else round(row["reserved_gib"] + CONTEXT, 3)
-            yield row | {
-                "held_gib": total,
-                "published_gib": reported,
-                "error_percent": _error(total, reported),
-                "card_gib": CARD,
-                "context_gib": CONTEXT,
-            }
+            name = f"{method} {block_size or ''}".strip() + f" {model} {seq_len}"
+            if name not in done:
+                more = f"poet.block_size={block_size}" if block_size else "lora.rank=160" if method == "lora" else ""
+                row = predict("published", name, model, settings(method, seq_len=seq_len, more=more))
+                yield row | {"published_gib": reported, "error_percent": _error(row["predicted_gib"], reported)}
 
 
 def _error(predicted: float | None, reported: float | None) -> float | None:
@@ -148,37 +132,37 @@ def _error(predicted: float | None, reported: float | None) -> float | None:
 
 
 def targets(done: set[str]) -> Iterator[dict[str, Any]]:
-    for name, (model, setup, limit) in TARGETS.items():
+    for name, (recipe, overrides, limit) in TARGETS.items():
         if name not in done:
-            yield predict("target", name, model, setup) | {"at_most_gib": limit}
+            yield predict("target", name, recipe, overrides) | {"at_most_gib": limit}
 
 
 def batches(done: set[str]) -> Iterator[dict[str, Any]]:
-    for name, setup in BATCHES.items():
+    for name, overrides in BATCHES.items():
         if name in done:
             continue
-        limit = largest_batch("llama-1b-12", setup, 24)
+        limit = largest_batch("llama-1b-12l", 24, overrides)
         yield {
             "benchmark": "memory-batch",
             "cell": name,
-            "model": "llama-1b-12",
+            "model": "llama-1b-12l",
             "budget_gib": 24,
             "largest_batch": limit.batch_size,
             "predicted_gib": round(limit.at_limit.gib, 3),
-            "setup": limit.at_limit.to_dict()["setup"],
+            "settings": overrides,
         }
 
 
 def sequences(done: set[str]) -> Iterator[dict[str, Any]]:
-    for name, setup in SWEEP_SETUPS.items():
+    for name, more in SWEEP_SETTINGS.items():
         for seq_len in SWEEP:
-            if f"{name} {seq_len}" in done:
-                continue
-            row = predict("sequence", f"{name} {seq_len}", "llama-8b", setup.replace(seq_len=seq_len))
-            yield row | {"seq_len": seq_len, "line": name}
+            if f"{name} {seq_len}" not in done:
+                overrides = settings("mem", seq_len=seq_len, more=more)
+                row = predict("sequence", f"{name} {seq_len}", "llama-8b", overrides)
+                yield row | {"seq_len": seq_len, "line": name}
 
 
-KINDS = {"published": published, "held": held, "targets": targets, "batches": batches, "sequences": sequences}
+KINDS = {"published": published, "targets": targets, "batches": batches, "sequences": sequences}
 
 
 class _AllBut(set[str]):
@@ -206,7 +190,7 @@ def main() -> None:
         for row in KINDS[what](done):
             append(args.out, [row | origin])
             shown = (
-                row.get("held_gib") or row.get("predicted_gib"),
+                row.get("predicted_gib"),
                 row.get("published_gib") or row.get("at_most_gib"),
                 row.get("largest_batch"),
             )
@@ -229,7 +213,6 @@ def render(path: Path) -> None:
     text = document.read_text(encoding="utf-8")
     tables = {
         "published": _published_table,
-        "held": _held_table,
         "targets": _target_table,
         "batches": _batch_table,
         "sequences": _sequence_table,
@@ -245,15 +228,7 @@ def render(path: Path) -> None:
 
 
 def _published_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
-    return _cells_table(rows.get("memory-published", {}), "predicted_gib")
-
-
-def _held_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
-    found = {name.removeprefix("held "): row for name, row in rows.get("memory-held", {}).items()}
-    return _cells_table(found, "held_gib")
-
-
-def _cells_table(found: dict[str, dict[str, Any]], key: str) -> str:
+    found = rows.get("memory-published", {})
     lines = [
         "| | " + " | ".join(f"{model.removeprefix('llama-').upper()} {n}" for model in SIZES for n in LENGTHS) + " |"
     ]
@@ -262,14 +237,16 @@ def _cells_table(found: dict[str, dict[str, Any]], key: str) -> str:
         label = f"{method} {block_size or ''}".strip()
         cells = [found.get(f"{label} {model} {seq_len}") for model in SIZES for seq_len in LENGTHS]
         if any(cells):
-            lines.append(f"| {label} | " + " | ".join(_cell(row, key) for row in cells) + " |")
+            lines.append(f"| {label} | " + " | ".join(_cell(row) for row in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(row: dict[str, Any] | None, key: str) -> str:
+def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return "–"
-    predicted, reported = ("OOM" if row[name] is None else f"{row[name]:.2f}" for name in (key, "published_gib"))
+    predicted, reported = (
+        "OOM" if row[name] is None else f"{row[name]:.2f}" for name in ("predicted_gib", "published_gib")
+    )
     error = row["error_percent"]
     return f"{predicted} / {reported}" + ("" if error is None else f" ({error:+.1f} %)")
 
@@ -297,9 +274,9 @@ def _batch_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 def _sequence_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
     found = rows.get("memory-sequence", {})
-    lines = ["| tokens | " + " | ".join(SWEEP_SETUPS) + " |", "|---" * (len(SWEEP_SETUPS) + 1) + "|"]
+    lines = ["| tokens | " + " | ".join(SWEEP_SETTINGS) + " |", "|---" * (len(SWEEP_SETTINGS) + 1) + "|"]
     for seq_len in SWEEP:
-        cells = [found.get(f"{name} {seq_len}") for name in SWEEP_SETUPS]
+        cells = [found.get(f"{name} {seq_len}") for name in SWEEP_SETTINGS]
         lines.append(f"| {seq_len} | " + " | ".join(f"{c['predicted_gib']:.2f}" if c else "–" for c in cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -329,7 +306,7 @@ def _plot(found: dict[str, dict[str, Any]]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name in SWEEP_SETUPS:
+    for name in SWEEP_SETTINGS:
         points = [(r["seq_len"], r["predicted_gib"]) for r in found.values() if r["line"] == name]
         if points:
             x, y = zip(*sorted(points), strict=True)

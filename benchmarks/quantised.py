@@ -315,12 +315,11 @@ def step(done: set[str], *, repeats: int = 20) -> Iterator[dict[str, Any]]:
 
 _BUILD = """
 import resource, sys, torch, poetx
-from transformers import AutoModelForCausalLM
-from poetx.planner.build import read_config
-config = read_config(sys.argv[1])
+from poetx.models import model_config, model_from_config
+from poetx.recipe import load_recipe
+config = model_config(load_recipe(sys.argv[1], text=False), vocab_size=32000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-with torch.device("meta"):
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+model = model_from_config(config, torch.bfloat16, torch.device("meta"), sys.argv[1])
 settings = dict(block_size=256, mode="mem", init="normalized", rotation_dtype="bfloat16", weight_format=sys.argv[2])
 poetx.convert_(model, poetx.PoetConfig(**settings))
 poetx.materialize_(model)

@@ -23,8 +23,8 @@ import poetx
 from benchmarks.record import append, provenance
 from poetx.data.prepare import prepare_data
 from poetx.data.sampler import batch_windows, evenly_spread
+from poetx.methods.base import large_parameters
 from poetx.optim import SMMF, AdamW, HFac, release_gradients
-from poetx.planner.build import large_dense_parameters
 from poetx.recipe import load_recipe
 from poetx.savings import checkpoint_layers_, chunk_loss_
 from poetx.train.schedule import lr_factor
@@ -80,7 +80,7 @@ def train(recipe: Any, data: Any, variant: dict[str, Any], *, steps: int, seed: 
     groups = poetx.param_groups(model, lr=settings.lr * options["base_lr"], poet_lr=settings.poet_lr)
     optimizers = _optimizers(groups, options)
     handle = poetx.merge_every(optimizers[0], model, steps=recipe.merge_every)
-    large = large_dense_parameters(model)
+    large = large_parameters(model)
     if options["release"]:
         for optimizer in optimizers:
             release_gradients(optimizer, large, max_norm=settings.clip)
@@ -99,7 +99,7 @@ def train(recipe: Any, data: Any, variant: dict[str, Any], *, steps: int, seed: 
             optimizer.step()
             optimizer.zero_grad()
     seconds = (time.perf_counter() - started) / steps
-    assert handle.merges == steps // recipe.merge_every
+    assert handle.merges == steps // recipe.poet.merge_every
     return validate(model, data, recipe), seconds
 
 

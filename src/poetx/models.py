@@ -74,8 +74,17 @@ def build_model(recipe: Recipe, *, vocab_size: int, end_of_text_id: int, device:
         else:
             config = model_config(recipe, vocab_size=vocab_size, end_of_text_id=end_of_text_id)
             start = torch.device("meta") if _is_quantized(recipe) else device
-            model = _from_config(config, dtype, start, f"model.config={recipe.model.config}")
-    rows = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
+            model = model_from_config(config, dtype, start, f"model.config={recipe.model.config}")
+    check_fits(model, recipe, vocab_size)
+    model.config.use_cache = False
+    if next(model.parameters()).is_meta:
+        return model
+    return cast(Any, model).to(device)  # transformers' decorator hides nn.Module.to from the type checker
+
+
+def check_fits(model: Any, recipe: Recipe, vocab_size: int) -> None:
+    """Raise :class:`UserError` where the recipe has more tokens or positions than ``model``."""
+    rows = model.get_input_embeddings().weight.shape[0]
     if rows < vocab_size:
         raise UserError(
             f"the model has {rows} embeddings but the tokenizer {vocab_size} tokens; "
@@ -85,10 +94,6 @@ def build_model(recipe: Recipe, *, vocab_size: int, end_of_text_id: int, device:
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and recipe.data.seq_len > positions:
         raise UserError(f"data.seq_len={recipe.data.seq_len}: the model has {positions} positions; use at most that")
-    model.config.use_cache = False
-    if next(model.parameters()).is_meta:
-        return model
-    return cast(Any, model).to(device)  # transformers' decorator hides nn.Module.to from the type checker
 
 
 def model_config(recipe: Recipe, *, vocab_size: int, end_of_text_id: int = 0) -> PretrainedConfig:
@@ -124,7 +129,10 @@ def model_config(recipe: Recipe, *, vocab_size: int, end_of_text_id: int = 0) ->
     )
 
 
-def _from_config(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, source: str) -> PreTrainedModel:
+def model_from_config(
+    config: PretrainedConfig, dtype: torch.dtype, device: torch.device, source: str
+) -> PreTrainedModel:
+    """A fresh causal language model; ``source`` is what a :class:`UserError` names where the config has none."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -192,7 +200,7 @@ def _on_meta(path: Path, dtype: torch.dtype) -> PreTrainedModel | None:
     from poetx.materialize import Checkpoint
 
     config = AutoConfig.from_pretrained(path, local_files_only=True)
-    model = _from_config(config, dtype, torch.device("meta"), f"model.pretrained={path}")
+    model = model_from_config(config, dtype, torch.device("meta"), f"model.pretrained={path}")
     if Checkpoint(path).missing(model):
         return None
     if (path / "generation_config.json").is_file():

@@ -1,56 +1,69 @@
-"""The estimate is what happens: against tracked bytes of real steps, and against arithmetic."""
+"""The estimate is what happens: against tracked bytes of real steps by every method, and against arithmetic."""
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from builders import small_config as config
 from poetx.memory import measure_memory
-from poetx.planner import TrainingSetup, estimate_memory
-from poetx.planner.build import prepare_, training_step
+from poetx.methods import METHODS
+from poetx.methods.base import convert_model, method_of
+from poetx.models import build_model, settled
+from poetx.planner import estimate_memory
+from poetx.planner.estimate import planned_recipe
+from poetx.train.step import TrainingStep
+
+SIZES = ["model.hidden_size=64", "model.intermediate_size=160", "model.num_layers=2", "model.num_heads=4"]
+TINY = [*SIZES, "model.num_key_value_heads=2", "data.vocab_size=300", "data.seq_len=96", "train.batch_size=2"]
+CPU = torch.device("cpu")
 
 
-def measured(setup, layers=2):
-    model = AutoModelForCausalLM.from_config(
-        config(layers), dtype=torch.float32 if setup.method == "adamw-mixed" else getattr(torch, setup.dtype)
-    ).train()
-    model = prepare_(model, setup)
-    ids = torch.randint(0, 300, (setup.batch_size, setup.seq_len))
-    step = training_step(model, ids, setup)
-    step.run()
-    with measure_memory(model, *step.optimizers) as memory:
-        step.run()
+def blocks(method):
+    return ["poet.block_size=32"] if any(key == "poet.method" for key in METHODS[method]) else []
+
+
+def measured(overrides):
+    recipe = settled(planned_recipe("demo", overrides, None)[1], CPU)
+    model = build_model(recipe, vocab_size=300, end_of_text_id=0, device=CPU)
+    convert_model(model, recipe, CPU)
+    step = TrainingStep.of(recipe, model, method_of(recipe).build_optimizer(model, recipe.train.steps))
+    count, size = recipe.train.batch_size // recipe.train.micro_batch, (recipe.train.micro_batch, 96)
+    batches = [(torch.randint(0, 300, size), torch.randint(0, 300, size)) for _ in range(count)]
+    step.take(batches)
+    with measure_memory(model, step.optimizer) as memory:
+        step.phase = memory.phase
+        step.take(batches, clip=recipe.optimizer.clip or None)
     return memory
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"method": "fast"},
-        {"method": "mem"},
-        {"method": "adamw"},
-        {"method": "adamw-mixed"},
-        {"method": "mem", "rotation_dtype": "bfloat16"},
-        {"method": "mem", "activation_checkpointing": True, "chunked_loss": True},
-        {"method": "mem", "optimizer_state": "int8", "release_gradients": True},
-        {"method": "fast", "base_optimizer": "smmf"},
-        {"method": "muon"},
-        {"method": "mem", "weight_format": "int8", "group_size": 64},
-        {"method": "mem", "weight_format": "nf4", "activation_checkpointing": True, "chunked_loss": True},
-        {"method": "mem", "weight_format": "int8", "group_size": 64, "weight_extra_bits": True},
-        {"method": "single-step"},
-        {"method": "single-step-mem", "optimizer_state": "int8", "release_gradients": True},
-    ],
-    ids=lambda changes: "-".join(str(v) for v in changes.values()),
-)
-def test_estimate_equals_what_is_measured_on_the_cpu(changes):
-    narrow = "rotation_dtype" in changes or changes["method"] == "adamw-mixed"
-    sizes = {"block_size": 32, "batch_size": 2, "seq_len": 96}
-    setup = TrainingSetup(dtype="bfloat16" if narrow else "float32", device="cpu", **sizes, **changes)
-    estimate, memory = estimate_memory(config(), setup), measured(setup)
+def assert_equal_to_what_is_measured(overrides):
+    estimate, memory = estimate_memory("demo", overrides, device="cpu"), measured(overrides)
     assert estimate.peak == pytest.approx(memory.peak, rel=0.05)
     for phase, peak in estimate.phases.items():
         assert peak.total == pytest.approx(memory.phases[phase].total, rel=0.05), phase
     measured_peak = max(memory.phases.values(), key=lambda p: p.total)
     for name, size in estimate.categories.items():
         assert size == pytest.approx(measured_peak.categories[name], abs=0.05 * estimate.peak), name
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith("bipolar")] + ["bipolar-int3"])
+def test_every_method_takes_what_is_measured_on_the_cpu(method):
+    if method == "lora":
+        pytest.importorskip("peft")
+    assert_equal_to_what_is_measured([*TINY, f"method={method}", *blocks(method)])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "method=mem train.dtype=bfloat16 poet.rotation_dtype=bfloat16",
+        "method=mem model.gradient_checkpointing=true train.chunked_loss=true",
+        "method=mem optimizer.state_dtype=int8 optimizer.release_gradients=true optimizer.clip=null",
+        "method=fast optimizer.dense_optimizer=smmf train.micro_batch_size=1",
+        "method=nf4 model.gradient_checkpointing=true train.chunked_loss=true",
+        "method=int8 poet.group_size=64 poet.weight_extra_bits=true",
+        "method=single-step-mem optimizer.release_gradients=true optimizer.clip=null",
+        "method=adamw train.micro_batch_size=1 optimizer.clip=null",
+    ],
+)
+def test_savings_and_accumulation_take_what_is_measured_on_the_cpu(settings):
+    overrides = settings.split()
+    assert_equal_to_what_is_measured([*TINY, *overrides, *blocks(overrides[0].partition("=")[2])])

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import poetx
 from poetx import UserError
+from poetx.methods.base import large_parameters
 from poetx.ops.library import transparent_operators
 from poetx.optim import SMMF, AdamW, release_gradients
-from poetx.planner.build import large_dense_parameters
 from poetx.savings import checkpoint_layers_
 
 
@@ -39,7 +39,7 @@ def train(model, make, *, release, steps=5):
     poetx.convert_(model, poetx.PoetConfig(block_size=16))
     optimizer = make(poetx.param_groups(model, lr=1e-2, poet_lr=1e-2))
     handle = poetx.merge_every(optimizer, model, steps=2)
-    dense = large_dense_parameters(model)
+    dense = large_parameters(model)
     if release:
         release_gradients(optimizer, dense)
     for step in range(steps):
@@ -64,7 +64,7 @@ def test_released_gradients_give_the_same_weights(make, tie):
 def released(**settings):
     model = llama()
     optimizer = torch.optim.AdamW(model.parameters())
-    return model, optimizer, release_gradients(optimizer, large_dense_parameters(model), **settings)
+    return model, optimizer, release_gradients(optimizer, large_parameters(model), **settings)
 
 
 def test_accumulation_is_refused_when_it_happens():

@@ -19,7 +19,6 @@ _moved = moved_names(
     {
         "poetx.planner.estimate": ("GIB", "MemoryEstimate", "estimate_memory"),
         "poetx.planner.batch_limit": ("BatchLimit", "largest_batch"),
-        "poetx.planner.setup": ("METHODS", "SHAPES", "TrainingSetup", "full_stack", "paper"),
     },
 )
 

@@ -1,4 +1,4 @@
-"""Will it fit: the memory of a training step, predicted before it runs."""
+"""Will it fit: the memory of a training step, predicted from its recipe before it runs."""
 
 from __future__ import annotations
 
@@ -9,26 +9,13 @@ from poetx.lazy import lazy_names
 if TYPE_CHECKING:
     from poetx.planner.batch_limit import BatchLimit, largest_batch
     from poetx.planner.estimate import GIB, MemoryEstimate, estimate_memory
-    from poetx.planner.setup import METHODS, SHAPES, TrainingSetup, full_stack, paper
 
-__all__ = [
-    "GIB",
-    "METHODS",
-    "SHAPES",
-    "BatchLimit",
-    "MemoryEstimate",
-    "TrainingSetup",
-    "estimate_memory",
-    "full_stack",
-    "largest_batch",
-    "paper",
-]
+__all__ = ["GIB", "BatchLimit", "MemoryEstimate", "estimate_memory", "largest_batch"]
 
 __getattr__ = lazy_names(
     __name__,
     {
         "poetx.planner.estimate": ("GIB", "MemoryEstimate", "estimate_memory"),
         "poetx.planner.batch_limit": ("BatchLimit", "largest_batch"),
-        "poetx.planner.setup": ("METHODS", "SHAPES", "TrainingSetup", "full_stack", "paper"),
     },
 )

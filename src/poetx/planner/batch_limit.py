@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from poetx.errors import UserError
-from poetx.planner.estimate import GIB, MemoryEstimate, estimate_memory
-from poetx.planner.setup import TrainingSetup
+from poetx.planner.estimate import GIB, MemoryEstimate, estimate_memory, planned_recipe
 
 #: Beyond this many sequences nobody looks for the limit.
 _MOST = 1 << 16
@@ -20,7 +19,7 @@ class BatchLimit:
     """The largest batch that fits, and what it takes.
 
     Attributes:
-        batch_size: 0 where not even one sequence fits.
+        batch_size: sequences in one backward pass; 0 where not even one fits.
         budget: bytes.
         at_limit: the estimate of the largest batch that fits, or of one sequence where none does.
         beyond: the estimate of one sequence more, or None where the search stopped at 65 536.
@@ -32,10 +31,13 @@ class BatchLimit:
     beyond: MemoryEstimate | None
 
 
-def largest_batch(model: Any, setup: TrainingSetup, budget_gib: float) -> BatchLimit:
-    """Search the largest ``batch_size`` whose predicted peak is at most ``budget_gib`` · 2³⁰ bytes.
+def largest_batch(
+    source: Any, budget_gib: float, overrides: Sequence[str] = (), *, recipe: Any = None, device: str = "cuda"
+) -> BatchLimit:
+    """Search the largest ``train.micro_batch_size`` whose predicted peak is at most ``budget_gib`` · 2³⁰ bytes.
 
-    The peak grows with the batch in straight pieces, so a line through two points mostly hits at once.
+    The arguments beside the budget are those of :func:`estimate_memory`. The peak grows with the batch in straight
+    pieces, so a line through two points mostly hits at once.
 
     Raises:
         UserError: a budget that is not positive and finite, or what :func:`estimate_memory` raises.
@@ -43,11 +45,15 @@ def largest_batch(model: Any, setup: TrainingSetup, budget_gib: float) -> BatchL
     if not 0 < budget_gib < math.inf:
         raise UserError(f"gpu={budget_gib}: must be a positive, finite number of GB")
     budget = int(budget_gib * GIB)
+    own_model, plan = planned_recipe(source, overrides, recipe)
+    passes = min(2, plan.train.batch_size // plan.train.micro_batch)
     seen: dict[int, MemoryEstimate] = {}
 
     def estimate(batch: int) -> MemoryEstimate:
         if batch not in seen:
-            seen[batch] = estimate_memory(model, setup.replace(batch_size=batch))
+            changed = plan.with_keys({"train.micro_batch_size": batch, "train.batch_size": batch * passes})
+            asked = changed if own_model is None else own_model
+            seen[batch] = estimate_memory(asked, recipe=changed if own_model is not None else None, device=device)
         return seen[batch]
 
     size = search(lambda batch: estimate(batch).peak, budget)

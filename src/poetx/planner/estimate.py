@@ -1,33 +1,35 @@
-"""Peak memory of one training step, predicted by taking the step: on fake tensors, with the real code."""
+"""Peak memory of one training step, predicted by taking the step: on fake tensors, with the code that trains."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from poetx.data.tokenizer import embeddings_needed, read_tokenizer, tokenizer_file
 from poetx.errors import UserError
 from poetx.memory.tracker import PHASES, PhasePeak, Split, StorageTracker, adopt_state, followed, peak_of
+from poetx.methods.base import convert_model, method_of
+from poetx.models import check_fits, model_config, model_from_config, settled
 from poetx.ops.library import transparent_operators
-from poetx.optim import adamw
-from poetx.optim import sliced as _base
-from poetx.planner.allocator import OutOfMemory, replay
-from poetx.planner.build import Step, fake_, meta_model, prepare_, read_config, training_step, with_layers
-from poetx.planner.setup import TrainingSetup
+from poetx.planner.fake import NumbersAreOne, fake_, flash_backward_buffers, fuse_attention_, meta_copy
+from poetx.recipe import Recipe, load_recipe
 from poetx.savings.activation_checkpointing import decoder_layers
+from poetx.savings.chunked_loss import check_head
+from poetx.train.step import TrainingStep
 
 GIB = 1 << 30
 #: Decoder layers of the two short runs that a deep model is extrapolated from.
 _FEW = (3, 4)
 _CUDA_GRANULARITY = 512
+_DEVICES = ("cuda", "cpu")
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,7 @@ class MemoryEstimate:
         phases: the same for the largest moment of each phase.
         tokens: in one backward pass. parameters: all of them; trainable: those that train.
         extrapolated: whether decoder layers were extrapolated from a few.
-        setup: what was asked.
-        reserved: bytes that CUDA's caching allocator holds at most, if that was asked; None also where the card is
-            too small for it. Without the CUDA context, half a GB.
+        recipe: what was asked, with ``train.dtype`` settled. device: whose allocator and kernels.
     """
 
     peak: int
@@ -55,17 +55,24 @@ class MemoryEstimate:
     parameters: int
     trainable: int
     extrapolated: bool
-    setup: TrainingSetup
-    reserved: int | None = None
+    recipe: Recipe
+    device: str
 
     @property
     def gib(self) -> float:
         """Peak in GB as the papers' tables count them: 2³⁰ bytes."""
         return self.peak / GIB
 
+    @property
+    def method(self) -> str:
+        """The method in a few words, as its file in :mod:`poetx.methods` says it."""
+        return method_of(self.recipe).title
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, sizes in bytes."""
-        return dataclasses.asdict(self)
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        phases = {name: dataclasses.asdict(peak) for name, peak in self.phases.items()}
+        return values | {"phases": phases, "recipe": self.recipe.to_dict()}
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.categories.items())
@@ -79,184 +86,168 @@ class _Run:
     splits: dict[str, Split] = field(default_factory=dict)
     parameters: int = 0
     trainable: int = 0
-    reserved: int | None = None
 
 
 def estimate_memory(
-    model: Any,
-    setup: TrainingSetup | None = None,
+    source: Any,
+    overrides: Sequence[str] = (),
     *,
+    recipe: Recipe | str | None = None,
+    device: str = "cuda",
     every_layer: bool = False,
-    card_gib: float | None = None,
-    **changes: Any,
 ) -> MemoryEstimate:
     """Predict the peak memory of one training step, without a GPU and without the memory.
 
-    The model, its conversion, its backward and its optimizers are the real ones; only the tensors are fake
-    (``FakeTensorMode``), and every storage is followed from birth to death. The optimizer's state is there from the
-    start, as in every step but the first. What is modelled instead of run, for ``device="cuda"``: sizes are rounded
-    to the allocator's 512 bytes, attention is the flash kernel with its backward's buffers, and the layer takes the
-    slices it takes on an accelerator. Not counted: the CUDA context, cuBLAS's workspace, fragmentation, the other
-    temporaries inside a native kernel, and merging.
+    Model, conversion, optimizer and step are made by the functions that ``poetx train`` calls; only the tensors are
+    fake (``FakeTensorMode``), and every storage is followed from birth to death. The optimizer's state is there from
+    the start, as in every step but the first. A run that accumulates gradients is planned with two of its
+    micro-batches. What is modelled instead of run, for ``device="cuda"``: sizes are rounded to the allocator's 512
+    bytes, attention is the flash kernel with its backward's buffers, and layers take the slices they take on an
+    accelerator. Not counted: the CUDA context, cuBLAS's workspace, fragmentation, the other temporaries inside a
+    native kernel, and merging. No text is read; without a tokenizer there are ``data.vocab_size`` tokens.
 
     Args:
-        model: a name of :data:`poetx.memory.SHAPES`, a ``transformers`` config, a ``config.json`` or a directory with
-            one, or a function that makes a causal language model (called on the meta device).
-        setup: what trains and how; ``changes`` are settings of it to change.
+        source: a recipe, the name or path of one, or a model of your own: a module, a function that makes one
+            (called on the meta device), or a ``transformers`` config.
+        overrides: ``"key=value"`` settings of the recipe; ``"method=adamw"`` is one word for several.
+        recipe: what trains a model of your own. Default: as ``llama-1b`` does, *mem* with blocks of 256.
+        device: ``"cuda"`` or ``"cpu"``; ``train.dtype: auto`` is bfloat16 or float32 there.
         every_layer: run all decoder layers instead of extrapolating from 3 and 4 of them. Both give the same number
             (a test holds that) for a model of equal layers; others are run whole anyway.
-        card_gib: say what the caching allocator would hold, too, on a card with so much memory beside the CUDA
-            context (``math.inf`` for any): every layer is run, and the storages are replayed by the allocator's
-            rules. What kernels allocate inside themselves is not among them.
 
     Raises:
-        UserError: a model or a setting that does not exist; ``card_gib`` with ``device="cpu"``.
+        UserError: a recipe, a model or a setting that does not exist or does not fit together.
     """
-    setup = (setup or TrainingSetup()).replace(**changes)
-    if card_gib is not None and setup.device != "cuda":
-        raise UserError(f"card_gib={card_gib}: is about CUDA's allocator; use device='cuda'")
-    if callable(model):
-        return _result(_run_factory(model, setup, card_gib), setup, extrapolated=False)
-    config = read_config(model)
-    _check_length(config, setup)
+    if device not in _DEVICES:
+        raise UserError(f"device={device}: must be one of {', '.join(_DEVICES)}")
+    own_model, plan = planned_recipe(source, overrides, recipe)
+    plan = settled(plan, torch.device(device))
+    if isinstance(own_model, nn.Module) or callable(own_model):
+        return _result(_take_step(_made(own_model), plan, device), plan, device, extrapolated=False)
+    config = own_model
+    vocab_size = 0
+    if config is None:
+        vocab_size = _vocabulary(plan)
+        config = model_config(plan, vocab_size=vocab_size, end_of_text_id=0)
+    _check_positions(config)
+
+    def run(layers: int | None = None) -> _Run:
+        model = _meta_model(config if layers is None else _with_layers(config, layers), plan)
+        check_fits(model, plan, vocab_size)
+        return _take_step(model, plan, device)
+
     depth = int(getattr(config, "num_hidden_layers", 0) or 0)
-    if every_layer or card_gib is not None or depth <= max(_FEW) or not _uniform(config, setup):
-        return _result(_run_config(config, setup, card_gib), setup, extrapolated=False)
-    few = [_run_config(with_layers(config, layers), setup) for layers in _FEW]
-    return _result(_extrapolate(few[0], few[1], depth), setup, extrapolated=True)
+    if every_layer or depth <= max(_FEW) or not _uniform(config, plan):
+        return _result(run(), plan, device, extrapolated=False)
+    few = [run(layers) for layers in _FEW]
+    return _result(_extrapolate(few[0], few[1], depth), plan, device, extrapolated=True)
 
 
-def _check_length(config: Any, setup: TrainingSetup) -> None:
+def planned_recipe(source: Any, overrides: Sequence[str], recipe: Recipe | str | None) -> tuple[Any, Recipe]:
+    """The model that was given, None where the recipe makes it, and the recipe without what planning leaves out."""
+    own_model = None if isinstance(source, (str, Recipe)) else source
+    asked: Any = source if own_model is None else recipe if recipe is not None else "llama-1b"
+    if not isinstance(asked, Recipe):
+        asked = load_recipe(asked, overrides, text=False)
+    elif overrides:
+        raise UserError(f"overrides={list(overrides)}: are for a recipe's name or path; change the recipe itself")
+    return own_model, asked.with_keys({"poet.merge_every": None}) if asked.merge_every is not None else asked
+
+
+def _vocabulary(recipe: Recipe) -> int:
+    """Tokens of the recipe's tokenizer, of the one that would be trained, or 0 where the model decides."""
+    if recipe.data.tokenizer is not None:
+        return embeddings_needed(read_tokenizer(tokenizer_file(recipe.data.tokenizer)))
+    return 0 if recipe.model.config or recipe.model.pretrained else recipe.data.vocab_size
+
+
+def _check_positions(config: Any) -> None:
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if kind in ("dynamic", "longrope"):
         raise UserError(f"rope_type={kind}: its tables depend on the data, which an estimate has none of; use default")
 
 
-def _run_factory(factory: Callable[[], Any], setup: TrainingSetup, card_gib: float | None) -> _Run:
+def _made(model: Any) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return meta_copy(model)
     with torch.device("meta"):
-        model = factory()
-    return _take_step(model.train(), setup, card_gib)
+        return model()
 
 
-def _run_config(config: Any, setup: TrainingSetup, card_gib: float | None = None) -> _Run:
-    return _take_step(meta_model(config, setup), setup, card_gib)
+def _meta_model(config: Any, recipe: Recipe) -> Any:
+    dtype = getattr(torch, recipe.train.dtype)
+    return model_from_config(config, dtype, torch.device("meta"), f"model_type={config.model_type}")
+
+
+def _with_layers(config: Any, layers: int) -> Any:
+    """The same config with fewer decoder layers."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    return config
 
 
 _UNIFORM: dict[str, bool] = {}
 
 
-def _uniform(config: Any, setup: TrainingSetup) -> bool:
+def _uniform(config: Any, recipe: Recipe) -> bool:
     """Whether every decoder layer is like every other; remembered, for the sake of searches."""
     if len(set(getattr(config, "layer_types", None) or [""])) > 1:
         return False
     key = f"{type(config)} {config.to_json_string()}"
     if key not in _UNIFORM:
-        layers = decoder_layers(meta_model(config, setup))
+        layers = decoder_layers(_meta_model(config, recipe))
         kinds = {tuple((n, p.shape, p.dtype) for n, p in layer.named_parameters()) for layer in layers}
         _UNIFORM[key] = len(layers) == config.num_hidden_layers and len(kinds) == 1
     return _UNIFORM[key]
 
 
-def _take_step(model: nn.Module, setup: TrainingSetup, card_gib: float | None) -> _Run:
-    model = prepare_(model, setup)
+def _take_step(model: nn.Module, recipe: Recipe, device: str) -> _Run:
+    """Convert the dense meta model, build its optimizer, and follow its second step."""
+    fuse_attention_(model)
+    convert_model(model, recipe, None)
+    if recipe.train.chunked_loss:
+        check_head(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake_(model, mode)
     parameters = list(model.parameters())
-    on_cuda = setup.device == "cuda"
+    on_cuda = device == "cuda"
     tracker = StorageTracker(
-        granularity=_CUDA_GRANULARITY if on_cuda else 1, hidden=_flash_backward_buffers if on_cuda else None
+        granularity=_CUDA_GRANULARITY if on_cuda else 1, hidden=flash_backward_buffers if on_cuda else None
     )
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_as_transformers_runs())
-        stack.enter_context(transparent_operators(device_type=setup.device))
-        stack.enter_context(mode)
-        input_ids = torch.zeros(setup.batch_size, setup.seq_len, dtype=torch.long)
-        step = training_step(model, input_ids, setup)
-        _make_state(step, parameters)
-        stack.enter_context(_fused_attention())
-        stack.enter_context(tracker)
-        stack.enter_context(followed(tracker, model))
-        adopt_state(tracker, step.optimizers, model)
-        stack.enter_context(_labels(tracker, model))
-        step.run(tracker.enter_phase)
-    run = _Run(
-        parameters=sum(p.numel() for p in parameters), trainable=sum(p.numel() for p in parameters if p.requires_grad)
+    clip = recipe.optimizer.clip or None
+    passes = min(2, recipe.train.batch_size // recipe.train.micro_batch)
+    with mode, NumbersAreOne() as numbers:
+
+        def enter(phase: str) -> None:
+            numbers.phase = phase
+            tracker.enter_phase(phase)
+
+        method = method_of(recipe)
+        # foreach: what torch.optim chooses on CUDA by itself
+        optimizer = method.build_optimizer(model, recipe.train.steps, foreach=True if on_cuda else None)
+        step = TrainingStep.of(recipe, model, optimizer, phase=lambda phase: setattr(numbers, "phase", phase))
+        step.take([_batch(1, min(8, recipe.data.seq_len))], clip=clip)  # the optimizer's state comes to be
+        step.phase = enter
+        batches = [_batch(recipe.train.micro_batch, recipe.data.seq_len) for _ in range(passes)]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(transparent_operators(device_type=device))
+            stack.enter_context(tracker)
+            stack.enter_context(followed(tracker, model))
+            adopt_state(tracker, [optimizer], model)
+            stack.enter_context(_labels(tracker, model))
+            step.take(batches, clip=clip)
+    return _Run(
+        splits={label: tracker.split(label) for label in tracker.labels},
+        parameters=sum(p.numel() for p in parameters),
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
     )
-    for label in tracker.labels:
-        run.splits[label] = tracker.split(label)
-    if card_gib is not None:
-        with contextlib.suppress(OutOfMemory):
-            run.reserved = replay(tracker.records, card=card_gib * GIB)
-    return run
 
 
-def _make_state(step: Step, parameters: list[nn.Parameter]) -> None:
-    """One step on empty gradients, so that the state is there before the step that counts."""
-    for parameter in parameters:
-        if parameter.requires_grad:
-            parameter.grad = torch.empty_like(parameter)
-    for state in (state for optimizer in step.optimizers for state in optimizer.state.values()):
-        for momentum in (state[key] for key in ("momentum_in", "momentum_out") if key in state):
-            momentum.add_(0)  # as the backward of a single-step layer would: without a gradient it is not moved
-    # In one slice a parameter: this step's temporaries do not count, and slices take time.
-    with mock.patch.object(adamw, "SLICE", 1 << 62), mock.patch.object(_base, "SLICE", 1 << 62):
-        for optimizer in step.optimizers:
-            optimizer.step()
-    for parameter in parameters:
-        parameter.grad = None
-
-
-# -- what the fake CPU is told so that it does what CUDA does ---------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _fused_attention() -> Iterator[None]:
-    """Attention by the fused kernel, whatever the device would choose: no tokens × tokens matrix.
-
-    Replaced by name: a ``TorchFunctionMode`` is off during backward, when a checkpointed layer runs again.
-    """
-    original = F.scaled_dot_product_attention
-
-    def attention(*args: Any, **kwargs: Any) -> Tensor:
-        bound = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)) | kwargs
-        q, k, v = bound["query"], bound["key"], bound["value"]
-        if bound.get("attn_mask") is not None:  # CUDA takes the memory-efficient kernel: the mask as it is
-            return original(*args, **kwargs)
-        if torch.is_autocast_enabled("cpu"):
-            q, k, v = (t.to(torch.get_autocast_dtype("cpu")) for t in (q, k, v))
-        causal = bool(bound.get("is_causal", False))
-        out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, float(bound.get("dropout_p", 0.0)), causal, scale=bound.get("scale")
-        )
-        return out
-
-    with mock.patch.object(F, "scaled_dot_product_attention", attention):
-        yield
-
-
-def _flash_backward_buffers(operator: Any, args: tuple) -> int:
-    """Bytes that flash attention's backward on CUDA allocates inside: a float32 dq, row sums, expanded dk and dv."""
-    if operator is not torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
-        return 0
-    _, q, k = args[:3]
-    batch, heads, tokens, width = q.shape
-    expanded = 2 * batch * heads * tokens * width * q.element_size() if k.shape[1] != heads else 0
-    return 4 * batch * heads * tokens * (width + 1) + expanded
-
-
-@contextlib.contextmanager
-def _as_transformers_runs() -> Iterator[None]:
-    """Keep ``transformers`` from building a tokens × tokens mask, which it does for fake tensors only.
-
-    It cannot read from them that no sequences are packed; on real ones it does, and passes no mask.
-    """
-    from transformers import masking_utils
-
-    if not hasattr(masking_utils, "find_packed_sequence_indices"):
-        yield
-        return
-    with mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None):
-        yield
+def _batch(sequences: int, tokens: int) -> tuple[Tensor, Tensor]:
+    inputs, labels = (torch.zeros(sequences, tokens, dtype=torch.long) for _ in range(2))
+    return inputs, labels
 
 
 # -- labels, and what many layers take from what few take -------------------------------------------------------------
@@ -337,7 +328,7 @@ def _line(few: int, more: int, factor: float) -> int:
     return round(few + (more - few) * factor)
 
 
-def _result(run: _Run, setup: TrainingSetup, *, extrapolated: bool) -> MemoryEstimate:
+def _result(run: _Run, recipe: Recipe, device: str, *, extrapolated: bool) -> MemoryEstimate:
     phases = {}
     for phase in PHASES:
         own = (f"{phase} ", f"{phase}/")
@@ -352,10 +343,10 @@ def _result(run: _Run, setup: TrainingSetup, *, extrapolated: bool) -> MemoryEst
         categories=top.categories,
         rotations=top.rotations,
         phases=phases,
-        tokens=setup.batch_size * setup.seq_len,
+        tokens=recipe.train.micro_batch * recipe.data.seq_len,
         parameters=run.parameters,
         trainable=run.trainable,
         extrapolated=extrapolated,
-        setup=setup,
-        reserved=run.reserved,
+        recipe=recipe,
+        device=device,
     )
