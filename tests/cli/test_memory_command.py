@@ -20,51 +20,57 @@ def app():
     return app
 
 
-@pytest.fixture
-def config(tmp_path):
-    values = {"model_type": "llama", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128}
-    values |= {"num_hidden_layers": 1, "num_attention_heads": 2}
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    return str(tmp_path)
+SIZES = ["model.hidden_size=64", "model.intermediate_size=128", "model.num_layers=1", "model.num_heads=2"]
+TINY = ["memory", "demo", *SIZES, "data.vocab_size=300", "data.seq_len=64", "poet.block_size=32"]
 
 
-def test_table_bar_and_batch(app, config):
-    shared = ["memory", "--model", config, "--seq-len", "64"]
-    table = runner.invoke(app, [*shared, "--compare", "adamw,mem,int8", "--block-size", "64"])
+def test_table_bar_and_batch(app):
+    table = runner.invoke(app, [*TINY, "train.batch_size=4", "--methods", "adamw,int8"])
     assert table.exit_code == 0, table.exception
-    for word in ("adamw", "mem", "int8", "activations", "of rotations", "peak", "█"):
+    for word in ("adamw", "int8", "activations", "of rotations", "peak", "█", "4 x 64 tokens a pass"):
         assert word in table.stdout
-    assert "held by the allocator" not in table.stdout
-    card = runner.invoke(app, [*shared, "--mode", "adamw", "--gpu", "0.01", "--reserved"])
-    assert "held by the allocator" in card.stdout
-    assert "adamw on 0.01 GB: fits, up to batch" in card.stdout
+    card = runner.invoke(app, [*TINY[:-1], "--methods", "adamw", "--gpu", "0.005"])
+    assert "adamw on 0.005 GB: fits, up to batch" in card.stdout
 
 
-def test_json_and_plot(app, config, tmp_path):
-    args = ["memory", "--model", config, "--mode", "mem", "--block-size", "32", "--stack", "--json"]
-    result = runner.invoke(app, [*args, "--plot", str(tmp_path / "deep" / "a.png")])
-    document = json.loads(result.stdout)
-    (estimate,) = document["estimates"]
+def test_json_and_plot(app, tmp_path):
+    words = [*TINY, "method=mem", "optimizer.state_dtype=int8", "--json", "--plot", str(tmp_path / "deep" / "a.png")]
+    document = json.loads(runner.invoke(app, words).stdout)
+    estimate = document["estimates"]["demo"]
     assert estimate["peak"] == sum(estimate["categories"].values())
-    assert estimate["setup"]["optimizer_state"] == "int8"
+    assert estimate["recipe"]["optimizer"]["state_dtype"] == "int8"
+    assert estimate["recipe"]["train"]["dtype"] == "bfloat16"
     assert (tmp_path / "deep" / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_in_a_comparison_a_setting_reaches_the_methods_that_have_it(app):
+    words = [*TINY, "optimizer.state_dtype=same", "--methods", "adamw,mem,muon", "--device", "cpu", "--json"]
+    estimates = json.loads(runner.invoke(app, words).stdout)["estimates"]
+    assert estimates["adamw"]["recipe"]["optimizer"]["state_dtype"] == "same"
+    assert estimates["adamw"]["recipe"]["poet"] is None
+    assert estimates["mem"]["recipe"]["poet"]["block_size"] == 32
 
 
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--mode", "adam"], "method='adam'"),
-        (["--compare", "adamw,adamww"], "did you mean 'adamw'"),
-        (["--model", "nowhere"], "nowhere: no such shape"),
+        (["--methods", "adam"], "method=adam: no such method"),
+        (["--methods", "adamw,adamww"], "did you mean 'adamw'"),
+        (["--methods", " , "], "names no method"),
         (["--gpu", "-3"], "gpu=-3.0"),
         (["--gpu", "inf"], "gpu=inf: must be a positive, finite number"),
-        (["--mode", "fast", "--weight-format", "int8"], "weight_format=int8: is for method='mem'"),
-        (["--mode", "adamw", "--weight-residual"], "weight_extra_bits: is for method='mem' or 'fast'"),
-        (["--weight-format", "int9"], "did you mean 'int8'"),
-        (["--compare", " , "], "names no mode"),
-        (["--mode", "int8", "--weight-format", "int4"], "weight_format=int4: mode=int8"),
+        (["--device", "tpu"], "device=tpu"),
         (["--plot", "a.gif"], "must end in .png"),
-        (["--mode", "muon", "--optimizer-state", "int8"], "optimizer_state=int8"),
+        (["nowhere"], "nowhere: no such recipe"),
+        (["demo", "model.config=nowhere"], "model.config=/"),
+        (["demo", "--methods", "adamw", "poet.block_size=32"], "poet.block_size"),
+        (["demo", "poet.weight_format=int9"], "int8"),
+        (["--model", "llama-8b"], "--model: say the recipe itself"),
+        (["demo", "--mode=mem"], "--mode: say --methods"),
+        (["--compare", "adamw,mem"], "--compare: say --methods"),
+        (["demo", "--stack"], "--stack: say model.gradient_checkpointing=true"),
+        (["demo", "--reserved"], "--reserved: say nothing"),
+        (["demo", "--metods", "mem"], "--metods: no such option"),
     ],
 )
 def test_mistakes_are_one_line(app, args, words):
