@@ -63,7 +63,6 @@ def test_in_a_comparison_a_setting_reaches_the_methods_that_have_it(app):
         (["--plot", "a.gif"], "must end in .png"),
         (["nowhere"], "nowhere: no such recipe"),
         (["demo", "model.config=nowhere"], "model.config=/"),
-        (["demo", "--methods", "adamw", "poet.block_size=32"], "poet.block_size"),
         (["demo", "poet.weight_format=int9"], "int8"),
         (["--model", "llama-8b"], "--model: say the recipe itself"),
         (["demo", "--mode=mem"], "--mode: say --methods"),

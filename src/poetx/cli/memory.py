@@ -52,7 +52,7 @@ _FORMER = {
     "--release-gradients": "optimizer.release_gradients=true optimizer.clip=null",
     "--stack": "model.gradient_checkpointing=true train.chunked_loss=true optimizer.release_gradients=true "
     "optimizer.clip=null optimizer.state_dtype=int8 poet.rotation_dtype=bfloat16",
-    "--reserved": "nothing (torch.cuda.memory_stats says it where there is a card)",
+    "--reserved": "nothing (where there is a card, poetx train train.memory_every=N measures it)",
 }
 
 
@@ -93,15 +93,13 @@ def memory(
 
 
 def _planned(source: str, overrides: Sequence[str], methods: Sequence[str] | None) -> Iterator[tuple[str, Recipe]]:
-    """Recipes by a name for the table. What a method of several has no use for is left out instead of refused."""
+    """Recipes by a name for the table. What a method has no use for is left out instead of refused."""
     from poetx.methods import METHODS, with_method
     from poetx.recipe import load_recipe
 
     if methods is None:
         found = load_recipe(source, overrides, text=False)
         yield found.name, found
-    elif len(methods) == 1:
-        yield methods[0], load_recipe(source, [f"method={methods[0]}", *overrides], text=False)
     else:
         given = dict(override.partition("=")[::2] for override in overrides)
         plain = load_recipe(source, overrides, text=False)
