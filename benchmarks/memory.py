@@ -73,7 +73,7 @@ TARGETS: dict[str, tuple[str, list[str], float]] = {
     "8B, 1 × 1024, single-step, full stack": ("llama-8b", settings("single-step-mem", more=_STACK), 18.14),
     "8B, 1 × 1024, single-step, free spectrum, b=128, full stack": (
         "llama-8b",
-        settings("single-step-mem", more=f"{_STACK} poet.spectrum=free poet.block_size=128"),
+        settings("single-step-mem", more=f"{_STACK} poet.update=free poet.block_size=128"),
         18.14,
     ),
 }

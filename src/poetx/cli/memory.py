@@ -36,7 +36,7 @@ _FORMER = {
     "--compare": "--methods NAME,NAME",
     "--block-size": "poet.block_size=N",
     "--partitions": "nothing (there is one)",
-    "--spectrum": "poet.spectrum=fixed or free",
+    "--spectrum": "poet.update=rotation or free",
     "--weight-format": "--methods int8, int4, nf4, fp8 or bipolar-intN",
     "--group-size": "poet.group_size=N",
     "--weight-residual": "poet.weight_extra_bits=true",
