@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -110,6 +111,41 @@ def test_a_finished_run_without_a_sample_is_no_failure(
     out = capsys.readouterr().out
     assert "no sample: the model's output is not finite" in out
     assert "poetx generate runs/small" in out
+
+
+def test_a_finished_run_whose_model_generates_otherwise_is_no_failure(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from poetx.runs import generate
+
+    monkeypatch.setattr(generate, "generate_text", lambda *args, **options: [][1])
+    assert main(["train", "small.yaml", "data.train=text.txt", "train.steps=1"]) == 0
+    out = capsys.readouterr().out
+    assert "no sample: IndexError" in out
+    words = re.search(r"poetx generate runs/small --prompt '(.*)'", out)
+    assert words
+    assert words[1] in (place / "text.txt").read_text()
+
+
+def test_a_fault_of_ours_keeps_its_traceback_and_says_what_is_saved(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from poetx.train.progress import PlainReporter
+
+    def step(self: PlainReporter, entry: dict) -> None:
+        if entry["step"] in fails_at:
+            raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(PlainReporter, "step", step)
+    fails_at = set()
+    for at, said in ((1, "nothing saved yet"), (3, "lost: runs/small/checkpoints/step-00000002")):
+        fails_at.clear()
+        fails_at.add(at)
+        assert main(["train", "small.yaml", "data.train=text.txt"]) == 1
+        captured = capsys.readouterr()
+        assert 'raise ZeroDivisionError("ours")' in captured.err
+        assert said in captured.out
+    assert "continue with: poetx train runs/small --resume" in captured.out
 
 
 def test_characters_that_the_terminal_lacks_are_replaced(trained: Path) -> None:

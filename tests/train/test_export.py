@@ -10,7 +10,8 @@ import pytest
 import transformers
 from safetensors import SafetensorError
 
-from poetx.data.tokenizer import END_OF_TEXT, train_tokenizer
+import builders
+from poetx.data.tokenizer import END_OF_TEXT, fast_tokenizer, train_tokenizer
 from poetx.errors import UserError
 from poetx.recipe import Recipe
 from poetx.runs.evaluate import evaluate_run
@@ -120,3 +121,42 @@ def test_a_model_from_elsewhere_without_an_end_of_text_is_one_line(tiny: Tiny, t
     assert isinstance(generate_text(loaded, "alpha", max_new_tokens=3), str)
     with pytest.raises(UserError, match="names no end-of-text token"):
         generate_text(loaded, "", max_new_tokens=3)
+
+
+@pytest.mark.parametrize(("known", "expected"), [(5, 0), ([5, 7], 0), (None, 0), (0, 0), ([7, 0], [7, 0])])
+def test_an_export_stops_where_documents_of_training_ended(tmp_path: Path, known: object, expected: object) -> None:
+    """Whatever the checkpoint that training began with had stopped at."""
+    model = builders.llama()
+    model.config.eos_token_id = model.generation_config.eos_token_id = known
+    fast_tokenizer(tokenizer_directory(tmp_path / "own", None) / "tokenizer.json", END_OF_TEXT).save_pretrained(
+        tmp_path / "own"
+    )
+    export_model(model, tmp_path / "own", tmp_path / "out")
+    loaded = load_run(str(tmp_path / "out"), device="cpu").model
+    assert loaded.config.eos_token_id == loaded.generation_config.eos_token_id == expected
+
+
+def test_every_chat_template_is_exported_into_a_directory_that_was_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tokenizer_directory(tmp_path / "own", None)
+    tokenizer = fast_tokenizer(own / "tokenizer.json", END_OF_TEXT)
+    tokenizer.chat_template = {"default": "{{ messages }}", "rag": "{{ documents }}"}
+    tokenizer.save_pretrained(own)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export_model(builders.llama(), own, Path())
+    assert Path("config.json").is_file()
+    templates = load_run(".", device="cpu").tokenizer.chat_template
+    assert sorted(templates) == ["default", "rag"]
+
+
+def test_a_full_disk_while_the_tokenizer_is_written_is_one_line(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: object, directory: Path, **options: object) -> None:
+        raise Exception("No space left on device (os error 28)")  # what the tokenizers library raises
+
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", full)
+    recipe = tiny("train.steps=1")
+    with pytest.raises(UserError, match=r"tokenizer: could not be written \(No space left .*; free some"):
+        train(recipe)
+    assert not [path for path in recipe.directory.iterdir() if "tokenizer" in path.name]

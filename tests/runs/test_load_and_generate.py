@@ -1,0 +1,87 @@
+"""What a directory from elsewhere may hold, and text that goes on where the prompt ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from builders import Tiny
+from poetx.errors import UserError
+from poetx.runs.generate import generate_text
+from poetx.runs.load import LoadedModel, load_run
+from poetx.train.run import train
+
+
+def always(word: str) -> LoadedModel:
+    """A model that says ``word`` whatever it is asked, with a tokenizer that drops the space before a text."""
+    vocab = {"</s>": 0, "<unk>": 1, "▁one": 2, "▁two": 3, "▁three": 4}
+    raw = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    raw.decoder = decoders.Metaspace()
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=5, n_embd=8, n_layer=1, n_head=1, n_positions=16, eos_token_id=0, bos_token_id=0)
+    )
+    with torch.no_grad():
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.fill_(1.0)
+        model.lm_head.weight = torch.nn.Parameter(torch.zeros(5, 8))
+        model.lm_head.weight[vocab[word]] = 9.0
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", unk_token="<unk>")
+    return LoadedModel(model.eval(), tokenizer, torch.device("cpu"), None, [])
+
+
+@pytest.mark.parametrize("prompt", ["one", "two one", "three two one " * 9])
+def test_the_space_after_the_prompt_is_kept(prompt: str) -> None:
+    text = generate_text(always("▁two"), prompt.strip(), max_new_tokens=3, temperature=0)
+    assert text == " two two two"
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-44, 1e-40, 1e-7])
+def test_a_temperature_next_to_zero_is_the_likeliest_token(temperature: float) -> None:
+    loaded = always("▁three")
+    assert generate_text(loaded, "one", max_new_tokens=2, temperature=temperature) == " three three"
+
+
+@pytest.mark.parametrize("temperature", [float("nan"), float("inf"), -0.1])
+def test_a_temperature_that_is_none_is_refused(temperature: float) -> None:
+    with pytest.raises(UserError, match=r"--temperature=.*: must be a number from 0 on"):
+        generate_text(always("▁one"), "one", temperature=temperature)
+
+
+def test_a_prompt_that_is_no_unicode_is_refused() -> None:
+    prompt = b"caf\xe9".decode("utf-8", "surrogateescape")  # as Python hands over such an argument
+    with pytest.raises(UserError, match=r"--prompt='caf\\udce9': not valid Unicode") as caught:
+        generate_text(always("▁one"), prompt)
+    str(caught.value).encode()
+
+
+@pytest.mark.parametrize("content", [b"null", b"[]", b"3", b"{" + b'"a": [' * 100_000, b"\xff"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_a_damaged_export_is_one_line(export: Path, name: str, content: bytes) -> None:
+    before = (export / name).read_bytes()
+    (export / name).write_bytes(content)
+    try:
+        with pytest.raises(UserError, match=export.name) as caught:
+            load_run(str(export), device="cpu")
+        assert "\n" not in str(caught.value)
+    finally:
+        (export / name).write_bytes(before)
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    loaded, place = always("▁one"), tmp_path_factory.mktemp("damaged")
+    loaded.model.save_pretrained(place)
+    loaded.tokenizer.save_pretrained(place)
+    return place
+
+
+def test_a_run_whose_tokenizer_is_damaged_is_one_line(tiny: Tiny) -> None:
+    result = train(tiny("train.steps=1", "train.export=false"))
+    (result.run_dir / "tokenizer" / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="tokenizer: its tokenizer cannot be read"):
+        load_run(str(result.run_dir))
