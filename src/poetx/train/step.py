@@ -94,13 +94,16 @@ class TrainingStep:
         Args:
             clip: largest norm over all gradients, or None.
         """
+        snapshot = getattr(self.optimizer, "snapshot", None)
+        if snapshot is not None and len(micro_batches) > 1:  # the first ones feed a momentum, whatever the last one is
+            snapshot()
         total, router = self._accumulate(micro_batches, reads=True)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters() if p.grad is not None])
         numbers = [total.double(), grad_norm.to(total.device).double(), *([] if router is None else [router.double()])]
         loss, norm, *rest = torch.stack(numbers).cpu().tolist()
         skipped = not all(map(math.isfinite, (loss, norm, *rest)))
         if skipped:
-            self._discard()
+            self._discard(fed=len(micro_batches) > 1)
         else:
             if clip is not None and norm > clip:
                 torch.nn.utils.clip_grads_with_norm_(self._parameters(), clip, grad_norm)
@@ -124,8 +127,9 @@ class TrainingStep:
         self.phase("after")
         self.optimizer.zero_grad()
 
-    def _discard(self) -> None:
-        self.optimizer.zero_grad()
+    def _discard(self, *, fed: bool) -> None:
+        discard = getattr(self.optimizer, "discard", None) if fed else None
+        (discard or self.optimizer.zero_grad)()
         release = release_handle(self.optimizer)
         if release is not None:
             release.reset()
