@@ -166,6 +166,7 @@ def test_another_source_of_the_model_replaces_the_files() -> None:
             "optimizer.momentum=0.9",
             r"^optimizer\.momentum=0\.9: is SGD's and has no effect with .*=adamw; leave it out",
         ),
+        ("poet.spectrum=free", r"^poet\.update=free: is for poet\.method=single-step"),
         ("poet.update=free", r"^poet\.update=free: is for poet\.method=single-step"),
         ("poet.group_size=64", r"^poet\.group_size=64: is for poet\.weight_format"),
         ("model.recompute=mem", r"^model\.recompute=mem: is for model\.gradient_checkpointing=true"),
@@ -307,6 +308,20 @@ def test_a_file_cannot_either(tmp_path: Path) -> None:
 def test_what_the_file_sets_for_another_choice_goes_with_it(overrides: list[str]) -> None:
     recipe = load_recipe("demo", overrides)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("source", "override", "key", "value"),
+    [
+        ("demo-single-step", "poet.spectrum=fixed", "update", "rotation"),
+        ("demo-single-step", "poet.spectrum=free", "update", "free"),
+        ("demo", "poet.weight_residual=true", "weight_extra_bits", True),
+    ],
+)
+def test_an_override_by_a_former_name_goes_before_the_file(source: str, override: str, key: str, value: object) -> None:
+    poet = load_recipe(source, [override]).poet
+    assert poet is not None
+    assert poet.model_dump()[key] == value
 
 
 def test_a_method_may_stand_in_a_file(tmp_path: Path) -> None:

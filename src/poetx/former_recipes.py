@@ -30,8 +30,7 @@ def modernize(values: dict[str, Any], *, of_a_run: bool = False, keep: Container
     poet = values.get("poet")
     if isinstance(poet, dict):
         if "spectrum" in poet:
-            update = poet.pop("spectrum")
-            poet.setdefault("update", "rotation" if update == "fixed" else update)
+            poet["update"] = _update(poet.pop("spectrum"))
         for key, (left, words) in _ONLY.items():
             value = poet.pop(key, left)
             if value != left and poet.get("method") == "single-step":
@@ -51,9 +50,15 @@ def modernize(values: dict[str, Any], *, of_a_run: bool = False, keep: Container
     return notes
 
 
-def modern_key(key: str) -> str:
-    """Today's name of a dotted key."""
-    return RENAMED.get(key, key)
+def modern_override(key: str, value: Any) -> tuple[str, Any]:
+    """Today's dotted key and value of an override."""
+    if key == "poet.spectrum":
+        return "poet.update", _update(value)
+    return RENAMED.get(key, key), value
+
+
+def _update(spectrum: Any) -> Any:
+    return "rotation" if spectrum == "fixed" else spectrum
 
 
 def _rename(values: dict[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError, model_validator
 
 from poetx.errors import UserError, nearest, one_line
-from poetx.former_recipes import drop_without_effect, modern_key, modernize, without_effect
+from poetx.former_recipes import drop_without_effect, modern_override, modernize, without_effect
 from poetx.sections import (
     SIZES,
     DataRecipe,
@@ -170,7 +170,7 @@ def load_recipe(source: str | None = None, overrides: Sequence[str] = (), *, tex
     for section, key, value in without_effect(values):
         raise _without_effect(values, section, key, value)
     given: set[str] = set()
-    pairs = [_parse(override) for override in overrides]
+    pairs = [modern_override(*_parse(override)) for override in overrides]
     for key, value in pairs:
         if key == "method":
             put_method(values, value)
@@ -178,7 +178,7 @@ def load_recipe(source: str | None = None, overrides: Sequence[str] = (), *, tex
     for key, value in pairs:
         if key != "method":
             _set(values, key, value)
-            given.add(modern_key(key))
+            given.add(key)
     modernize(values, keep=given)
     _drop_other_sources(values, given)
     drop_without_effect(values, keep=given)
