@@ -1,0 +1,232 @@
+"""What is taken back, and what an exception leaves: each matrix as before or stepped, never between."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from builders import mlp
+from poetx import POETX, PoetConfig, UserError, convert_
+
+FORMS = {
+    "layers": {"converted": True},
+    "layers, bfloat16 momentum": {"converted": True, "momentum_dtype": "bfloat16"},
+    "layers, no look-ahead": {"converted": True, "nesterov": False},
+    "drop-in": {},
+    "released": {"release_gradients": True},
+    "released, free, bfloat16 weights": {"release_gradients": True, "update": "free", "dtype": torch.bfloat16},
+}
+
+
+def start(*, converted=False, dtype=torch.float32, **settings):
+    torch.manual_seed(0)
+    model = mlp().to(dtype)
+    if converted:
+        narrow = settings.pop("momentum_dtype", "float32")
+        convert_(model, PoetConfig(method="single-step", block_size=4, rotation_dtype=narrow))
+    else:
+        settings["block_size"] = 4
+    return model, POETX(model, **settings)
+
+
+def backward(model, seed):
+    x = torch.randn(5, 11, generator=torch.Generator().manual_seed(seed)).to(next(model.parameters()).dtype)
+    model(x).exp().mean().backward()
+
+
+def train(model, optimizer, seeds):
+    for seed in seeds:
+        backward(model, seed)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def kept(model, optimizer):
+    return copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_a_step_that_is_discarded_leaves_nothing(form, steps):
+    runs = []
+    for skip in (False, True):
+        model, optimizer = start(**FORMS[form])
+        train(model, optimizer, range(steps))
+        if skip:
+            before = kept(model, optimizer)
+            optimizer.snapshot()
+            for part in range(3):
+                backward(model, 100 + part)
+            optimizer.discard()
+            torch.testing.assert_close(kept(model, optimizer), before, rtol=0, atol=0)
+            optimizer.step()  # nothing came since
+            torch.testing.assert_close(kept(model, optimizer), before, rtol=0, atol=0)
+        train(model, optimizer, range(50, 54))
+        runs.append(kept(model, optimizer))
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
+
+
+def test_without_a_snapshot_nothing_is_taken_back_in_silence():
+    model, optimizer = start(converted=True)
+    optimizer.discard()
+    backward(model, 0)
+    with pytest.raises(UserError, match=r"call snapshot\(\) before the first backward"):
+        optimizer.discard()
+    optimizer.snapshot()
+    optimizer.step()
+    optimizer.zero_grad()
+    backward(model, 1)  # the snapshot was of the step before
+    with pytest.raises(UserError, match="snapshot"):
+        optimizer.discard()
+
+
+def interrupted(step, line):
+    """Call ``step`` with a KeyboardInterrupt at the so many-th line of the optimizer's own files; whether it came."""
+    seen = 0
+
+    def trace(frame, event, _):
+        nonlocal seen
+        if "/optim/poetx" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            seen += 1
+            if seen == line:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        step()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_interrupt_anywhere_leaves_each_matrix_as_before_or_stepped(form):
+    def matrices(model, optimizer):
+        states = [optimizer.state[p] for p in optimizer.param_groups[0]["params"]]
+        weights = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
+        return [(w, copy.deepcopy(s)) for w, s in zip(weights, states, strict=True)]
+
+    model, optimizer = start(**FORMS[form])
+    train(model, optimizer, range(3))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+
+    def again():
+        optimizer.close()
+        model.load_state_dict(saved[0])
+        fresh = POETX(model, **{k: v for k, v in FORMS[form].items() if k not in ("converted", "dtype")} | own)
+        fresh.load_state_dict(saved[1])
+        backward(model, 9)
+        return fresh
+
+    own = {} if FORMS[form].get("converted") else {"block_size": 4}
+    optimizer = again()
+    before = matrices(model, optimizer)
+    optimizer.step()
+    after = matrices(model, optimizer)
+    counts, line = set(), 0
+    while True:
+        line += 1 + line // 5
+        optimizer.zero_grad()
+        optimizer = again()
+        if not interrupted(optimizer.step, line):
+            break
+        now = matrices(model, optimizer)
+        done = [int(state["step"]) - 3 for _, state in now]
+        counts.add(sum(done))
+        for found, old, new, stepped in zip(now, before, after, done, strict=True):
+            torch.testing.assert_close(found, new if stepped else old, rtol=0, atol=0)
+        if optimizer._matrices[0].layer is not None or optimizer._matrices[0].handle is not None:
+            optimizer.step()  # goes on where it was: those that are through have no gradient left
+            torch.testing.assert_close(matrices(model, optimizer), after, rtol=0, atol=0)
+    assert len(counts) > 2
+
+
+def test_a_state_of_the_version_before_is_taken():
+    """Partitions in front, the look-ahead named after its side, numbers without tensors."""
+    runs = []
+    for older in (False, True):
+        model, optimizer = start(converted=True)
+        train(model, optimizer, range(3))
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        if older:
+            for state in saved[1]["state"].values():
+                if "momentum_in" in state:
+                    momentum = state["momentum_out"]  # after three steps its turn
+                    state["before_out_0"] = state.pop("before")[: momentum.numel()].view_as(momentum)
+                    state["step"] = int(state["step"])
+                    state["momentum_in"], state["momentum_out"] = state["momentum_in"][None], momentum[None]
+            del saved[1]["param_groups"][0]["momentum"]
+        model, optimizer = start(converted=True)
+        model.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+        train(model, optimizer, range(3, 7))
+        runs.append(model.state_dict())
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
+
+
+def test_gradients_that_are_only_returned_feed_no_momentum():
+    model, optimizer = start(converted=True)
+    x = torch.randn(5, 11, requires_grad=True)
+    parameters = [x, *(p for p in model.parameters() if p.requires_grad)]
+    returned = torch.autograd.grad(model(x).exp().mean(), parameters)
+    anchors = [m.momentum.anchor for m in model.modules() if hasattr(m, "momentum")]
+    torch.autograd.grad(model(x).exp().mean(), [x, *anchors], allow_unused=True)
+    assert not any(state["momentum_in"].any() for state in optimizer.state.values())
+    before = copy.deepcopy(model.state_dict())
+    optimizer.step()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    model(x).exp().mean().backward()
+    for p, gradient in zip(parameters, returned, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+    assert all(optimizer.state[p]["momentum_in"].any() for p in optimizer.param_groups[0]["params"])
+
+
+@pytest.mark.parametrize("how", ["method", "attribute"])
+def test_a_part_that_is_frozen_after_conversion_stays(how):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8)), nn.Linear(8, 8))
+    convert_(model, PoetConfig(method="single-step", block_size=4))
+    optimizer = POETX(model)
+
+    def freeze(frozen):
+        if how == "method":
+            model[0].requires_grad_(not frozen)
+        for p in model[0].parameters() if how == "attribute" else ():
+            p.requires_grad = not frozen
+
+    def moved():
+        before = [p.detach().clone() for p in model.parameters()]
+        model(torch.randn(5, 8)).exp().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+
+    freeze(True)
+    assert moved() == [False, False, False, True, True]
+    freeze(False)
+    assert moved() == [True] * 5
+    freeze(True)
+    assert copy.deepcopy(model)[0][0].frozen
+    assert not model[0][0].weight.requires_grad
+
+
+def test_a_narrow_momentum_of_layers_does_not_depend_on_the_global_generator():
+    runs = []
+    for seed in (0, 1):
+        model, optimizer = start(converted=True, momentum_dtype="bfloat16")
+        torch.manual_seed(seed)
+        for step in range(4):
+            backward(model, 2 * step)
+            backward(model, 2 * step + 1)
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(kept(model, optimizer))
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
