@@ -151,12 +151,9 @@ def _place(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
 def _report(rows: Iterable[dict[str, Any]], out: Path | None, as_json: bool, columns: tuple[str, ...]) -> None:
     """Every row as soon as it is there: a run that is cut short leaves what it has."""
     from poetx.bench.timing import append
-    from poetx.train.environment import keep_freed_memory
 
-    settings = {"keeps_freed_memory": keep_freed_memory()}  # as `poetx train` does
     header = True
     for row in rows:
-        row |= settings
         if out is not None:
             append(out, [row])
         if as_json:

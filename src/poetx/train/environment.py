@@ -45,22 +45,6 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
-def keep_freed_memory() -> bool:
-    """Tell glibc to keep what is freed instead of handing it back to the system: a process that trains needs it again.
-
-    Handing back 16 MiB and touching it anew took 5 ms here, as long as a block product that writes it. For programs,
-    not for the library: it concerns the whole process. False where the C library has no such setting.
-    """
-    import ctypes
-
-    trim_threshold, mmap_threshold, largest_accepted = -1, -3, 32 << 20  # malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):  # macOS, musl, Windows
-        return False
-    return bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_threshold, largest_accepted))
-
-
 def peak_memory_gib(device: torch.device) -> float:
     """Largest memory so far in GiB: allocated by torch on a GPU, else the process's (0 where no system tells)."""
     if device.type == "cuda":
