@@ -4,14 +4,13 @@ import pytest
 import torch
 
 from helpers import TOLERANCE, random_skew, relative_error
-from poetx.ops import reference, weight_side
+from poetx.ops import reference
 from poetx.ops.block_diagonal import _SLICE_BYTES
 from poetx.ops.cayley import cayley
 from poetx.ops.linear import poet_linear
 from poetx.ops.reference import EXACT
 
-#: tokens, in, out, b_in, b_out: divisible, ragged, prime, larger than the layer, width one, one token. With as many
-#: tokens as features of the other side it is the weight that is rotated, on one side or on both.
+#: tokens, in, out, b_in, b_out: divisible, ragged, prime, larger than the layer, width one, one token, many.
 SHAPES = [
     (9, 8, 12, 4, 4),
     (5, 13, 10, 4, 6),
@@ -20,11 +19,7 @@ SHAPES = [
     (4, 1, 5, 1, 3),
     (1, 6, 1, 4, 1),
     (9, 8, 12, 12, 4),
-    (12, 14, 9, 5, 4),
-    (16, 8, 12, 4, 4),
     (30, 13, 10, 4, 6),
-    (23, 7, 11, 7, 5),
-    (11, 5, 1, 3, 1),
 ]
 
 
@@ -78,7 +73,7 @@ def test_output_and_gradients_equal_the_reference(shape, bias, order, mode):
 
 
 @pytest.mark.parametrize("mode", ["fast", "mem"])
-@pytest.mark.parametrize(("order", "tokens"), [(3, 3), (7, 3), (EXACT, 3), (3, 6), (3, 8)])
+@pytest.mark.parametrize(("order", "tokens"), [(3, 3), (7, 3), (EXACT, 3), (3, 8)])
 def test_gradcheck_ragged_with_bias(order, tokens, mode):
     inputs, frozen = problem((tokens, 7, 5, 3, 4))
     weight = frozen.pop("weight")[frozen["perm_out"].long()][:, frozen["perm_in"].long()]
@@ -105,38 +100,19 @@ def test_lower_precision_stays_near_the_float64_reference(tokens, dtype, mode):
 
 
 @pytest.mark.parametrize("mode", ["fast", "mem"])
-@pytest.mark.parametrize("weight_side_too", [False, True])
-def test_many_slices_equal_one(weight_side_too, mode, monkeypatch):
-    if not weight_side_too:
-        monkeypatch.setattr(weight_side, "cheaper", lambda x, rows: False)
+def test_many_slices_equal_one(mode, monkeypatch):
     inputs, frozen = problem((200, 13, 10, 4, 6))
     y = run(inputs, frozen, order=3, mode=mode)
     whole = {"y": y} | gradients(y, inputs)
     monkeypatch.setitem(_SLICE_BYTES, "cpu", 1)  # 64 tokens a slice: 64 + 64 + 64 + 8
-    monkeypatch.setattr(weight_side, "_BYTES", 1)  # one block at a time
     y = run(inputs, frozen, order=3, mode=mode)
     for name, got in ({"y": y} | gradients(y, inputs)).items():
         assert relative_error(got, whole[name]) < TOLERANCE[torch.float64], name
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, True), (torch.bfloat16, False)])
-def test_the_weight_is_rotated_where_tokens_are_many_and_never_rounded_to_bfloat16(dtype, expected, monkeypatch):
-    calls: list[tuple[int, int]] = []
-    real = weight_side.turned
-    monkeypatch.setattr(weight_side, "turned", lambda *args: (calls.append(args[0].shape), real(*args))[1])
-    for mode in ("fast", "mem"):
-        for tokens, many in ((7, False), (12, True)):
-            calls.clear()
-            inputs, frozen = problem((tokens, 8, 12, 4, 4), dtype=dtype)
-            y = run(inputs, frozen, order=3, mode=mode)
-            y.sum().backward()
-            # With 7 tokens, not even the input's side of 8 features would gain.
-            assert bool(calls) == (many and expected), (mode, tokens)
-
-
 @pytest.mark.parametrize("mode", ["fast", "mem"])
-@pytest.mark.parametrize("tokens", [9, 14])
-def test_strided_input_and_gradient(tokens, mode):
+def test_strided_input_and_gradient(mode):
+    tokens = 9
     inputs, frozen = problem((tokens, 8, 12, 4, 4))
     wide = torch.randn(tokens, 16, dtype=torch.float64)
     inputs["x"] = wide[:, ::2].requires_grad_()
@@ -152,9 +128,8 @@ def test_strided_input_and_gradient(tokens, mode):
 
 
 @pytest.mark.parametrize("mode", ["fast", "mem"])
-@pytest.mark.parametrize("tokens", [9, 14])
-def test_no_gradient_for_an_input_that_needs_none(tokens, mode):
-    inputs, frozen = problem((tokens, 8, 12, 4, 4))
+def test_no_gradient_for_an_input_that_needs_none(mode):
+    inputs, frozen = problem((9, 8, 12, 4, 4))
     inputs["x"] = inputs["x"].detach()
     y = run(inputs, frozen, order=3, mode=mode)
     want = torch.autograd.grad(reference.poet_linear(**inputs, **frozen, order=3).sum(), inputs["q_in"])[0]
@@ -193,15 +168,12 @@ def test_mem_saves_the_input_and_parameters_only():
     assert all(t.ndim < 3 for t in saved), "something of size blocks x b x b"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fast_saves_what_it_says(dtype):
-    """b [50, 40] where it has to be kept, and nothing for it where the weight's gradient stands in."""
-    inputs, frozen = problem((50, 24, 40, 8, 8), dtype=dtype)
+def test_fast_saves_what_it_says():
+    inputs, frozen = problem((50, 24, 40, 8, 8), dtype=torch.float32)
     _, saved = saved_tensors(inputs, frozen, "fast")
     shapes = sorted(tuple(t.shape) for t in saved if t.is_floating_point())
     q_in, q_out = tuple(inputs["q_in"].shape), tuple(inputs["q_out"].shape)
-    b = (0, 40) if dtype == torch.float32 else (50, 40)
-    assert shapes == sorted([(50, 24), b, (40, 24), (3, 8, 8), (5, 8, 8), q_in, q_out])
+    assert shapes == sorted([(50, 24), (50, 40), (40, 24), (3, 8, 8), (5, 8, 8), q_in, q_out])
 
 
 def test_autocast_does_not_reach_the_parametrization():

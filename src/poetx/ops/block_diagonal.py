@@ -185,15 +185,3 @@ def rotate_scatter_backward(
 def zeros_like_blocks(G_KBB: Tensor) -> Tensor:
     """Where :func:`add_block_outer_` accumulates: float32, or float64 for float64."""
     return torch.zeros_like(G_KBB, dtype=torch.promote_types(G_KBB.dtype, torch.float32))
-
-
-def block_outer(x_NF: Tensor, G_KBB: Tensor, perm: Tensor, grad_NF: Tensor) -> Tensor:
-    """``x_kᵀ · grad[:, perm]_k`` [K, B, B], float32 or float64: dG of :func:`rotate_scatter` alone."""
-    if use_triton(x_NF, G_KBB.shape[-1]):
-        from poetx.ops.triton import block_diagonal as kernels
-
-        return kernels.outer(x_NF, grad_NF, G_KBB.shape[-1], y_source=perm)
-    dG = zeros_like_blocks(G_KBB)
-    for rows in slices(x_NF):
-        add_block_outer_(dG, x_NF[rows], gather(grad_NF[rows], perm))
-    return dG

@@ -15,9 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from poetx.ops import weight_side
 from poetx.ops.block_diagonal import (
-    block_outer,
     gather_rotate,
     gather_rotate_backward,
     rotate_scatter,
@@ -30,57 +28,26 @@ from poetx.ops.rebuild import rebuild
 
 def _product(x: Tensor, weight: Tensor, G_in: Tensor, perm_in: Tensor) -> Tensor:
     """b = x[:, perm_in] · G_in · W'ᵀ, [N, m] in x's dtype."""
-    weight = weight.to(x.dtype)
-    if weight_side.cheaper(x, weight.shape[0]):
-        return x @ weight_side.turned(weight.T, G_in, perm_in)
-    return gather_rotate(x, perm_in, G_in) @ weight.T
+    return gather_rotate(x, perm_in, G_in) @ weight.to(x.dtype).T
 
 
-def _dense_forward(x, weight, G_in, G_out, perm_in, perm_out, bias):
-    T = weight_side.dense_transposed(weight.to(x.dtype), G_in, G_out, perm_in, perm_out)
-    return x @ T if bias is None else torch.addmm(bias, x, T)
-
-
-def _backward(
-    g: Tensor,
-    x: Tensor,
-    b: Tensor,
-    weight: Tensor,
-    G_in: Tensor,
-    G_out: Tensor,
-    perm_in: Tensor,
-    perm_out: Tensor,
-    needs_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dG_in, dG_out); dx is empty when nobody needs it. An empty b says that the forward did without it."""
-    weight = weight.to(g.dtype)
-    if b.shape[0] != g.shape[0]:
-        return weight_side.backward_from_weight_gradient(g, x, weight, G_in, G_out, perm_in, perm_out, needs_dx)
-    if weight_side.cheaper(g, weight.shape[1]):
-        dG_out = block_outer(b, G_out, perm_out, g)
-        da = g @ weight_side.turned(weight, G_out.transpose(1, 2), perm_out)
-    else:
-        db, dG_out = rotate_scatter_backward(b, G_out, perm_out, g)
-        da = db @ weight
-        del db
+def _backward(g, x, b, weight, G_in, G_out, perm_in, perm_out, needs_dx):
+    """(dx, dG_in, dG_out); dx is empty when nobody needs it."""
+    db, dG_out = rotate_scatter_backward(b, G_out, perm_out, g)
+    da = db @ weight.to(g.dtype)
+    del db
     dx, dG_in = gather_rotate_backward(x, perm_in, G_in, da, needs_dx)
     return dx, dG_in, dG_out
 
 
-def _keeps_no_b(x, weight, G_in, G_out) -> bool:
-    return weight_side.gradient_cheaper(x, weight.shape[0], max(G_in.shape[-1], G_out.shape[-1]))
-
-
 def _fast_forward(x, weight, G_in, G_out, perm_in, perm_out, bias):
-    if _keeps_no_b(x, weight, G_in, G_out):
-        return _dense_forward(x, weight, G_in, G_out, perm_in, perm_out, bias), x.new_empty(0, weight.shape[0])
     b = _product(x, weight, G_in, perm_in)
     return rotate_scatter(b, G_out, perm_out, bias), b
 
 
 def _fake_fast_forward(x, weight, G_in, G_out, perm_in, perm_out, bias):
-    kept = 0 if _keeps_no_b(x, weight, G_in, G_out) else x.shape[0]
-    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(kept, weight.shape[0])
+    shape = (x.shape[0], weight.shape[0])
+    return x.new_empty(shape), x.new_empty(shape)
 
 
 def _fake_fast_backward(g, x, b, weight, G_in, G_out, perm_in, perm_out, needs_dx):
@@ -104,8 +71,6 @@ _fast_backward_op = register_op(
 def _mem_forward(x, weight, q_in, q_out, perm_in, perm_out, bias, block_size_in: int, block_size_out: int, order: int):
     m, n = weight.shape
     G_in, G_out = cayley_pair(q_in, q_out, n, m, block_size_in, block_size_out, order, x.dtype)
-    if weight_side.cheaper(x, max(m, n)):
-        return _dense_forward(x, weight, G_in, G_out, perm_in, perm_out, bias)
     b = _product(x, weight, G_in, perm_in)
     del G_in
     return rotate_scatter(b, G_out, perm_out, bias)
@@ -127,16 +92,12 @@ def _mem_backward(
     m, n = weight.shape
     settings = (n, m, block_size_in, block_size_out, order)
     G_in, G_out = cayley_pair(q_in, q_out, *settings, x.dtype)
-    if weight_side.cheaper(x, min(m, n)):
-        b = x.new_empty(0, m) if weight_side.cheaper(x, max(m, n)) else _product(x, weight, G_in, perm_in)
-        dx, dG_in, dG_out = _backward(g, x, b, weight, G_in, G_out, perm_in, perm_out, needs_dx)
-        del b, G_in, G_out
-    else:  # as _backward, but b is nobody else's: one buffer [N, m] for b and db, and it is gone before dx is made
-        db, dG_out = rotate_scatter_backward(_product(x, weight, G_in, perm_in), G_out, perm_out, g, overwrite=True)
-        da = db @ weight.to(g.dtype)
-        del db, G_out
-        dx, dG_in = gather_rotate_backward(x, perm_in, G_in, da, needs_dx)
-        del da, G_in
+    # One buffer [N, m] for b and db, gone before dx is made.
+    db, dG_out = rotate_scatter_backward(_product(x, weight, G_in, perm_in), G_out, perm_out, g, overwrite=True)
+    da = db @ weight.to(g.dtype)
+    del db, G_out
+    dx, dG_in = gather_rotate_backward(x, perm_in, G_in, da, needs_dx)
+    del da, G_in
     return dx, *cayley_pair_backward(dG_in, dG_out, q_in, q_out, *settings, x.dtype)
 
 
@@ -176,10 +137,7 @@ _mem_backward_op = register_op(
 
 
 class _FastLinear(torch.autograd.Function):
-    """Saves x, b = a · W'ᵀ [N, m], G_in and G_out in x's dtype; weight, q and permutations are kept anyway.
-
-    On a CPU with many tokens and small layers b is not needed and empty (:func:`weight_side.gradient_cheaper`).
-    """
+    """Saves x, b = a · W'ᵀ [N, m], G_in and G_out in x's dtype; weight, q and permutations are kept anyway."""
 
     @staticmethod
     def forward(ctx, x, weight, q_in, q_out, perm_in, perm_out, bias, block_size_in, block_size_out, order, *blocks):
