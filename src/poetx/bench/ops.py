@@ -1,8 +1,7 @@
 """``poetx bench ops``: the operators against their plain PyTorch twins, at the sizes of the paper's tables.
 
 The twins are what one writes first: ``x[:, perm]`` with autograd's own backward (a scatter-add), blocks unpacked by
-index assignment and the series power by power, one einsum over blocks. All forward and backward. A product with a
-quantized weight is forward only, against dequantizing and the vendor's product, and takes part where its kernel runs.
+index assignment and the series power by power, one einsum over blocks. All forward and backward.
 """
 
 from __future__ import annotations
@@ -17,14 +16,10 @@ from poetx.bench.timing import gate, interleaved, median, provenance
 from poetx.ops import reference
 from poetx.ops.block_diagonal import gather, gather_rotate, gather_rotate_backward, inverse
 from poetx.ops.cayley import cayley, packed_size
-from poetx.ops.dispatch import use_triton
-from poetx.ops.quantize import FUSED_TOKENS, Packed, dequantize, product, quantize_
 
 TOKENS = (2048, 4096, 8192, 16384)
 BLOCKS = (64, 128, 192, 256, 320)
 BLOCK_SIZES = (256, 512)
-#: Few tokens, up to and beyond what the library gives to the fused kernel.
-FEW_TOKENS = (1, FUSED_TOKENS // 2, FUSED_TOKENS, 2 * FUSED_TOKENS, 8 * FUSED_TOKENS)
 
 
 def bench_ops(
@@ -55,13 +50,6 @@ def bench_ops(
             facts = {"tokens": count, "features": features, "block_size": block_size}
             problem = _block_product(count, features, block_size, dtype, device)
             yield _row("gather + block product", facts, problem, repeats, device) | common
-    if not use_triton(torch.empty(1, dtype=dtype, device=device)):
-        return
-    for name in ("int8", "int4", "nf4"):
-        for count in FEW_TOKENS:
-            facts = {"tokens": count, "features": features, "weight_format": name}
-            problem = _quantized_product(count, features, name, dtype, device)
-            yield _row("quantized product", facts, problem, repeats, device) | common
 
 
 Problem = dict[str, Callable[[], object]]
@@ -133,21 +121,6 @@ def _block_product(tokens: int, features: int, block_size: int, dtype: torch.dty
         return y, *torch.autograd.grad(y, [x, G], g)
 
     _compare("gather + block product", ours(), naive(), dtype)
-    return {"ours": ours, "naive": naive}
-
-
-def _quantized_product(tokens: int, features: int, name: str, dtype: torch.dtype, device: torch.device) -> Problem:
-    draw = _draw(device, dtype)
-    x, packed = draw(tokens, features), Packed.empty(features, features, name, 128, device)
-    quantize_(packed, draw(features, features))
-
-    def ours() -> tuple[Tensor]:
-        return (product(x, packed, most=tokens),)
-
-    def naive() -> tuple[Tensor]:
-        return (x @ dequantize(packed, dtype).T,)
-
-    _compare("quantized product", ours(), naive(), dtype)
     return {"ours": ours, "naive": naive}
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +33,6 @@ _SLICE = 1 << 18
 #: The same for reading, where it decides nothing but speed: a cache's worth on a CPU, few launches elsewhere.
 _READ_SLICE = {"cpu": 1 << 18}
 _READ_SLICE_ELSEWHERE = 1 << 24
-#: Tokens up to which a product reads codes instead of a dequantized weight, where the kernel runs at all.
-FUSED_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -255,39 +252,9 @@ def quantize_(packed: Packed, weight: Tensor, *, noise: torch.Generator | None =
 
 
 def _missing(fmt: Format) -> str | None:
-    """What the kernels do not read."""
+    """What the kernel does not read."""
     one_plane = len(list(_planes(fmt.bits))) == 1
     return None if one_plane else f"{fmt.name}; the kernel takes codes of 2, 4 and 8 bits"
-
-
-def _stored(packed: Packed) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The tensors that the kernels take."""
-    levels = _levels_by_code(packed.format.name, packed.codes.device) if packed.format.kind == "table" else None
-    return packed.codes, packed.scale, packed.offset, levels
-
-
-def _settings(packed: Packed) -> dict[str, Any]:
-    fmt = packed.format
-    return {"group_size": packed.group_size, "bits": fmt.bits, "top": fmt.top, "kind": fmt.kind}
-
-
-def fused(x: Tensor, fmt: Format, *, most: int | None = None) -> bool:
-    """Whether :func:`product` is to multiply by the codes themselves: few tokens, on a GPU with Triton.
-
-    One tile of tokens decodes the weight once, as dequantizing does, and spares its way through memory. What several
-    tiles spare is not measured (``poetx bench ops`` does, on a GPU), so larger batches keep to the vendor's product.
-    ``most``: tokens instead of :data:`FUSED_TOKENS`.
-    """
-    return 0 < x.shape[0] <= (FUSED_TOKENS if most is None else most) and use_triton(x, missing=_missing(fmt))
-
-
-def product(x: Tensor, packed: Packed, *, most: int | None = None) -> Tensor:
-    """``x · dequantize(packed, x.dtype)ᵀ``: x [N, columns] → [N, rows], by one kernel where :func:`fused` says so."""
-    if not fused(x, packed.format, most=most):
-        return x @ dequantize(packed, x.dtype).T
-    from poetx.ops.triton import quantize as kernels
-
-    return kernels.product(x, *_stored(packed), **_settings(packed))
 
 
 def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -297,7 +264,9 @@ def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     if use_triton(out, SMALLEST_BLOCK, missing=_missing(fmt)):
         from poetx.ops.triton import quantize as kernels
 
-        return kernels.dequantize(*_stored(packed), out, **_settings(packed))
+        levels = _levels_by_code(fmt.name, out.device) if fmt.kind == "table" else None
+        settings = {"group_size": group_size, "bits": fmt.bits, "top": fmt.top, "kind": fmt.kind}
+        return kernels.dequantize(packed.codes, packed.scale, packed.offset, levels, out, **settings)
     full = columns // group_size
     for rows in _slices(out.shape[0], columns, _READ_SLICE.get(device_type(out), _READ_SLICE_ELSEWHERE)):
         values = _values(unpack(packed.codes[rows], columns, fmt.bits), fmt)

@@ -1,7 +1,6 @@
 """The layer over a quantized base (XQ): *mem*, with W' dequantized inside forward and again inside backward.
 
-Between the two nothing in high precision of W's size is alive; during either one layer's W' is, in x's dtype, except
-that on a GPU a forward of few tokens multiplies by the codes themselves (:func:`poetx.ops.quantize.fused`).
+Between the two nothing in high precision of W's size is alive; during either one layer's W' is, in x's dtype.
 """
 
 from __future__ import annotations
@@ -10,10 +9,8 @@ import torch
 from torch import Tensor
 
 from poetx.ops import linear
-from poetx.ops.block_diagonal import gather_rotate, rotate_scatter
-from poetx.ops.cayley import cayley_pair
 from poetx.ops.library import first_derivatives_only, register_op
-from poetx.ops.quantize import Packed, dequantize, format_of, fused, product
+from poetx.ops.quantize import Packed, dequantize, format_of
 from poetx.ops.rebuild import rebuild
 
 _STORED = "Tensor codes, Tensor scale, Tensor? offset, str weight_format, int group_size"
@@ -27,12 +24,7 @@ def _packed(codes, scale, offset, weight_format: str, group_size: int, perm_in: 
 
 def _forward(x, codes, scale, offset, weight_format, group_size, q_in, q_out, perm_in, perm_out, bias, *sizes):
     packed = _packed(codes, scale, offset, weight_format, group_size, perm_in)
-    if not fused(x, packed.format):
-        return linear._mem_forward(x, dequantize(packed, x.dtype), q_in, q_out, perm_in, perm_out, bias, *sizes)
-    block_size_in, block_size_out, order = sizes
-    features = perm_in.shape[0], perm_out.shape[0]
-    G_in, G_out = cayley_pair(q_in, q_out, *features, block_size_in, block_size_out, order, x.dtype)
-    return rotate_scatter(product(gather_rotate(x, perm_in, G_in), packed), G_out, perm_out, bias)
+    return linear._mem_forward(x, dequantize(packed, x.dtype), q_in, q_out, perm_in, perm_out, bias, *sizes)
 
 
 def _backward(g, x, codes, scale, offset, weight_format, group_size, q_in, q_out, perm_in, perm_out, *settings):
