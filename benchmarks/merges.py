@@ -49,14 +49,14 @@ def run(kind: str, angle: float, merges: int, seed: int, every: int) -> Iterator
     dtype = torch.float32 if kind == "float32" else torch.bfloat16
     config = PoetConfig(block_size=BLOCK, init="normalized", seed=seed, weight_extra_bits=kind == "residual")
     layer = PoetLinear(SIZE, SIZE, bias=False, config=config, name="merges", dtype=dtype)
-    start: Tensor = torch.linalg.svdvals(layer._precise_weight().detach().double())
+    start: Tensor = torch.linalg.svdvals(layer.frozen_weight.precise().detach().double())
     generator = torch.Generator().manual_seed(seed)
     for merge in range(1, merges + 1):
         _draw(layer, angle, generator)
         _naive_merge(layer) if kind == "naive" else layer.merge_()
         if merge % every and merge != merges:
             continue
-        end = torch.linalg.svdvals(layer._precise_weight().detach().double())
+        end = torch.linalg.svdvals(layer.frozen_weight.precise().detach().double())
         change = (end - start).abs() / start
         yield {
             "merges": merge,

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import append, provenance
-from poetx.layers.poet import PoetLinear, stream
+from poetx.layers.poet import PoetLinear
+from poetx.ops.random import stream
 
 Draw = Callable[[PoetLinear, int], tuple[Tensor, Tensor]]
 

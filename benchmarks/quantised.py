@@ -34,7 +34,7 @@ import poetx
 from benchmarks.record import append, provenance
 from poetx import PoetConfig, PoetLinear
 from poetx.bench.timing import interleaved, median
-from poetx.layers.weights import PackedWeight
+from poetx.layers.weights import PackedWeight, Pairs
 from poetx.ops.cayley import cayley
 
 SIZE, BLOCK, GROUP = 256, 64, 128
@@ -43,8 +43,8 @@ SIZE, BLOCK, GROUP = 256, 64, 128
 class Nearest(PackedWeight):
     """Rounds to nearest at merges, too."""
 
-    def write(self, weight: Tensor, *, noise: torch.Generator | None) -> None:
-        super().write(weight, noise=None)
+    def staged(self, weight: Tensor, *, noise: torch.Generator | None) -> Pairs:
+        return super().staged(weight, noise=None)
 
 
 def settings(name: str, kind: str) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def set_kind(layer: PoetLinear, kind: str) -> None:
 def naive_fold(layer: PoetLinear) -> None:
     """Blocks by the order-3 series, blocks and weight in bfloat16, no norm correction; rotations back to zero."""
     packed = layer.packed_weight
-    weight = (layer.base_weight if packed is None else packed.read()).bfloat16()
+    weight = (layer.base_weight if packed is None else packed.fetch()).bfloat16()
     G_in, G_out = (
         cayley(q, size=size, block_size=b, order=3).bfloat16()
         for q, size, b in (
@@ -76,7 +76,7 @@ def naive_fold(layer: PoetLinear) -> None:
     layer._write(weight.float(), noise=None)
     for skew in layer.rotations:
         skew.zero_()
-    layer.base_norm.copy_(torch.linalg.vector_norm(layer._precise_weight(), dtype=torch.float64))
+    layer.base_norm.copy_(torch.linalg.vector_norm(layer.frozen_weight.precise(), dtype=torch.float64))
 
 
 def _block_product(weight: Tensor, G: Tensor) -> Tensor:
@@ -122,10 +122,10 @@ def merges(done: set[str]) -> Iterator[dict[str, Any]]:
         set_kind(layer, kind)
         packed = layer.packed_weight
         assert packed is not None
-        start, generator = float(packed.read().norm()), torch.Generator().manual_seed(0)
+        start, generator = float(packed.fetch().norm()), torch.Generator().manual_seed(0)
         spectrum = torch.linalg.svdvals(exact.base_weight.detach().double())
         ratios, growth = [], {}
-        first = float((packed.read() - exact.base_weight).norm() / exact.base_norm)
+        first = float((packed.fetch() - exact.base_weight).norm() / exact.base_norm)
         for merge in range(1, count + 1):
             with torch.no_grad():
                 for mine, theirs in zip(layer.rotations, exact.rotations, strict=True):
@@ -135,10 +135,10 @@ def merges(done: set[str]) -> Iterator[dict[str, Any]]:
                 naive_fold(layer)
             exact.merge_()
             layer.merge_()
-            ratios.append(float(packed.read().norm()) / start)
+            ratios.append(float(packed.fetch().norm()) / start)
             if merge in (1, 3, 10, 30, 75, 100, 300):
-                growth[merge] = float((packed.read() - exact.base_weight).norm() / exact.base_norm)
-        end = torch.linalg.svdvals(packed.read().double())
+                growth[merge] = float((packed.fetch() - exact.base_weight).norm() / exact.base_norm)
+        end = torch.linalg.svdvals(packed.fetch().double())
         yield {
             "benchmark": "quantised-merges",
             "cell": cell,

@@ -71,13 +71,13 @@ def test_merging_keeps_the_function_and_the_singular_values(case):
     dtype, config, *_ = case
     model, x = build(*case)
     before = model(x)
-    spectra = [torch.linalg.svdvals(layer._precise_weight().detach().double()) for _, layer in poet_layers(model)]
+    spectra = [torch.linalg.svdvals(layer.frozen_weight.precise().detach().double()) for _, layer in poet_layers(model)]
     merge_(model)
     # Order 3 trains with factors that are θ⁴ = 0.2⁴ off; merging is exact.
     slack = {3: 0.2**4 * 4, 7: 0.2**8 * 4, "exact": 0.0}[config.neumann_order]
     assert relative_error(model(x), before) < limit(dtype) + slack
     for (_, layer), values in zip(poet_layers(model), spectra, strict=True):
-        now = torch.linalg.svdvals(layer._precise_weight().detach().double())
+        now = torch.linalg.svdvals(layer.frozen_weight.precise().detach().double())
         assert (now - values).norm() / values.norm() < limit(dtype)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from helpers import TOLERANCE, relative_error
 from poetx import PoetConfig, PoetLinear, UserError
-from poetx.layers.poet import stream
+from poetx.ops.random import stream
 
 
 def make(mode="fast", *, m=12, n=10, dtype=torch.float32, bias=True, angle=0.2, **config):
@@ -165,7 +165,7 @@ def test_bfloat16_rotations_when_asked_for():
 
 
 def test_half_precision_is_refused_in_one_line():
-    with pytest.raises(UserError, match=r"layer: torch.float16 is not supported.*bfloat16"):
+    with pytest.raises(UserError, match=r"layer: float16 is not supported.*bfloat16"):
         make().half()
     with pytest.raises(UserError, match="float16 is not supported"):
         make(dtype=torch.float16)
@@ -300,14 +300,14 @@ def test_residual_keeps_what_bfloat16_rounds_away():
     assert "residual" not in layers[False].state_dict()
     drift = {}
     for residual, layer in layers.items():
-        start = torch.linalg.svdvals(layer._precise_weight().detach().double())
+        start = torch.linalg.svdvals(layer.frozen_weight.precise().detach().double())
         generator = torch.Generator().manual_seed(1)
         for _ in range(100):
             with torch.no_grad():
                 for skew in layer.rotations:
                     skew.normal_(std=0.3 / (2 * 31**0.5), generator=generator)
             layer.merge_()
-        end = torch.linalg.svdvals(layer._precise_weight().detach().double())
+        end = torch.linalg.svdvals(layer.frozen_weight.precise().detach().double())
         drift[residual] = float(((end - start).abs() / start).median())
     assert drift[True] < 5e-4
     assert drift[True] < drift[False] / 10

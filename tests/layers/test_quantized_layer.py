@@ -32,7 +32,7 @@ def twin_in_mem(layer, dtype):
     config = PoetConfig(block_size=8, mode="mem", init="normalized")
     twin = PoetLinear(layer.in_features, layer.out_features, config=config, name="layer", dtype=dtype)
     state = {k: v for k, v in layer.state_dict().items() if not k.startswith("packed_weight")}
-    twin.load_state_dict(state | {"base_weight": layer.packed_weight.read().to(dtype)})
+    twin.load_state_dict(state | {"base_weight": layer.packed_weight.fetch().to(dtype)})
     return twin
 
 
@@ -183,7 +183,7 @@ def test_three_hundred_merges_hold_the_norm():
             for skew in layer.rotations:
                 skew.normal_(std=0.1 / (2 * 15**0.5), generator=generator)
         layer.merge_()
-        ratios.append(float(layer.packed_weight.read().norm() / layer.base_norm))
+        ratios.append(float(layer.packed_weight.fetch().norm() / layer.base_norm))
     assert abs(sum(ratios) / len(ratios) - 1) < 5e-3
     assert max(abs(r - 1) for r in ratios) < 5e-3
 
@@ -195,8 +195,8 @@ def test_the_residual_changes_what_merges_keep_and_not_what_forward_sees(weight_
     assert torch.equal(plain(x), residual(x))
     assert torch.equal(plain.dense_weight(), residual.dense_weight())
     native = fresh_weight(plain.config, 24, 20, "layer")[plain.perm_out.long()][:, plain.perm_in.long()]
-    lost = relative_error(residual.packed_weight.read(), native)
-    assert relative_error(residual.packed_weight.read(precise=True), native) < 0.1 * lost
+    lost = relative_error(residual.packed_weight.fetch(), native)
+    assert relative_error(residual.packed_weight.precise(), native) < 0.1 * lost
 
     state = residual.state_dict()
     extra = {key: value.dtype for key, value in state.items() if key not in plain.state_dict()}

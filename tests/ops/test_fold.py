@@ -5,15 +5,14 @@ import torch
 
 from helpers import TOLERANCE, random_skew, relative_error
 from poetx.ops import reference
-from poetx.ops.fold import (
-    fold,
-    full_precision_products,
-    join_bits,
-    largest_angle,
-    split_bits,
-    stochastic_round_,
-)
+from poetx.ops.fold import fold, full_precision_products, largest_angle
+from poetx.ops.random import join_bits, split_bits, stochastic_round_
 from poetx.ops.reference import EXACT
+from poetx.ops.side import Side
+
+
+def side(q, size, block_size):
+    return Side(q, torch.arange(size).int(), size, block_size)
 
 
 @pytest.mark.parametrize("order", [3, 7, EXACT])
@@ -21,7 +20,7 @@ from poetx.ops.reference import EXACT
 def test_fold_is_the_product_of_the_rotations(m, n, block_out, block_in, order):
     weight = torch.randn(m, n, dtype=torch.float64)
     q_in, q_out = random_skew(n, block_in, seed=1), random_skew(m, block_out, seed=2)
-    got = fold(weight, q_in, q_out, block_size_in=block_in, block_size_out=block_out, order=order)
+    got = fold(weight, (side(q_in, n, block_in), side(q_out, m, block_out)), order=order)
     identity_in, identity_out = torch.arange(n), torch.arange(m)
     P = reference.rotation_matrix(q_in, identity_in, block_in, order)
     R = reference.rotation_matrix(q_out, identity_out, block_out, order)
@@ -33,7 +32,7 @@ def test_fold_is_float32_for_narrow_weights_and_leaves_settings_alone():
     try:
         weight = torch.randn(8, 8).bfloat16()
         q = random_skew(8, 4, dtype=torch.float32)
-        assert fold(weight, q, q, block_size_in=4, block_size_out=4).dtype == torch.float32
+        assert fold(weight, (side(q, 8, 4),) * 2).dtype == torch.float32
         assert torch.get_float32_matmul_precision() == "medium"
         with full_precision_products():
             assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
@@ -48,7 +47,7 @@ def test_fold_with_tf32_chosen_by_the_newer_interface():
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
         q = random_skew(8, 4, dtype=torch.float32)
-        fold(torch.randn(8, 8), q, q, block_size_in=4, block_size_out=4)
+        fold(torch.randn(8, 8), (side(q, 8, 4),) * 2)
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
@@ -109,6 +108,6 @@ def test_split_bits_is_a_stable_three_byte_float():
 def test_largest_angle_is_the_spectral_norm(size):
     q = random_skew(3 * size, size, angle=0.3, dtype=torch.float32)
     want = torch.linalg.matrix_norm(reference.unpack_skew(q, size), ord=2).max()
-    got = largest_angle(q, size=3 * size, block_size=size)
+    got = largest_angle(side(q, 3 * size, size))
     assert 0.95 * want < got < 1.0001 * want
-    assert largest_angle(torch.zeros_like(q), size=3 * size, block_size=size) == 0
+    assert largest_angle(side(torch.zeros_like(q), 3 * size, size)) == 0

@@ -9,6 +9,8 @@ from poetx.ops.block_diagonal import _SLICE_BYTES
 from poetx.ops.cayley import cayley
 from poetx.ops.linear import poet_linear
 from poetx.ops.reference import EXACT
+from poetx.ops.side import sides
+from poetx.ops.stored import Stored
 
 #: tokens, in, out, b_in, b_out: divisible, ragged, prime, larger than the layer, width one, one token, many.
 SHAPES = [
@@ -49,7 +51,12 @@ def problem(shape, *, dtype=torch.float64, bias=True, seed=0):
 
 def run(inputs, frozen, *, order, mode):
     weight = frozen["weight"][frozen["perm_out"].long()][:, frozen["perm_in"].long()]
-    return poet_linear(**inputs, **(frozen | {"weight": weight}), order=order, mode=mode)
+    both = sides(
+        (inputs["q_in"], inputs["q_out"]),
+        (frozen["perm_in"], frozen["perm_out"]),
+        (frozen["block_size_in"], frozen["block_size_out"]),
+    )
+    return poet_linear(inputs["x"], Stored((weight,)), both, order=order, mode=mode, bias=inputs["bias"])
 
 
 def gradients(y, inputs, seed=3):
@@ -76,10 +83,10 @@ def test_output_and_gradients_equal_the_reference(shape, bias, order, mode):
 @pytest.mark.parametrize(("order", "tokens"), [(3, 3), (7, 3), (EXACT, 3), (3, 8)])
 def test_gradcheck_ragged_with_bias(order, tokens, mode):
     inputs, frozen = problem((tokens, 7, 5, 3, 4))
-    weight = frozen.pop("weight")[frozen["perm_out"].long()][:, frozen["perm_in"].long()]
 
     def function(x, q_in, q_out, bias):
-        return poet_linear(x, weight, q_in, q_out, bias=bias, order=order, mode=mode, **frozen)
+        here = {"x": x, "q_in": q_in, "q_out": q_out, "bias": bias}
+        return run(here, frozen, order=order, mode=mode)
 
     assert torch.autograd.gradcheck(function, tuple(inputs.values()))
 

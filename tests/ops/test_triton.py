@@ -16,6 +16,8 @@ from poetx.ops.cayley import packed_size
 from poetx.ops.dispatch import use_kernels
 from poetx.ops.linear import poet_linear
 from poetx.ops.reference import EXACT
+from poetx.ops.side import sides
+from poetx.ops.stored import Stored
 
 pytest.importorskip("triton", reason="the kernels need triton, which exists for Linux only")
 from kernel_helpers import compiled_for, interpreted, nan_filled
@@ -200,9 +202,14 @@ def test_permute(dtype, device):
     with kernels_on(device):
         assert torch.equal(rotate_kernels.permute(x, perm), x[:, perm.long()])
         if dtype != torch.int32:
-            assert torch.equal(rotate_twin.gather(x, perm), x[:, perm.long()])
+            assert torch.equal(rotate_kernels.gather(x, perm), x[:, perm.long()])
         assert torch.equal(rotate_kernels.permute(strided(x), perm), x[:, perm.long()])
-        assert torch.equal(rotate_twin.inverse(perm), perm.argsort().int())
+        assert torch.equal(rotate_kernels.inverse(perm), perm.argsort().int())
+
+
+def layer(x, q_in, q_out, bias, weight, perm_in, perm_out, block_sizes, **settings):
+    both = sides((q_in, q_out), (perm_in, perm_out), block_sizes)
+    return poet_linear(x, Stored((weight,)), both, bias=bias, **settings)
 
 
 def layer_problem(dtype, device, tokens=37, n=41, m=75, block_size=32):
@@ -217,7 +224,7 @@ def layer_problem(dtype, device, tokens=37, n=41, m=75, block_size=32):
         "perm_in": torch.randperm(n).int(),
         "perm_out": torch.randperm(m).int(),
     }
-    settings = {"block_size_in": min(n, block_size), "block_size_out": min(m, block_size)}
+    settings = {"block_sizes": (min(n, block_size), min(m, block_size))}
     inputs = {k: v.to(device).requires_grad_() for k, v in inputs.items()}
     return inputs, {k: v.to(device) for k, v in frozen.items()} | settings
 
@@ -231,7 +238,7 @@ def test_layer_and_every_gradient(mode, dtype, device):
         here = {k: v.detach().to(kind).requires_grad_() for k, v in inputs.items()} if kind != dtype else inputs
         with kernels:
             weight = frozen["weight"].to(kind)
-            y = poet_linear(**here, **(frozen | {"weight": weight}), order=3, mode=mode)
+            y = layer(**here, **(frozen | {"weight": weight}), order=3, mode=mode)
             g = draw(*y.shape, dtype=kind, device=device, seed=6)
             results.append({"y": y} | dict(zip(here, torch.autograd.grad(y, list(here.values()), g), strict=True)))
     for name, got in results[0].items():
@@ -242,7 +249,7 @@ def test_layer_and_every_gradient(mode, dtype, device):
 def test_no_tokens():
     inputs, frozen = layer_problem(torch.float32, "cpu", tokens=0)
     with kernels_on("cpu"):
-        y = poet_linear(**inputs, **frozen, order=3, mode="fast")
+        y = layer(**inputs, **frozen, order=3, mode="fast")
         grads = torch.autograd.grad(y.sum(), list(inputs.values()))
     assert y.shape == (0, 75)
     assert all(grad.eq(0).all() for grad in grads)
@@ -286,15 +293,15 @@ def test_the_fastest_candidate_is_chosen_once(monkeypatch):
 def test_forcing_raises_where_a_kernel_cannot_run():
     inputs, frozen = layer_problem(torch.float32, "cpu")
     with use_kernels("triton"), pytest.raises(UserError, match="device cpu; the kernels need CUDA"):
-        poet_linear(**inputs, **frozen, order=3, mode="fast")
+        layer(**inputs, **frozen, order=3, mode="fast")
     with pytest.raises(UserError, match="must be"), use_kernels("cuda"):
         pass
     with interpreted(), pytest.raises(UserError, match="exact"):
-        poet_linear(**inputs, **frozen, order=EXACT, mode="fast")
+        layer(**inputs, **frozen, order=EXACT, mode="fast")
     doubles = {k: v.detach().double() for k, v in inputs.items()}
     frozen["weight"] = frozen["weight"].double()
     with interpreted(), pytest.raises(UserError, match="float64"):
-        poet_linear(**doubles, **frozen, order=3, mode="fast")
+        layer(**doubles, **frozen, order=3, mode="fast")
 
 
 def test_report_says_what_runs_and_why():

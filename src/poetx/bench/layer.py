@@ -18,14 +18,10 @@ from poetx.layers.single_step import SingleStepLinear
 from poetx.ops import reference
 from poetx.ops.block_diagonal import (
     add_block_outer_,
-    gather,
-    gather_rotate,
-    gather_rotate_backward,
     rotate,
-    rotate_scatter,
-    rotate_scatter_backward,
 )
 from poetx.ops.cayley import cayley
+from poetx.ops.dispatch import rotations
 from poetx.ops.single_step import map_gradient, skew_gradient
 from poetx.optim.poetx import POETX
 
@@ -223,6 +219,8 @@ def _part_times(shape: Shape, x: Tensor, g: Tensor, repeats: int) -> dict[str, t
     m, n, weight = layer.out_features, layer.in_features, layer.base_weight
     block_in, block_out, perm_in, perm_out = layer.block_size_in, layer.block_size_out, layer.perm_in, layer.perm_out
 
+    kernels = rotations(x, [block_in, block_out])
+
     def both_sides() -> tuple[Tensor, Tensor]:
         return (
             cayley(layer.skew_in, size=n, block_size=block_in, order=3),
@@ -237,11 +235,11 @@ def _part_times(shape: Shape, x: Tensor, g: Tensor, repeats: int) -> dict[str, t
         "products": (lambda: (x @ weight.T, g @ weight), 1),
         "cnp": (lambda: both_sides(), 1),
         "cnp backward": (lambda: torch.autograd.grad(kept, layer.rotations, grads, retain_graph=True), 1),
-        "gather + rotate": (lambda: gather_rotate(x, perm_in, G_in), 1),
-        "rotate + scatter": (lambda: rotate_scatter(g, G_out, perm_out), 1),
-        "gather + rotate, backward": (lambda: gather_rotate_backward(x, perm_in, G_in, scratch, True), 1),
-        "rotate + scatter, backward": (lambda: rotate_scatter_backward(g, G_out, perm_out, g), 1),
-        "  permutation": (lambda: gather(x, perm_in), 5),
+        "gather + rotate": (lambda: kernels.gather_rotate(x, perm_in, G_in), 1),
+        "rotate + scatter": (lambda: kernels.rotate_scatter(g, G_out, perm_out), 1),
+        "gather + rotate, backward": (lambda: kernels.gather_rotate_backward(x, perm_in, G_in, scratch, True), 1),
+        "rotate + scatter, backward": (lambda: kernels.rotate_scatter_backward(g, G_out, perm_out, g), 1),
+        "  permutation": (lambda: kernels.gather(x, perm_in), 5),
         "  block product": (lambda: rotate(x, G_in), 4),
         "  block outer product": (lambda: add_block_outer_(total, x, x), 2),
     }

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from poetx.ops.fold import stochastic_round_
+from poetx.ops.random import stochastic_round_
 
 
 def rank_count() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,24 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from poetx.config import PoetConfig
-from poetx.errors import UserError
-from poetx.layers.weights import PackedWeight
+from poetx.layers.base import DTYPES as DTYPES
+from poetx.layers.base import ConvertedLinear, checked_input
+from poetx.layers.base import fresh_weight as fresh_weight
+from poetx.layers.weights import DenseWeight, PackedWeight
 from poetx.ops.cayley import packed_size
-from poetx.ops.fold import fold, join_bits, largest_angle, split_bits, stochastic_round_
+from poetx.ops.fold import fold, largest_angle
 from poetx.ops.linear import poet_linear
-from poetx.ops.quantized_linear import quantized_linear
+from poetx.ops.random import stream
 from poetx.ops.rebuild import kept_factors
 from poetx.ops.reference import EXACT
+from poetx.ops.side import Side, Sides
+from poetx.ops.transaction import swap_
 
 _ORDERS = {3: 3, 7: 7, "exact": EXACT}
-#: Of weights, and what products run in.
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-
-
-def stream(seed: int, name: str, count: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that depends on its arguments alone, so that every rank and every resumed run draws the same."""
-    digest = hashlib.sha256(f"{seed}/{name}/{count}/{purpose}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 class FoldStats(NamedTuple):
@@ -41,7 +36,7 @@ class FoldStats(NamedTuple):
     norm_ratio: Tensor
 
 
-class PoetLinear(nn.Module):
+class PoetLinear(ConvertedLinear):
     """``y = x · P · W0ᵀ · R + bias`` in the memory of its packed rotations.
 
     Parameters and buffers (m = out_features, n = in_features, b = block size of the side):
@@ -86,19 +81,10 @@ class PoetLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.config = config = config or PoetConfig(init="normalized")
+        config = config or PoetConfig(init="normalized")
+        super().__init__(in_features, out_features, config=config, name=name, transposed=transposed)
         dtype = dtype or torch.get_default_dtype()
-        if dtype not in DTYPES:
-            raise UserError(
-                f"{name or 'PoetLinear'}: {str(dtype).removeprefix('torch.')} is not supported (its range needs "
-                "loss scaling); use bfloat16 or float32"
-            )
-        self.in_features, self.out_features = in_features, out_features
-        self.block_size_in = min(config.block_size, in_features)
-        self.block_size_out = min(config.block_size, out_features)
-        self.name, self.transposed = name, transposed
-        self.fast_tokens = 0  # up to so many tokens mode is fast; see poetx.savings.checkpoint_layers_
+        self.check_dtype(dtype)
         shape = (out_features, in_features)
         # Empty, so that whatever moves or casts the module says which dtype and device it has, base_weight or not.
         self.register_buffer("_like", torch.empty(0, device=device, dtype=dtype), persistent=False)
@@ -121,10 +107,8 @@ class PoetLinear(nn.Module):
             self.register_buffer(side, torch.empty(size, dtype=torch.int32, device=device))
         self.register_buffer("merge_count", torch.empty((), dtype=torch.int64, device=device))
         self.register_buffer("base_norm", torch.empty((), dtype=torch.float64, device=device))
-        keeps_residual = config.weight_extra_bits and dtype == torch.bfloat16 and self.packed_weight is None
-        self.register_buffer(
-            "residual", torch.empty(shape, dtype=torch.int8, device=device) if keeps_residual else None
-        )
+        extra_bits = config.weight_extra_bits and dtype == torch.bfloat16 and self.packed_weight is None
+        self.register_buffer("residual", torch.empty(shape, dtype=torch.int8, device=device) if extra_bits else None)
         self.reset_parameters()
 
     def _new_skew(self, size: int, block_size: int) -> nn.Parameter:
@@ -137,116 +121,18 @@ class PoetLinear(nn.Module):
         """What the layer computes in and :func:`poetx.to_dense_` gives back; ``base_weight``'s, where there is one."""
         return self._like.dtype if self.base_weight is None else self.base_weight.dtype
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw everything anew from (seed, name): also what ``to_empty`` needs after the meta device.
+    @property
+    def frozen_weight(self) -> DenseWeight | PackedWeight:
+        """W' as an object that is fetched and written, however it is stored."""
+        return self.packed_weight or DenseWeight(self.base_weight, self.residual)
 
-        The weight is drawn as ``config.init`` says, ``"keep"`` counting as ``"normalized"`` here, where there is
-        nothing to keep. Does nothing on the meta device.
-        """
-        if self._like.is_meta:
-            return
-        self._reset_rotations()
-        fresh = (self.config, self.out_features, self.in_features, self.name)
-        self._store(fresh_weight(*fresh).to(self._like.device))  # held by nobody else, so freed once it is permuted
-        if self.bias is not None:
-            self.bias.zero_()
-
-    def _reset_rotations(self) -> None:
-        self.skew_in.zero_()
-        self.skew_out.zero_()
-        self.merge_count.zero_()
-        for perm, fresh in zip((self.perm_in, self.perm_out), self._draw_permutations(0), strict=True):
-            perm.copy_(fresh)
-
-    def _draw_permutations(self, merge_count: int) -> tuple[Tensor, Tensor]:
-        return tuple(
-            torch.randperm(size, generator=stream(self.config.seed, self.name, merge_count, side), device="cpu")
-            for side, size in (("in", self.in_features), ("out", self.out_features))
-        )  # type: ignore[return-value]
-
-    def _store(self, native_weight: Tensor) -> None:
-        """Write a weight [m, n] given in the native frame in the stored form, and note its norm."""
-        weight = _permuted(native_weight, self.perm_out, self.perm_in)
-        del native_weight
-        self._write(weight, noise=None)
-        del weight
-        self.base_norm.copy_(torch.linalg.vector_norm(self._precise_weight(), dtype=torch.float64))
-
-    def _write(self, weight: Tensor, *, noise: torch.Generator | None) -> None:
-        """Round a weight [m, n], permuted already, to the stored precision: to nearest without ``noise``."""
-        if self.packed_weight is not None:
-            self.packed_weight.write(weight, noise=noise)
-        elif self.residual is not None and self.base_weight.dtype == torch.bfloat16:
-            high, low = split_bits(weight)
-            self.base_weight.copy_(high)
-            self.residual.copy_(low)
-        elif noise is None:
-            self.base_weight.copy_(weight)
-        else:
-            stochastic_round_(self.base_weight, weight, noise)
-
-    def _precise_weight(self) -> Tensor:
-        """W' with every bit there is of it: ``base_weight``, or a new float32 tensor."""
-        if self.packed_weight is not None:
-            return self.packed_weight.read(precise=True)
-        if self.residual is not None and self.base_weight.dtype == torch.bfloat16:
-            return join_bits(self.base_weight, self.residual)
-        return self.base_weight
-
-    @classmethod
-    def from_linear(
-        cls, linear: nn.Module, *, config: PoetConfig, name: str = "", weight: Tensor | None = None
-    ) -> PoetLinear:
-        """Convert an ``nn.Linear`` or ``transformers`` ``Conv1D``; ``init="keep"`` preserves its function.
-
-        The bias keeps its ``nn.Parameter`` object, so an optimizer that already holds it stays right. ``weight``
-        [m, n] stands for a weight that another library has quantized.
-        """
-        transposed = not isinstance(linear, nn.Linear)
-        source: Tensor = linear.weight.detach() if weight is None else weight.detach()  # type: ignore[assignment]
-        native = source.T if transposed else source
-        layer = cls(
-            native.shape[1],
-            native.shape[0],
-            bias=False,
-            config=config,
-            name=name,
-            transposed=transposed,
-            device="meta",
-            dtype=native.dtype,
+    @property
+    def sides(self) -> Sides:
+        """Both rotations, (input, output)."""
+        return (
+            Side(self.skew_in, self.perm_in, self.in_features, self.block_size_in),
+            Side(self.skew_out, self.perm_out, self.out_features, self.block_size_out),
         )
-        if not native.is_meta:
-            layer.to_empty(device=native.device)
-            if config.init != "keep":
-                native = fresh_weight(config, layer.out_features, layer.in_features, name).to(native.device)
-            layer.load_dense_(native)
-        layer.bias = linear.bias  # type: ignore[assignment]
-        return layer.train(linear.training)
-
-    @torch.no_grad()
-    def load_dense_(self, weight: Tensor) -> None:
-        """Take ``weight`` [m, n] in the native frame, on this layer's device; rotations and merge count start anew."""
-        self._reset_rotations()
-        self._store(weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] → y [..., out_features], in autocast's dtype if that is on, else in x's."""
-        mode = "fast" if x.numel() <= self.fast_tokens * self.in_features else self.config.mode
-        factors = kept_factors(x) if mode == "mem" and torch.is_grad_enabled() else None
-        x = checked_input(x, self.in_features, self.weight_dtype, self.name or "PoetLinear")
-        rotations = (self.skew_in, self.skew_out, self.perm_in, self.perm_out)
-        settings: dict[str, Any] = {
-            "block_size_in": self.block_size_in,
-            "block_size_out": self.block_size_out,
-            "order": self.order,
-            "bias": self.bias,
-            "factors": factors,
-        }
-        if self.packed_weight is not None:
-            return quantized_linear(x, self.packed_weight.packed, *rotations, **settings)
-        blocks = self.shared_blocks if self.shared_blocks and self.shared_blocks[0].dtype == x.dtype else None
-        return poet_linear(x, self.base_weight, *rotations, mode=mode, blocks=blocks, **settings)
 
     @property
     def order(self) -> int:
@@ -262,65 +148,101 @@ class PoetLinear(nn.Module):
     def rotation_count(self) -> int:
         """Degrees of freedom in the rotations: their parameters less the unused entries of ragged blocks."""
         total = 0
-        for size, block_size in (
-            (self.in_features, self.block_size_in),
-            (self.out_features, self.block_size_out),
-        ):
-            full, rest = divmod(size, block_size)
-            total += full * packed_size(block_size) + packed_size(rest)
+        for side in self.sides:
+            full, rest = divmod(side.size, side.block_size)
+            total += full * packed_size(side.block_size) + packed_size(rest)
         return total
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw everything anew from (seed, name): also what ``to_empty`` needs after the meta device.
+
+        The weight is drawn as ``config.init`` says, ``"keep"`` counting as ``"normalized"`` here, where there is
+        nothing to keep. Does nothing on the meta device.
+        """
+        if self._like.is_meta:
+            return
+        self.load_dense_(self.fresh_weight().to(self._like.device))  # held by nobody else: freed once it is permuted
+        if self.bias is not None:
+            self.bias.zero_()
+
+    def _draw_permutations(self, merge_count: int) -> list[Tensor]:
+        """Fresh permutations of both sides, as they are stored."""
+        seed, name = self.config.seed, self.name
+        sizes = (("in", self.in_features), ("out", self.out_features))
+        drawn = [torch.randperm(n, generator=stream(seed, name, merge_count, s), device="cpu") for s, n in sizes]
+        return [perm.to(self.perm_in) for perm in drawn]
+
+    def _adopt(self, native: Tensor) -> None:
+        if not native.is_meta:
+            self.to_empty(device=native.device)
+            self.load_dense_(native)
+
+    @torch.no_grad()
+    def load_dense_(self, weight: Tensor) -> None:
+        """Take ``weight`` [m, n] in the native frame, on this layer's device; rotations and merge count start anew."""
+        self.skew_in.zero_()
+        self.skew_out.zero_()
+        self.merge_count.zero_()
+        for perm, fresh in zip((self.perm_in, self.perm_out), self._draw_permutations(0), strict=True):
+            perm.copy_(fresh)
+        weight = _permuted(weight, self.perm_out, self.perm_in)
+        self.frozen_weight.write(weight, noise=None)
+        del weight
+        self.base_norm.copy_(torch.linalg.vector_norm(self.frozen_weight.precise(), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] → y [..., out_features], in autocast's dtype if that is on, else in x's."""
+        mode = self.config.mode if self.packed_weight is not None else self.mode_for(x)
+        factors = kept_factors(x) if mode == "mem" and torch.is_grad_enabled() else None
+        x = checked_input(x, self.in_features, self.weight_dtype, self.label)
+        blocks = self.shared_blocks if self.shared_blocks and self.shared_blocks[0].dtype == x.dtype else None
+        weight, settings = self.frozen_weight.stored, {"order": self.order, "mode": mode, "bias": self.bias}
+        return poet_linear(x, weight, self.sides, **settings, factors=factors, blocks=blocks)
 
     def dense_weight(self) -> Tensor:
         """The weight [out_features, in_features] that forward acts with, float32 (float64 if stored so).
 
         Differentiable in the rotations. Costs 2mn(b_in + b_out) multiply-adds: for export, not for the step.
         """
-        weight = self.base_weight if self.packed_weight is None else self.packed_weight.read()
-        return _permuted(self._folded(self.order, weight), _inverse(self.perm_out), _inverse(self.perm_in))
+        weight = fold(self.frozen_weight.fetch(), self.sides, order=self.order)
+        return _permuted(weight, _inverse(self.perm_out), _inverse(self.perm_in))
 
     @property
     def weight(self) -> Tensor:
         """:meth:`dense_weight` in the stored dtype, for code that reads ``layer.weight``; slow."""
         return self.dense_weight().to(self.weight_dtype)
 
-    def _folded(self, order: int, weight: Tensor) -> Tensor:
-        return fold(
-            weight,
-            self.skew_in,
-            self.skew_out,
-            block_size_in=self.block_size_in,
-            block_size_out=self.block_size_out,
-            order=order,
-        )
-
     @torch.no_grad()
-    def merge_(self) -> FoldStats:
+    def merge_(self, *also: Callable[[], object]) -> FoldStats:
         """Fold the rotations into the weight, set them to zero, draw new permutations, count one merge.
 
         The rotation is the exact Cayley transform in float32, whatever the training order, so singular values
         stay. Rounding below float32 is stochastic, and since its noise adds a little to ‖W‖ each time, the folded
-        weight is scaled back to ‖W0‖ first. Everything is written in place. This is the layer's half of a merge:
-        :func:`poetx.merge_` also resets the optimizer's state.
+        weight is scaled back to ‖W0‖ first. This is the layer's half of a merge: :func:`poetx.merge_` also resets the
+        optimizer's state, by way of ``also``.
+
+        Computed beside what is there, which takes the stored weight's memory once more, then written in place, all of
+        it: whatever interrupts or fails, the layer is as before or merged (:func:`poetx.ops.transaction.swap_`).
         """
         count = int(self.merge_count) + 1
-        weight = self._folded(EXACT, self._precise_weight())
+        weight = fold(self.frozen_weight.precise(), self.sides)
         ratio = torch.linalg.vector_norm(weight, dtype=torch.float64) / self.base_norm
-        weight /= torch.where(ratio > 0, ratio, 1.0)
-        angles = (
-            largest_angle(self.skew_in, size=self.in_features, block_size=self.block_size_in),
-            largest_angle(self.skew_out, size=self.out_features, block_size=self.block_size_out),
+        # A matrix of zeros, or nearly, has no norm to go back to.
+        ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
+        weight /= ratio
+        angle = torch.maximum(*(largest_angle(side) for side in self.sides))
+        fresh = self._draw_permutations(count)
+        rows, columns = (
+            _inverse(side.perm)[new.long()] for side, new in zip(self.sides[::-1], fresh[::-1], strict=True)
         )
-        moves = []
-        for perm, fresh in zip((self.perm_in, self.perm_out), self._draw_permutations(count), strict=True):
-            moves.append(_inverse(perm)[fresh.to(perm.device)])
-            perm.copy_(fresh)
+        weight = _permuted(weight, rows, columns)
         noise = stream(self.config.seed, self.name, count, "rounding", self.skew_in.device)
-        weight = _permuted(weight, moves[1], moves[0])
-        self._write(weight, noise=noise)
-        self.skew_in.zero_()
-        self.skew_out.zero_()
-        self.merge_count.fill_(count)
-        return FoldStats(torch.maximum(*angles), ratio)
+        pairs = self.frozen_weight.staged(weight, noise=noise)
+        pairs += [(self.perm_in, fresh[0]), (self.perm_out, fresh[1])]
+        del weight
+        swap_(pairs, self.skew_in.zero_, self.skew_out.zero_, lambda: self.merge_count.fill_(count), *also)
+        return FoldStats(angle, ratio)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy made inside :func:`poetx.shared_blocks` has rotations of its own, and nobody would free its blocks."""
@@ -334,8 +256,7 @@ class PoetLinear(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PoetLinear:
         """``.to()``, ``.bfloat16()`` and the like: the rotations and ‖W0‖ move, but are never narrowed."""
         before, norm = [skew.data for skew in self.rotations], self.base_norm
-        if (dtype := fn(self._like).dtype) not in DTYPES:
-            raise UserError(f"{self.name or 'PoetLinear'}: {dtype} is not supported; use bfloat16")
+        self.check_dtype(fn(self._like).dtype)
         super()._apply(fn, recurse)
         if self.base_norm.dtype != norm.dtype:
             self.base_norm = norm.to(self.base_norm.device)
@@ -347,10 +268,6 @@ class PoetLinear(nn.Module):
                 skew.grad = None if grad is None else grad.to(skew.dtype)
         return self
 
-    def extra_repr(self) -> str:
-        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{sizes}, block_size={(self.block_size_in, self.block_size_out)}, mode={self.config.mode!r}"
-
 
 def _inverse(perm: Tensor) -> Tensor:
     return perm.long().argsort()
@@ -359,44 +276,3 @@ def _inverse(perm: Tensor) -> Tensor:
 def _permuted(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """``weight[rows][:, columns]`` in one copy."""
     return weight[rows.long()[:, None], columns.long()]
-
-
-def checked_input(x: Tensor, in_features: int, weight_dtype: torch.dtype, name: str) -> Tensor:
-    """x [..., in_features] in the dtype that a layer computes in: autocast's if that is on, else the weight's.
-
-    Raises:
-        RuntimeError: another dtype without autocast, or another last size, as from ``nn.Linear``.
-        UserError: float16 autocast.
-    """
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as nn.Linear does
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    elif x.dtype != weight_dtype:
-        raise RuntimeError(
-            f"{name}: input is {x.dtype}, weight is {weight_dtype}; cast one of them or use torch.autocast"
-        )
-    if x.shape[-1] != in_features:  # a kernel would read beyond the permutation's end
-        raise RuntimeError(f"{name}: input is {tuple(x.shape)}, the last size must be {in_features}")
-    if x.dtype not in DTYPES:
-        raise UserError(f"{name}: {x.dtype} autocast is not supported; use bfloat16")
-    return x
-
-
-def fresh_weight(config: PoetConfig, out_features: int, in_features: int, name: str) -> Tensor:
-    """A new weight [m, n] in the native frame, float32 on the CPU, from (seed, name) alone.
-
-    Gaussian with every row scaled to norm ``init_scale``; for ``init="uniform"`` its orthogonal polar-like factor
-    instead (QR with the signs fixed), all min(m, n) singular values ``init_scale``. Times ``residual_scale`` where the
-    layer writes to the residual stream.
-    """
-    generator = stream(config.seed, name, 0, "weight")
-    weight = torch.randn(out_features, in_features, generator=generator, device="cpu", dtype=torch.float32)
-    # In place where it can be: this is the most a model costs while it is built on its quantized size.
-    if config.init == "uniform":
-        tall = weight if out_features >= in_features else weight.T
-        factor, triangle = torch.linalg.qr(tall)
-        factor = factor * triangle.diagonal().sign()
-        weight = factor if out_features >= in_features else factor.T
-    else:
-        weight /= weight.norm(dim=1, keepdim=True)
-    scale = config.init_scale * (config.residual_scale if config.writes_to_residual(name) else 1)
-    return weight.mul_(scale)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from poetx.layers.poet import PoetLinear
 from poetx.layers.walk import poet_layers
-from poetx.ops.cayley import cayley_pair_op
+from poetx.ops.cayley import side_blocks
 
 
 @contextlib.contextmanager
@@ -38,8 +38,8 @@ def shared_blocks(model: nn.Module, *, dtype: torch.dtype | None = None) -> Iter
     try:
         with torch.no_grad():
             for layer in layers:
-                sizes = (layer.in_features, layer.out_features, layer.block_size_in, layer.block_size_out)
-                layer.shared_blocks = cayley_pair_op(*layer.rotations, *sizes, layer.order, dtype or layer.weight_dtype)
+                G_in, G_out = side_blocks(layer.sides, layer.order, dtype or layer.weight_dtype)
+                layer.shared_blocks = G_in, G_out
         yield
     finally:
         for layer in layers:

@@ -1,4 +1,11 @@
-"""``PackedWeight``: a frozen weight in low precision, as plain buffers of integers and scales."""
+"""Frozen weights as objects: dense, dense with extra bits, or in low precision.
+
+Each has, for a weight [rows, columns]: ``stored``, what forward and backward take; ``fetch()``, the weight that they
+multiply by, in a wide dtype; ``precise()``, with every bit there is of it; ``write(weight, noise)``, which rounds
+another weight into it, to nearest or (with ``noise``) stochastically; ``staged(weight, noise)``, which instead gives
+the tensors that ``write`` would change with their new values, for :func:`poetx.ops.transaction.swap_`. Others, such as
+weights that live in host memory, need no more than these and a ``kind`` in :mod:`poetx.ops.stored`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +17,43 @@ from torch import Tensor, nn
 
 from poetx.errors import UserError
 from poetx.ops.quantize import Packed, dequantize, format_of, quantize_
+from poetx.ops.random import join_bits, split_bits, stochastic_round_
+from poetx.ops.stored import Stored
+
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+class DenseWeight:
+    """A weight in float32, bfloat16 or float64, and for bfloat16 perhaps 8 more bits in an int8 tensor.
+
+    A view of a layer's tensors, made anew whenever it is needed.
+    """
+
+    def __init__(self, weight: Tensor, extra_bits: Tensor | None) -> None:
+        self.weight = weight
+        self.extra_bits = extra_bits if weight.dtype == torch.bfloat16 else None
+
+    @property
+    def stored(self) -> Stored:
+        return Stored((self.weight,))
+
+    def fetch(self) -> Tensor:
+        return self.weight
+
+    def precise(self) -> Tensor:
+        return self.weight if self.extra_bits is None else join_bits(self.weight, self.extra_bits)
+
+    def write(self, weight: Tensor, *, noise: torch.Generator | None) -> None:
+        for target, value in self.staged(weight, noise=noise):
+            target.copy_(value)
+
+    def staged(self, weight: Tensor, *, noise: torch.Generator | None) -> Pairs:
+        if self.extra_bits is not None:
+            return list(zip((self.weight, self.extra_bits), split_bits(weight), strict=True))
+        if noise is None or self.weight.dtype != torch.bfloat16:
+            return [(self.weight, weight.detach())]
+        return [(self.weight, stochastic_round_(torch.empty_like(self.weight), weight, noise))]
+
 
 #: What the rounding error of a weight is kept in: symmetric about zero, as it is.
 RESIDUAL_FORMAT = "bipolar-int4"
@@ -60,6 +104,20 @@ class PackedWeight(nn.Module):
         """The buffers as the operators take them."""
         return Packed(self.codes, self.scale, self.offset, self.columns, self.format, self.group_size)
 
+    @property
+    def stored(self) -> Stored:
+        """The buffers that forward reads."""
+        tensors = (self.codes, self.scale) if self.offset is None else (self.codes, self.scale, self.offset)
+        return Stored(tensors, self.format.name, self.group_size)
+
+    def fetch(self) -> Tensor:
+        """The weight [rows, columns] that forward multiplies by, float32."""
+        return dequantize(self.packed)
+
+    def precise(self) -> Tensor:
+        """:meth:`fetch` with what the residual knows of it."""
+        return self.fetch() if self.residual is None else self.fetch().add_(self.residual.fetch())
+
     def write(self, weight: Tensor, *, noise: torch.Generator | None) -> None:
         """Round ``weight`` [rows, columns] into the buffers: to nearest without ``noise``, else stochastically.
 
@@ -67,12 +125,18 @@ class PackedWeight(nn.Module):
         """
         quantize_(self.packed, weight, noise=None if self.residual is not None else noise)
         if self.residual is not None:
-            self.residual.write(self.read().neg_().add_(weight), noise=noise)
+            self.residual.write(self.fetch().neg_().add_(weight), noise=noise)
 
-    def read(self, *, precise: bool = False) -> Tensor:
-        """The stored weight [rows, columns], float32: what forward multiplies by; ``precise``, with its residual."""
-        weight = dequantize(self.packed)
-        return weight if self.residual is None or not precise else weight.add_(self.residual.read())
+    def staged(self, weight: Tensor, *, noise: torch.Generator | None) -> Pairs:
+        """What :meth:`write` would change, with the new values."""
+        new = Packed.empty(self.rows, self.columns, self.format.name, self.group_size, self.codes.device)
+        quantize_(new, weight, noise=None if self.residual is not None else noise)
+        pairs = [(self.codes, new.codes), (self.scale, new.scale)]
+        if self.offset is not None and new.offset is not None:
+            pairs.append((self.offset, new.offset))
+        if self.residual is not None:
+            pairs += self.residual.staged(dequantize(new).neg_().add_(weight), noise=noise)
+        return pairs
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -13,7 +13,9 @@ values 1 − θ⁴ or 1 − θ⁸.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,8 +23,9 @@ from torch import Tensor
 
 from poetx.ops.block_diagonal import gather
 from poetx.ops.dispatch import use_triton
-from poetx.ops.library import device_type, fake_cache, first_derivatives_only, register_op
+from poetx.ops.library import device_type, fake_cache, first_derivatives_only, operator
 from poetx.ops.reference import EXACT
+from poetx.ops.side import Side
 
 
 def packed_size(block_size: int) -> int:
@@ -146,56 +149,103 @@ def cayley_backward(grad_G_KBB: Tensor, q_KP: Tensor, size: int, block_size: int
     return pack_skew(torch.baddbmm(dB, Q, T, beta=2, alpha=-1), size).to(q_KP.dtype)
 
 
-def _fake_cayley(q_KP: Tensor, size: int, block_size: int, order: int) -> Tensor:
-    return q_KP.new_empty((q_KP.shape[0], block_size, block_size), dtype=_compute_dtype(q_KP))
+def _kernels(packed: Sequence[Tensor], block_sizes: Sequence[int], order: int) -> ModuleType | None:
+    """The Triton kernels, where every one of the packed tensors is for them."""
+    missing = "the exact Cayley transform has no kernel" if order == EXACT else None
+    if not all(use_triton(q, block_size, missing=missing) for q, block_size in zip(packed, block_sizes, strict=True)):
+        return None
+    from poetx.ops.triton import cayley as kernels
+
+    return kernels
 
 
-def _fake_cayley_backward(grad_G_KBB: Tensor, q_KP: Tensor, size: int, block_size: int, order: int) -> Tensor:
-    return torch.empty_like(q_KP)
+def _alike(packed: Sequence[Tensor], sizes: Sequence[int], block_sizes: Sequence[int]) -> bool:
+    """Whether the blocks of several sides can go through as one batch: on a CPU that is half the calls."""
+    whole = len(set(block_sizes)) == 1 and not any(size % block_sizes[0] for size in sizes)
+    return len(packed) > 1 and whole and device_type(packed[0]) == "cpu" and len({q.dtype for q in packed}) == 1
 
 
-def _cayley(q_KP: Tensor, size: int, block_size: int, order: int) -> Tensor:
-    if use_triton(q_KP, block_size, missing=_missing(order)):
-        from poetx.ops.triton import cayley as kernels
-
-        return kernels.cayley([q_KP], [size], block_size, order, _compute_dtype(q_KP))[0]
-    return cayley_forward(q_KP, size, block_size, order)
+def _fake_blocks(packed, sizes, block_sizes, order, dtype):
+    return [q.new_empty((q.shape[0], b, b), dtype=dtype) for q, b in zip(packed, block_sizes, strict=True)]
 
 
-def _cayley_backward(grad_G_KBB: Tensor, q_KP: Tensor, size: int, block_size: int, order: int) -> Tensor:
-    if use_triton(q_KP, block_size, missing=_missing(order)):
-        from poetx.ops.triton import cayley as kernels
-
-        return kernels.cayley_backward([grad_G_KBB], [q_KP], [size], block_size, order, narrow=False)[0]
-    return cayley_backward(grad_G_KBB, q_KP, size, block_size, order)
+def _fake_blocks_backward(grads, packed, sizes, block_sizes, order, narrow):
+    return [torch.empty_like(q) for q in packed]
 
 
-def _missing(order: int) -> str | None:
-    """What there is no kernel for."""
-    return "the exact Cayley transform has no kernel" if order == EXACT else None
+@operator(_fake_blocks)
+def _cayley(
+    packed: Sequence[Tensor], sizes: Sequence[int], block_sizes: Sequence[int], order: int, dtype: torch.dtype
+) -> list[Tensor]:
+    return cayley_blocks(packed, sizes, block_sizes, order, dtype)
 
 
-_cayley_op = register_op("cayley(Tensor q, int size, int block_size, int order) -> Tensor", _fake_cayley)(_cayley)
-_cayley_backward_op = register_op(
-    "cayley_backward(Tensor grad_G, Tensor q, int size, int block_size, int order) -> Tensor",
-    _fake_cayley_backward,
-)(_cayley_backward)
+def cayley_blocks(
+    packed: Sequence[Tensor], sizes: Sequence[int], block_sizes: Sequence[int], order: int, dtype: torch.dtype
+) -> list[Tensor]:
+    """Blocks G [K, B, B] of one or two sides, rounded to ``dtype`` once; not differentiable."""
+    if kernels := _kernels(packed, block_sizes, order):
+        if len(set(block_sizes)) == 1:
+            return kernels.cayley(packed, sizes, block_sizes[0], order, dtype)
+        each = zip(packed, sizes, block_sizes, strict=True)
+        return [kernels.cayley([q], [size], block_size, order, dtype)[0] for q, size, block_size in each]
+    if _alike(packed, sizes, block_sizes):
+        G = cayley_forward(torch.cat(list(packed)), sum(sizes), block_sizes[0], order).to(dtype)
+        # An operator's outputs must not share memory.
+        return [part.clone() for part in G.split([len(q) for q in packed])]
+    each = zip(packed, sizes, block_sizes, strict=True)
+    return [cayley_forward(q, size, block_size, order).to(dtype) for q, size, block_size in each]
 
 
-class _Cayley(torch.autograd.Function):
+@operator(_fake_blocks_backward)
+def _cayley_backward(
+    grads: Sequence[Tensor],
+    packed: Sequence[Tensor],
+    sizes: Sequence[int],
+    block_sizes: Sequence[int],
+    order: int,
+    narrow: bool,
+) -> list[Tensor]:
+    return cayley_blocks_backward(grads, packed, sizes, block_sizes, order, narrow)
+
+
+def cayley_blocks_backward(
+    grads: Sequence[Tensor],
+    packed: Sequence[Tensor],
+    sizes: Sequence[int],
+    block_sizes: Sequence[int],
+    order: int,
+    narrow: bool,
+) -> list[Tensor]:
+    """∂L/∂q of every side in its q's dtype, from the float32 (float64) gradients of the blocks.
+
+    ``narrow``: the activations behind them are bfloat16, so that a GPU's TF32 products lose nothing.
+    """
+    if kernels := _kernels(packed, block_sizes, order):
+        if len(set(block_sizes)) == 1:
+            return kernels.cayley_backward(grads, packed, sizes, block_sizes[0], order, narrow)
+        each = zip(grads, packed, sizes, block_sizes, strict=True)
+        return [kernels.cayley_backward([dG], [q], [size], b, order, narrow)[0] for dG, q, size, b in each]
+    if _alike(packed, sizes, block_sizes):
+        dq = cayley_backward(torch.cat(list(grads)), torch.cat(list(packed)), sum(sizes), block_sizes[0], order)
+        return [part.clone() for part in dq.split([len(q) for q in packed])]
+    each = zip(grads, packed, sizes, block_sizes, strict=True)
+    return [cayley_backward(dG, q, size, block_size, order) for dG, q, size, block_size in each]
+
+
+class _Blocks(torch.autograd.Function):
     """Saves the packed q, nothing else."""
 
     @staticmethod
     def forward(ctx, q_KP, size, block_size, order):
         ctx.save_for_backward(q_KP)
-        ctx.settings = (size, block_size, order)
-        return _cayley_op(q_KP, size, block_size, order)
+        ctx.settings = ([size], [block_size], order)
+        return _cayley([q_KP], *ctx.settings, _compute_dtype(q_KP))[0]
 
     @staticmethod
     def backward(ctx, grad_G):
         first_derivatives_only()
-        (q_KP,) = ctx.saved_tensors
-        return _cayley_backward_op(grad_G, q_KP, *ctx.settings), None, None, None
+        return _cayley_backward([grad_G], list(ctx.saved_tensors), *ctx.settings, False)[0], None, None, None
 
 
 def cayley(q_KP: Tensor, *, size: int, block_size: int, order: int) -> Tensor:
@@ -205,101 +255,22 @@ def cayley(q_KP: Tensor, *, size: int, block_size: int, order: int) -> Tensor:
         size: features that the blocks rotate, (K−1)·B < size ≤ K·B.
         order: 3 or 7, the truncation of the Neumann series, or :data:`EXACT`.
     """
-    return _Cayley.apply(q_KP, size, block_size, order)
+    return _Blocks.apply(q_KP, size, block_size, order)
 
 
-def cayley_pair(
-    q_in: Tensor,
-    q_out: Tensor,
-    n: int,
-    m: int,
-    block_size_in: int,
-    block_size_out: int,
-    order: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """(G_in, G_out) of a layer with n inputs and m outputs, rounded to ``dtype`` once; not differentiable."""
-    sides = ((q_in, n, block_size_in), (q_out, m, block_size_out))
-    if all(use_triton(q, block_size, missing=_missing(order)) for q, _, block_size in sides):
-        from poetx.ops.triton import cayley as kernels
-
-        if block_size_in == block_size_out:
-            G_in, G_out = kernels.cayley([q_in, q_out], [n, m], block_size_in, order, dtype)
-        else:
-            G_in, G_out = (kernels.cayley([q], [size], block_size, order, dtype)[0] for q, size, block_size in sides)
-        return G_in, G_out
-    if _alike(q_in, q_out, n, m, block_size_in, block_size_out):
-        G = cayley_forward(torch.cat([q_in, q_out]), n + m, block_size_in, order).to(dtype)
-        return G[: q_in.shape[0]].clone(), G[q_in.shape[0] :].clone()  # an operator's outputs must not share memory
-    G_in, G_out = (cayley_forward(q, size, block_size, order).to(dtype) for q, size, block_size in sides)
-    return G_in, G_out
+def side_blocks(sides: Sequence[Side], order: int, dtype: torch.dtype) -> list[Tensor]:
+    """:func:`cayley_blocks` of sides, by the registered operator."""
+    packed, _, sizes, block_sizes = zip(*sides, strict=True)
+    return _cayley(list(packed), list(sizes), list(block_sizes), order, dtype)
 
 
-def _alike(q_in: Tensor, q_out: Tensor, n: int, m: int, block_size_in: int, block_size_out: int) -> bool:
-    """Whether the blocks of both sides can go through as one batch: on a CPU that is half the calls."""
-    whole = block_size_in == block_size_out and n % block_size_in == 0 and m % block_size_out == 0
-    return whole and device_type(q_in) == "cpu" and q_in.dtype == q_out.dtype
-
-
-def cayley_pair_backward(
-    dG_in: Tensor,
-    dG_out: Tensor,
-    q_in: Tensor,
-    q_out: Tensor,
-    n: int,
-    m: int,
-    block_size_in: int,
-    block_size_out: int,
-    order: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """(dq_in, dq_out), each in its q's dtype, from the float32 (float64) gradients of the blocks.
-
-    ``dtype`` is that of the activations behind them.
-    """
-    sides = ((dG_in, q_in, n, block_size_in), (dG_out, q_out, m, block_size_out))
-    if all(use_triton(q, block_size, missing=_missing(order)) for _, q, _, block_size in sides):
-        from poetx.ops.triton import cayley as kernels
-
-        narrow = dtype == torch.bfloat16
-        if block_size_in == block_size_out:
-            dq_in, dq_out = kernels.cayley_backward(
-                [dG_in, dG_out], [q_in, q_out], [n, m], block_size_in, order, narrow
-            )
-        else:
-            dq_in, dq_out = (
-                kernels.cayley_backward([dG], [q], [size], b, order, narrow)[0] for dG, q, size, b in sides
-            )
-        return dq_in, dq_out
-    if _alike(q_in, q_out, n, m, block_size_in, block_size_out):
-        dG, q = torch.cat([dG_in, dG_out]), torch.cat([q_in, q_out])
-        dq = cayley_backward(dG, q, n + m, block_size_in, order)
-        return dq[: q_in.shape[0]].clone(), dq[q_in.shape[0] :].clone()
-    dq_in, dq_out = (cayley_backward(dG, q, size, block_size, order) for dG, q, size, block_size in sides)
-    return dq_in, dq_out
-
-
-def _fake_pair(q_in, q_out, n, m, block_size_in: int, block_size_out: int, order: int, dtype: torch.dtype):
-    return (
-        q_in.new_empty((q_in.shape[0], block_size_in, block_size_in), dtype=dtype),
-        q_out.new_empty((q_out.shape[0], block_size_out, block_size_out), dtype=dtype),
-    )
-
-
-def _fake_pair_backward(dG_in, dG_out, q_in, q_out, n, m, block_size_in: int, block_size_out: int, order: int, dtype):
-    return torch.empty_like(q_in), torch.empty_like(q_out)
-
-
-cayley_pair_op = register_op(
-    "cayley_pair(Tensor q_in, Tensor q_out, int n, int m, int block_size_in, int block_size_out, int order, "
-    "ScalarType dtype) -> (Tensor, Tensor)",
-    _fake_pair,
-)(cayley_pair)
-cayley_pair_backward_op = register_op(
-    "cayley_pair_backward(Tensor dG_in, Tensor dG_out, Tensor q_in, Tensor q_out, int n, int m, int block_size_in, "
-    "int block_size_out, int order, ScalarType dtype) -> (Tensor, Tensor)",
-    _fake_pair_backward,
-)(cayley_pair_backward)
+def side_blocks_backward(
+    grads: Sequence[Tensor], sides: Sequence[Side], order: int, dtype: torch.dtype
+) -> list[Tensor]:
+    """:func:`cayley_blocks_backward` of sides, by the registered operator; ``dtype`` is the activations'."""
+    packed, _, sizes, block_sizes = zip(*sides, strict=True)
+    narrow = dtype == torch.bfloat16
+    return _cayley_backward(list(grads), list(packed), list(sizes), list(block_sizes), order, narrow)
 
 
 def cayley_delta(q_KP: Tensor, *, size: int, block_size: int, order: int = EXACT) -> Tensor:

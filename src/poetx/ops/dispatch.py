@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -99,3 +100,17 @@ def use_triton(
     if reason is not None and _wanted == "triton":
         raise UserError(f"use_kernels('triton'): {reason}; use 'auto' or 'torch'")
     return reason is None
+
+
+def rotations(x: Tensor, block_sizes: Sequence[int]) -> ModuleType:
+    """The module whose functions rotate tokens like x by blocks of these sizes: the kernels, or their plain twin.
+
+    Asked once an operator, which then calls ``gather_rotate`` and the like from it.
+    """
+    if use_triton(x, min(block_sizes)):
+        from poetx.ops.triton import block_diagonal as kernels
+
+        return kernels
+    from poetx.ops import block_diagonal
+
+    return block_diagonal

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from poetx.distributed.sharded import refuse_sharded
 from poetx.errors import UserError
-from poetx.layers.poet import stream
-from poetx.ops.fold import stochastic_round_
+from poetx.ops.random import stochastic_round_, stream
 from poetx.optim.combined import keep_dtypes
 
 #: Elements worked on at a time, so that the temporaries of a step do not depend on the largest parameter.

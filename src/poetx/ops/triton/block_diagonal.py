@@ -237,7 +237,7 @@ def outer(
 ) -> Tensor:
     """``x[:, x_source]_kᵀ · y[:, y_source]_k`` [K, B, B], float32, zero beyond a ragged end.
 
-    Twin of :func:`poetx.ops.block_diagonal.block_outer`. The tokens are cut into chunks, summed in order afterwards:
+    The tokens are cut into chunks, summed in order afterwards:
     the same bits every time, which atomic additions would not give.
     """
     B, (N, F) = block_size, x_NF.shape
@@ -289,6 +289,11 @@ def permute(x_NF: Tensor, source: Tensor) -> Tensor:
 def can_permute(x_NF: Tensor) -> bool:
     """Whether a row fits into shared memory for :func:`permute`."""
     return x_NF.shape[1] <= _WIDEST_ROW.get(x_NF.element_size(), 0)
+
+
+def gather(x_NF: Tensor, perm: Tensor) -> Tensor:
+    """Twin of :func:`poetx.ops.block_diagonal.gather` for a permutation."""
+    return permute(x_NF, perm) if can_permute(x_NF) else torch.index_select(x_NF, 1, perm)
 
 
 def inverse(perm: Tensor) -> Tensor:

@@ -1,0 +1,31 @@
+"""One side of a rotated weight: what its rotation is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Side(NamedTuple):
+    """A block-diagonal rotation of ``size`` features, in the order of ``perm``.
+
+    packed [⌈size / block_size⌉, P]: strict upper triangles of the skew blocks. perm [size]: int32.
+    """
+
+    packed: Tensor
+    perm: Tensor
+    size: int
+    block_size: int
+
+
+Sides = tuple[Side, Side]
+
+
+def sides(packed: Sequence[Tensor], perms: Sequence[Tensor], block_sizes: Sequence[int]) -> Sides:
+    """(input side, output side) from what an operator takes in their place."""
+    side_in, side_out = (
+        Side(q, perm, perm.numel(), block_size) for q, perm, block_size in zip(packed, perms, block_sizes, strict=True)
+    )
+    return side_in, side_out
