@@ -61,6 +61,9 @@ def merge_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
     model's function is preserved up to the training order's own error (θ⁴ for order 3) and the weight's dtype.
     Where that error passes 1 %, a warning is logged.
 
+    Whatever interrupts or fails leaves each layer, with its entries in the optimizer, as it was or merged; another call
+    then merges all of them.
+
     Raises:
         UserError: the model has no rotated layer, or ``optimizer`` counts steps in a group that holds rotations and
             other parameters.
@@ -72,16 +75,18 @@ def merge_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
     restart = handle.restart if handle else _Restart(())
     if optimizer is not None:
         restart.check(optimizer, layers.values())
-    stats = []
-    for layer in layers.values():
-        stats.append(layer.merge_())
-        for parameter in layer.rotations:
-            parameter.grad = None
-            if optimizer is not None:
-                _reset(optimizer, parameter)
+    stats = [layer.merge_(lambda layer=layer: _forget(layer, optimizer)) for layer in layers.values()]
     if optimizer is not None:
         restart(optimizer, layers.values())
     return _report(layers, stats)
+
+
+def _forget(layer: PoetLinear, optimizer: torch.optim.Optimizer | None) -> None:
+    """Drop what belonged to the old frame; together with the layer's own merge, and harmless when done twice."""
+    for parameter in layer.rotations:
+        parameter.grad = None
+        if optimizer is not None:
+            _reset(optimizer, parameter)
 
 
 def _report(layers: Mapping[str, PoetLinear], stats: list[FoldStats]) -> MergeReport:
