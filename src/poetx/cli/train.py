@@ -62,11 +62,9 @@ def train(
     if recipe in (None, *DEMOS) and loaded.run_dir is None and not overwrite:
         loaded = _place_demo(loaded, resume=resume)
 
-    from poetx.train.environment import keep_freed_memory
     from poetx.train.progress import LiveReporter, PlainReporter
     from poetx.train.run import train as run_training
 
-    keep_freed_memory()
     quiet_transformers()
     console = Console()
     reporter = LiveReporter(console) if console.is_terminal else PlainReporter(console)
