@@ -128,6 +128,7 @@ def test_an_export_stops_where_documents_of_training_ended(tmp_path: Path, known
     """Whatever the checkpoint that training began with had stopped at."""
     model = builders.llama()
     model.config.eos_token_id = model.generation_config.eos_token_id = known
+    model.generation_config.temperature, model.generation_config.top_k = 0.6, 20  # idle, as nothing is sampled
     fast_tokenizer(tokenizer_directory(tmp_path / "own", None) / "tokenizer.json", END_OF_TEXT).save_pretrained(
         tmp_path / "own"
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from poetx.errors import UserError, nearest
+from poetx.files import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -95,8 +95,8 @@ def fast_tokenizer(file: Path, end_of_text: str) -> PreTrainedTokenizerFast:
 def _declared_end(config: Path) -> list[str]:
     """``eos_token`` of a ``tokenizer_config.json``, where there is one: a string, or a dict with ``content``."""
     try:
-        token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-    except (OSError, ValueError, AttributeError):
+        token = read_json(config).get("eos_token")
+    except UserError:  # none there, or one that says nothing
         return []
     if isinstance(token, dict):
         token = token.get("content")

@@ -53,6 +53,7 @@ def export_model(model: PreTrainedModel, tokenizer_dir: Path, directory: Path) -
     to_dense_(model)
     model.config.use_cache = True
     stop_at_(model, AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True).eos_token_id)
+    _drop_idle_settings(model)
     remedy = "write it with poetx export RUN DIR; the run's checkpoints are untouched"
     with new_directory(directory.resolve(), remedy=remedy) as temporary:
         model.save_pretrained(temporary)
@@ -65,3 +66,11 @@ def stop_at_(model: PreTrainedModel, end_of_text_id: int | None) -> None:
         known = getattr(config, "eos_token_id", None)
         if config is not None and end_of_text_id not in (None, known, *(known if isinstance(known, list) else [])):
             config.eos_token_id = end_of_text_id
+
+
+def _drop_idle_settings(model: PreTrainedModel) -> None:
+    """Unset what only sampling reads where nothing is sampled: some checkpoints set it, and it could not be saved."""
+    config = model.generation_config
+    if config is not None and not config.do_sample:
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+            setattr(config, name, None)
