@@ -65,13 +65,13 @@ part_step() {
         return
     fi
     bench 70 step step llama-1b --seq-lens 512,2048 --batch-sizes 1,8,24,48 \
-        --contestants adamw,fast,mem,single-step-free
+        --methods adamw,fast,mem,single-step
     bench 130 step step llama-8b --seq-lens 512,1024,2048 --batch-sizes 1,4,12 --repeats 3
 }
 
 part_memory() {
     if [ -n "$tiny" ]; then
-        bench 100 memory step demo $tiny_model --seq-lens 16 --batch-sizes 1 --repeats 1 --contestants fast,mem
+        bench 100 memory step demo $tiny_model --seq-lens 16 --batch-sizes 1 --repeats 1 --methods fast,mem
         return
     fi
     bench 50 memory step llama-3b --seq-lens 512,1024,2048 --batch-sizes 1 --repeats 1

@@ -309,7 +309,7 @@ def step(done: set[str], *, repeats: int = 20) -> Iterator[dict[str, Any]]:
     names = ("mem", "int8", "int4", "nf4", "fp8")
     if all(name in done for name in names):
         return
-    for row in bench_step("demo", contestants=names, repeats=repeats):
+    for row in bench_step("demo", methods=names, repeats=repeats):
         yield row | {"benchmark": "quantised-step", "cell": row["contestant"]}
 
 

@@ -105,7 +105,7 @@ def test_ops_rows_and_gate(monkeypatch):
 
 
 def test_step_rows():
-    settings = {"seq_lens": [8, 16], "batch_sizes": [2], "contestants": ["adamw", "mem"]}
+    settings = {"seq_lens": [8, 16], "batch_sizes": [2], "methods": ["adamw", "mem"]}
     rows = list(bench_step("demo", overrides=TINY, repeats=1, **settings))
     assert [(row["contestant"], row["seq_len"]) for row in rows] == [
         (name, length) for length in (8, 16) for name in ("adamw", "mem")
@@ -122,7 +122,7 @@ def test_what_does_not_fit_or_does_not_learn(monkeypatch):
     def too_big(self, ids):
         raise torch.OutOfMemoryError("no")
 
-    settings = {"overrides": TINY, "seq_lens": [8], "batch_sizes": [1], "contestants": ["fast"], "repeats": 1}
+    settings = {"overrides": TINY, "seq_lens": [8], "batch_sizes": [1], "methods": ["fast"], "repeats": 1}
     monkeypatch.setattr(Run, "step", too_big)
     (row,) = bench_step("llama-60m", **settings)  # a recipe that names no text
     assert row["oom"] is True
@@ -130,6 +130,28 @@ def test_what_does_not_fit_or_does_not_learn(monkeypatch):
     monkeypatch.setattr(Run, "step", lambda self, ids: torch.tensor(1.0))
     with pytest.raises(UserError, match="fast: the loss on one batch went 1.000, 1.000"):
         list(bench_step("demo", **settings))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("step demo --methods adamw,meem", "method=meem: no such method; did you mean 'mem'"),
+        ("step demo --methods mem,mem", "--methods=mem,mem: must be different names"),
+        ("step demo --methods ,", "--methods=,: must be different names"),
+        ("step demo --seq-lens 0", "--seq-lens=0: every number must be at least 1"),
+        ("step demo --batch-sizes 2.5", "--batch-sizes=2.5: must be whole numbers"),
+        ("step nowhere", "nowhere: no such recipe"),
+        ("layer --contestants fats", "'fats': no such contestant; did you mean 'fast'"),
+        ("layer --dtype float16", "--dtype=float16: must be float32, bfloat16 or auto"),
+        ("ops --tokens -3", "--tokens=-3: every number must be at least 1"),
+        ("ops --device tpu", "device"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, capsys):
+    assert main(["bench", *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
 
 
 def test_candidates_take_turns():
@@ -165,12 +187,3 @@ def test_gpu_suite_runs_in_rehearsal(tmp_path):
     result = subprocess.run([*command, "lyer"], env=environment, capture_output=True, text=True)
     assert result.returncode == 2
     assert "lyer: no such part" in result.stderr
-
-
-@pytest.mark.parametrize("own", [["optimizer.name=sgd"], ["optimizer.dense_optimizer=smmf"]])
-def test_the_adamw_contestant_is_adamw_whatever_the_recipe_has(own):
-    from poetx.bench.step import CONTESTANTS
-    from poetx.recipe import load_recipe
-
-    optimizer = load_recipe("demo", [*own, *CONTESTANTS["adamw"]]).optimizer
-    assert (optimizer.name, optimizer.model_dump()["state_dtype"]) == ("adamw", "same")

@@ -11,25 +11,15 @@ from typing import Any
 import torch
 
 from poetx.bench.timing import interleaved, median, milliseconds, provenance
-from poetx.errors import UserError, nearest
+from poetx.errors import UserError
 from poetx.merge import merge_
 from poetx.methods.base import convert_model, method_of
 from poetx.models import build_model, resolve_device, settled
-from poetx.recipe import Recipe, load_recipe
+from poetx.recipe import Recipe, load_recipe, with_method
 from poetx.train.step import TrainingStep
 
 # Fresh weights are drawn on the CPU, minutes for 8B, and a step takes as long on any: keep the dense model's.
-_KEEP = ("poet.init=keep", "poet.init_scale=1.0", "poet.residual_scale=1.0")
-_SINGLE = ("poet.method=single-step", *_KEEP)
-#: Who takes part, as overrides of the recipe. The first one is what the others are compared with.
-CONTESTANTS: dict[str, tuple[str, ...]] = {
-    "adamw": ("poet=null", "optimizer.name=adamw", "optimizer.dense_optimizer=null", "optimizer.state_dtype=same"),
-    "fast": ("poet.mode=fast", *_KEEP),
-    "mem": ("poet.mode=mem", *_KEEP),
-    **{name: ("poet.mode=mem", f"poet.weight_format={name}", *_KEEP) for name in ("int8", "int4", "nf4", "fp8")},
-    "single-step": _SINGLE,
-    "single-step-free": (*_SINGLE, "poet.update=free"),
-}
+_KEEP = {"poet.init": "keep", "poet.init_scale": 1.0, "poet.residual_scale": 1.0}
 _GATE_STEPS = 4
 
 
@@ -50,42 +40,39 @@ class Run:
 def bench_step(
     source: str,
     *,
-    contestants: Sequence[str] = ("adamw", "fast", "mem"),
+    methods: Sequence[str] = ("adamw", "fast", "mem"),
     overrides: Sequence[str] = (),
     seq_lens: Sequence[int] = (),
     batch_sizes: Sequence[int] = (),
     repeats: int = 5,
     compiled: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """One row a contestant, sequence length and batch size (in sequences, all of them one micro-batch).
+    """One row a method, sequence length and batch size (in sequences, all of them one micro-batch).
 
     ``ms`` is the median step; ``tokens_per_second`` counts a share of one merge in, ``merge_ms / merge_every``; what
-    does not fit has ``oom`` true. On a GPU one contestant after the other has it to itself and ``peak_bytes`` is all
+    does not fit has ``oom`` true. On a GPU one method after the other has it to itself and ``peak_bytes`` is all
     that was allocated; on a CPU, where memory is not told apart, they take turns step by step.
 
     Raises:
-        UserError: an unknown contestant, a bad recipe, or a model that does not learn a batch it sees four times.
+        UserError: an unknown method, a bad recipe, or a model that does not learn a batch it sees four times.
     """
-    for name in contestants:
-        if name not in CONTESTANTS:
-            raise UserError(f"{name!r}: no such contestant{nearest(name, list(CONTESTANTS))}")
-    overrides = ("data.train=builtin", *overrides)  # tokens are drawn at random, no text is read
-    recipe = load_recipe(source, overrides)
+    recipe = load_recipe(source, overrides, text=False)  # tokens are drawn at random, no text is read
     lengths = tuple(seq_lens) or (recipe.data.seq_len,)
     batches = tuple(batch_sizes) or (recipe.train.micro_batch,)
     device = resolve_device(recipe.train.device)
     common = {"compiled": compiled, "repeats": repeats} | provenance(device)
-    overrides = (*overrides, f"data.seq_len={max(lengths)}")
-    groups = [list(contestants)] if device.type == "cpu" else [[name] for name in contestants]
+    plain = recipe.with_keys({"data.seq_len": max(lengths)})
+    recipes = {name: _with(plain, name) for name in methods}
+    groups = [list(recipes)] if device.type == "cpu" else [[name] for name in recipes]
     base: dict[tuple[int, int], float] = {}
     for names in groups:
-        runs = {name: _build(source, [*overrides, *CONTESTANTS[name]], device, compiled) for name in names}
+        runs = {name: _build(recipes[name], device, compiled) for name in names}
         try:
             for length in lengths:
                 for batch in batches:
                     for row in _measure(runs, length, batch, device, repeats):
                         speed = row["tokens_per_second"]
-                        if row["contestant"] == contestants[0] and speed:
+                        if row["contestant"] == methods[0] and speed:
                             base[length, batch] = speed
                         first = base.get((length, batch))
                         row["speed_ratio"] = round(speed / first, 3) if speed and first else None
@@ -95,8 +82,13 @@ def bench_step(
             _release(device)
 
 
-def _build(source: str, overrides: Sequence[str], device: torch.device, compiled: bool) -> Run:
-    recipe = settled(load_recipe(source, overrides), device)
+def _with(recipe: Recipe, method: str) -> Recipe:
+    changed = with_method(recipe, method)
+    return changed if changed.poet is None else changed.with_keys(_KEEP)
+
+
+def _build(recipe: Recipe, device: torch.device, compiled: bool) -> Run:
+    recipe = settled(recipe, device)
     model = build_model(recipe, vocab_size=recipe.data.vocab_size, end_of_text_id=0, device=device)
     convert_model(model, recipe, device)
     optimizer = method_of(recipe).build_optimizer(model, recipe.train.steps)

@@ -59,7 +59,9 @@ def layer(
         dtype=kind,
         device=place,
     )
-    rows = bench_layer(shape, contestants=_names(contestants), repeats=repeats, parts=parts, compiled=compiled)
+    rows = bench_layer(
+        shape, contestants=_names("contestants", contestants), repeats=repeats, parts=parts, compiled=compiled
+    )
     _report(rows, out, as_json, ("contestant", "part", "ms", "ratio", "share_of_linear", "peak_bytes"))
 
 
@@ -92,13 +94,15 @@ def ops(
     _report(rows, out, as_json, columns)
 
 
-@app.command(epilog="Examples: poetx bench step demo | poetx bench step llama-1b --seq-lens 512,1024,2048")
+@app.command(
+    epilog="Examples: poetx bench step demo | poetx bench step llama-1b --methods adamw,int8 --seq-lens 512,1024"
+)
 def step(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Built-in name or YAML file.")] = "demo",
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe settings.")] = None,
     seq_lens: Annotated[str, typer.Option(help="Separated by commas. Default: the recipe's.")] = "",
     batch_sizes: Annotated[str, typer.Option(help="Sequences, separated by commas. Default: the recipe's.")] = "",
-    contestants: Annotated[
+    methods: Annotated[
         str, typer.Option(help="Separated by commas; the first is what the others are compared with.")
     ] = "adamw,fast,mem",
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile the models.")] = False,
@@ -106,12 +110,12 @@ def step(
     out: _OUT = None,
     as_json: _JSON = False,
 ) -> None:
-    """Whole training steps of a recipe: tokens a second and peak memory, AdamW beside POET-X."""
+    """Whole training steps of a recipe by several methods: tokens a second and peak memory."""
     from poetx.bench.step import bench_step
 
     rows = bench_step(
         recipe,
-        contestants=_names(contestants),
+        methods=_names("methods", methods),
         overrides=overrides or (),
         seq_lens=_numbers("seq-lens", seq_lens),
         batch_sizes=_numbers("batch-sizes", batch_sizes),
@@ -122,13 +126,20 @@ def step(
     _report(rows, out, as_json, columns)
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+def _names(option: str, text: str) -> list[str]:
+    names = _split(text)
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"--{option}={text}: must be different names separated by commas")
+    return names
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _numbers(option: str, text: str) -> list[int]:
     try:
-        numbers = [int(part) for part in _names(text)]
+        numbers = [int(part) for part in _split(text)]
     except ValueError:
         raise UserError(f"--{option}={text}: must be whole numbers separated by commas") from None
     if any(number < 1 for number in numbers):
