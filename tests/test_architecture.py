@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import poetx
+from poetx.sections import every_key
 
 ROOT = Path(poetx.__file__).parent
 #: Lower may not import higher.
@@ -93,3 +94,42 @@ def test_no_public_name_is_also_a_module_of_its_package():
             p.parent.name for p in path.parent.glob("*/__init__.py")
         }
         assert not modules & set(names), package
+
+
+#: The planner's own world, until it plans by recipes.
+LEAVING = {"planner/build.py", "planner/setup.py"}
+
+
+def calls_by_file(*names):
+    """Which file calls a function or method of these names, and which of them."""
+    found = {}
+    for path in ROOT.rglob("*.py"):
+        called = {
+            getattr(node.func, "attr", getattr(node.func, "id", ""))
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call)
+        }
+        if called & set(names):
+            found[path.relative_to(ROOT).as_posix()] = called & set(names)
+    return found
+
+
+def test_there_is_one_training_step():
+    """Backward and an optimizer's step after it: nobody writes the two again."""
+    both = {file for file, names in calls_by_file("backward", "step").items() if names == {"backward", "step"}}
+    assert both - LEAVING == {"train/step.py"}
+
+
+def test_there_is_one_llama_builder():
+    assert set(calls_by_file("LlamaConfig")) - LEAVING == {"models.py"}
+
+
+def test_there_is_one_config_world():
+    """No class but a recipe's sections, and what they are made of, has many of a recipe's keys as its fields."""
+    keys = {key for section in every_key().values() for key in section}
+    owners = {"sections.py", "config.py", "recipe.py", "shorthands.py"}
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and path.relative_to(ROOT).as_posix() not in owners | LEAVING:
+                fields = {item.target.id for item in node.body if isinstance(item, ast.AnnAssign)}  # type: ignore[union-attr]
+                assert len(fields & keys) < 5, f"{path}: {node.name} has {sorted(fields & keys)}"
