@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from poetx.config import PoetConfig
+from poetx.errors import UserError
 from poetx.layers.base import DTYPES as DTYPES
 from poetx.layers.base import ConvertedLinear, checked_input
 from poetx.layers.base import fresh_weight as fresh_weight
@@ -45,6 +46,8 @@ class PoetLinear(ConvertedLinear):
             does not divide the side, the last row's entries beyond the shorter last block have no effect.
         bias [m] or None: outside the rotation, trained as usual.
         perm_in [n], perm_out [m]: int32. merge_count: int64 scalar. base_norm: ‖W0‖, float64 scalar.
+        trained_with [2]: int64, the Neumann order (−1: exact) and the seed that the rest belongs to. A state of other
+            settings is refused; an older one, without it, is taken to fit.
         residual [m, n]: int8, only with ``config.weight_extra_bits`` and a bfloat16 weight.
         packed_weight: with ``config.weight_format``, a :class:`~poetx.layers.weights.PackedWeight` for ``base_weight``,
             which is None then; with ``config.weight_extra_bits`` it holds its own residual.
@@ -63,6 +66,7 @@ class PoetLinear(ConvertedLinear):
     perm_out: Tensor
     merge_count: Tensor
     base_norm: Tensor
+    trained_with: Tensor
     residual: Tensor | None
     base_weight: Any  # an nn.Parameter, or None where packed_weight stands for it
     _like: Tensor
@@ -107,6 +111,7 @@ class PoetLinear(ConvertedLinear):
             self.register_buffer(side, torch.empty(size, dtype=torch.int32, device=device))
         self.register_buffer("merge_count", torch.empty((), dtype=torch.int64, device=device))
         self.register_buffer("base_norm", torch.empty((), dtype=torch.float64, device=device))
+        self.register_buffer("trained_with", torch.empty(2, dtype=torch.int64, device=device))
         extra_bits = config.weight_extra_bits and dtype == torch.bfloat16 and self.packed_weight is None
         self.register_buffer("residual", torch.empty(shape, dtype=torch.int8, device=device) if extra_bits else None)
         self.reset_parameters()
@@ -184,6 +189,7 @@ class PoetLinear(ConvertedLinear):
         self.skew_in.zero_()
         self.skew_out.zero_()
         self.merge_count.zero_()
+        self.trained_with.copy_(self._settings())
         for perm, fresh in zip((self.perm_in, self.perm_out), self._draw_permutations(0), strict=True):
             perm.copy_(fresh)
         weight = _permuted(weight, self.perm_out, self.perm_in)
@@ -248,9 +254,30 @@ class PoetLinear(ConvertedLinear):
         """A copy made inside :func:`poetx.shared_blocks` has rotations of its own, and nobody would free its blocks."""
         return {key: value for key, value in self.__dict__.items() if key != "shared_blocks"}
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """``load_state_dict(assign=True)`` brings its own device and dtype, and :attr:`_like` is in no state dict."""
-        super()._load_from_state_dict(*args, **kwargs)
+    def _settings(self) -> Tensor:
+        return torch.tensor([self.order, self.config.seed % (1 << 63)], device="cpu")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Refuse a state of other settings; what an older one lacks is taken to fit, or to be zero.
+
+        ``load_state_dict(assign=True)`` brings its own device and dtype, and :attr:`_like` is in no state dict.
+        """
+        own, key = self._settings(), f"{prefix}trained_with"
+        saved = state_dict.setdefault(key, own.to(state_dict.get(f"{prefix}perm_in", own).device))
+        if not saved.is_meta and saved.tolist() != own.tolist():
+            names = {order: name for name, order in _ORDERS.items()}
+            pairs = (
+                ("neumann_order", *(names.get(order, order) for order in (int(saved[0]), int(own[0])))),
+                ("seed", int(saved[1]), int(own[1])),
+            )
+            setting, theirs, ours = next(pair for pair in pairs if pair[1] != pair[2])
+            raise UserError(
+                f"{self.label}: the state was trained with {setting}={theirs!r}, the layer has {ours!r}; convert the "
+                f"model with {setting}={theirs!r} to load it"
+            )
+        if self.residual is not None and (weight := state_dict.get(f"{prefix}base_weight")) is not None:
+            state_dict.setdefault(f"{prefix}residual", torch.zeros_like(weight, dtype=torch.int8))
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._like = torch.empty(0, device=self.skew_in.device, dtype=self.weight_dtype)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PoetLinear:

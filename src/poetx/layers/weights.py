@@ -151,6 +151,9 @@ class PackedWeight(nn.Module):
                 f"{prefix.removesuffix('.')}: the state is of weight_format={name!r}, the layer of "
                 f"{self.format.name!r}; convert the model with weight_format={name!r} to load it"
             )
+        if self.residual is not None and (codes := state_dict.get(f"{prefix}codes")) is not None:
+            for name, own in self.residual.named_buffers(prefix=f"{prefix}residual"):  # of an older state: no error yet
+                state_dict.setdefault(name, torch.zeros(own.shape, dtype=own.dtype, device=codes.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PackedWeight:

@@ -1,0 +1,65 @@
+"""What a state dict says about the settings it was trained with, and states from before it did."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from poetx import PoetConfig, PoetLinear, UserError
+
+INT8 = {"mode": "mem", "weight_format": "int8", "group_size": 5}
+
+
+def make(dtype=torch.float32, **config):
+    settings = {"block_size": 4, "init": "normalized"} | config
+    return PoetLinear(10, 12, config=PoetConfig(**settings), name="layer", dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "words"),
+    [
+        ({"neumann_order": 7}, {}, "neumann_order=7, the layer has 3"),
+        ({}, {"neumann_order": "exact"}, "neumann_order=3, the layer has 'exact'"),
+        ({"seed": 4}, {"seed": 5}, "seed=4, the layer has 5"),
+        ({"seed": -1, **INT8}, INT8, "seed=9223372036854775807, the layer has 0"),
+    ],
+)
+def test_a_state_of_other_settings_is_refused(there, here, words):
+    state, layer = make(**there).state_dict(), make(**here)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(UserError, match=f"^layer: the state was trained with {words}; convert"):
+        layer.load_state_dict(state)
+    assert all(torch.equal(value, layer.state_dict()[name]) for name, value in before.items())
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.double().float()):
+        assert str(twin.load_state_dict(layer.state_dict())) == "<All keys matched successfully>"
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(("dtype", "settings"), [(torch.bfloat16, {}), (torch.float32, INT8)], ids=["bf16", "int8"])
+def test_an_older_state_without_settings_or_extra_bits_loads_and_merges(dtype, settings, assign):
+    old = make(dtype, **settings)
+    state = {name: value for name, value in old.state_dict().items() if name != "trained_with"}
+    given = set(state)
+    layer = make(dtype, **settings, weight_extra_bits=True)
+    assert str(layer.load_state_dict(copy.deepcopy(state), assign=assign)) == "<All keys matched successfully>"
+    assert set(state) == given
+    x = torch.randn(3, 10).to(dtype)
+    assert torch.equal(layer(x), old(x))
+    precise, plain = layer.frozen_weight.precise(), old.frozen_weight.precise().float()
+    assert (precise - plain).abs().max() <= 1e-4 * plain.abs().max()
+    layer.merge_()
+    assert (layer(x).float() - old(x).float()).norm() / old(x).float().norm() < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [{}, INT8, {"weight_extra_bits": True}], ids=str)
+def test_a_matrix_of_zeros_merges_without_nan(settings, dtype):
+    layer = make(dtype, **settings)
+    layer.load_dense_(torch.zeros(12, 10))
+    with torch.no_grad():
+        layer.skew_in.fill_(0.1)
+    stats = layer.merge_()
+    assert float(stats.norm_ratio) == pytest.approx(1, abs=0.01)
+    assert layer.dense_weight().isfinite().all()
+    assert layer.dense_weight().abs().max() < 1e-6
