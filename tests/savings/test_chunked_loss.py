@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from helpers import TOLERANCE, relative_error
 from poetx import UserError
@@ -106,24 +106,53 @@ def test_copies_and_pickles_call_themselves(model):
         assert torch.equal(model(input_ids=ids, labels=ids).loss, before)
 
 
-def test_models_it_would_be_wrong_for_are_refused():
-    config = Gemma2Config(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
-    config.num_attention_heads = config.num_key_value_heads = 1
-    with pytest.raises(UserError, match="final_logit_softcapping"):
-        chunk_loss_(AutoModelForCausalLM.from_config(config))
+TINY = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+TINY |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "words"),
+    [
+        ("gemma2", {}, "after its head"),  # soft capping, which a fresh model hardly shows
+        ("cohere", {}, "after its head"),
+        ("granite", {"logits_scaling": 8.0}, "after its head"),
+        ("bert", {"is_decoder": True}, "before its head"),
+        ("roberta", {"is_decoder": True}, "not a plain|before its head|head"),
+        ("llama", {}, None),
+        ("qwen3", {}, None),
+        ("gpt_neox", {}, None),
+        ("opt", {"ffn_dim": 32, "word_embed_proj_dim": 16}, None),
+        ("mamba", {}, None),
+    ],
+)
+def test_a_head_with_anything_before_or_behind_it_is_refused_whatever_the_model(kind, settings, words):
+    config = AutoConfig.for_model(kind, **(TINY | {"pad_token_id": 0} | settings))
+    model = AutoModelForCausalLM.from_config(config).train()
+    if words is None:
+        chunk_loss_(model)
+        assert all(module.training for module in model.modules())
+        assert not any(module._forward_hooks for module in model.modules())
+    else:
+        with pytest.raises(UserError, match=words):
+            chunk_loss_(model)
+
+
+def test_evaluation_has_its_logits(model):
+    ids = torch.randint(0, 301, (2, 17))
+    want = model.eval()(input_ids=ids, labels=ids)
+    got = chunk_loss_(model)(input_ids=ids, labels=ids)
+    assert torch.equal(got.logits, want.logits)
+    assert torch.equal(got.loss, want.loss)
+    assert model.train()(input_ids=ids, labels=ids).logits is None
+
+
+def test_misuse_is_refused(model):
     with pytest.raises(UserError, match="not a transformers causal language model"):
         chunk_loss_(torch.nn.Linear(2, 2))
     with pytest.raises(UserError, match="labels: shape"):
         chunked_cross_entropy(torch.randn(3, 4), torch.randn(5, 4), torch.zeros(2, dtype=torch.long))
     with pytest.raises(UserError, match="reduction"):
         chunked_cross_entropy(torch.randn(2, 4), torch.randn(5, 4), torch.zeros(2, dtype=torch.long), reduction="avg")
-
-
-@pytest.mark.parametrize(
-    ("setting", "value", "words"),
-    [("logits_soft_cap", 30.0, "changes the logits"), ("output_router_logits", True, "the routers' loss")],
-)
-def test_what_a_config_adds_to_the_loss_is_refused(model, setting, value, words):
-    setattr(model.config, setting, value)
-    with pytest.raises(UserError, match=words):
+    model.config.output_router_logits = True
+    with pytest.raises(UserError, match="the routers' loss"):
         chunk_loss_(model)

@@ -140,7 +140,7 @@ def test_chunked_loss_refuses_models_that_change_the_logits(tiny: Tiny, tmp_path
     config.num_key_value_heads = 2
     config.save_pretrained(tmp_path / "gemma")
     shape = "model={config: " + str(tmp_path / "gemma") + "}"
-    with pytest.raises(UserError, match="final_logit_softcapping"):
+    with pytest.raises(UserError, match="changes the logits after its head"):
         train(tiny(shape, "train.chunked_loss=true"))
 
 

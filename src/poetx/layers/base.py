@@ -29,7 +29,8 @@ class ConvertedLinear(nn.Module):
         self.block_size_in = min(config.block_size, in_features)
         self.block_size_out = min(config.block_size, out_features)
         self.name, self.transposed = name, transposed
-        self.fast_tokens = 0  # up to so many tokens mode is fast; see poetx.savings.checkpoint_layers_
+        #: None: ``config.mode`` holds. Else *fast* up to so many tokens, *mem* beyond: see savings.checkpoint_layers_.
+        self.fast_tokens: float | None = None
 
     @property
     def label(self) -> str:
@@ -76,8 +77,10 @@ class ConvertedLinear(nn.Module):
         raise NotImplementedError
 
     def mode_for(self, x: Tensor) -> str:
-        """``"fast"`` or ``"mem"``: the config's mode, but *fast* for as many tokens as ``fast_tokens`` says."""
-        return "fast" if x.numel() <= self.fast_tokens * self.in_features else self.config.mode
+        """``"fast"`` or ``"mem"``: the config's mode, unless ``fast_tokens`` says up to how many tokens it is fast."""
+        if self.fast_tokens is None:
+            return self.config.mode
+        return "fast" if x.numel() <= self.fast_tokens * self.in_features else "mem"
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -33,7 +34,7 @@ def shared_blocks(model: nn.Module, *, dtype: torch.dtype | None = None) -> Iter
         RuntimeError: on leaving, if a rotation changed inside, by an optimizer step or a merge: passes after that used
             rotations that were out of date.
     """
-    layers = [layer for _, layer in poet_layers(model) if layer.config.mode == "fast" and _plain(layer)]
+    layers = [layer for _, layer in poet_layers(model) if _always_fast(layer) and _plain(layer)]
     versions = [_versions(layer) for layer in layers]
     try:
         with torch.no_grad():
@@ -50,6 +51,10 @@ def shared_blocks(model: nn.Module, *, dtype: torch.dtype | None = None) -> Iter
                 f"{layer.name or 'PoetLinear'}: its rotations changed inside shared_blocks(); "
                 "step the optimizer and merge outside of it"
             )
+
+
+def _always_fast(layer: PoetLinear) -> bool:
+    return layer.config.mode == "fast" if layer.fast_tokens is None else layer.fast_tokens == math.inf
 
 
 def _plain(layer: PoetLinear) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import math
 from typing import Any
 
 import torch
@@ -34,7 +34,8 @@ def checkpoint_layers_(model: nn.Module, *, recompute: str = "auto") -> nn.Modul
     its repeated layers wrapped. In effect in ``train()`` mode only. Returns ``model``.
 
     Args:
-        recompute: mode of the rotated layers inside. ``"fast"``: what a layer keeps then lives only while that
+        recompute: how the rotated layers inside run, whatever their ``config.mode`` says, which stays as it is (their
+            ``fast_tokens`` is set). ``"fast"``: what a layer keeps then lives only while that
             layer's backward runs, and its big product is computed twice (forward and recompute) instead of three
             times. ``"mem"`` keeps even that away. ``"auto"`` is *fast* as long as what it keeps, [tokens,
             out_features], is no larger than the layer's weight: up to in_features tokens; beyond, *mem*. Layers with
@@ -62,9 +63,8 @@ def checkpoint_layers_(model: nn.Module, *, recompute: str = "auto") -> nn.Modul
     for layer in layers:
         for _, rotated in converted_layers(layer):
             if rotated.config.weight_format is None:
-                mode: Any = "fast" if recompute == "fast" else "mem"
-                rotated.config = dataclasses.replace(rotated.config, mode=mode)
-                rotated.fast_tokens = rotated.in_features if recompute == "auto" else 0
+                limits = {"fast": math.inf, "mem": 0, "auto": rotated.in_features}
+                rotated.fast_tokens = limits[recompute]
     return model
 
 
