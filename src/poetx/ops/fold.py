@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from poetx.ops.cayley import cayley_delta, unpack_skew
-from poetx.ops.random import stochastic_round_ as stochastic_round_
 from poetx.ops.reference import EXACT
 from poetx.ops.side import Side, Sides
 

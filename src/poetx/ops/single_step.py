@@ -28,8 +28,9 @@ from torch import Tensor
 from poetx.ops.block_diagonal import add_block_outer_, block_outer_products, rotate
 from poetx.ops.cayley import pack_skew
 from poetx.ops.dispatch import use_triton
-from poetx.ops.fold import full_precision_products, stochastic_round_
-from poetx.ops.library import first_derivatives_only, register_op
+from poetx.ops.fold import full_precision_products
+from poetx.ops.library import first_derivatives_only, operator
+from poetx.ops.random import stochastic_round_
 
 
 class MomentumBuffers(NamedTuple):
@@ -154,7 +155,12 @@ def _generators(noise: Tensor, device: torch.device) -> tuple[torch.Generator | 
     return torch.Generator(device).manual_seed(first), torch.Generator(device).manual_seed(first + 1)
 
 
-def _backward(
+def _fake_backward(g, x, y, weight, bias, *rest):
+    return torch.empty_like(x, memory_format=torch.contiguous_format) if rest[-1] else x.new_empty(0)
+
+
+@operator(_fake_backward, mutates=("momentum_in", "momentum_out", "peaks_in", "peaks_out", "noise"))
+def _single_step_backward(
     g: Tensor,
     x: Tensor,
     y: Tensor | None,
@@ -190,18 +196,6 @@ def _backward(
         _subtract_bias_(M, g, bias)
     add_to_(momentum_out, peaks_out, M, m, noise_out)
     return dx
-
-
-def _fake_backward(g, x, y, weight, bias, *rest):
-    return torch.empty_like(x, memory_format=torch.contiguous_format) if rest[-1] else x.new_empty(0)
-
-
-_backward_op = register_op(
-    "single_step_backward(Tensor g, Tensor x, Tensor? y, Tensor weight, Tensor? bias, Tensor(a!) momentum_in, "
-    "Tensor(b!) momentum_out, Tensor(c!) peaks_in, Tensor(d!) peaks_out, Tensor(e!) noise, int block_size_in, "
-    "int block_size_out, str route, bool needs_dx) -> Tensor",
-    _fake_backward,
-)(_backward)
 
 
 def _accumulates(anchor: object) -> bool:
@@ -250,7 +244,7 @@ class _SingleStepLinear(torch.autograd.Function):
         dbias = g.sum(0).to(bias.dtype) if ctx.needs_input_grad[3] else None
         needs_dx = ctx.needs_input_grad[0]
         if torch.compiler.is_compiling() or _accumulates(ctx.next_functions[1][0]):
-            dx = _backward_op(g.contiguous(), x, y, weight, bias, *ctx.settings, needs_dx)
+            dx = _single_step_backward(g.contiguous(), x, y, weight, bias, *ctx.settings, needs_dx)
             anchor = g.new_zeros((), dtype=torch.float32)
         else:
             dx, anchor = torch.mm(g, weight.to(x.dtype)) if needs_dx else None, None

@@ -17,7 +17,7 @@ from poetx.errors import UserError
 from poetx.layers.poet import stream
 from poetx.layers.single_step import SingleStepLinear
 from poetx.ops.cayley import packed_size
-from poetx.ops.fold import stochastic_round_
+from poetx.ops.random import stochastic_round_
 from poetx.ops.single_step import MomentumBuffers, add_to_, block_count, block_peaks, fold_side, map_gradient
 
 SIDES = ("in", "out")
