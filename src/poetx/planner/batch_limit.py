@@ -80,8 +80,10 @@ def _next_guess(points: dict[int, int], low: int, high: int, budget: int) -> int
         return max(1, low)
     if len(points) == 1:
         return min(low + 1, high - 1)
-    # The two points nearest to the edge; a limit hit exactly is confirmed by the step beyond it.
-    a, b = sorted(sorted(points, key=lambda batch: abs(points[batch] - budget))[:2])
+    if high in points and len(points) % 4 == 3:
+        return (low + high) // 2  # a bend can hold a line on one side
+    # Between what fits and what does not, where both are known; a limit hit exactly is confirmed by the step beyond it.
+    a, b = (low, high) if high in points else sorted(points)[-2:]
     slope = (points[b] - points[a]) / (b - a)
     line = int(a + (budget - points[a]) / slope) if slope > 0 else high - 1
     # Not far beyond what fits: where another phase holds the peak, the line is flat and means nothing.
