@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from poetx.config import PoetConfig
 from poetx.errors import UserError
+from poetx.layers.base import ConvertedLinear
 from poetx.layers.poet import DTYPES, checked_input, fresh_weight
 from poetx.ops.cayley import packed_size
 from poetx.ops.single_step import MomentumBuffers, cheaper_route, single_step_linear
@@ -89,7 +90,7 @@ class SingleStepLinear(nn.Module):
         weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
         self.weight = RotatedWeight(weight, requires_grad=False)
         self._check_dtype()
-        self.fast_tokens = 0  # up to so many tokens mode is fast; see poetx.savings.checkpoint_layers_
+        self.fast_tokens: float | None = None  # as PoetLinear's
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.momentum: MomentumBuffers | None = None
         self.trainer: weakref.ref[Any] | None = None  # what of an optimizer these buffers belong to
@@ -170,7 +171,7 @@ class SingleStepLinear(nn.Module):
             self.momentum,
             block_sizes=(self.block_size_in, self.block_size_out),
             route=self.route,
-            keep_y=self.config.mode == "fast" or x.numel() <= self.fast_tokens * self.in_features,
+            keep_y=ConvertedLinear.mode_for(self, x) == "fast",  # type: ignore[arg-type]
         )
 
     def dense_weight(self) -> Tensor:
