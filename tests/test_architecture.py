@@ -20,7 +20,7 @@ ORDER = (
     ("conversion_report", "targets"),
     ("convert",),
     ("materialize", "merge", "spectra", "distributed"),
-    ("optim", "savings"),
+    ("optim", "savings", "training_check"),
     ("memory",),  # measuring is below the loop
     ("shorthands", "sections", "former_recipes", "recipe"),
     ("models",),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from poetx.optim.poetx import POETX
     from poetx.planner.estimate import estimate_memory
     from poetx.spectra import LayerSpectrum, spectrum
+    from poetx.training_check import check_training
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "PoetLinear",
     "SingleStepLinear",
     "UserError",
+    "check_training",
     "convert_",
     "estimate_memory",
     "materialize_",
@@ -66,6 +68,7 @@ __getattr__ = lazy_names(
         "poetx.optim.poetx": ("POETX",),
         "poetx.planner.estimate": ("estimate_memory",),
         "poetx.spectra": ("LayerSpectrum", "spectrum"),
+        "poetx.training_check": ("check_training",),
     },
 )
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,6 +27,7 @@ from poetx.train.metrics import MetricsWriter, perplexity
 from poetx.train.progress import Reporter
 from poetx.train.schedule import clip_value, lr_factor
 from poetx.train.step import StepResult, TrainingStep, chunked_loss, no_phase, summed_loss
+from poetx.training_check import TrainingReport, check_training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,6 +108,7 @@ def _run(trainer: Trainer, stop: StopRequest) -> None:
     started = time.perf_counter()
     if state.step == 0:
         _validate(trainer, started)
+        check_training(trainer.model, trainer.optimizer, tell=partial(_tell_training, trainer))
     while state.step < settings.steps and stop.signum is None:
         step_started = time.perf_counter()
         facts, memory = _measured_step(trainer, step)
@@ -123,6 +126,13 @@ def _run(trainer: Trainer, stop: StopRequest) -> None:
         due = state.step % settings.checkpoint_every == 0 and state.bad_steps_in_a_row == 0
         if due or last or stop.signum is not None:
             _save_if_finite(trainer, last=last)
+
+
+def _tell_training(trainer: Trainer, report: TrainingReport) -> None:
+    """What does not learn in the first steps, as notes and a line of metrics.jsonl; nothing where all is well."""
+    if report.problems:
+        trainer.reporter.note(str(report))
+        trainer.metrics.write("training_check", trainer.state.step + 1, problems=[str(p) for p in report.problems])
 
 
 def _measured_step(trainer: Trainer, step: TrainingStep) -> tuple[dict[str, Any], dict[str, Any] | None]:

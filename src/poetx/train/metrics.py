@@ -6,6 +6,7 @@
 
     {"event": "spectrum", "step": 100, "layers": {name: {"norm_ratio": …, "drift_median": …, …}, …}}
     {"event": "memory", "step": 100, "peak": …, "phases": {"forward": {"total": …, "frozen": …, …}, …}}  (bytes)
+    {"event": "training_check", "step": 3, "problems": ["model.…: received no gradient; …"]}  (only where there are any)
     {"event": "audit", "step": 1000, "skipped_steps": …, "merges": …, "merge_angle": …, "norm_drift": …, "tokens": …}
 
 A step that merged also has ``merge_angle`` (largest angle folded, radians) and ``norm_drift``.
