@@ -7,6 +7,7 @@ import torch
 import transformers
 from torch import nn
 
+import poetx
 from builders import llama
 from poetx import POETX, PoetConfig, check_training, convert_, merge_every, param_groups
 from poetx.layers.walk import converted_layers
@@ -29,7 +30,7 @@ FAMILIES = {
     "gptj": GPT | {"rotary_dim": 8},
     "gpt_neo": {"hidden_size": 32, "num_layers": 2, "attention_types": [[["global", "local"], 1]], "num_heads": 2},
     "bloom": {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 2},
-    "falcon": {"num_kv_heads": 1, "ffn_hidden_size": 48},
+    "jamba": {"num_experts": 2, "num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 4},
     "qwen2_moe": MOE | {"shared_expert_intermediate_size": 24, "decoder_sparse_step": 1},
     "mamba": SSM,
@@ -74,6 +75,13 @@ def test_everything_that_trains_in_a_family_of_models_moves(family, method):
     assert not named, str(check.result)
 
 
+def test_a_family_without_a_plain_linear_layer_is_refused():
+    """Falcon's are a subclass with a forward of its own."""
+    config = transformers.FalconConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(poetx.UserError, match="matches no linear layer"):
+        convert_(transformers.FalconForCausalLM(config))
+
+
 @pytest.fixture
 def small():
     return llama(vocab_size=61, tie_word_embeddings=False).train()
@@ -114,7 +122,8 @@ def test_frozen_by_mistake_zero_rate_zero_gradient_and_no_call(small):
     optimizer.add_param_group({"params": list(small.unused.parameters())})
     with torch.no_grad():
         second.input_layernorm.weight.zero_()  # what it feeds is zero
-    optimizer.param_groups[0]["params"].remove(second.mlp.up_proj.skew_in)
+    rotations = optimizer.param_groups[0]
+    rotations["params"] = [p for p in rotations["params"] if p is not second.mlp.up_proj.skew_in]
     optimizer.add_param_group({"params": [second.mlp.up_proj.skew_in], "lr": 0.0})
     for group in optimizer.param_groups[1:3]:
         group["params"] = [p for p in group["params"] if p is not second.input_layernorm.weight]

@@ -159,12 +159,12 @@ class TrainingCheck:
                 "a factor next to it is zero (a zero weight, a closed gate, dead units), or nothing behind it depends "
                 "on it; start that factor away from zero, or exclude the layer from conversion",
             )
-        if self._moved(seen):
-            return None
         if seen.largest_lr == 0:
             return TrainingProblem(
                 seen.name, "its learning rate was 0 in every step", "set lr of its group, or check the schedule"
             )
+        if self._moved(seen):
+            return None
         return TrainingProblem(
             seen.name,
             "received gradient but did not move",
