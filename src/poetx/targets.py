@@ -294,10 +294,13 @@ def _weights_read(kind: type) -> tuple[str, ...]:
 
 
 def _reads(method: ast.FunctionDef) -> Iterable[str]:
-    """Names x whose ``self.x.weight`` is used; not where the method calls ``self.x``, too, in its usual branch."""
+    """Names x whose ``self.x.weight`` is used; not under an ``if`` in a method that calls ``self.x`` otherwise."""
     harmless: set[int] = set()
     called: set[str] = set()
+    special: set[int] = set()
     for node in ast.walk(method):
+        if isinstance(node, ast.If):
+            special.update(id(inner) for statement in node.body for inner in ast.walk(statement))
         if isinstance(node, ast.Attribute) and node.attr in _FACTS:
             harmless.add(id(node.value))
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "type"):
@@ -307,7 +310,7 @@ def _reads(method: ast.FunctionDef) -> Iterable[str]:
     for node in ast.walk(method):
         if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load):
             name = _own(node.value)
-            if name and name not in called and id(node) not in harmless:
+            if name and id(node) not in harmless and not (name in called and id(node) in special):
                 yield name
 
 
