@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,13 +71,14 @@ def merge_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
     layers = dict(poet_layers(model))
     if not layers:
         raise UserError(_NOTHING)
+    rotations = {id(p) for layer in layers.values() for p in layer.rotations}
     handle = None if optimizer is None else _handle_of(optimizer)
     restart = handle.restart if handle else _Restart(())
     if optimizer is not None:
-        restart.check(optimizer, layers.values())
+        restart.check(optimizer, rotations)
     stats = [layer.merge_(lambda layer=layer: _forget(layer, optimizer)) for layer in layers.values()]
     if optimizer is not None:
-        restart(optimizer, layers.values())
+        restart(optimizer, rotations)
     return _report(layers, stats)
 
 
@@ -143,9 +144,8 @@ def _owner(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> torch.
     return optimizer.optimizers[group["optimizer"]] if hasattr(optimizer, "optimizers") else optimizer  # type: ignore[attr-defined]
 
 
-def _groups(optimizer: torch.optim.Optimizer, layers: Iterable[PoetLinear]) -> list[dict[str, Any]]:
-    """The parameter groups that hold rotations."""
-    rotations = {id(p) for layer in layers for p in layer.rotations}
+def _groups(optimizer: torch.optim.Optimizer, rotations: Set[int]) -> list[dict[str, Any]]:
+    """The parameter groups that hold rotations, given by their ids."""
     return [group for group in optimizer.param_groups if any(id(p) in rotations for p in group["params"])]
 
 
@@ -177,11 +177,9 @@ class _Restart:
     def _mark(value: Any) -> Any:
         return (id(value), value._version) if isinstance(value, Tensor) else value
 
-    def check(self, optimizer: torch.optim.Optimizer, layers: Iterable[PoetLinear]) -> None:
+    def check(self, optimizer: torch.optim.Optimizer, rotations: Set[int]) -> None:
         """Refuse a group whose count cannot start anew without that of other parameters."""
-        layers = list(layers)
-        rotations = {id(p) for layer in layers for p in layer.rotations}
-        for group in _groups(optimizer, layers):
+        for group in _groups(optimizer, rotations):
             found = sorted(self._written & group.keys())
             if found and any(id(p) not in rotations for p in group["params"]):
                 raise UserError(
@@ -190,8 +188,8 @@ class _Restart:
                     "alone; build the optimizer from poetx.param_groups(model, ...)"
                 )
 
-    def __call__(self, optimizer: torch.optim.Optimizer, layers: Iterable[PoetLinear]) -> None:
-        for index, group in enumerate(_groups(optimizer, layers)):
+    def __call__(self, optimizer: torch.optim.Optimizer, rotations: Set[int]) -> None:
+        for index, group in enumerate(_groups(optimizer, rotations)):
             fresh = self._fresh[index] if index < len(self._fresh) else _owner(optimizer, group).defaults
             for key in self._written & group.keys():
                 if key in fresh:
@@ -214,6 +212,7 @@ class MergeHandle:
         self.steps = steps
         self.report: MergeReport | None = None
         self._model, self._optimizer = model, optimizer
+        self._rotations = {id(p) for _, layer in poet_layers(model) for p in layer.rotations}
         self._set(0, 0)
         self.restart = _Restart(() if optimizer.state else self._where())
         self._hooks = [
@@ -238,12 +237,9 @@ class MergeHandle:
             for key in _COUNTERS:
                 group.pop(key, None)
 
-    def _layers(self) -> list[PoetLinear]:
-        return [layer for _, layer in poet_layers(self._model)]
-
     def _where(self) -> list[dict[str, Any]]:
         """The groups that carry the counters: a checkpoint of any kind saves what is in a group."""
-        return _groups(self._optimizer, self._layers()) or self._optimizer.param_groups[:1]
+        return _groups(self._optimizer, self._rotations) or self._optimizer.param_groups[:1]
 
     def _set(self, steps_since_merge: int, merges: int) -> None:
         for group in self._where():
@@ -258,7 +254,7 @@ class MergeHandle:
         if (found_inf is not None and float(found_inf)) or self._only_creates_state():
             return
         self.restart.after_step(self._where())
-        self.restart.check(optimizer, self._layers())
+        self.restart.check(optimizer, self._rotations)
         since, merges = self.steps_since_merge + 1, self.merges
         self._set(since, merges)
         if since >= self.steps:

@@ -70,7 +70,6 @@ def release_gradients(
     params: Iterable[nn.Parameter],
     *,
     accumulation_steps: int = 1,
-    max_grad_norm: float | None = None,
     max_norm: float | None = None,
 ) -> ReleaseHandle:
     """Update these parameters inside ``backward()`` and drop each gradient at once; ``optimizer.step()`` does the rest.
@@ -82,22 +81,17 @@ def release_gradients(
     Args:
         optimizer: any torch optimizer whose step treats parameters one by one.
         params: usually the large dense ones: embeddings and head.
-        accumulation_steps, max_grad_norm: what the training loop does; anything but 1 and None is refused. A second
-            backward before ``optimizer.step()`` is refused when it happens, too.
-        max_norm: clip each released gradient by its *own* norm, which is not the norm over all gradients.
+        accumulation_steps: what the training loop does; anything but 1 is refused. A second backward before
+            ``optimizer.step()`` is refused when it happens, too.
+        max_norm: clip each released gradient by its *own* norm; the norm over all gradients is not known in time.
 
     Raises:
-        UserError: accumulation or a norm over all gradients, which need every gradient at once.
+        UserError: accumulation, which needs every gradient at once.
     """
     if accumulation_steps != 1:
         raise UserError(
             f"accumulation_steps={accumulation_steps}: released gradients are used at once and cannot be accumulated; "
             "use 1, or do not release gradients"
-        )
-    if max_grad_norm is not None:
-        raise UserError(
-            f"max_grad_norm={max_grad_norm}: the norm over all gradients is not known while some are released during "
-            "backward; use max_norm (each released gradient by its own norm), or do not release gradients"
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     chosen = list({id(p): p for p in params if id(p) in held and p.requires_grad}.values())  # tied ones once

@@ -1,4 +1,4 @@
-"""Released gradients and checkpointed layers change memory, not numbers; what they cannot do they refuse."""
+"""Checkpointed layers change memory, not numbers."""
 
 import copy
 
@@ -10,93 +10,18 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import poetx
 from poetx import UserError
-from poetx.methods.base import large_parameters
 from poetx.ops.library import transparent_operators
-from poetx.optim import SMMF, AdamW, release_gradients
 from poetx.savings import checkpoint_layers_
 
 
-def llama(tie=False, **config):
+def llama(**config):
     torch.manual_seed(0)
     shape = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    model = AutoModelForCausalLM.from_config(
-        LlamaConfig(**(shape | {"num_attention_heads": 2, "tie_word_embeddings": tie} | config))
-    )
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**(shape | {"num_attention_heads": 2} | config)))
     return model.train()
 
 
 IDS = torch.arange(34).view(2, 17) % 97
-OPTIMIZERS = [
-    lambda groups: torch.optim.AdamW(groups),
-    lambda groups: torch.optim.AdamW(groups, foreach=True),
-    lambda groups: torch.optim.Adafactor(groups),
-    lambda groups: AdamW(groups, state_dtype="int8"),
-    lambda groups: SMMF(groups),
-]
-
-
-def train(model, make, *, release, steps=5):
-    poetx.convert_(model, poetx.PoetConfig(block_size=16))
-    optimizer = make(poetx.param_groups(model, lr=1e-2, poet_lr=1e-2))
-    handle = poetx.merge_every(optimizer, model, steps=2)
-    dense = large_parameters(model)
-    if release:
-        release_gradients(optimizer, dense)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-2 / (step + 1)
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        assert all((p.grad is None) == release for p in dense)
-        optimizer.step()
-        optimizer.zero_grad()
-    assert handle.merges == steps // 2
-    return model.state_dict()
-
-
-@pytest.mark.parametrize("make", OPTIMIZERS, ids=["adamw", "foreach", "adafactor", "int8", "smmf"])
-@pytest.mark.parametrize("tie", [False, True])
-def test_released_gradients_give_the_same_weights(make, tie):
-    plain, released = (train(llama(tie), make, release=release) for release in (False, True))
-    for name, value in plain.items():
-        assert torch.equal(value, released[name]), name
-
-
-def released(**settings):
-    model = llama()
-    optimizer = torch.optim.AdamW(model.parameters())
-    return model, optimizer, release_gradients(optimizer, large_parameters(model), **settings)
-
-
-def test_accumulation_is_refused_when_it_happens():
-    model, optimizer, _ = released()
-    model(input_ids=IDS, labels=IDS).loss.backward()
-    with pytest.raises(UserError, match="without gradient accumulation"):
-        model(input_ids=IDS, labels=IDS).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    model(input_ids=IDS, labels=IDS).loss.backward()
-
-
-def test_accumulation_and_a_norm_over_all_gradients_are_refused_beforehand():
-    with pytest.raises(UserError, match="accumulation_steps=4"):
-        released(accumulation_steps=4)
-    with pytest.raises(UserError, match="max_grad_norm=1.0"):
-        released(max_grad_norm=1.0)
-
-
-def test_a_released_gradient_can_be_clipped_by_its_own_norm():
-    weight = nn.Parameter(torch.zeros(3))
-    release_gradients(torch.optim.SGD([weight], lr=1.0), [weight], max_norm=0.5)
-    (weight * torch.tensor([3.0, 0, 4])).sum().backward()
-    assert torch.allclose(weight.detach(), torch.tensor([-0.3, 0, -0.4]), atol=1e-5)
-
-
-def test_removing_goes_back_to_ordinary_steps():
-    model, _, handle = released()
-    handle.remove()
-    model(input_ids=IDS, labels=IDS).loss.backward()
-    model(input_ids=IDS, labels=IDS).loss.backward()
-    assert all(p.grad is not None for p in model.parameters())
 
 
 class Stacked(nn.Module):
@@ -170,17 +95,3 @@ def test_the_big_product_runs_no_more_often_than_it_must():
         counts[recompute, ids.numel()] = seen.count / len(weights)
     # forward, recompute, (recompute,) gradient of the input
     assert counts == {("fast", 34): 3, ("mem", 34): 4, ("auto", 17): 3, ("auto", 68): 4}
-
-
-def test_a_released_gradient_that_is_not_finite_counts_as_none_and_a_skipped_step_can_be_told():
-    parameter = nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.SGD([parameter], lr=1.0)
-    handle = release_gradients(optimizer, [parameter])
-    (parameter * torch.tensor([1.0, float("inf"), 1.0])).sum().backward()
-    assert torch.equal(parameter.detach(), torch.ones(3))
-    with pytest.raises(UserError, match="a second backward"):
-        parameter.sum().backward()
-    handle.reset()
-    optimizer.zero_grad()
-    parameter.sum().backward()
-    assert torch.equal(parameter.detach(), torch.zeros(3))

@@ -1,0 +1,104 @@
+"""Gradients released during backward change memory, not numbers; what they cannot do they refuse."""
+
+import pytest
+import torch
+from torch import nn
+
+import poetx
+from builders import llama
+from poetx import UserError
+from poetx.optim import SMMF, AdamW, release_gradients
+
+IDS = torch.arange(34).view(2, 17) % 97
+OPTIMIZERS = [
+    lambda groups: torch.optim.AdamW(groups),
+    lambda groups: torch.optim.AdamW(groups, foreach=True),
+    lambda groups: torch.optim.Adafactor(groups),
+    lambda groups: AdamW(groups, state_dtype="int8"),
+    lambda groups: SMMF(groups),
+]
+
+
+def start(tie=False):
+    torch.manual_seed(0)
+    return llama(tie_word_embeddings=tie).train()
+
+
+def ends(model):
+    return [model.get_input_embeddings().weight, model.lm_head.weight]
+
+
+def train(model, make, *, release, steps=5):
+    poetx.convert_(model, poetx.PoetConfig(block_size=16))
+    optimizer = make(poetx.param_groups(model, lr=1e-2, poet_lr=1e-2))
+    handle = poetx.merge_every(optimizer, model, steps=2)
+    dense = ends(model)
+    if release:
+        release_gradients(optimizer, dense)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 / (step + 1)
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        assert all((p.grad is None) == release for p in dense)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert handle.merges == steps // 2
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS, ids=["adamw", "foreach", "adafactor", "int8", "smmf"])
+@pytest.mark.parametrize("tie", [False, True])
+def test_released_gradients_give_the_same_weights(make, tie):
+    plain, released = (train(start(tie), make, release=release) for release in (False, True))
+    for name, value in plain.items():
+        assert torch.equal(value, released[name]), name
+
+
+def released(**settings):
+    model = start()
+    optimizer = torch.optim.AdamW(model.parameters())
+    return model, optimizer, release_gradients(optimizer, ends(model), **settings)
+
+
+def test_accumulation_is_refused_when_it_happens():
+    model, optimizer, _ = released()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    with pytest.raises(UserError, match="without gradient accumulation"):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+
+
+def test_accumulation_is_refused_beforehand():
+    with pytest.raises(UserError, match="accumulation_steps=4"):
+        released(accumulation_steps=4)
+
+
+def test_a_released_gradient_can_be_clipped_by_its_own_norm():
+    weight = nn.Parameter(torch.zeros(3))
+    release_gradients(torch.optim.SGD([weight], lr=1.0), [weight], max_norm=0.5)
+    (weight * torch.tensor([3.0, 0, 4])).sum().backward()
+    assert torch.allclose(weight.detach(), torch.tensor([-0.3, 0, -0.4]), atol=1e-5)
+
+
+def test_removing_goes_back_to_ordinary_steps():
+    model, _, handle = released()
+    handle.remove()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_released_gradient_that_is_not_finite_counts_as_none_and_a_skipped_step_can_be_told():
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    handle = release_gradients(optimizer, [parameter])
+    (parameter * torch.tensor([1.0, float("inf"), 1.0])).sum().backward()
+    assert torch.equal(parameter.detach(), torch.ones(3))
+    with pytest.raises(UserError, match="a second backward"):
+        parameter.sum().backward()
+    handle.reset()
+    optimizer.zero_grad()
+    parameter.sum().backward()
+    assert torch.equal(parameter.detach(), torch.zeros(3))
