@@ -144,7 +144,7 @@ def main() -> None:
             run = Run(kind, seed)
             run.train(args.steps)
             row["loss"].append(run.loss())
-        row |= provenance()
+        row |= provenance(torch.device("cpu"))
         print(row)
         if args.out:
             append(args.out, row)

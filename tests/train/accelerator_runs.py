@@ -6,11 +6,11 @@ import signal
 
 import pytest
 import torch
-from poetx.runs.load import load_run
 
 import accelerator
 from accelerator import crossings
 from builders import At, Tiny, curve, interrupt, train_losses
+from poetx.runs.load import load_run
 from poetx.train import loop, run
 
 FORMS = {

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import transformers
-from poetx.runs.generate import generate_text
-from poetx.runs.load import load_run
 from safetensors import SafetensorError
 
 import builders
@@ -17,6 +15,8 @@ from poetx.data.tokenizer import END_OF_TEXT, fast_tokenizer, train_tokenizer
 from poetx.errors import UserError
 from poetx.recipe import Recipe
 from poetx.runs.evaluate import evaluate_run
+from poetx.runs.generate import generate_text
+from poetx.runs.load import load_run
 from poetx.train.export import export_model
 from poetx.train.run import train
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from poetx.runs.load import load_run, rebuild_run
 from safetensors.torch import load_file
 
 from builders import train_losses
@@ -16,6 +15,7 @@ from poetx.errors import UserError
 from poetx.methods.base import convert_model
 from poetx.models import build_model
 from poetx.recipe import Recipe
+from poetx.runs.load import load_run, rebuild_run
 from poetx.train.checkpoint import find_checkpoint, load_model
 from poetx.train.run import train
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from poetx.runs.generate import generate_text
-from poetx.runs.load import load_run
 
 from builders import train_losses
 from poetx import files
 from poetx.errors import UserError
 from poetx.recipe import Recipe, load_recipe
+from poetx.runs.generate import generate_text
+from poetx.runs.load import load_run
 from poetx.train import checkpoint as ckpt
 from poetx.train.metrics import TIMING_KEYS, read_metrics
 from poetx.train.progress import Reporter
