@@ -33,7 +33,8 @@ class MergeReminder:
         self.done = int(layer.merge_count) > 0
         if self.done:
             return
-        angle = float(largest_angle(layer.skew_in.detach(), size=layer.in_features, block_size=layer.block_size_in))
+        with torch.no_grad():
+            angle = float(torch.maximum(*(largest_angle(side) for side in layer.sides)))
         if angle > _LARGE_ANGLE or self.passes >= _LATE:
             self.done = True
             logger.warning(
