@@ -39,7 +39,7 @@ PUBLISHED: dict[tuple[str, int], tuple[float | None, ...]] = {
 
 def settings(method: str, *, seq_len: int = 1024, batch: int = 1, more: str = "") -> list[str]:
     """Overrides of a recipe: one method in the setting of the papers' tables, everything in bfloat16."""
-    rotations = " poet.rotation_dtype=bfloat16" if method in ("mem", "fast", "int8", "int4") else ""
+    rotations = " poet.rotation_dtype=bfloat16" if method in ("mem", "fast", "int8", "int4", "single-step-mem") else ""
     state = "optimizer.state_dtype=same " if "state_dtype" not in more and method != "adamw-8bit" else ""
     sizes = f"data.seq_len={seq_len} train.batch_size={batch} train.micro_batch_size={batch}"
     return f"method={method} {sizes}{rotations} {state}{more}".split()
