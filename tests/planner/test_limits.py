@@ -45,7 +45,7 @@ def test_extrapolated_layers_equal_the_full_run(trains):
 def test_unequal_layers_are_run_whole():
     from transformers import Gemma3TextConfig
 
-    mixed = Gemma3TextConfig(**SMALL, num_hidden_layers=5, head_dim=16, sliding_window=8, layer_types=None)
+    mixed = Gemma3TextConfig(**SMALL, num_hidden_layers=5, head_dim=16, sliding_window=8)
     mixed.layer_types = ["sliding_attention"] * 4 + ["full_attention"]
     assert not estimate_memory(mixed, recipe=recipe(seq_len=16)).extrapolated
 
@@ -105,8 +105,7 @@ def test_each_saving_saves():
 
 
 def test_accumulated_gradients_are_there_during_the_next_pass():
-    once = estimate_memory(recipe("train.batch_size=1"), every_layer=True)
-    twice, often = (estimate_memory(recipe(f"train.batch_size={n}"), every_layer=True) for n in (2, 64))
+    once, twice, often = (estimate_memory(config(1), recipe=recipe(f"train.batch_size={n}")) for n in (1, 2, 64))
     assert twice.phases["forward"].categories["gradient"] > 0 == once.phases["forward"].categories["gradient"]
     assert often.peak == twice.peak
 
