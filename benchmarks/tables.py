@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.record import LATER, RESULTS, by_setting, mean_loss, setting
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/log.md", "docs/single-step.md")
+PAGES = ("README.md", "docs/log.md", "docs/single-step.md", "docs/speed.md")
 
 
 def _rows(name: str) -> list[dict[str, Any]]:
