@@ -70,7 +70,7 @@ def test_the_commands_run_one_after_the_other(place: Path, monkeypatch: pytest.M
         if words[0] == "train" and "--resume" not in words:
             words += [*(word for word in SMALL if word.split("=")[0] not in command), "train.steps=2"]
         if words[0] == "memory":
-            words[1] = "llama-60m"  # a large model takes longer, and nothing else
+            words[1] = "demo"  # a large model takes longer, and nothing else
         if words[0] == "generate":
             words += ["--max-new-tokens", "2"]
         assert main(words) == 0, f"{command}\n{capsys.readouterr()}"
