@@ -24,7 +24,16 @@ import poetx
 NAME = "accel"
 DEVICE = f"{NAME}:0"
 #: Operators that a GPU takes tensors of both sides for: copies, and indices that it fetches itself.
-_BOTH_SIDES = {"_to_copy", "copy_", "index", "index_put", "index_put_", "_index_put_impl_"}
+_BOTH_SIDES = {
+    "_to_copy",
+    "copy_",
+    "index",
+    "index_put",
+    "index_put_",
+    "_index_put_impl_",
+    "single_step_backward",
+    "_foreach_copy_",
+}
 #: Operators whose result's size depends on values, so that the host has to wait for them.
 _WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_dim", "_unique2"}
 

@@ -141,13 +141,13 @@ def test_the_dense_model_comes_back_where_it_was(name: str, device: torch.device
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_gradient_that_is_not_finite_adds_nothing_and_nobody_waits(packed: bool, device: torch.device) -> None:
     sink = torch.ones((2, 6) if packed else (2, 4, 4), device=device)
-    M = torch.ones(2, 4, 4, device=device)
+    M, peaks = torch.ones(2, 4, 4, device=device), torch.zeros(2, device=device)
     M[1, 0, 2] = float("nan")
     with crossings() as seen:
-        add_to_(sink, M, 8)
+        add_to_(sink, peaks, M, 8)
     assert seen == []
     assert sink.cpu().eq(1).all()
-    add_to_(sink, torch.arange(32.0, device=device).view(2, 4, 4), 8)
+    add_to_(sink, peaks, torch.arange(32.0, device=device).view(2, 4, 4), 8)
     assert sink.cpu().ne(1).any()
 
 

@@ -101,7 +101,9 @@ def find_targets(model: nn.Module, config: PoetConfig, *, foreign: bool = False,
         else:
             layers[name] = module
     if config.init == "keep":
-        dense = {name: m.weight for name, m in layers.items() if not is_foreign(m) and not m.weight.is_meta}
+        dense: dict[str, Any] = {
+            name: m.weight for name, m in layers.items() if not is_foreign(m) and not m.weight.is_meta
+        }
         for name in next_to_nothing({name: norm_per_row(weight) for name, weight in dense.items()}):
             module = layers.pop(name)
             reasons[module] = ZERO
@@ -316,5 +318,6 @@ def _reads(method: ast.FunctionDef) -> Iterable[str]:
 
 def _own(node: ast.AST) -> str | None:
     """x of an expression ``self.x``."""
-    mine = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
-    return node.attr if mine else None
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+        return node.attr
+    return None

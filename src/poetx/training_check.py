@@ -90,7 +90,7 @@ class TrainingCheck:
     ) -> None:
         self._model, self._steps, self._tell = model, steps, tell
         while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
-            optimizer = optimizer.optimizer  # accelerate's wrapper
+            optimizer = optimizer.optimizer  # pyright: ignore[reportAttributeAccessIssue]  # accelerate's wrapper
         self._optimizer, self._taken = optimizer, 0
         self.result: TrainingReport | None = None
         self._watched = {id(p): _Watched(name, p, _checksum(p), layer) for name, p, layer in _matrices(model)}

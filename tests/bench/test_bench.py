@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,7 +100,8 @@ def test_ops_rows_and_gate(monkeypatch):
     rows = list(ops_bench.bench_ops(device=CPU, dtype=torch.float32, repeats=1, **sizes))
     assert [row["operator"] for row in rows] == ["permutation", "cnp", "gather + block product"]
     assert all(row["ms"] > 0 and row["naive_ms"] > 0 for row in rows)
-    monkeypatch.setattr(ops_bench, "gather", lambda x, perm: x)
+    wrong = SimpleNamespace(gather=lambda x, perm: x, inverse=lambda perm: perm)
+    monkeypatch.setattr(ops_bench, "rotations", lambda x, sizes: wrong)
     with pytest.raises(UserError, match="permutation, output is wrong"):
         list(ops_bench.bench_ops(device=CPU, dtype=torch.float32, repeats=1, **sizes))
 

@@ -39,9 +39,9 @@ def test_same_gradients_from_blocks_built_once(order, monkeypatch):
         built.append(args)
         return build(*args)
 
-    build = reuse.cayley_pair_op
+    build = reuse.side_blocks
     for module in (reuse, linear):
-        monkeypatch.setattr(module, "cayley_pair_op", count)
+        monkeypatch.setattr(module, "side_blocks", count)
     with poetx.shared_blocks(net):
         got = accumulate(net, batches)
     assert len(built) == 2  # one for each layer, not for each pass

@@ -133,7 +133,8 @@ def check(name: str, module: nn.Module, x: Tensor, g: Tensor) -> None:
     dense = reference_weight()
     y = module(x)
     y.backward(g)  # not torch.autograd.grad: single-step layers accumulate
-    dx, *dq = (t.grad for t in (x, *rotations))
+    gradients: list[Any] = [t.grad for t in (x, *rotations)]
+    dx, *dq = gradients
     x.grad = None
     module.zero_grad()
     x_wide, g_wide, W = x.detach().to(wide), g.to(wide), dense.detach().to(wide)

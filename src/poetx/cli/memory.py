@@ -101,7 +101,7 @@ def _planned(source: str, overrides: Sequence[str], methods: Sequence[str] | Non
         found = load_recipe(source, overrides, text=False)
         yield found.name, found
     else:
-        given = dict(override.partition("=")[::2] for override in overrides)
+        given: dict[str, Any] = {key: value for key, _, value in (text.partition("=") for text in overrides)}
         plain = load_recipe(source, overrides, text=False)
         for name in methods:
             found = with_method(plain, name)

@@ -13,7 +13,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -167,7 +167,7 @@ def _write_tokens(
     counts, digests = dict.fromkeys(PARTS, 0), {name: hashlib.sha256() for name in PARTS}
     with (directory / "train.bin").open("wb") as train_file, (directory / "validation.bin").open("wb") as held_file:
 
-        def append(ids: np.ndarray, part: str) -> None:
+        def append(ids: np.ndarray, part: Literal["train", "validation"]) -> None:
             raw = ids.astype(dtype).tobytes()
             (train_file if part == "train" else held_file).write(raw)
             digests[part].update(raw)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -58,12 +57,12 @@ class ConvertedLinear(nn.Module):
         The bias keeps its ``nn.Parameter`` object, so an optimizer that already holds it stays right. ``weight``
         [m, n] stands for a weight that another library has quantized.
         """
-        build: Callable[..., Layer] = cls
+        build: Any = cls
         transposed = not isinstance(linear, nn.Linear)
         source: Tensor = linear.weight.detach() if weight is None else weight.detach()  # type: ignore[assignment]
         native = source.T if transposed else source
         m, n = native.shape
-        layer = build(
+        layer: Layer = build(
             n, m, bias=False, config=config, name=name, transposed=transposed, device="meta", dtype=native.dtype
         )
         if config.init != "keep" and not native.is_meta:

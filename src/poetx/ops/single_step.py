@@ -205,7 +205,7 @@ def _accumulates(anchor: object) -> bool:
         anchor: the node that would accumulate the anchor's gradient.
     """
     try:
-        return torch._C._will_engine_execute_node(anchor)  # pyright: ignore[reportAttributeAccessIssue]
+        return torch._C._will_engine_execute_node(anchor)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     except RuntimeError:  # the anchor's own gradient is to be returned
         return False
 

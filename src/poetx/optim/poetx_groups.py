@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +46,7 @@ def read_model(model: Any, settings: dict[str, Any], modules: dict[str, Any], an
         config = _of_layers(layers, given) if layers else PoetConfig(method="single-step", **given, **modules)
         names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         groups, transposed = _model_groups(model, layers, config, names, angle, decay)
-        trained = {layer.weight: layer for layer in layers.values() if not layer.frozen}
+        trained: dict[Tensor, SingleStepLinear] = {layer.weight: layer for layer in layers.values() if not layer.frozen}
         return Given(_without_zeros(groups, names), trained, transposed, names, config)
     config = PoetConfig(method="single-step", **given)
     entries = list(model)
@@ -96,7 +96,9 @@ def _model_groups(
     return _groups(rotated, rest, angle, decay), transposed
 
 
-def _groups(rotated: list[Tensor], rest: list[Tensor], angle: float, decay: float | None) -> list[dict[str, Any]]:
+def _groups(
+    rotated: Sequence[Tensor], rest: Sequence[Tensor], angle: float, decay: float | None
+) -> list[dict[str, Any]]:
     groups: list[dict[str, Any]] = [{"name": "rotated", "params": rotated, "lr": angle, "rotate": True}]
     decayed = {} if decay is None else {"weight_decay": decay}
     groups.append({"name": "decay", "params": [p for p in rest if p.ndim >= 2], **decayed})

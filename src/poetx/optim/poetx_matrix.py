@@ -118,7 +118,8 @@ class Matrix:
         if self.layer is not None:
             anchor = torch.zeros((), device=self.parameter.device, requires_grad=True)
             anchor.register_post_accumulate_grad_hook(partial(_touch, weakref.ref(self)))
-            self.layer.momentum = MomentumBuffers(*momenta, *self.peaks.values(), self._noise, anchor)
+            (momentum_in, momentum_out), (peak_in, peak_out) = momenta, self.peaks.values()
+            self.layer.momentum = MomentumBuffers(momentum_in, momentum_out, peak_in, peak_out, self._noise, anchor)
             self.layer.trainer = weakref.ref(self)
 
     def _seed(self, step: int) -> Tensor:

@@ -162,12 +162,13 @@ def check_head(model: nn.Module) -> None:
         )
     if head.weight.is_meta:
         return
-    follower, facts = _Follower(), {}
+    follower = _Follower()
+    facts: dict[str, Any] = {}
     # OPT's model for language modelling calls the decoder inside its base model, not that itself.
     hooks = [
         *(part.register_forward_hook(follower.start_output) for part in (base, *base.children())),
         head.register_forward_pre_hook(lambda module, inputs: facts.update(before=follower.holds(inputs[0]))),
-        head.register_forward_hook(lambda module, inputs, out: follower.start(out)),
+        head.register_forward_hook(lambda module, inputs, out: follower.start(out)),  # pyright: ignore
     ]
     training = [module for module in model.modules() if module.training]
     try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,15 +32,7 @@ from poetx.training_check import TrainingReport, check_training
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from poetx.merge import MergeReport
-
-
-class MergeHandle(Protocol):
-    """What the loop reads of the object that :func:`poetx.merge_every` returns."""
-
-    steps_since_merge: int
-    merges: int
-    report: MergeReport | None
+    from poetx.merge import MergeHandle
 
 
 class StopRequest:
