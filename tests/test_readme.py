@@ -32,10 +32,11 @@ poet: {block_size: 16, init: normalized}
 """
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+@pytest.fixture
+def place(tmp_path: Path, corpus: Path) -> Path:
     """A directory with what the README calls the reader's own: a model, a text and a recipe."""
-    directory = tmp_path_factory.mktemp("reader")
+    directory = tmp_path / "reader"
+    directory.mkdir()
     model: LlamaForCausalLM = llama(vocab_size=400)
     model.save_pretrained(directory / "path/to/model")
     (directory / "mine.yaml").write_text(MINE, encoding="utf-8")
