@@ -156,7 +156,7 @@ def main() -> None:
         row |= provenance(torch.device("cpu"))
         print(row)
         if args.out:
-            append(args.out, row)
+            append(args.out, [row])
 
 
 if __name__ == "__main__":
