@@ -2,8 +2,8 @@
 
     python -m benchmarks.single_step_spectrum --out benchmarks/results/single_step_spectrum.jsonl
 
-512×512, b = 128, angle 0.015; gradients are noise around one fixed direction, so that steps add
-up instead of averaging out.
+512×512, b = 128 (a quarter of any other size), angle 0.015; gradients are noise around one fixed direction, so that
+steps add up instead of averaging out. Spectra are those of ``benchmarks.merges``.
 """
 
 from __future__ import annotations
@@ -14,23 +14,28 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from benchmarks.merges import weight_of
 from benchmarks.record import append, provenance
 from poetx import POETX
 
-SIZE, BLOCK, ANGLE = 512, 128, 0.015
+ANGLE = 0.015
 
 
-def run(dtype: torch.dtype, steps: int, seed: int) -> dict[str, float]:
+def run(dtype: torch.dtype, steps: int, seed: int, spectrum: str, size: int) -> dict[str, float]:
     """Relative singular-value change (median, largest), norm ratio, and how far the weight itself moved."""
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(SIZE, SIZE, generator=generator)
-    parameter = nn.Parameter((weight / weight.norm(dim=1, keepdim=True)).to(dtype))
+    if spectrum == "gaussian":
+        weight = torch.randn(size, size, generator=generator)
+        weight /= weight.norm(dim=1, keepdim=True)
+    else:
+        weight = weight_of(spectrum, size, generator)
+    parameter = nn.Parameter(weight.to(dtype))
     first = parameter.detach().double()
     start = torch.linalg.svdvals(first)
-    drift = torch.randn(SIZE, SIZE, generator=generator)
-    optimizer = POETX([{"params": [parameter], "lr": ANGLE, "rotate": True}], block_size=BLOCK, seed=seed)
+    drift = torch.randn(size, size, generator=generator)
+    optimizer = POETX([{"params": [parameter], "lr": ANGLE, "rotate": True}], block_size=size // 4, seed=seed)
     for _ in range(steps):
-        parameter.grad = (drift + torch.randn(SIZE, SIZE, generator=generator)).to(dtype)
+        parameter.grad = (drift + torch.randn(size, size, generator=generator)).to(dtype)
         optimizer.step()
     last = parameter.detach().double()
     end = torch.linalg.svdvals(last)
@@ -47,13 +52,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--spectrum", default="gaussian", choices=["gaussian", "flat", "power"])
+    parser.add_argument("--size", type=int, default=512, help="of the square weight; blocks have a quarter of it")
     parser.add_argument("--out", type=Path, help="append JSON lines here")
     args = parser.parse_args()
     for dtype in (torch.float32, torch.bfloat16):
         row = {"benchmark": "single-step-spectrum", "dtype": str(dtype).removeprefix("torch."), "steps": args.steps}
-        row |= {"angle": ANGLE, "size": SIZE, "block_size": BLOCK, "seed": args.seed} | run(
-            dtype, args.steps, args.seed
-        )
+        row |= {"spectrum": args.spectrum, "angle": ANGLE, "size": args.size, "block_size": args.size // 4}
+        row |= {"seed": args.seed} | run(dtype, args.steps, args.seed, args.spectrum, args.size)
         print(row, flush=True)
         if args.out:
             append(args.out, [row | provenance(torch.device("cpu"))])

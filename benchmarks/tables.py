@@ -33,8 +33,8 @@ def _markdown(head: list[str], body: list[list[str]]) -> str:
 
 
 def merges() -> str:
-    """After the most merges measured: one line a kind, both angles."""
-    rows = _rows("merges")
+    """Gaussian weights after the most merges measured: one line a kind, both angles."""
+    rows = [row for row in _rows("merges") if row.get("spectrum", "gaussian") == "gaussian" and row["size"] == 512]
     last = max(row["merges"] for row in rows)
     names = {
         "float32": "float32",
@@ -54,6 +54,29 @@ def merges() -> str:
     for angle in angles:
         head += [f"median change of singular values, θ = {angle:g}", f"‖W‖ after / before, θ = {angle:g}"]
     return _markdown(head, body)
+
+
+def merges_spectra() -> str:
+    """Median and largest change of singular values after the most merges: one line a spectrum, one column a kind."""
+    names = {
+        "float32": "float32",
+        "bfloat16": "bfloat16",
+        "residual": "bfloat16 + 8 bits",
+        "int8": "int8",
+        "int8-residual": "int8 + 4 bits",
+    }
+    rows = [row | {"fold": "merges"} for row in _rows("merges")]
+    rows += [row | {"fold": "steps", "kind": row["dtype"]} for row in _rows("single_step_spectrum")]
+    lines: dict[tuple[Any, ...], dict[str, str]] = {}
+    for row in sorted((row for row in rows if "spectrum" in row), key=lambda row: row[row["fold"]]):
+        line = lines.setdefault((row["fold"], row["spectrum"], row["size"]), {})
+        line["after"] = f"{row[row['fold']]} {'merges' if row['fold'] == 'merges' else 'single steps'}"
+        line[row["kind"]] = f"{row['median_change']:.1e}, {row['largest_change']:.1e}"
+    body = [
+        [spectrum, f"{size}²", line["after"], *(line.get(kind, "") for kind in names)]
+        for (_, spectrum, size), line in sorted(lines.items())
+    ]
+    return _markdown(["spectrum", "size", "after", *names.values()], body)
 
 
 def layer() -> str:
@@ -382,6 +405,7 @@ def quantised_build() -> str:
 
 _TABLES = (
     merges,
+    merges_spectra,
     layer,
     step,
     continuity,

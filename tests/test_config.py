@@ -52,6 +52,6 @@ def test_the_former_name_of_the_extra_bits_is_taken_and_said(tmp_path):
     assert config == PoetConfig(weight_extra_bits=True) == PoetConfig.from_dict({"weight_residual": True})
     assert "weight_residual" not in config.to_dict()
     assert dataclasses.replace(config, seed=1).weight_extra_bits
-    text = load_recipe("demo").to_yaml().replace("weight_extra_bits: false", "weight_residual: true")
+    text = load_recipe("demo").to_yaml().replace("weight_extra_bits: null", "weight_residual: true")
     (tmp_path / "old.yaml").write_text(text)
     assert load_recipe(str(tmp_path / "old.yaml")).poet.config.weight_extra_bits

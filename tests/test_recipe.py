@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from poetx.errors import UserError
-from poetx.recipe import RECIPE_DIR, Recipe, builtin_recipes, differing_keys, load_recipe
+from poetx.recipe import RECIPE_DIR, Recipe, builtin_recipes, differing_keys, load_recipe, settled_as
 from poetx.sections import PoetXKeys
 from poetx.shorthands import SIZED_RECIPES
 
@@ -51,7 +51,7 @@ def test_builtin_recipes_train_what_they_trained_before(name: str) -> None:
     before, now = former(name), flat(load_recipe(name, ["data.train=builtin"]).to_dict())
     assert {key: value for key, value in before.items() if key in now and now[key] != value} == {}
     new = {"lora": None, "model.recompute": "auto", "train.autocast": False}
-    new |= {"optimizer.dense_optimizer": None, "poet.weight_extra_bits": False}
+    new |= {"optimizer.dense_optimizer": None, "poet.weight_extra_bits": None}
     new |= {"optimizer.poet_eps_mode": "uncorrected" if name in SIZED_RECIPES else "corrected"}
     new["poet.update"] = {"fixed": "rotation"}.get(before["poet.spectrum"], before["poet.spectrum"])
     assert {key: now[key] for key in now.keys() - before.keys()} == {k: new[k] for k in new if k in now}
@@ -65,7 +65,8 @@ def test_runs_of_former_versions_are_read_and_may_be_resumed(
     run.mkdir()
     (run / "recipe.yaml").write_text(yaml.safe_dump(nested(former(name))), encoding="utf-8")
     now = ["optimizer.poet_eps_mode=corrected"] if name in SIZED_RECIPES else []
-    assert differing_keys(load_recipe(str(run)), load_recipe(name, ["data.train=builtin", *now])) == {}
+    old = load_recipe(str(run))
+    assert differing_keys(old, settled_as(old, load_recipe(name, ["data.train=builtin", *now]))) == {}
     assert caplog.text == ""
 
 
@@ -243,6 +244,28 @@ def test_only_cadence_and_places_may_differ_on_resume() -> None:
         "optimizer.lr",
     }
     assert "poet.block_size" in differing_keys(old, load_recipe("demo", ["poet=null"]))
+
+
+@pytest.mark.parametrize("written", [None, False, True, "left out"])
+def test_a_run_keeps_its_extra_bits_whatever_the_default_is_now(written: bool | str | None, tmp_path: Path) -> None:
+    """Also one of a version that did not know them: it had none."""
+    overrides = ["data.train=builtin", "poet.init=keep", "poet.init_scale=1", "poet.residual_scale=1"]
+    now = load_recipe("demo", overrides)
+    values = now.to_dict()
+    values["poet"]["weight_extra_bits"] = written
+    if written == "left out":
+        del values["poet"]["weight_extra_bits"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    old = load_recipe(str(tmp_path))
+    assert now.poet.config.keeps_extra_bits
+    assert old.poet.config.weight_extra_bits is (False if written == "left out" else written)
+    assert differing_keys(old, settled_as(old, now)) == {}
+    other = load_recipe(
+        "demo", [*overrides, f"poet.weight_extra_bits={str(not old.poet.config.keeps_extra_bits).lower()}"]
+    )
+    assert set(differing_keys(old, settled_as(old, other))) == {"poet.weight_extra_bits"}
+    with pytest.raises(UserError, match=r"poet\.weight_extra_bits.*must be true or false"):
+        load_recipe("demo", ["poet.weight_extra_bits=8"])
 
 
 def test_from_dict_is_the_inverse_of_to_dict() -> None:

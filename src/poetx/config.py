@@ -121,8 +121,9 @@ class PoetConfig:
             steps of 2.5e-4 vanish below half a unit in the last place of bfloat16. Of ``"single-step"``: dtype of the
             momentum, which bfloat16 serves with stochastic rounding.
         weight_extra_bits: keep 8 more bits of a bfloat16 weight in an int8 tensor (3 bytes a weight in all), which
-            only merging reads and writes: ten times less rounding noise in the spectrum of a long run. With a
-            ``weight_format`` 4 more bits of it, to the same end. Formerly ``weight_residual``, still taken.
+            only merging reads and writes; with a ``weight_format`` 4 more bits of it. Without them, rounding noise of
+            merges drowns small singular values, of which a pretrained weight has many. None: with ``init="keep"``, not
+            with fresh weights. Nothing changes for a float32 weight. Formerly ``weight_residual``, still taken.
         weight_format: store the frozen weight as ``"int8"`` or ``"int4"`` (affine), ``"nf4"``, ``"fp8"`` (e4m3) or
             ``"bipolar-int2"`` … ``"bipolar-int8"``, dequantized on the fly (POET-XQ). None: in the model's dtype.
             Needs ``mode="mem"``: what *fast* saves for backward would cost more than the format spares.
@@ -145,7 +146,7 @@ class PoetConfig:
     exclude_modules: str | tuple[str, ...] = ("lm_head",)
     seed: int = 0
     rotation_dtype: str = "float32"
-    weight_extra_bits: bool = False
+    weight_extra_bits: bool | None = None
     weight_format: str | None = None
     group_size: int = 128
     weight_residual: InitVar[bool | None] = None
@@ -175,8 +176,8 @@ class PoetConfig:
                 raise UserError(
                     f"{field}={scale}: init='keep' leaves the weight alone; use init='normalized' or {field}=1"
                 )
-        if not isinstance(self.weight_extra_bits, bool):
-            raise UserError(f"weight_extra_bits={self.weight_extra_bits!r}: must be true or false")
+        if not isinstance(self.weight_extra_bits, bool | None):
+            raise UserError(f"weight_extra_bits={self.weight_extra_bits!r}: must be true, false or null")
         if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < 2:
             raise UserError(f"group_size={self.group_size!r}: must be a whole number of at least 2 (128 is usual)")
         if self.method == "single-step" and (self.weight_extra_bits or self.weight_format is not None):
@@ -203,6 +204,13 @@ class PoetConfig:
                 f"mode={self.mode!r} with weight_format={self.weight_format!r}: fast keeps a product of the layer for "
                 "backward, which costs more memory than the format spares; use mode='mem'"
             )
+
+    @property
+    def keeps_extra_bits(self) -> bool:
+        """``weight_extra_bits``, settled where it is None."""
+        if self.weight_extra_bits is None:
+            return self.method == "poet-x" and self.init == "keep"
+        return self.weight_extra_bits
 
     def writes_to_residual(self, name: str) -> bool:
         """Whether ``residual_modules`` match a layer's dotted name."""

@@ -13,6 +13,8 @@ from poetx.sections import belongs, default_of, section_types
 RENAMED = {"optimizer.base": "optimizer.dense_optimizer"} | {
     f"poet.{old}": f"poet.{new}" for old, new in RENAMED_SETTINGS.items()
 }
+#: Defaults that runs of former versions were started with, where today's is another.
+DEFAULTS = {"poet.weight_extra_bits": False}
 #: Settings of single-step runs that are gone: all that is left is what these values gave.
 _ONLY = {"partitions": (1, "one partition"), "partition_kind": ("structured", "contiguous blocks")}
 
@@ -38,11 +40,13 @@ def modernize(values: dict[str, Any], *, of_a_run: bool = False, keep: Container
                     f"poet.{key}={value}: of a version before; single steps have {words} on a side since then. Leave "
                     "it out and start anew, or use the version the run was started with"
                 )
+        if of_a_run and poet.get("method", "poet-x") == "poet-x":
+            poet.setdefault("weight_extra_bits", DEFAULTS["poet.weight_extra_bits"])
     for section, key, value in list(without_effect(values)):
         ramp = key.startswith("clip_ramp")  # built-in single-step recipes had it
         if f"{section}.{key}" in keep:
             continue
-        usual = value is None or ramp or _same(value, default_of(section, key))
+        usual = value is None or ramp or _usual(section, key, value)
         if usual or of_a_run:
             del values[section][key]
             if not usual:
@@ -74,6 +78,7 @@ def _rename(values: dict[str, Any]) -> list[str]:
             name = "name"  # there one optimizer steps all that is not rotated
         if name == "name" or not _same(value, default_of(section, name)):
             part[name] = value
+        if name == "name" or not _usual(section, name, value):
             notes.append(f"{old} is called {section}.{name} now")
     return notes
 
@@ -93,6 +98,10 @@ def drop_without_effect(values: dict[str, Any], *, keep: Container[str] = ()) ->
     for section, key, value in list(without_effect(values)):
         if value is None or f"{section}.{key}" not in keep:
             del values[section][key]
+
+
+def _usual(section: str, key: str, value: Any) -> bool:
+    return _same(value, DEFAULTS.get(f"{section}.{key}", default_of(section, key)))
 
 
 def _same(value: Any, default: Any) -> bool:

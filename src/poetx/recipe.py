@@ -231,6 +231,16 @@ def differing_keys(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
     return {key: (before.get(key), after.get(key)) for key in keys}
 
 
+def settled_as(old: Recipe, new: Recipe) -> Recipe:
+    """``new`` with what it leaves open, its dtype and whether to keep extra bits, as it was settled in ``old``."""
+    settled: dict[str, Any] = {}
+    if new.train.dtype == "auto":
+        settled["train.dtype"] = old.train.dtype
+    if getattr(new.poet, "weight_extra_bits", False) is None:
+        settled["poet.weight_extra_bits"] = getattr(old.poet, "weight_extra_bits", None)
+    return new.with_keys(settled) if settled else new
+
+
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 

@@ -94,6 +94,7 @@ def _must(holds: Callable[[Any], bool], message: str) -> AfterValidator:
 
 Text = Annotated[str, BeforeValidator(_text)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
+MaybeFlag = Annotated[bool | None, BeforeValidator(lambda value: None if value is None else _flag(value))]
 Whole = Annotated[int, BeforeValidator(_whole)]
 Real = Annotated[float, BeforeValidator(_real)]
 _POSITIVE = _must(lambda value: value > 0, "must be positive")
@@ -347,7 +348,7 @@ class TrainRecipe(Section):
 _OF_SINGLE_STEP = ("update",)
 _OF_POET_X = ("neumann_order", "weight_extra_bits", "weight_format")
 _OF_FORMATS = ("group_size",)
-_PLAIN: dict[Any, Any] = {int: Whole, float: Real, bool: Flag, str: Text}
+_PLAIN: dict[Any, Any] = {int: Whole, float: Real, bool: Flag, bool | None: MaybeFlag, str: Text}
 
 
 @functools.cache

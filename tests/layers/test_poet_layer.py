@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from helpers import TOLERANCE, relative_error
-from poetx import PoetConfig, PoetLinear, UserError
+from poetx import PoetConfig, PoetLinear, UserError, convert_
 from poetx.ops.random import stream
 
 
@@ -289,6 +289,50 @@ def test_mem_keeps_its_promise_under_the_compiler():
 
 def test_extra_repr_names_the_sizes():
     assert "in_features=10, out_features=12, bias=True, block_size=(4, 4), mode='fast'" in repr(make())
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype", "kept"),
+    [
+        ({}, torch.bfloat16, True),
+        ({}, torch.float32, False),
+        ({"init": "normalized"}, torch.bfloat16, False),
+        ({"init": "uniform", "weight_extra_bits": True}, torch.bfloat16, True),
+        ({"weight_extra_bits": False}, torch.bfloat16, False),
+        ({"mode": "mem", "weight_format": "int4"}, torch.float32, True),
+        ({"mode": "mem", "weight_format": "nf4", "init": "normalized"}, torch.bfloat16, False),
+        ({"mode": "mem", "weight_format": "fp8", "weight_extra_bits": False}, torch.bfloat16, False),
+        ({"method": "single-step"}, torch.bfloat16, False),
+    ],
+    ids=str,
+)
+def test_converted_layers_keep_extra_bits_of_a_weight_that_was_there(settings, dtype, kept):
+    model = nn.Sequential(nn.Linear(16, 12, dtype=dtype), nn.Linear(12, 12, dtype=dtype))
+    config = PoetConfig(block_size=4, exclude_modules=("1",), **settings)
+    assert PoetConfig.from_json(config.to_json()) == config
+    convert_(model, config)
+    assert any("residual" in name for name in model.state_dict()) == kept
+
+
+@pytest.mark.parametrize("shape", ["flat", "power"])
+def test_merges_keep_a_spectrum_with_small_values_by_default(shape):
+    """Rounding noise of 30 merges alone moves singular values by percents, small ones most."""
+    left, right = (torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64))[0] for _ in range(2))
+    values = torch.ones(64, dtype=torch.float64) if shape == "flat" else 1 / torch.arange(1, 65, dtype=torch.float64)
+    linear = nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
+    linear.weight.data = (left * values @ right).bfloat16()
+    start, change = torch.linalg.svdvals(linear.weight.detach().double()), {}
+    for extra_bits in (None, False):
+        config = PoetConfig(block_size=16, weight_extra_bits=extra_bits)
+        layer = PoetLinear.from_linear(linear, config=config, name="layer")
+        for _ in range(30):
+            with torch.no_grad():
+                for skew in layer.rotations:
+                    skew.normal_(std=0.3 / 8)
+            layer.merge_()
+        end = torch.linalg.svdvals(layer.frozen_weight.precise().detach().double())
+        change[extra_bits] = float(((end - start).abs() / start).median())
+    assert 10 * change[None] < 2e-3 < change[False], change
 
 
 def test_residual_keeps_what_bfloat16_rounds_away():

@@ -48,9 +48,9 @@ class PoetLinear(ConvertedLinear):
         perm_in [n], perm_out [m]: int32. merge_count: int64 scalar. base_norm: ‖W0‖, float64 scalar.
         trained_with [2]: int64, the Neumann order (−1: exact) and the seed that the rest belongs to. A state of other
             settings is refused; an older one, without it, is taken to fit.
-        residual [m, n]: int8, only with ``config.weight_extra_bits`` and a bfloat16 weight.
+        residual [m, n]: int8, only where ``config.keeps_extra_bits``, of a bfloat16 weight.
         packed_weight: with ``config.weight_format``, a :class:`~poetx.layers.weights.PackedWeight` for ``base_weight``,
-            which is None then; with ``config.weight_extra_bits`` it holds its own residual.
+            which is None then; where ``config.keeps_extra_bits`` it holds its own residual.
 
     Args:
         in_features, out_features: sizes, at least 1.
@@ -101,7 +101,7 @@ class PoetLinear(ConvertedLinear):
                 *shape,
                 weight_format=config.weight_format,
                 group_size=config.group_size,
-                residual=config.weight_extra_bits,
+                residual=config.keeps_extra_bits,
                 device=device,
             )
         self.skew_in = self._new_skew(in_features, self.block_size_in)
@@ -112,7 +112,7 @@ class PoetLinear(ConvertedLinear):
         self.register_buffer("merge_count", torch.empty((), dtype=torch.int64, device=device))
         self.register_buffer("base_norm", torch.empty((), dtype=torch.float64, device=device))
         self.register_buffer("trained_with", torch.empty(2, dtype=torch.int64, device=device))
-        extra_bits = config.weight_extra_bits and dtype == torch.bfloat16 and self.packed_weight is None
+        extra_bits = config.keeps_extra_bits and dtype == torch.bfloat16 and self.packed_weight is None
         self.register_buffer("residual", torch.empty(shape, dtype=torch.int8, device=device) if extra_bits else None)
         self.reset_parameters()
 

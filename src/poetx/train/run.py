@@ -29,7 +29,7 @@ from poetx.errors import UserError
 from poetx.files import locked, write_text
 from poetx.methods.base import convert_model, merge_handle, method_of
 from poetx.models import build_model, resolve_device, settled
-from poetx.recipe import Recipe, differing_keys, load_recipe
+from poetx.recipe import Recipe, differing_keys, load_recipe, settled_as
 from poetx.savings.chunked_loss import check_head
 from poetx.spectra import spectrum
 from poetx.train import checkpoint as ckpt
@@ -213,13 +213,12 @@ def _set_aside_newer(run_dir: Path, start: Path) -> None:
 
 
 def _resume_point(recipe: Recipe, reporter: Reporter) -> tuple[Path, Recipe]:
-    """The checkpoint to continue from, and the recipe with ``dtype: auto`` settled as it was then."""
+    """The checkpoint to continue from, and the recipe with what it leaves open settled as it was then."""
     start, problems = ckpt.find_checkpoint(recipe.directory)
     for problem in problems:
         reporter.note(f"broken checkpoint passed over: {problem}")
     saved = load_recipe(str(start))
-    if recipe.train.dtype == "auto":
-        recipe = recipe.with_keys({"train.dtype": saved.train.dtype})
+    recipe = settled_as(saved, recipe)
     changed = differing_keys(saved, recipe)
     if changed:
         shown = ", ".join(f"{key} ({old} -> {new})" for key, (old, new) in list(changed.items())[:4])
