@@ -77,6 +77,9 @@ def largest_angle(side: Side, *, iterations: int = 16) -> Tensor:
     decomposition of every block would take longer than the merge it watches over.
     """
     Q = unpack_skew(side.packed.float(), side.size, side.block_size)
+    # Squares of very large or small entries would leave float32's range; a power of two scales without rounding.
+    exponent = torch.frexp(Q.abs().amax(dim=(1, 2), keepdim=True))[1]
+    Q = torch.ldexp(torch.ldexp(Q, -exponent // 2), -exponent - -exponent // 2)
     # Any fixed vector will do that is not by construction orthogonal to the leading pair.
     v = torch.arange(1, side.block_size + 1, dtype=Q.dtype, device=Q.device).mul_(math.e).frac_().sub_(0.5)
     v = v.expand(Q.shape[0], -1).unsqueeze(2)
@@ -84,4 +87,5 @@ def largest_angle(side: Side, *, iterations: int = 16) -> Tensor:
     for _ in range(iterations):
         v = torch.bmm(Q, v / v.norm(dim=1, keepdim=True).clamp_min(1e-30))
         theta = v.norm(dim=1).squeeze(1)
-    return theta.max()
+    exponent = exponent.view(-1)
+    return torch.ldexp(torch.ldexp(theta, exponent // 2), exponent - exponent // 2).max()
