@@ -6,7 +6,7 @@
 
 Four short runs on the CPU with the demos' model and text: the paper's form, the single step, an int8 base, released
 gradients; two merges in each but the single step, which folds at every step. Whatever ``metrics.jsonl`` holds must be
-equal, but for times and memory. Each revision tokenises the text for itself, so that a change there shows, too.
+equal, but for times and memory; fields that only HEAD records are listed. Each revision tokenises the text for itself, so that a change there shows, too.
 
 Nothing of poetx is imported here, only its command line is used: modules may move between the two revisions. Where a
 recipe key was renamed since BASE, ``--base-key NEW=OLD`` gives the name it had.
@@ -72,6 +72,7 @@ class Comparison:
     fields: int  # distinct names of compared values
     first: Difference | None = None  # beyond the tolerance
     largest: dict[str, float] = field(default_factory=dict)  # relative difference by name, where there is any
+    new: frozenset[str] = frozenset()  # fields that no line of BASE has: recorded since, no number changed
 
 
 class RunFailed(Exception):
@@ -86,6 +87,7 @@ def compare(base: Sequence[Line], head: Sequence[Line], *, tolerance: float = 0.
     """
     base_places, head_places = _by_place(base), _by_place(head)
     places = sorted(base_places | head_places, key=lambda place: place[0])  # by step, else in the order of the files
+    former = {f"{event}.{name}" for (_, event, _), values in base_places.items() for name in values}
     names: set[str] = set()
     found: list[Difference] = []
     for place in places:
@@ -97,10 +99,12 @@ def compare(base: Sequence[Line], head: Sequence[Line], *, tolerance: float = 0.
             continue
         for name in old | new:
             names.add(f"{event}.{name}")
+            if f"{event}.{name}" not in former:
+                continue
             pair = old.get(name, MISSING), new.get(name, MISSING)
             if repr(pair[0]) != repr(pair[1]):  # a float's repr is exact, and tells -0.0 from 0.0
                 found.append(Difference(step, f"{event}.{name}", *pair, relative_difference(name, *pair)))
-    result = Comparison(lines=len(places), fields=len(names))
+    result = Comparison(lines=len(places), fields=len(names), new=frozenset(names - former))
     result.first = next((each for each in found if tolerance == 0 or each.relative > tolerance), None)
     for each in found:
         result.largest[each.name] = max(each.relative, result.largest.get(each.name, 0.0))
@@ -252,6 +256,8 @@ def show(title: str, found: Comparison, *, tolerance: float) -> None:
     if found.largest and not found.first:
         verdict = f"within {tolerance:g}"
     print(f"{title:<34}{found.lines:>6}{found.fields:>8}  {verdict}", flush=True)
+    if found.new:
+        print(f"    new since BASE: {', '.join(sorted(found.new))}")
     for name, relative in sorted(found.largest.items(), key=lambda item: -item[1]):
         print(f"    {name:<28} largest relative difference {relative:.1e}")
 

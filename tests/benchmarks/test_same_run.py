@@ -91,6 +91,15 @@ def test_a_missing_line_field_or_a_line_twice_is_a_difference(lines):
     assert (first.step, first.name, first.head) == (0, "validation.loss", MISSING)
 
 
+def test_a_field_recorded_since_is_named_and_no_difference(lines):
+    found = compare(lines, [line | {"cause": step} for step, line in enumerate(lines)])
+    assert (found.first, found.new) == (None, {"validation.cause", "train.cause"})
+    found = compare([lines[0], lines[1] | {"cause": 1}, lines[2]], lines)
+    assert (found.first.name, found.new) == ("train.cause", frozenset())
+    found = compare([lines[0], lines[1] | {"cause": 1}, lines[2]], [*lines[:2], lines[2] | {"cause": 1}])
+    assert (found.first.name, found.first.base, found.largest) == ("train.cause", 1, {"train.cause": float("inf")})
+
+
 @pytest.mark.parametrize("run", RUNS)
 def test_every_run_is_a_valid_recipe_and_merges_twice(run):
     recipe = load_recipe(RUNS[run][0], overrides(run, steps=60, renamed={}))
