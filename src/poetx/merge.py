@@ -127,7 +127,7 @@ def _reset(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
     group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
     owner = _owner(optimizer, group)
     plain = type(owner) is torch.optim.SGD and group["dampening"] == 0  # which a first step does without
-    if not (plain or type(owner) in _FRESH_IS_ZERO or getattr(owner, "fresh_is_zero", False)):
+    if not (plain or fresh_is_zero(owner)):
         optimizer.state.pop(parameter)
         return
     for key, value in state.items():
@@ -137,6 +137,11 @@ def _reset(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
             )
         elif isinstance(value, (int, float)):
             state[key] = type(value)(0)
+
+
+def fresh_is_zero(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether zeros are the state of a parameter that ``optimizer`` never stepped."""
+    return type(optimizer) in _FRESH_IS_ZERO or getattr(optimizer, "fresh_is_zero", False)
 
 
 def _owner(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> torch.optim.Optimizer:

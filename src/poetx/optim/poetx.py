@@ -19,11 +19,20 @@ from torch import Tensor, nn
 
 from poetx.distributed.ranks import on_any_rank
 from poetx.errors import UserError
+from poetx.merge import fresh_is_zero
 from poetx.ops.cayley import unpack_skew
 from poetx.ops.fold import full_precision_products
 from poetx.ops.single_step import small_cayley_delta
 from poetx.optim.orthogonalize import LARGEST_SINGULAR_VALUE, orthogonalize
-from poetx.optim.poetx_groups import batches, check, check_parameters, current_entries, read_model
+from poetx.optim.poetx_groups import (
+    batches,
+    check,
+    check_parameters,
+    current_entries,
+    read_model,
+    state_from_groups,
+    state_into_groups,
+)
 from poetx.optim.poetx_matrix import Matrix, attach_released, touched_blocks
 
 #: Elements of unpacked blocks that one batched iteration takes.
@@ -169,13 +178,55 @@ class POETX(torch.optim.Optimizer):
             if matrix.layer is not None and matrix.layer.trainer is not None and matrix.layer.trainer() is matrix:
                 matrix.layer.momentum = matrix.layer.trainer = None
 
+    def plain_state_dict(self) -> dict[str, Any]:
+        """All state under ``"state"``, as in torch."""
+        return super().state_dict()
+
+    def state_dict(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As in torch, but the state of weights that require no gradient is in their group, ``"rotations"``, by name.
+
+        ``torch.distributed.checkpoint.state_dict`` restores it from there. Before the first step the dense optimizer's
+        state is made, if zeros are its beginning, so that there is something to load into.
+        """
+        self._start_dense()
+        names = self._names()
+        frozen = [[not p.requires_grad for p in group["params"]] for group in self.param_groups]
+        first = 0
+        indices: list[dict[int, str]] = []
+        for group, flags, known in zip(self.param_groups, frozen, names, strict=True):
+            indices.append({first + i: known[i] for i, flag in enumerate(flags) if flag and group["rotate"]})
+            first += len(flags)
+        return state_into_groups(self.plain_state_dict(), indices)
+
+    def _names(self) -> list[list[str]]:
+        """Names of the parameters of every group; numbers of those that are not rotated."""
+        of = {matrix.parameter: matrix.name for matrix in self._matrices or ()}
+        return [[of.get(p, str(i)) for i, p in enumerate(group["params"])] for group in self.param_groups]
+
+    def _start_dense(self) -> None:
+        """Make the dense optimizer's state as it is before its first step."""
+        if self._dense is None or not fresh_is_zero(self._dense) or any(m.step for m in self._matrices or ()):
+            return
+        for group in self._dense.param_groups:
+            for p in group["params"]:
+                if p.requires_grad and not self.state.get(p):
+                    twin = torch.zeros_like(p.detach(), requires_grad=True)
+                    twin.grad = torch.zeros_like(twin)
+                    made = self._make_dense([{**group, "params": [twin]}])
+                    made.step()
+                    self.state[p] = {
+                        key: value.zero_() if isinstance(value, Tensor) else type(value)(0)
+                        for key, value in made.state[twin].items()
+                    }
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch; every tensor keeps its dtype, where torch would cast it to the weight's.
 
         Raises:
-            UserError: it was saved with momenta of other shapes or another dtype.
+            UserError: it was saved with momenta of other shapes or another dtype, or lacks what was saved.
         """
         assert self._matrices is not None
+        state_dict = state_from_groups(state_dict, self._names())
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         index_of = dict(zip((p for group in self.param_groups for p in group["params"]), saved, strict=False))
         # Before anything is replaced: a state that does not fit must leave this one as it was.

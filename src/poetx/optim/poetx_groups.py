@@ -19,6 +19,10 @@ from poetx.targets import ZERO, find_targets
 
 #: Root mean square of a matrix below which rotating it would leave it where it is: R·0·P = 0.
 _ZERO = 1e-8
+#: Entry of a saved group: the state of its parameters that require no gradient, by name.
+_ROTATIONS = "rotations"
+#: What data parallelism, compilation and checkpointing put into names.
+_WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module")
 #: Parts of the names of embeddings and output heads.
 _NOT_LINEAR = ("embed", "wte", "wpe", "lm_head")
 
@@ -189,6 +193,54 @@ def check_parameters(groups: list[dict[str, Any]]) -> None:
                 f"POETX: cannot rotate a parameter of shape {tuple(p.shape)} and {p.dtype}; matrices (or stacks of "
                 "them) in float32 or bfloat16 only"
             )
+
+
+def state_into_groups(state_dict: dict[str, Any], names: list[dict[int, str]]) -> dict[str, Any]:
+    """A plain ``state_dict`` with the state of some parameters in their group, by name.
+
+    ``torch.distributed.checkpoint`` saves the state of parameters that require no gradient, but restores it never;
+    what is in a group it restores.
+
+    Args:
+        names: of every group, index and name of these parameters.
+    """
+    state, groups = dict(state_dict["state"]), []
+    for group, names_here in zip(state_dict["param_groups"], names, strict=True):
+        rotations = {name: state.pop(index) for index, name in _unwrapped(names_here).items()}
+        groups.append(group | {_ROTATIONS: rotations} if rotations else group)
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def state_from_groups(state_dict: dict[str, Any], names: list[list[str]]) -> dict[str, Any]:
+    """The inverse, for parameters of these names by group; plain ones of older versions come back as they are.
+
+    Raises:
+        UserError: ``torch.distributed.checkpoint`` left out the state of a parameter.
+    """
+    state, groups = dict(state_dict["state"]), []
+    for group, names_here in zip(state_dict["param_groups"], names, strict=False):
+        rotations = group.get(_ROTATIONS, {})
+        names_of = _unwrapped(dict(zip(group["params"], names_here, strict=False)))
+        lacking = {i: name for i, name in names_of.items() if not state.get(i)}
+        by_name = any(isinstance(i, str) for i in lacking)  # as torch.distributed.checkpoint gives them, not in order
+        if not by_name and rotations.keys() != set(lacking.values()) and len(rotations) == len(lacking):
+            rotations = dict(zip(lacking.values(), rotations.values(), strict=True))
+        for i, name in lacking.items():
+            if name in rotations:
+                state[i] = rotations[name]
+            elif by_name and (i in state or group.get("rotate")):
+                raise UserError(
+                    f"POETX: torch.distributed.checkpoint gave no state for {i}, which would lose its momentum; "
+                    "save and load with this version of poetx, the same modules, and flatten_optimizer_state_dict=False"
+                )
+        groups.append({key: value for key, value in group.items() if key != _ROTATIONS})
+    return {**state_dict, "state": state, "param_groups": [*groups, *state_dict["param_groups"][len(groups) :]]}
+
+
+def _unwrapped(names: dict[Any, str]) -> dict[Any, str]:
+    """Names as they are without wrappers, if that keeps them apart."""
+    short = {i: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for i, name in names.items()}
+    return short if len(set(short.values())) == len(short) else names
 
 
 def current_entries(saved: dict[str, Any], fresh: dict[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -174,7 +174,7 @@ def load_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.Op
     from safetensors.torch import load_file
 
     saved = read_json(path / "state.json")["optimizer"]
-    current = optimizer.state_dict()
+    current = _state_by_parameter(optimizer)
     groups = current["param_groups"]
     names = _names_by_index(model, optimizer)
     if [group["names"] for group in saved["groups"]] != [[names[i] for i in group["params"]] for group in groups]:
@@ -250,7 +250,7 @@ def _split_optimizer(
     """The optimizer's state_dict as tensors by name and everything else as JSON."""
     import torch
 
-    whole = optimizer.state_dict()
+    whole = _state_by_parameter(optimizer)
     names = _names_by_index(model, optimizer)
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
@@ -269,6 +269,11 @@ def _split_optimizer(
     ]
     extra = {key: value for key, value in whole.items() if key not in ("state", "param_groups")}
     return tensors, {"groups": groups, "values": values, "extra": extra}
+
+
+def _state_by_parameter(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its state_dict, with no state in the groups, which are written as JSON."""
+    return getattr(optimizer, "plain_state_dict", optimizer.state_dict)()
 
 
 def _names_by_index(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[int, str]:
