@@ -6,7 +6,8 @@
 
 Four short runs on the CPU with the demos' model and text: the paper's form, the single step, an int8 base, released
 gradients; two merges in each but the single step, which folds at every step. Whatever ``metrics.jsonl`` holds must be
-equal, but for times and memory; fields that only HEAD records are listed. Each revision tokenises the text for itself, so that a change there shows, too.
+equal, but for times and memory; fields that only HEAD records are listed. Each revision tokenises the text for itself,
+so that a change there shows, too.
 
 Nothing of poetx is imported here, only its command line is used: modules may move between the two revisions. Where a
 recipe key was renamed since BASE, ``--base-key NEW=OLD`` gives the name it had.
