@@ -50,8 +50,9 @@ _RELEASED = "optimizer.release_gradients=true optimizer.clip=null"
 _STACK = f"{_SAVING} {_RELEASED} optimizer.state_dtype=int8"
 _NARROW = "optimizer.state_dtype=bfloat16"  # rounded stochastically: torch's own AdamW loses by rounding (stack)
 _REAL = "model.num_key_value_heads=8 data.vocab_size=128256"
-#: By cell: a recipe, its settings, and what it may take at most.
-TARGETS: dict[str, tuple[str, list[str], float]] = {
+#: By cell: a recipe, its settings, and what it may take at most; None: there to compare with.
+TARGETS: dict[str, tuple[str, list[str], float | None]] = {
+    "8B, 1 × 1024, AdamW, full stack": ("llama-8b", settings("adamw-8bit", more=f"{_SAVING} {_RELEASED}"), None),
     "8B, 1 × 1024, mem, no checkpointing": ("llama-8b", settings("mem", more=_NARROW), 25.5),
     "the same, checkpointing and chunked loss": ("llama-8b", settings("mem", more=f"{_SAVING} {_NARROW}"), 20.5),
     "the same, 8-bit state and released gradients": ("llama-8b", settings("mem", more=_STACK), 18.5),
@@ -259,7 +260,7 @@ def _target_table(rows: dict[str, dict[str, dict[str, Any]]]) -> str:
         if row is None:
             continue
         parts = " | ".join(f"{row['gib'][name]:.2f}" for name in names)
-        lines.append(f"| {row['cell']} | {row['at_most_gib']} | **{row['predicted_gib']:.2f}** | {parts} |")
+        lines.append(f"| {row['cell']} | {row['at_most_gib'] or '–'} | **{row['predicted_gib']:.2f}** | {parts} |")
     return "\n".join(lines) + "\n"
 
 

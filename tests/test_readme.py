@@ -32,6 +32,11 @@ poet: {block_size: 16, init: normalized}
 """
 
 
+def test_no_number_is_left_to_fill_in() -> None:
+    prose = re.sub(r"```.*?```", "", README, flags=re.S)
+    assert re.findall(r"\{\w*\}|TODO|TBD|XXX", prose) == []
+
+
 @pytest.fixture
 def place(tmp_path: Path, corpus: Path) -> Path:
     """A directory with what the README calls the reader's own: a model, a text and a recipe."""
