@@ -14,6 +14,7 @@ from poetx.methods import convert_model, merge_handle, method_of, release_handle
 from poetx.models import build_model
 from poetx.recipe import Recipe, load_recipe
 from poetx.shorthands import METHODS
+from poetx.train.metrics import is_whole, read_metrics
 from poetx.train.run import train
 from poetx.train.step import TrainingStep
 
@@ -36,6 +37,9 @@ def test_every_method_trains_resumes_and_exports_a_plain_model(name: str, tiny: 
     settings = (f"method={name}", "train.dtype=float32", "train.checkpoint_every=5", "optimizer.clip=1")
     whole = train(tiny(*settings, run_dir="whole"))
     assert min(train_losses(whole.run_dir)[-3:]) < train_losses(whole.run_dir)[0]
+    lines = read_metrics(whole.run_dir / "metrics.jsonl")
+    assert all(map(is_whole, lines))  # the report leaves out what is not
+    assert lines[-1]["tokens"] == whole.steps * 4 * 16
     exported = AutoModelForCausalLM.from_pretrained(whole.run_dir / "export")
     trained = dict(whole.model.named_parameters())
     assert {n: p.shape for n, p in exported.named_parameters()} == {n: p.shape for n, p in trained.items()}

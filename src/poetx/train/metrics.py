@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from poetx.files import write_text
 
-_NO_NUMBERS = ("event", "merged", "skipped")
+_NO_NUMBERS = ("event", "merged", "skipped", "grad_norm_of")
 _SPECTRUM = ("norm_ratio", "drift_median", "drift_max", "entropy")
 _LARGEST = 1e300
 TIMING_KEYS = ("seconds", "tokens_per_second", "peak_memory_gib")  # differ from run to run
