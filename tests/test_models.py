@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from builders import gpt2, llama
 from poetx.errors import UserError
+from poetx.methods.base import convert_model
 from poetx.models import build_model, resolve_device, resolve_dtype
 from poetx.recipe import Recipe
+from poetx.runs.load import load_run
 
 Tiny = Callable[..., Recipe]
 CPU = torch.device("cpu")
@@ -54,6 +58,80 @@ def test_from_a_config_and_from_a_checkpoint(tiny: Tiny, tmp_path: Path) -> None
         tiny(*NO_SIZES, "train.dtype=float32", "poet.init=keep", f"model.pretrained={tmp_path / 'pretrained'}")
     )
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+Change = Callable[[dict[str, torch.Tensor]], object]
+UP, NORM = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
+UP_BIAS, UP_OF_2 = UP.replace("weight", "bias"), UP.replace("1", "2")
+MISFITS: dict[str, tuple[Change, str]] = {
+    "no norm": (lambda tensors: tensors.pop(NORM), rf"has no {NORM}"),
+    "no head": (lambda tensors: tensors.pop("lm_head.weight"), r"has no lm_head\.weight"),
+    "no layer": (lambda t: [t.pop(key) for key in list(t) if ".layers.0." in key], r"has no model\.layers\.0.* 6 more"),
+    "shape": (lambda tensors: tensors.update({UP: torch.zeros(3, 48)}), rf"{UP} is \(3, 48\)"),
+    "extra layer": (
+        lambda t: t.update({UP.replace("1", "2"): torch.zeros(104, 48)}),
+        r"the model has no model\.layers\.2",
+    ),
+    "bias": (lambda t: t.update({UP_BIAS: torch.zeros(104)}), rf"the model has no {UP_BIAS}"),
+    "infinity": (lambda tensors: tensors[UP][3].fill_(float("-inf")), rf"{UP}.*NaN or infinity"),
+}
+
+
+def change_tensors(directory: Path, change: Change) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def build_pretrained(tiny: Tiny, path: Path, *settings: str, vocab_size: int = 97) -> torch.nn.Module:
+    recipe = tiny("train.dtype=float32", "poet.init=keep", f"model.pretrained={path}", *settings)
+    model = build_model(recipe, vocab_size=vocab_size, end_of_text_id=0, device=CPU)
+    convert_model(model, recipe, CPU)
+    return model
+
+
+@pytest.mark.parametrize("damage", MISFITS)
+def test_a_checkpoint_whose_tensors_are_not_the_models_is_refused_by_name(
+    tiny: Tiny, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama().save_pretrained(tmp_path)
+    change, message = MISFITS[damage]
+    change_tensors(tmp_path, change)
+    monkeypatch.setattr("poetx.runs.load.load_tokenizer", lambda path: None)
+    for build_it in (
+        lambda: build_pretrained(tiny, tmp_path),
+        lambda: build_pretrained(tiny, tmp_path, "method=int8"),
+        lambda: load_run(str(tmp_path), device="cpu"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            build_it()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("settings", [(), ("method=int8",)], ids=["", "int8"])
+def test_tensors_that_are_no_weights_or_stored_once_are_no_fault(
+    tiny: Tiny, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6), "steps": torch.tensor(3)}
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    change_tensors(tmp_path / "tied", lambda tensors: tensors.update(old))
+    tied = build_pretrained(tiny, tmp_path / "tied", *settings)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    masks = {"h.0.attn.bias": torch.ones(1, 1, 32, 32), "h.1.attn.masked_bias": torch.tensor(-1e4)}
+    gpt2().transformer.save_pretrained(tmp_path / "gpt2")  # its head is its embedding
+    change_tensors(tmp_path / "gpt2", lambda tensors: tensors.update(masks))
+    build_pretrained(tiny, tmp_path / "gpt2", *settings)
+
+
+def test_a_missing_expert_is_one_line(tiny: Tiny, tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(tmp_path)
+    change_tensors(tmp_path, lambda tensors: tensors.pop("model.layers.0.block_sparse_moe.experts.1.w1.weight"))
+    with pytest.raises(UserError, match=r"pretrained=.*parts of tensors .*experts, say"):
+        build_pretrained(tiny, tmp_path)
 
 
 def test_a_vocabulary_that_is_too_small(tiny: Tiny, tmp_path: Path) -> None:

@@ -100,9 +100,9 @@ def materialize_(
     A weight of zeros, which no rotation moves, becomes a plain layer again, and a warning says so.
 
     Raises:
-        UserError: no converted layer; a tensor that the checkpoint lacks or has in another shape; ``init`` other than
-            ``"keep"`` with a checkpoint; a module that does not know how to give a parameter or buffer its first value
-            where the checkpoint does not.
+        UserError: no converted layer; a tensor that the checkpoint lacks, or has in another shape or with NaN; ``init``
+            other than ``"keep"`` with a checkpoint; a module that does not know how to give a parameter or buffer its
+            first value where the checkpoint does not.
     """
     layers = dict(poet_layers(model))
     if not layers:
@@ -219,7 +219,7 @@ def _initialize(model: nn.Module, inside: set[int], seed: int, device: torch.dev
 def _load_layer(layer: PoetLinear, name: str, source: Checkpoint) -> None:
     weight = source.read(f"{name}.weight")
     weight = weight.T if layer.transposed else weight
-    _same_shape(f"{name}.weight", weight, (layer.out_features, layer.in_features), source)
+    _check_tensor(f"{name}.weight", weight, (layer.out_features, layer.in_features), source)
     layer.load_dense_(weight.to(device=layer.skew_in.device, dtype=layer.weight_dtype))
 
 
@@ -228,10 +228,12 @@ def _load_rest(model: nn.Module, inside: set[int], source: Checkpoint) -> None:
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         if name in source.names and id(tensor) not in rotations:
             value = source.read(name)
-            _same_shape(name, value, tuple(tensor.shape), source)
+            _check_tensor(name, value, tuple(tensor.shape), source)
             tensor.copy_(value)
 
 
-def _same_shape(name: str, got: Tensor, want: tuple[int, ...], source: Checkpoint) -> None:
+def _check_tensor(name: str, got: Tensor, want: tuple[int, ...], source: Checkpoint) -> None:
     if tuple(got.shape) != want:
         raise UserError(f"{source.directory}: {name} is {tuple(got.shape)}, the model's is {want}")
+    if got.dtype.is_floating_point and got.dtype.itemsize > 1 and not got.isfinite().all():
+        raise UserError(f"{source.directory}: {name} has NaN or infinity in it; get the file again")

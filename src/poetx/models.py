@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -177,19 +179,73 @@ def _is_quantized(recipe: Recipe) -> bool:
 
 
 def _pretrained(recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
-    from safetensors import SafetensorError
+    source = str(recipe.model.pretrained)
+    path, name = Path(source).expanduser(), f"model.pretrained={source}"
+    if not (path / "config.json").is_file():
+        raise UserError(f"{name}: not a checkpoint directory ({_not_there(path)})")
+    try:
+        model = _on_meta(path, dtype) if _is_quantized(recipe) else None
+    except Exception as error:  # as in load_checkpoint
+        raise UserError(f"{name}: {one_line(error)}") from None
+    return load_checkpoint(path, dtype, name) if model is None else model
+
+
+def load_checkpoint(path: Path, dtype: torch.dtype | str, name: str) -> PreTrainedModel:
+    """The causal language model in a directory, every weight of it from there; ``name`` begins each message.
+
+    Raises:
+        UserError: files that cannot be read, or tensors that are not those of the model in ``config.json``.
+    """
     from transformers import AutoModelForCausalLM
 
-    source = str(recipe.model.pretrained)
-    path = Path(source).expanduser()
-    if not (path / "config.json").is_file():
-        raise UserError(f"model.pretrained={source}: not a checkpoint directory ({_not_there(path)})")
     try:
-        if _is_quantized(recipe) and (model := _on_meta(path, dtype)) is not None:
-            return model
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:  # ImportError: for a quantized one
-        raise UserError(f"model.pretrained={source}: {one_line(error)}") from None
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, with their names
+        )
+    except Exception as error:  # by what is wrong in the files, transformers raises nearly any class
+        text = one_line(error)
+        if "automatic conversion" in text:
+            text = "parts of tensors that are one in the model (experts, say) are missing, too many or of other shapes"
+        raise UserError(f"{name}: {text}") from None
+    problems = [f"has no {_some(found['missing_keys'])}, random without it"] if found["missing_keys"] else []
+    problems += [f"{key} is {tuple(got)}, not {tuple(want)}" for key, got, want in sorted(found["mismatched_keys"])[:3]]
+    if not getattr(model, "is_quantized", False):  # packed weights have tensors and dtypes of their own
+        extra = _weights_among(found["unexpected_keys"], path)
+        problems += [f"the model has no {_some(extra)}"] if extra else []
+        broken = [key for key, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
+        problems += [f"{_some(broken)}: NaN or infinity in it"] if broken else []
+    if problems:
+        raise UserError(
+            f"{name}: {'; '.join(problems)}; its config.json and weights are not of one whole causal language model: "
+            "get both from the same place again"
+        )
+    return model
+
+
+def _some(names: Collection[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(sorted(names)[:3]) + more
+
+
+def _weights_among(names: Collection[str], path: Path) -> list[str]:
+    """Those that may be weights: masks, counters and constants, which old checkpoints hold as well, are not."""
+    from poetx.materialize import Checkpoint
+
+    if not names:
+        return []
+    source, weights = Checkpoint(path), []
+    for name in names:
+        stored = next((other for other in source.names if f".{name}".endswith(f".{other}")), None)
+        tensor = None if stored is None else source.read(stored)
+        if tensor is None or (tensor.ndim and tensor.is_floating_point()):
+            weights.append(name)
+    return weights
 
 
 def _on_meta(path: Path, dtype: torch.dtype) -> PreTrainedModel | None:
@@ -201,7 +257,10 @@ def _on_meta(path: Path, dtype: torch.dtype) -> PreTrainedModel | None:
 
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     model = model_from_config(config, dtype, torch.device("meta"), f"model.pretrained={path}")
-    if Checkpoint(path).missing(model):
+    source = Checkpoint(path)
+    idle = re.compile("|".join([r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ())]))
+    extra = {name for name in source.names.difference(model.state_dict()) if not idle.search(name)}
+    if source.missing(model) or _weights_among(extra, path):
         return None
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from poetx.errors import UserError, one_line
 from poetx.files import read_json
 from poetx.methods.base import convert_model, method_of
-from poetx.models import build_model, resolve_device, settled
+from poetx.models import build_model, load_checkpoint, resolve_device, settled
 from poetx.recipe import Recipe, load_recipe
 from poetx.train.checkpoint import find_checkpoint, load_model, read_state
 from poetx.train.export import TOKENIZER_DIR, stop_at_
@@ -110,16 +110,11 @@ def _load_checkpoint(run_dir: Path, device: torch.device) -> LoadedModel:
 
 
 def _load_exported(path: Path, device: torch.device) -> LoadedModel:
-    from transformers import AutoModelForCausalLM
-
     for name in ("config.json", "generation_config.json"):
         if (path / name).exists():
             read_json(path / name)
     tokenizer = load_tokenizer(path)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True, use_safetensors=True)
-    except Exception as error:  # by what is wrong in the files, transformers raises nearly any class
-        raise UserError(f"{path}: {one_line(error)}") from None
+    model = load_checkpoint(path, "auto", str(path))
     return LoadedModel(cast(Any, model).to(device).eval(), tokenizer, device, None, [])
 
 
@@ -129,5 +124,5 @@ def load_tokenizer(directory: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # as above
+    except Exception as error:  # by what is wrong in the files, transformers raises nearly any class
         raise UserError(f"{directory}: its tokenizer cannot be read ({one_line(error)})") from None
