@@ -24,7 +24,7 @@ from poetx.ops.reference import EXACT
 logger = logging.getLogger(__name__)
 
 #: What counts merges, in every parameter group that holds rotations.
-_COUNTERS = ("steps_since_merge", "merges")
+COUNTERS = ("steps_since_merge", "merges")
 #: Optimizers for which zeros are the state of a parameter that was never stepped. Their entries stay, because
 #: ``torch.distributed.checkpoint`` wants the same ones always; those of other optimizers are dropped.
 _FRESH_IS_ZERO = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adafactor, torch.optim.Adagrad, torch.optim.RMSprop)
@@ -167,7 +167,7 @@ class _Restart:
         self._fresh = [self._entries(group) for group in groups]
 
     def _entries(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {key: copy.deepcopy(value) for key, value in group.items() if key not in ("params", "lr", *_COUNTERS)}
+        return {key: copy.deepcopy(value) for key, value in group.items() if key not in ("params", "lr", *COUNTERS)}
 
     def before_step(self, groups: list[dict[str, Any]]) -> None:
         self._before = [{key: self._mark(value) for key, value in group.items()} for group in groups]
@@ -175,7 +175,7 @@ class _Restart:
     def after_step(self, groups: list[dict[str, Any]]) -> None:
         for group, before in zip(groups, self._before, strict=False):
             for key, value in group.items():
-                if key not in ("params", "lr", *_COUNTERS) and (key not in before or before[key] != self._mark(value)):
+                if key not in ("params", "lr", *COUNTERS) and (key not in before or before[key] != self._mark(value)):
                     self._written.add(key)
 
     @staticmethod
@@ -239,7 +239,7 @@ class MergeHandle:
         for hook in self._hooks:
             hook.remove()
         for group in self._where():
-            for key in _COUNTERS:
+            for key in COUNTERS:
                 group.pop(key, None)
 
     def _where(self) -> list[dict[str, Any]]:
@@ -281,7 +281,7 @@ class MergeHandle:
             for group, carries in zip(state_dict["param_groups"], carriers, strict=False)
         ]
         if any(
-            carries and key not in group for group, carries in zip(groups, carriers, strict=False) for key in _COUNTERS
+            carries and key not in group for group, carries in zip(groups, carriers, strict=False) for key in COUNTERS
         ):
             raise UserError(
                 "this optimizer state was saved without poetx.merge_every, so it does not say when the last merge "

@@ -12,9 +12,13 @@ import torch
 from torch import nn
 
 import poetx
+from builders import Tiny
 from poetx import files
 from poetx.errors import UserError
+from poetx.runs.evaluate import evaluate_run
+from poetx.runs.load import load_run
 from poetx.train import checkpoint as ckpt
+from poetx.train.run import train
 
 CONFIG = poetx.PoetConfig(block_size=8, init="normalized", exclude_modules=("head",))
 
@@ -137,6 +141,15 @@ def holds(text: str) -> Callable[[Path], None]:
     return lambda path: path.write_text(text)
 
 
+def without(name: str) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        manifest = json.loads(path.read_text())
+        del manifest["files"][name]
+        path.write_text(json.dumps(manifest))
+
+    return damage
+
+
 MANIFESTS = [
     *("null", "3", '"x"', "[]", "[" * 100_000, '{"format": 1, "files": {"state.json": {"size": ' + "9" * 5000 + "}}}"),
     *('{"format": null, "files": {}}', '{"format": 1, "files": null}', '{"format": 1, "files": ["state.json"]}'),
@@ -158,7 +171,11 @@ DAMAGES = [(truncate, "bytes instead of"), (Path.unlink, "missing"), (flip, "con
             ("manifest.json", damage, "missing or unreadable")
             for damage in (truncate, Path.unlink, *map(holds, MANIFESTS))
         ),
-        ("manifest.json", holds('{"format": 1, "files": {}}'), "names no files"),
+        ("manifest.json", holds('{"format": 1, "files": {}}'), "does not list model.safetensors"),
+        *(
+            ("manifest.json", without(name), f"does not list {name}")
+            for name in ("model.safetensors", "rng.safetensors", "recipe.yaml")
+        ),
     ],
 )
 def test_damage_is_found_and_the_one_before_is_taken(tmp_path: Path, name: str, damage, message: str) -> None:
@@ -173,6 +190,58 @@ def test_damage_is_found_and_the_one_before_is_taken(tmp_path: Path, name: str, 
     shutil.rmtree(old)
     with pytest.raises(UserError, match=rf"no whole checkpoint in .*{name}"):
         ckpt.find_checkpoint(tmp_path)
+
+
+def edit_state(path: Path, change: Callable[[dict], object]) -> None:
+    """Change ``state.json`` as somebody who also writes its new hash into the manifest."""
+    state, manifest = json.loads((path / "state.json").read_text()), json.loads((path / "manifest.json").read_text())
+    change(state)
+    (path / "state.json").write_text(json.dumps(state))
+    facts = {"size": (path / "state.json").stat().st_size, "sha256": files.sha256(path / "state.json")}
+    (path / "manifest.json").write_text(json.dumps({**manifest, "files": manifest["files"] | {"state.json": facts}}))
+
+
+EDITS: list[tuple[Callable[[dict], object], str]] = [
+    (lambda state: state["train"].update(momentum_steps=3), r"state\.json: train\.momentum_steps: unknown key"),
+    (lambda state: state.update(version="2"), r"state\.json: version: unknown key"),
+    (lambda state: state["train"].update(skipped_steps="none"), r"train\.skipped_steps: .*integer"),
+    (lambda state: state["train"].update(step=True), r"train\.step: .*integer"),
+    (lambda state: state["train"].update(bad_steps_in_a_row=-1), r"bad_steps_in_a_row: .*greater than or equal to 0"),
+    (lambda state: state["train"].update(aliases=["head.weight"]), r"train\.aliases: .*dictionary"),
+    (
+        lambda state: state["train"]["aliases"].update({"head.weight": "tail.weight"}),
+        r"aliases name tail\.weight, which",
+    ),
+    (lambda state: state.pop("train"), r"train: Field required"),
+    (lambda state: state["optimizer"].pop("values"), r"optimizer\.values: Field required"),
+    (lambda state: state["optimizer"]["groups"][0].pop("names"), r"optimizer\.groups\.0\.names: Field required"),
+    (lambda state: state["optimizer"]["groups"][0]["options"].update(merges=-2), r"0\.options\.merges: .*greater"),
+    (lambda state: state["optimizer"]["groups"][0]["options"].pop("steps_since_merge"), r"saved without .*merge_every"),
+    (lambda state: state["optimizer"]["values"].update(gone={"step": 1}), r"a state of the optimizer for gone, which"),
+    (lambda state: state["train"].update(step=3), r"holds step 3 .* call it step-00000003 again, or remove it"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), EDITS)
+def test_a_state_of_another_form_is_refused_in_one_line(
+    tmp_path: Path, change: Callable[[dict], object], message: str
+) -> None:
+    model, optimizer, _ = make()
+    save(tmp_path, model, optimizer, 1)
+    edit_state(save(tmp_path, model, optimizer, 2), change)
+    with pytest.raises(UserError, match=rf"step-00000002.*{message}") as caught:
+        ckpt.load_optimizer(ckpt.find_checkpoint(tmp_path)[0], model, optimizer)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("read", [lambda run: load_run(str(run)), lambda run: evaluate_run(str(run), data=None)])
+def test_a_renamed_checkpoint_is_not_taken_for_the_step_in_its_name(tiny: Tiny, read: Callable[[Path], object]) -> None:
+    recipe = tiny("train.steps=3", "train.checkpoint_every=1", "train.export=false")
+    run = train(recipe).run_dir
+    (run / "checkpoints" / "step-00000002").rename(run / "checkpoints" / "step-00000040")
+    for reader in (read, lambda run: train(recipe, resume=True)):
+        with pytest.raises(UserError, match="step-00000040: holds step 2 by its state"):
+            reader(run)
 
 
 def test_none_at_all_and_a_newer_format(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from poetx.errors import UserError
 from poetx.models import resolve_device
 from poetx.runs.load import LoadedModel, load_run, rebuild_run
 from poetx.spectra import LayerSpectrum, spectrum
-from poetx.train.checkpoint import find_checkpoint, load_model, read_state, step_of
+from poetx.train.checkpoint import load_model, read_state, step_of
 from poetx.train.loop import evaluate
 from poetx.train.metrics import perplexity
 
@@ -74,9 +74,9 @@ def _window_length(loaded: LoadedModel, seq_len: int | None) -> int:
 
 
 def _own_windows(run_dir: Path, loaded: LoadedModel, seq_len: int) -> TokenWindows:
-    assert loaded.recipe is not None
+    assert loaded.recipe is not None and loaded.checkpoint is not None  # noqa: PT018
     data = prepare_data(loaded.recipe)
-    if data.meta.fingerprint != read_state(find_checkpoint(run_dir)[0]).data_fingerprint:
+    if data.meta.fingerprint != read_state(loaded.checkpoint).data_fingerprint:
         raise UserError(
             f"{run_dir}: its text ({loaded.recipe.data.train}) or tokenizer has changed since it was trained; "
             "give --data PATH"

@@ -28,6 +28,7 @@ class LoadedModel:
     device: torch.device
     recipe: Recipe | None  # None for an exported directory
     notes: list[str]  # one line about every broken checkpoint that was passed over
+    checkpoint: Path | None = None  # of a run
 
     @property
     def end_of_text_id(self) -> int:
@@ -106,7 +107,7 @@ def _load_checkpoint(run_dir: Path, device: torch.device) -> LoadedModel:
     load_model(run.checkpoint, run.model)
     method_of(run.recipe).to_dense_(run.model)
     stop_at_(run.model, run.tokenizer.eos_token_id)
-    return LoadedModel(run.model.eval(), run.tokenizer, device, run.recipe, run.notes)
+    return LoadedModel(run.model.eval(), run.tokenizer, device, run.recipe, run.notes, run.checkpoint)
 
 
 def _load_exported(path: Path, device: torch.device) -> LoadedModel:

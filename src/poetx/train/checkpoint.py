@@ -15,12 +15,14 @@ from __future__ import annotations
 import json
 import logging
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from poetx.errors import UserError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from poetx.errors import UserError, one_line
 from poetx.files import new_directory, read_json, reason, remove, sha256
+from poetx.merge import COUNTERS
 
 if TYPE_CHECKING:
     import torch
@@ -30,18 +32,50 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})$")
+_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "recipe.yaml")
 _SEPARATOR = "//"  # cannot occur in a dotted parameter name
 
 
-@dataclass
-class TrainState:
+_Count = Annotated[int, Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class TrainState(_Strict):
     """What the loop must remember besides model and optimizer. Plain JSON values."""
 
-    step: int = 0
-    skipped_steps: int = 0
-    bad_steps_in_a_row: int = 0
+    step: _Count = 0
+    skipped_steps: _Count = 0
+    bad_steps_in_a_row: _Count = 0
     data_fingerprint: str = ""
-    aliases: dict[str, str] = field(default_factory=dict)  # tied tensors: name -> the name that is stored
+    aliases: dict[str, str] = {}  # tied tensors: name -> the name that is stored
+
+
+class _Options(_Strict, extra="allow"):
+    """A parameter group's settings, whatever its optimizer has, and its counts of merges."""
+
+    steps_since_merge: _Count = 0
+    merges: _Count = 0
+
+
+class _Group(_Strict):
+    names: list[str]
+    options: _Options
+
+
+class _OptimizerState(_Strict):
+    groups: list[_Group]
+    values: dict[str, dict[str, Any]]  # parameter name -> entries of its state that are no tensors
+    extra: dict[str, Any]  # the rest of the optimizer's state_dict
+
+
+class _Saved(_Strict):
+    """The contents of ``state.json``."""
+
+    train: TrainState
+    optimizer: _OptimizerState
 
 
 class BrokenCheckpoint(Exception):
@@ -101,7 +135,8 @@ def find_checkpoint(run_dir: Path) -> tuple[Path, list[str]]:
     """The newest whole checkpoint, and one line about every newer one that is broken.
 
     Raises:
-        UserError: there is none, none is whole, or one was written by a newer version of poetx.
+        UserError: there is none, none is whole, or one holds another step than its name says or was written by a newer
+            version of poetx.
     """
     problems: list[str] = []
     for path in reversed(checkpoints(run_dir)):
@@ -110,6 +145,10 @@ def find_checkpoint(run_dir: Path) -> tuple[Path, list[str]]:
         except BrokenCheckpoint as error:
             problems.append(str(error))
             continue
+        step = read_state(path).step
+        if step != step_of(path):
+            name = f"step-{step:08d}"
+            raise UserError(f"{path}: holds step {step} by its state.json; call it {name} again, or remove it")
         return path, problems
     if problems:
         raise UserError(f"no whole checkpoint in {checkpoint_dir(run_dir)}: {problems[0]}")
@@ -129,10 +168,10 @@ def verify(path: Path) -> None:
         expected = {name: (int(facts["size"]), str(facts["sha256"])) for name, facts in files.items()}
     except (UserError, KeyError, TypeError, ValueError, OverflowError):
         raise BrokenCheckpoint(f"{path / MANIFEST}: missing or unreadable") from None
-    if not expected:
-        raise BrokenCheckpoint(f"{path / MANIFEST}: names no files")
     if version > FORMAT:
         raise UserError(f"{path}: checkpoint format {version}, this poetx reads up to {FORMAT}; update poetx")
+    if left_out := [name for name in _FILES if name not in expected]:
+        raise BrokenCheckpoint(f"{path / MANIFEST}: does not list {left_out[0]}")
     for name, (size, digest) in expected.items():
         file = path / name
         if not file.is_file():
@@ -144,8 +183,30 @@ def verify(path: Path) -> None:
 
 
 def read_state(path: Path) -> TrainState:
-    """The loop's own state in a verified checkpoint."""
-    return TrainState(**read_json(path / "state.json")["train"])
+    """The loop's own state in a verified checkpoint.
+
+    Raises:
+        UserError: ``state.json`` has unknown keys, lacks one, or has values of another kind.
+    """
+    return _read(path).train
+
+
+def _read(path: Path) -> _Saved:
+    from safetensors import safe_open
+
+    file = path / "state.json"
+    try:
+        saved = _Saved.model_validate(read_json(file))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        what = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{file}: {key}: {what}; edited, or of another version of poetx") from None
+    with safe_open(path / "model.safetensors", framework="pt") as tensors:
+        unknown = set(saved.train.aliases.values()).difference(tensors.keys())
+    if unknown:
+        raise UserError(f"{file}: train.aliases name {min(unknown)}, which model.safetensors does not have")
+    return saved
 
 
 def load_model(path: Path, model: torch.nn.Module) -> None:
@@ -162,33 +223,42 @@ def load_model(path: Path, model: torch.nn.Module) -> None:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise UserError(f"{path}: does not fit the model of this recipe: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: does not fit the model of this recipe: {one_line(error)}") from None
 
 
 def load_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Restore optimizer state and group options. Whatever hooks keep state there must be registered already.
 
     Raises:
-        UserError: the parameter groups differ.
+        UserError: the parameter groups or the parameters that have a state differ.
     """
     from safetensors.torch import load_file
 
-    saved = read_json(path / "state.json")["optimizer"]
+    saved = _read(path).optimizer
     current = _state_by_parameter(optimizer)
     groups = current["param_groups"]
     names = _names_by_index(model, optimizer)
-    if [group["names"] for group in saved["groups"]] != [[names[i] for i in group["params"]] for group in groups]:
+    if [group.names for group in saved.groups] != [[names[i] for i in group["params"]] for group in groups]:
         raise UserError(f"{path}: the optimizer's parameter groups differ from this recipe's")
-    state: dict[int, dict[str, Any]] = {}
+    entries = {
+        key.rpartition(_SEPARATOR)[::2]: value for key, value in load_file(path / "optimizer.safetensors").items()
+    }
+    entries |= {(name, key): value for name, values in saved.values.items() for key, value in values.items()}
     index_of = {name: index for index, name in names.items()}
-    for key, tensor in load_file(path / "optimizer.safetensors").items():
-        name, _, entry = key.rpartition(_SEPARATOR)
-        state.setdefault(index_of[name], {})[entry] = tensor
-    for name, entries in saved["values"].items():
-        state.setdefault(index_of[name], {}).update(entries)
-    for group, stored in zip(groups, saved["groups"], strict=True):
-        group.update({key: _untuple(value, group.get(key)) for key, value in stored["options"].items()})
-    optimizer.load_state_dict({**current, **saved["extra"], "state": state, "param_groups": groups})
+    state: dict[int, dict[str, Any]] = {}
+    for (name, key), value in entries.items():
+        if name not in index_of:
+            raise UserError(f"{path}: has a state of the optimizer for {name}, which this recipe does not train")
+        state.setdefault(index_of[name], {})[key] = value
+    for group, stored in zip(groups, saved.groups, strict=True):
+        for counter in COUNTERS:
+            group.pop(counter, None)  # without them nobody knows which permutations come next
+        options = stored.options.model_dump(exclude_unset=True)
+        group.update({key: _untuple(value, group.get(key)) for key, value in options.items()})
+    try:
+        optimizer.load_state_dict({**current, **saved.extra, "state": state, "param_groups": groups})
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path}: its optimizer state does not fit: {one_line(error)}") from None
 
 
 def load_rng(path: Path) -> None:
@@ -224,7 +294,7 @@ def _write_files(
     optimizer_tensors, optimizer_json = _split_optimizer(model, optimizer)
     save_file(optimizer_tensors, directory / "optimizer.safetensors")
     save_file(_rng_states(), directory / "rng.safetensors")
-    document = {"train": vars(state), "optimizer": optimizer_json}
+    document = {"train": state.model_dump(), "optimizer": optimizer_json}
     (directory / "state.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     (directory / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
 
