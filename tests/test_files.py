@@ -87,6 +87,8 @@ def test_json_that_is_no_object_is_one_line(tmp_path: Path, content: bytes | Non
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="cannot be read"):
         read_json(tmp_path)
+    path.write_text('{"a": 1}', encoding="utf-8-sig")  # as editors on Windows may write it
+    assert read_json(path) == {"a": 1}
 
 
 def test_a_lock_is_held_by_one_and_its_file_goes_with_it(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: no such file, no JSON, too deeply nested, or another value than an object; the message has the path.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: missing") from None
     except OSError as error:

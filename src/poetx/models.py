@@ -153,7 +153,7 @@ def _read_config(key: str, source: str) -> Any:
     if not file.is_file():
         raise UserError(f"{key}={source}: {_not_there(path)}")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"), object_hook=_special_float)
+        values = json.loads(file.read_text(encoding="utf-8-sig"), object_hook=_special_float)
         return AutoConfig.for_model(values.pop("model_type"), **values)
     except KeyError:
         raise UserError(f'{key}={source}: no "model_type" in its config.json') from None

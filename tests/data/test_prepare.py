@@ -88,10 +88,42 @@ def test_other_json_is_refused_by_itself_and_text_among_code(tmp_path: Path, con
     assert open_corpus(str(tmp_path)).kind == "directory"
 
 
-def test_a_byte_order_mark_before_json_lines(tiny: Tiny, tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text("\n".join(json.dumps({"text": f"document {i} " * 9}) for i in range(30)), encoding="utf-8-sig")
-    assert decode(prepare_data(tiny(f"data.train={path}")), "train").startswith("document 0 ")
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "code/a.py"])
+def test_a_byte_order_mark_is_no_text(tiny: Tiny, tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    lines = [f"document {i} " * 9 for i in range(30)]
+    text = "\n".join(json.dumps({"text": line}) if ".json" in name else line for line in lines)
+    for copy in range(2):
+        path.with_stem(f"{path.stem}{copy}").write_text(text, encoding="utf-8-sig")
+    source = path.parent if name.startswith("code") else path.with_stem("a0")
+    data = prepare_data(tiny(f"data.train={source}", "data.validation_fraction=0.5"))
+    assert decode(data, "train").startswith("document 0 ")
+    assert "\ufeff" not in decode(data, "train") + decode(data, "validation")
+
+
+def test_a_file_of_several_names_is_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    place, outside = tmp_path / "text", tmp_path / "outside.txt"
+    (place / "sub").mkdir(parents=True)
+    for path in (place / "sub" / "a.txt", outside):
+        path.write_text("text")
+    (place / "b.txt").symlink_to("sub/a.txt")
+    (place / "c.txt").hardlink_to(place / "sub" / "a.txt")
+    for name in ("d.txt", "e.txt"):
+        (place / name).symlink_to(outside)
+    (place / "gone.txt").symlink_to("nowhere")
+    (place / "up").symlink_to(".")
+    files = open_corpus(str(place)).files
+    assert len(files) == 2
+    assert outside in files
+    assert caplog.messages == [f"{place / 'up'}: a link to a directory, which is not followed"]
+
+
+def test_validation_text_that_is_trained_on_is_said(tiny: Tiny, corpus: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / "held.txt").symlink_to(corpus / "3.txt")
+    prepare_data(tiny(f"data.validation={tmp_path / 'held.txt'}"), progress=said.append)
+    assert "data.validation has 1 files of data.train (3.txt)" in said[0]
 
 
 def test_the_cache_is_reused_until_a_source_changes(tiny: Tiny, tmp_path: Path) -> None:

@@ -66,6 +66,8 @@ def prepare_data(recipe: Recipe, *, progress: Progress | None = None) -> Prepare
     assert data.train is not None
     train = open_corpus(data.train)
     validation = open_corpus(data.validation, key="data.validation") if data.validation else None
+    if validation and (shared := set(train.files) & set(validation.files)):
+        say(f"data.validation has {len(shared)} files of data.train ({min(shared).name}), which are trained on as well")
     tokenizer = data.tokenizer or recipe.model.pretrained
     source = tokenizer_file(tokenizer) if tokenizer else None
     directory = recipe.cache_dir / f"data-{_key(data, train, validation, source)}"

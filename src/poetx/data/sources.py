@@ -7,6 +7,7 @@ neither a large file nor a large corpus is ever held in memory.
 from __future__ import annotations
 
 import json
+import logging
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Literal
 
 from poetx.data.binary import binary_kind
 from poetx.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 BUILTIN = "builtin"
 PIECE = 1 << 20  # characters handed to the tokenizer at once
@@ -92,11 +95,12 @@ def open_corpus(source: str, *, key: str = "data.train") -> Corpus:
         return Corpus(source, "jsonl" if _is_jsonl(path) else "file", (path.resolve(),))
     if not path.is_dir():
         raise UserError(f"{key}={source}: no such file or directory")
-    files = sorted(
-        file.resolve()
-        for file in path.rglob("*")
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    )
+    visible = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    for link in visible:
+        if link.is_symlink() and link.is_dir():
+            logger.warning("%s: a link to a directory, which is not followed", link)
+    once = {_identity(file): file for file in sorted(p.resolve() for p in visible if p.is_file())}
+    files = sorted(once.values())
     if not files:
         raise UserError(f"{key}={source}: the directory has no files")
     _check_text(files, f"{key}={source}")
@@ -105,6 +109,12 @@ def open_corpus(source: str, *, key: str = "data.train") -> Corpus:
         other = next(file for file in files if file not in jsonl)
         raise UserError(f"{key}={source}: mixes JSONL ({jsonl[0].name}) and other files ({other.name})")
     return Corpus(source, "jsonl" if jsonl else "directory", tuple(files))
+
+
+def _identity(file: Path) -> tuple[int, int | str]:
+    """What two names of one file share: text that is linked to would else be learnt and held out."""
+    status = file.stat()
+    return status.st_dev, status.st_ino or str(file)
 
 
 @dataclass(frozen=True)
@@ -212,7 +222,7 @@ def _standard_library() -> list[Path]:
 def _read_or_none(path: Path) -> str | None:
     """The text, or None where a file of the standard library is not UTF-8 (encoding tests are not)."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         return None
 
@@ -231,7 +241,7 @@ def _pieces(path: Path, size: int = PIECE, *, line: int = SECTION) -> Iterator[s
     buffer: list[str] = []
     filled = 0
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             while text := file.readline(line):
                 buffer.append(text)
                 filled += len(text)
