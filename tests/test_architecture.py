@@ -18,6 +18,7 @@ ORDER = (
     ("ops",),
     ("layers",),
     ("conversion_report", "targets"),
+    ("plain_model",),
     ("convert",),
     ("materialize", "merge", "spectra", "distributed"),
     ("optim", "savings", "training_check"),

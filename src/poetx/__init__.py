@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from poetx.merge import MergeHandle, MergeReport, merge_, merge_every
     from poetx.optim.groups import param_groups
     from poetx.optim.poetx import POETX
+    from poetx.plain_model import save_pretrained
     from poetx.planner.estimate import estimate_memory
     from poetx.spectra import LayerSpectrum, spectrum
     from poetx.training_check import check_training
@@ -45,6 +46,7 @@ __all__ = [
     "merge_every",
     "param_groups",
     "poet_layers",
+    "save_pretrained",
     "shared_blocks",
     "spectrum",
     "to_dense_",
@@ -66,6 +68,7 @@ __getattr__ = lazy_names(
         "poetx.merge": ("MergeHandle", "MergeReport", "merge_", "merge_every"),
         "poetx.optim.groups": ("param_groups",),
         "poetx.optim.poetx": ("POETX",),
+        "poetx.plain_model": ("save_pretrained",),
         "poetx.planner.estimate": ("estimate_memory",),
         "poetx.spectra": ("LayerSpectrum", "spectrum"),
         "poetx.training_check": ("check_training",),

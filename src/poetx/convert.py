@@ -16,9 +16,10 @@ from poetx.conversion_report import ConversionReport, ConvertedLayer, skipped
 from poetx.errors import UserError
 from poetx.layers.merge_reminder import remind_of_merging
 from poetx.layers.poet import DTYPES, PoetLinear
-from poetx.layers.prequantized import dense_weight, is_foreign
+from poetx.layers.prequantized import dense_weight, drop_quantizers_, is_foreign
 from poetx.layers.single_step import SingleStepLinear
 from poetx.layers.walk import converted_layers, poet_layers
+from poetx.plain_model import save_as_before_, save_plain_weights_too_
 from poetx.targets import Targets, find_targets, is_conv1d
 
 #: Names that checkpoints in the wild give to several matrices held as one.
@@ -69,6 +70,8 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
     if not converted:
         name, reason = next((places[0], found.reasons[m]) for m, places in found.places.items() if m in found.reasons)
         raise UserError(f"no layer could be converted: {name}: {reason}")
+    drop_quantizers_(model)
+    save_plain_weights_too_(model)
     rotations = sum(layer.rotation_parameters for layer in converted)
     return ConversionReport(
         converted=tuple(converted),
@@ -170,6 +173,7 @@ def to_dense_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module
             dense = _dense_layer(layer)
             del layer
             _put(model, where, dense)
+    save_as_before_(model)
     return model
 
 

@@ -260,8 +260,13 @@ class PoetLinear(ConvertedLinear):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Refuse a state of other settings; what an older one lacks is taken to fit, or to be zero.
 
+        The state of a plain layer is taken as :meth:`load_dense_` takes a weight; a plain weight beside the layer's own
+        state (:mod:`poetx.plain_model`) is for other programs.
+
         ``load_state_dict(assign=True)`` brings its own device and dtype, and :attr:`_like` is in no state dict.
         """
+        if (plain := state_dict.pop(f"{prefix}weight", None)) is not None and f"{prefix}skew_in" not in state_dict:
+            self._take_plain(plain, state_dict, prefix, args[-1])
         own, key = self._settings(), f"{prefix}trained_with"
         saved = state_dict.setdefault(key, own.to(state_dict.get(f"{prefix}perm_in", own).device))
         if not saved.is_meta and saved.tolist() != own.tolist():
@@ -279,6 +284,22 @@ class PoetLinear(ConvertedLinear):
             state_dict.setdefault(f"{prefix}residual", torch.zeros_like(weight, dtype=torch.int8))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._like = torch.empty(0, device=self.skew_in.device, dtype=self.weight_dtype)
+
+    def _take_plain(self, plain: Tensor, state_dict: dict[str, Any], prefix: str, errors: list[str]) -> None:
+        """Load the ``weight`` of a plain layer and put what came of it into ``state_dict``, for the rest to find."""
+        native = plain.T if self.transposed else plain
+        if self.skew_in.is_meta or native.is_meta:
+            raise UserError(f"{self.label}: a plain weight into a layer on the meta device; use poetx.materialize_")
+        if native.shape == (self.out_features, self.in_features):
+            self.load_dense_(native.to(self.skew_in.device, self.weight_dtype))
+        else:
+            own = (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
+            errors.append(
+                f"size mismatch for {prefix}weight: copying a param with shape {tuple(plain.shape)} from checkpoint, "
+                f"the shape in current model is {own}."
+            )
+        for key, value in self.state_dict().items():
+            state_dict.setdefault(f"{prefix}{key}", value)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PoetLinear:
         """``.to()``, ``.bfloat16()`` and the like: the rotations and ‖W0‖ move, but are never narrowed."""

@@ -52,6 +52,17 @@ def dense_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
     return dequantize_4bit(weight.data, weight.quant_state)
 
 
+def drop_quantizers_(model: nn.Module) -> None:
+    """Take the quantizer off ``transformers`` models none of whose layers is quantized any more.
+
+    With one, a model is saved by the quantizer, and its config says that what is loaded must be quantized.
+    """
+    for module in model.modules():
+        quantizer: Any = vars(module).get("hf_quantizer")
+        if quantizer is not None and not any(is_foreign(m) or foreign_buffers(m) for m in module.modules()):
+            quantizer.remove_quantization_config(module)
+
+
 def foreign_buffers(module: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
     """Integer weights of formats that are not read at all (GPTQ, AWQ, …), by buffer name and shape."""
     return [

@@ -1,0 +1,118 @@
+"""Saving a converted model as the plain model that it acts as, while it goes on training."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from poetx.errors import UserError
+from poetx.layers.poet import PoetLinear
+
+
+def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **settings: Any) -> None:
+    """Write a ``transformers`` model as the plain model that it acts as; ``model`` trains on, untouched.
+
+    The same files as from ``to_dense_`` of a copy, without the copy: they hold nothing of poetx, and any program that
+    knows the architecture reads them. Memory: the plain weights once more, on the CPU.
+
+    A converted model's own ``model.save_pretrained``, which the Trainer calls for its checkpoints, writes the layers'
+    state beside the plain weights. ``from_pretrained`` reads the same model from there, and training goes on from it
+    to the bit; but the files are larger, and other programs may not like tensors that they do not know.
+
+    Args:
+        directory: made where it is missing.
+        settings: what ``PreTrainedModel.save_pretrained`` takes besides, such as ``max_shard_size``.
+
+    Raises:
+        UserError: ``model`` has no ``save_pretrained``, is on the meta device, or holds layers that another library has
+            quantized.
+    """
+    kind: Any = type(model)
+    if not _is_pretrained(model):
+        raise UserError(
+            f"save_pretrained: {kind.__name__} is no transformers model (unwrap it first if it holds one); "
+            "otherwise save poetx.to_dense_(copy.deepcopy(model)).state_dict()"
+        )
+    _check_not_quantized(model)
+    kind.save_pretrained(model, directory, state_dict=plain_state_dict(model), **settings)
+
+
+def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of ``to_dense_(model)``: rotated layers' weights on the CPU, everything else as it is, not copied.
+
+    Raises:
+        UserError: a layer on the meta device.
+    """
+    state, layers = model.state_dict(), dict(_places(model))
+    rotations = {f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict() if key != "bias"}
+    return {key: value for key, value in state.items() if key not in rotations} | _plain_weights(layers, state)
+
+
+def save_plain_weights_too_(model: nn.Module) -> None:
+    """Have ``save_pretrained`` of every ``transformers`` model in ``model`` with rotated layers add plain weights."""
+    for module in model.modules():
+        if _is_pretrained(module) and any(_places(module)):
+            vars(module)["save_pretrained"] = functools.partial(_save_both, module)
+
+
+def save_as_before_(model: nn.Module) -> None:
+    """Undo :func:`save_plain_weights_too_` where no rotated layer is left."""
+    for module in model.modules():
+        own = vars(module).get("save_pretrained")
+        if getattr(own, "func", None) is _save_both and not any(_places(module)):
+            del vars(module)["save_pretrained"]
+
+
+def _save_both(model: nn.Module, *args: Any, **settings: Any) -> Any:
+    _check_not_quantized(model)
+    kind: Any = type(model)
+    save = kind.save_pretrained
+    call = inspect.signature(save).bind(model, *args, **settings)
+    if call.arguments.get("is_main_process", True):
+        given = call.arguments.get("state_dict")
+        state: Mapping[str, Tensor] = model.state_dict() if given is None else given
+        call.arguments["state_dict"] = {**state, **_plain_weights(dict(_places(model)), state)}
+    return save(*call.args, **call.kwargs)
+
+
+def _is_pretrained(module: nn.Module) -> bool:
+    return callable(getattr(type(module), "save_pretrained", None))
+
+
+def _places(model: nn.Module) -> Iterator[tuple[str, PoetLinear]]:
+    """Rotated layers by every name they have: a shared one has several."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PoetLinear):
+            yield name, module
+
+
+def _check_not_quantized(model: nn.Module) -> None:
+    """The quantizer of ``transformers`` would save the layers that it still has, and lose the converted ones."""
+    if any(_places(model)) and getattr(model, "hf_quantizer", None) is not None:
+        raise UserError(
+            f"save_pretrained: some layers of {type(model).__name__} are still in the format of another library; "
+            "dequantize them first, or convert them, too"
+        )
+
+
+@torch.no_grad()
+def _plain_weights(layers: Mapping[str, PoetLinear], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``name.weight`` of every layer that ``state`` has, as a plain layer holds it; of a shared layer one tensor."""
+    made: dict[PoetLinear, Tensor] = {}
+    found = {}
+    for name, layer in layers.items():
+        if f"{name}.skew_in" not in state:
+            continue
+        if layer.skew_in.is_meta:
+            raise UserError(f"save_pretrained: {layer.label} is on the meta device and has no weight; materialize_ it")
+        if layer not in made:
+            weight = layer.weight.T if layer.transposed else layer.weight
+            made[layer] = weight.contiguous().cpu()
+        found[f"{name}.weight"] = made[layer]
+    return found

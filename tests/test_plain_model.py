@@ -1,0 +1,183 @@
+"""Saved models load with the weights that were trained: plain files, and plain weights beside the layers' state."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import poetx
+from builders import function, gpt2, llama, same, turn
+from poetx import PoetConfig, UserError, convert_, poet_layers, to_dense_
+from poetx.plain_model import plain_state_dict
+
+FORMS = {
+    "fast": {},
+    "bfloat16": {"mode": "mem"},
+    "int8": {"mode": "mem", "weight_format": "int8", "group_size": 16},
+    "single-step": {"method": "single-step"},
+}
+
+
+def turned(form="fast", *, model: Any = None) -> Any:
+    """A converted model whose rotations are not the identity."""
+    torch.manual_seed(0)
+    model = model or llama()
+    model.to(torch.bfloat16 if form == "bfloat16" else torch.float32)
+    convert_(model, PoetConfig(block_size=16, **FORMS[form]))
+    turn(model)
+    return model
+
+
+def logits(model):
+    return function(model.eval(), torch.float32)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_plain_files_are_those_of_to_dense_and_the_model_is_untouched(form, tmp_path):
+    model = turned(form)
+    before = copy.deepcopy(model.state_dict())
+    poetx.save_pretrained(model, tmp_path / "plain")
+    dense: Any = to_dense_(copy.deepcopy(model))
+    dense.save_pretrained(tmp_path / "wanted")
+    plain, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "wanted"))
+    assert same(plain, wanted)
+    assert same(model.state_dict(), before)
+    assert all(layer.skew_in.grad is None for _, layer in poet_layers(model))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_converted_model_saves_what_loads_as_plain_and_goes_on_to_the_bit(form, tmp_path):
+    model = turned(form)
+    model.save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=model.dtype)
+    assert same(plain.state_dict(), to_dense_(copy.deepcopy(model)).state_dict())
+    other = turned(form, model=llama())
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert same(other.state_dict(), model.state_dict())
+
+
+def test_conv1d_and_tied_embeddings(tmp_path):
+    model = turned(model=gpt2())
+    want = logits(model)
+    for save, place in ((poetx.save_pretrained, "plain"), (lambda m, d: m.save_pretrained(d), "both")):
+        save(model, tmp_path / place)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / place)
+        assert loaded.lm_head.weight is loaded.transformer.wte.weight
+        assert torch.allclose(logits(loaded), want, atol=1e-5)
+
+
+def test_copies_pickles_parts_and_arguments_by_place(tmp_path):
+    model = turned()
+    want = logits(model)
+    inner = nn.ModuleDict({"policy": model})  # a part of something larger, as in reward training
+    copies: list[Any] = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), inner["policy"]]
+    for number, one in enumerate(copies):
+        nn.init.constant_(one.model.norm.weight, number)
+        one.save_pretrained(tmp_path / str(number), True, one.state_dict())
+        loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / str(number))
+        assert torch.allclose(logits(loaded), number * want, atol=1e-4)  # its own weights, not another copy's
+    to_dense_(model)
+    assert "save_pretrained" not in vars(model)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("form", ["fast", "int8"])
+def test_a_plain_state_is_taken_by_a_converted_model(form, strict):
+    model = turned(form)
+    plain = llama()
+    model.load_state_dict(plain.state_dict(), strict=strict)
+    convert_(plain, PoetConfig(block_size=16, **FORMS[form]))
+    assert torch.equal(logits(model), logits(plain))
+    assert all(not skew.any() for _, layer in poet_layers(model) for skew in layer.rotations)
+
+
+def test_a_plain_state_of_another_shape_is_refused_as_torch_refuses():
+    model, plain = turned(), llama().state_dict()
+    before = copy.deepcopy(model.state_dict())
+    name = next(name for name, _ in poet_layers(model)) + ".weight"
+    with pytest.raises(RuntimeError, match=f"size mismatch for {name}"):
+        model.load_state_dict(plain | {name: plain[name][:-1]})
+    prefix = name.removesuffix("weight")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items() if key.startswith(prefix))
+
+
+def test_one_tensor_for_a_layer_in_several_places():
+    shared = nn.Linear(16, 16)
+    model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(16, 16)})
+    convert_(model, PoetConfig(block_size=4))
+    plain = plain_state_dict(model)
+    assert plain["a.weight"] is plain["b.weight"]
+    assert plain.keys() == {f"{place}.{key}" for place in "abc" for key in ("weight", "bias")}
+
+
+def test_what_cannot_be_saved_says_so(tmp_path):
+    with pytest.raises(UserError, match="Sequential is no transformers model"):
+        poetx.save_pretrained(nn.Sequential(nn.Linear(4, 4)), tmp_path)
+    with torch.device("meta"):
+        model = llama()
+    convert_(model, PoetConfig(block_size=16))
+    with pytest.raises(UserError, match="q_proj is on the meta device"):
+        poetx.save_pretrained(model, tmp_path)
+
+
+@pytest.mark.parametrize("form", ["fast", "int8", "single-step"])
+def test_checkpoints_of_the_trainer_load_as_trained_and_resume_to_the_bit(form, tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    rows = torch.randint(0, 97, (32, 8), generator=torch.Generator().manual_seed(0))
+    dataset = [{"input_ids": row, "labels": row} for row in rows]
+
+    def trained(directory, resume=None):
+        torch.manual_seed(1)
+        model = llama()
+        convert_(model, PoetConfig(block_size=16, **FORMS[form]))
+        if form == "single-step":
+            optimizer = poetx.POETX(model, lr=1e-3)
+        else:
+            optimizer = torch.optim.AdamW(poetx.param_groups(model, lr=1e-3, poet_lr=1e-2))
+            poetx.merge_every(optimizer, model, steps=2)
+        arguments = TrainingArguments(
+            directory, max_steps=6, save_steps=3, per_device_train_batch_size=2, use_cpu=True, report_to=[],
+            disable_tqdm=True, lr_scheduler_type="constant", save_strategy="steps",
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=dataset, optimizers=(optimizer, None))
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    whole = trained(tmp_path / "whole")
+    resumed = trained(tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-3"))
+    assert same(resumed.state_dict(), whole.state_dict())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-6")
+    assert same(loaded.state_dict(), to_dense_(whole).state_dict())
+
+
+class Quantizer:
+    """As ``transformers`` hangs one on a model that it loads quantized."""
+
+    def remove_quantization_config(self, model):
+        del model.hf_quantizer, model.config.quantization_config
+
+
+def test_a_model_loaded_quantized_is_saved_as_plain_or_refused(tmp_path):
+    model: Any = llama()
+    model.hf_quantizer, model.config.quantization_config = Quantizer(), {"quant_method": "torchao"}
+    convert_(model, PoetConfig(block_size=16))
+    poetx.save_pretrained(model, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.allclose(logits(loaded), logits(model), atol=1e-5)
+
+    model = llama()
+    model.hf_quantizer, model.config.quantization_config = Quantizer(), {"quant_method": "awq"}
+    model.lm_head.register_buffer("qweight", torch.zeros(4, 4, dtype=torch.int32))
+    convert_(model, PoetConfig(block_size=16))
+    for save in (poetx.save_pretrained, lambda m, directory: m.save_pretrained(directory)):
+        with pytest.raises(UserError, match="LlamaForCausalLM are still in the format of another library"):
+            save(model, tmp_path)
