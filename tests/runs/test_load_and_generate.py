@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from builders import Tiny
 from poetx.errors import UserError
+from poetx.runs.evaluate import evaluate_run
 from poetx.runs.generate import generate_text
 from poetx.runs.load import LoadedModel, load_run
 from poetx.train.run import train
@@ -80,8 +83,38 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_a_run_whose_tokenizer_is_damaged_is_one_line(tiny: Tiny) -> None:
-    result = train(tiny("train.steps=1", "train.export=false"))
-    (result.run_dir / "tokenizer" / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="tokenizer: its tokenizer cannot be read"):
-        load_run(str(result.run_dir))
+def another_tokenizer(directory: Path) -> None:
+    always("▁one").tokenizer.save_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda directory: (directory / "tokenizer.json").write_text("{"), r"tokenizer: its tokenizer cannot be read"),
+        (shutil.rmtree, r"tokenizer: .* \(no tokenizer files there\)"),
+        (another_tokenizer, r"tokenizer: not the tokenizer that the run was trained with"),
+    ],
+)
+def test_a_run_has_its_own_tokenizer_or_is_refused_and_resuming_mends_it(
+    tiny: Tiny, damage: Callable[[Path], object], message: str
+) -> None:
+    recipe = tiny("train.steps=1", "train.export=false")
+    directory = train(recipe).run_dir / "tokenizer"
+    before = load_run(str(recipe.directory)).tokenizer.get_vocab()
+    damage(directory)
+    with pytest.raises(UserError, match=message + r".*; poetx train .* --resume writes it again"):
+        load_run(str(recipe.directory))
+    train(recipe, resume=True)
+    assert load_run(str(recipe.directory)).tokenizer.get_vocab() == before
+
+
+def test_tokens_that_the_model_does_not_know_are_one_line(tmp_path: Path) -> None:
+    loaded = always("▁one")
+    loaded.tokenizer.add_tokens(["more"])
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "text.txt").write_text("one more " * 9)
+    with pytest.raises(UserError, match="another model's: token 5, but 5 embeddings"):
+        generate_text(loaded, "one more")
+    with pytest.raises(UserError, match="another model's: token 5, but 5 embeddings"):
+        evaluate_run(str(tmp_path), data=str(tmp_path / "text.txt"), seq_len=4, device="cpu")

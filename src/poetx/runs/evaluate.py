@@ -87,6 +87,7 @@ def _own_windows(run_dir: Path, loaded: LoadedModel, seq_len: int) -> TokenWindo
 def _other_windows(loaded: LoadedModel, data: str, seq_len: int) -> TokenWindows:
     tokenizer = whole_text(loaded.tokenizer.backend_tokenizer)
     tokens = encode_corpus(data, tokenizer, loaded.end_of_text_id, key="--data")
+    loaded.check_ids(int(tokens.max(initial=0)))
     return _windows(tokens, seq_len, f"--data={data}")
 
 

@@ -40,6 +40,7 @@ def generate_text(
     inputs = loaded.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
     if inputs.numel() == 0:
         inputs = torch.tensor([[loaded.end_of_text_id]])
+    loaded.check_ids(int(inputs.max()))
     positions = getattr(loaded.model.config, "max_position_embeddings", None)
     if positions is not None:  # the end of the prompt, and no more new tokens than there is room for
         inputs = inputs[:, -max(1, positions - max_new_tokens) :]

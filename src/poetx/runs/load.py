@@ -12,7 +12,7 @@ from poetx.methods.base import convert_model, method_of
 from poetx.models import build_model, load_checkpoint, resolve_device, settled
 from poetx.recipe import Recipe, load_recipe
 from poetx.train.checkpoint import find_checkpoint, load_model, read_state
-from poetx.train.export import TOKENIZER_DIR, stop_at_
+from poetx.train.export import TOKENIZER_DIR, TOKENIZER_SUM, stop_at_, tokenizer_sum
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,13 @@ class LoadedModel:
                 "give tokenizer_config.json there an eos_token"
             )
         return self.tokenizer.eos_token_id
+
+    def check_ids(self, largest: int) -> None:
+        """Raise :class:`UserError` when the model has no embedding for the largest token of a text."""
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if largest >= rows:
+            where = self.tokenizer.name_or_path
+            raise UserError(f"{where}: its tokenizer is another model's: token {largest}, but {rows} embeddings")
 
 
 def load_run(run: str, *, device: str = "auto") -> LoadedModel:
@@ -77,7 +84,7 @@ def rebuild_run(run_dir: Path, device: torch.device) -> RebuiltRun:
         raise UserError(f"{run_dir}: not a run directory (no recipe.yaml in it)")
     checkpoint, notes = find_checkpoint(run_dir)
     recipe = load_recipe(str(checkpoint)).with_keys({"run_dir": str(run_dir)})
-    tokenizer = load_tokenizer(run_dir / TOKENIZER_DIR)
+    tokenizer = _run_tokenizer(run_dir)
     model = build_model(
         settled(recipe, device),
         vocab_size=_vocab_size(checkpoint, recipe),
@@ -119,11 +126,25 @@ def _load_exported(path: Path, device: torch.device) -> LoadedModel:
     return LoadedModel(cast(Any, model).to(device).eval(), tokenizer, device, None, [])
 
 
-def load_tokenizer(directory: Path) -> Any:
-    """The transformers tokenizer saved in a directory. Raises :class:`UserError` when its files are damaged."""
+def _run_tokenizer(run_dir: Path) -> Any:
+    """The tokenizer that the run was trained with: text of another one means other tokens to its model."""
+    remedy = f"; poetx train {run_dir} --resume writes it again"
+    try:
+        recorded = read_json(run_dir / "environment.json").get(TOKENIZER_SUM)
+    except UserError:  # it is for people, and a run without it, or of a former version, is whole
+        recorded = None
+    tokenizer = load_tokenizer(run_dir / TOKENIZER_DIR, remedy)
+    if recorded is not None and tokenizer_sum(run_dir) != recorded:
+        raise UserError(f"{run_dir / TOKENIZER_DIR}: not the tokenizer that the run was trained with{remedy}")
+    return tokenizer
+
+
+def load_tokenizer(directory: Path, remedy: str = "") -> Any:
+    """The transformers tokenizer saved in a directory. Raises :class:`UserError` when its files are damaged or gone."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # by what is wrong in the files, transformers raises nearly any class
-        raise UserError(f"{directory}: its tokenizer cannot be read ({one_line(error)})") from None
+        what = one_line(error) if any(directory.glob("*token*")) else "no tokenizer files there"
+        raise UserError(f"{directory}: its tokenizer cannot be read ({what}){remedy}") from None

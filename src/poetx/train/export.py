@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from poetx.data.tokenizer import fast_tokenizer
-from poetx.files import new_directory
+from poetx.files import new_directory, sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKENIZER_DIR = "tokenizer"
+TOKENIZER_SUM = "tokenizer_sha256"  # in environment.json
+
+
+def tokenizer_sum(run_dir: Path) -> str | None:
+    """The checksum of a run's ``tokenizer.json``; None where it has none, as tokenizers of some classes."""
+    file = run_dir / TOKENIZER_DIR / "tokenizer.json"
+    return sha256(file) if file.is_file() else None
 
 
 def save_tokenizer(file: Path, end_of_text: str, source: str | None, directory: Path) -> None:

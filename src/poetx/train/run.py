@@ -1,7 +1,7 @@
 """One run from recipe to export: check everything, then write the run directory, train, export.
 
 <run_dir>/recipe.yaml        the resolved recipe
-          environment.json   versions and devices
+          environment.json   versions and devices, the tokenizer's checksum
           conversion.txt     what was converted, what was not and why
           tokenizer/         as transformers reads it
           metrics.jsonl      one line for every step and evaluation
@@ -34,7 +34,7 @@ from poetx.savings.chunked_loss import check_head
 from poetx.spectra import spectrum
 from poetx.train import checkpoint as ckpt
 from poetx.train.environment import describe, peak_memory_gib
-from poetx.train.export import TOKENIZER_DIR, export_model, save_tokenizer
+from poetx.train.export import TOKENIZER_DIR, TOKENIZER_SUM, export_model, save_tokenizer, tokenizer_sum
 from poetx.train.loop import Trainer, fit
 from poetx.train.metrics import MetricsWriter, is_whole, read_metrics
 from poetx.train.progress import Reporter, RunInfo
@@ -260,11 +260,12 @@ def _write_run_files(
         for name in _OWN_FILES:
             (run_dir / name).unlink(missing_ok=True)
     write_text(run_dir / "recipe.yaml", recipe.to_yaml())  # a resumed run writes them again
-    write_text(run_dir / "environment.json", json.dumps(describe(device), indent=2))
     text = f"{method_of(recipe).title}: nothing was converted" if report is None else str(report)
     write_text(run_dir / "conversion.txt", text + "\n")
     source = recipe.data.tokenizer or recipe.model.pretrained
     save_tokenizer(data.tokenizer_file, data.meta.end_of_text, source, run_dir / TOKENIZER_DIR)
+    facts = describe(device) | {TOKENIZER_SUM: tokenizer_sum(run_dir)}
+    write_text(run_dir / "environment.json", json.dumps(facts, indent=2))
 
 
 def _train_and_export(trainer: Trainer, start: Path | None, report: ConversionReport | None) -> RunResult:
