@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from poetx.memory.measure import measure_memory
     from poetx.merge import MergeHandle, MergeReport, merge_, merge_every
     from poetx.optim.groups import param_groups
-    from poetx.optim.poetx import POETX
+    from poetx.optim.single_step.optimizer import POETX
     from poetx.plain_model import save_pretrained
     from poetx.planner.estimate import estimate_memory
     from poetx.spectra import LayerSpectrum, spectrum
@@ -67,7 +67,7 @@ __getattr__ = lazy_names(
         "poetx.memory.measure": ("measure_memory",),
         "poetx.merge": ("MergeHandle", "MergeReport", "merge_", "merge_every"),
         "poetx.optim.groups": ("param_groups",),
-        "poetx.optim.poetx": ("POETX",),
+        "poetx.optim.single_step.optimizer": ("POETX",),
         "poetx.plain_model": ("save_pretrained",),
         "poetx.planner.estimate": ("estimate_memory",),
         "poetx.spectra": ("LayerSpectrum", "spectrum"),

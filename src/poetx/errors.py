@@ -14,9 +14,9 @@ class UserError(ValueError):
     """
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the choice closest to ``word``, or the empty string."""
-    match = difflib.get_close_matches(word, list(choices), n=1)
+def nearest(word: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """``"; did you mean 'x'?"`` for the choice closest to ``word``; empty where none is as alike as ``cutoff``."""
+    match = difflib.get_close_matches(word, list(choices), n=1, cutoff=cutoff)
     return f"; did you mean {match[0]!r}?" if match else ""
 
 

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 #: What counts merges, in every parameter group that holds rotations.
 COUNTERS = ("steps_since_merge", "merges")
+#: Step counts that optimizers of other libraries keep in a group; :func:`merge_every` sees whatever a step writes.
+_STEP_COUNTS = ("step", "steps", "count", "k", "counter", "update_counter", "looksam_step", "weight_sum", "lr_max")
 #: Optimizers for which zeros are the state of a parameter that was never stepped. Their entries stay, because
 #: ``torch.distributed.checkpoint`` wants the same ones always; those of other optimizers are dropped.
 _FRESH_IS_ZERO = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adafactor, torch.optim.Adagrad, torch.optim.RMSprop)
@@ -57,8 +59,9 @@ def merge_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
     """Fold every rotation of ``model`` into its weight, in place, and start the rotations anew.
 
     The rotations become zero, their gradients None (they belonged to the old frame), and what ``optimizer`` keeps
-    of them is as before their first step: first moment, second moment and step count, also one in their group. The
-    model's function is preserved up to the training order's own error (θ⁴ for order 3) and the weight's dtype.
+    of them is as before their first step: first moment, second moment and step counts, also those in their group (other
+    values that an optimizer finds and keeps there, such as a step size, only with :func:`merge_every`). The model's
+    function is preserved up to the training order's own error (θ⁴ for order 3) and the weight's dtype.
     Where that error passes 1 %, a warning is logged.
 
     Whatever interrupts or fails leaves each layer, with its entries in the optimizer, as it was or merged; another call
@@ -162,7 +165,7 @@ class _Restart:
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
-        self._written = {"step"}
+        self._written = set(_STEP_COUNTS)
         self._before: list[dict[str, Any]] = []
         self._fresh = [self._entries(group) for group in groups]
 

@@ -19,6 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from poetx.config import PoetConfig
 from poetx.errors import UserError
+from poetx.optim.settings import OPTIMIZERS
 
 
 def _refuse(message: str) -> PydanticCustomError:
@@ -112,7 +113,7 @@ MaybeRate = Annotated[Rate | None, BeforeValidator(_off)]
 MaybeAmount = Annotated[Amount | None, BeforeValidator(_off)]
 Names = Text | tuple[Text, ...]
 
-Dense = Literal["adamw", "sgd", "adafactor", "smmf", "hfac"]
+Dense: Any = Literal[OPTIMIZERS]
 
 
 class Section(BaseModel):
@@ -241,7 +242,7 @@ class LoraRecipe(Section):
 class OptimizerRecipe(Section):
     """What every optimizer has. ``lr`` is that of everything that is not a rotation. Defaults: method.md section 6."""
 
-    name: Literal["adamw", "sgd", "adafactor", "smmf", "hfac", "muon"] = "adamw"
+    name: Literal[(*OPTIMIZERS, "muon")] = "adamw"  # type: ignore[valid-type]
     lr: Rate = 1e-3
     weight_decay: Amount = 0.0  # never applied to rotations
     clip: MaybeAmount = 0.1  # global gradient norm; null or 0: off
@@ -268,7 +269,7 @@ class AdamWKeys(Section):
 
 class SgdKeys(Section):
     belongs: ClassVar[str] = "SGD's"
-    momentum: Amount = 0.0
+    momentum: Beta = 0.0
 
 
 class MuonKeys(Section):

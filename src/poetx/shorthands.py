@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from poetx.config import WEIGHT_FORMATS
 from poetx.errors import UserError, nearest
+from poetx.optim.settings import OPTIMIZERS
 
 
 class Shape(NamedTuple):
@@ -63,7 +64,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "adamw-mixed": _dense("adamw")
     | {"optimizer.state_dtype": "auto", "train.autocast": True, "train.dtype": "float32"},
     "adamw-8bit": _dense("adamw") | {"optimizer.state_dtype": "int8"},
-    **{name: _dense(name) for name in ("muon", "adafactor", "sgd", "smmf", "hfac")},
+    **{name: _dense(name) for name in ("muon", *OPTIMIZERS[1:])},
     "lora": {"poet": None, "lora": {}, "optimizer.name": "adamw"},
 }
 

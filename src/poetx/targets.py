@@ -13,7 +13,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from poetx.errors import UserError, nearest
 from poetx.layers.poet import DTYPES
 from poetx.layers.prequantized import is_foreign
 
+K = TypeVar("K")
 ZERO = "its weight is zero, or next to the others': a rotation of nothing stays nothing"
 #: A weight whose norm a row is below this part of the median layer's could only grow, which a held norm forbids.
 _NEXT_TO_NOTHING = 1e-3
@@ -160,12 +161,18 @@ def _raise_no_match(config: PoetConfig, names: list[str], reasons: list[str]) ->
 # -- matrices of zeros ------------------------------------------------------------------------------------------------
 
 
+def has_values(weight: torch.Tensor) -> bool:
+    """Whether a weight can be looked at: not on the meta device, no fake or symbolic tensor."""
+    return not weight.is_meta and type(weight.detach()) is torch.Tensor
+
+
 def norm_per_row(weight: torch.Tensor) -> torch.Tensor:
-    """‖W‖ / √rows, a scalar that does not depend on the layer's shape for usual weights."""
-    return torch.linalg.vector_norm(weight.detach(), dtype=torch.float64) / max(1, weight.shape[0]) ** 0.5
+    """‖W‖ / √rows, a scalar that does not depend on the layer's shape for usual weights; the least one of a stack."""
+    norms = torch.linalg.vector_norm(weight.detach(), dim=(-2, -1), dtype=torch.float64)
+    return norms.min() / max(1, weight.shape[-2]) ** 0.5
 
 
-def next_to_nothing(norms: Mapping[str, torch.Tensor]) -> list[str]:
+def next_to_nothing(norms: Mapping[K, torch.Tensor]) -> list[K]:
     """The layers whose norm a row is zero, or below a thousandth of the median of all that are not zero."""
     if not norms:
         return []
@@ -176,6 +183,15 @@ def next_to_nothing(norms: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 # -- output layers and task heads -------------------------------------------------------------------------------------
+
+#: Parts of the names of embeddings and output layers, for parameters of which nothing but a name is known.
+_ENDS = ("embed", "wte", "wpe", "lm_head")
+
+
+def is_named_like_an_end(name: str) -> bool:
+    """Whether a parameter's name is that of an embedding or output layer."""
+    return any(part in name.lower() for part in _ENDS)
+
 
 OUTPUT = "the output layer"
 HEAD = "a task head: it lies outside the model's backbone and must grow; name it in target_modules to rotate it"

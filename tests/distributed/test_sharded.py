@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 
 import poetx
-from poetx import UserError
+from poetx import POETX, UserError
 from poetx.optim import SMMF, AdamW, HFac, build_optimizer
 
 
@@ -22,6 +22,7 @@ def sharded():
     bias = nn.Parameter(distribute_tensor(model[1].bias.detach(), mesh, [Replicate()]))
     model[1].bias = bias
     optimizer.param_groups[-1]["params"][-1] = bias
+    model[1].weight_of_another = nn.Parameter(distribute_tensor(torch.ones(8, 8), mesh, [Replicate()]))
     yield model, optimizer
     dist.destroy_process_group()
 
@@ -35,6 +36,8 @@ def test_who_would_fail_later_refuses(sharded):
         "AdamW": lambda: AdamW([model[1].bias]),
         "SMMF": lambda: SMMF([model[1].bias]),
         "HFac": lambda: HFac([model[1].bias]),
+        "POETX": lambda: POETX([("weight", model[1].weight_of_another)]),
+        "POETX: ": lambda: POETX([{"params": [model[1].weight_of_another], "rotate": True}]),
     }.items():
-        with pytest.raises(UserError, match=rf"{who}: a parameter of shape \(8,\) is a DTensor"):
+        with pytest.raises(UserError, match=rf"{who.strip(': ')}: a parameter of shape \(8, ?8?\) is a DTensor"):
             attempt()

@@ -44,13 +44,17 @@ def test_torchao_merges_saves_and_continues(name):
 
 
 @pytest.mark.parametrize("name", ["AdaBelief", "Lion", "RAdam", "Prodigy", "ScheduleFreeAdamW"])
-def test_pytorch_optimizer_counts_in_the_group_and_starts_anew_at_a_merge(name):
+@pytest.mark.parametrize("direct", [False, True])
+def test_pytorch_optimizer_counts_in_the_group_and_starts_anew_at_a_merge(name, direct):
+    if direct and name == "Prodigy":
+        pytest.skip("the step size that it finds starts anew with merge_every alone")
     optim = pytest.importorskip("pytorch_optimizer")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16, bias=False))
     poetx.convert_(model, poetx.PoetConfig(block_size=16))
     optimizer = getattr(optim, name)(poetx.param_groups(model, lr=1e-3, poet_lr=1e-3))
-    handle = poetx.merge_every(optimizer, model, steps=5)
+    handle = None if direct else poetx.merge_every(optimizer, model, steps=5)
+    counts = {key: optimizer.param_groups[0].get(key) for key in ("step", "k", "weight_sum", "lr_max")}
     x = torch.randn(8, 16)
 
     def size():
@@ -62,5 +66,9 @@ def test_pytorch_optimizer_counts_in_the_group_and_starts_anew_at_a_merge(name):
     first = size()
     for _ in range(4):
         size()
-    assert handle.merges == 1
+    if handle is None:
+        poetx.merge_(model, optimizer)
+    else:
+        assert handle.merges == 1
+    assert {key: optimizer.param_groups[0].get(key) for key in counts} == counts
     assert size() == pytest.approx(first, rel=0.3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import signal
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from safetensors.torch import load_file
 from builders import At, Tiny, curve, interrupt, same, weights
 from poetx.errors import UserError
 from poetx.layers.single_step import SingleStepLinear
+from poetx.methods import convert_model, method_of
+from poetx.models import build_model
 from poetx.train import step
 from poetx.train.checkpoint import checkpoints
 from poetx.train.metrics import read_metrics
@@ -77,6 +81,27 @@ def test_a_loss_that_is_not_finite_reaches_no_momentum(tiny: Tiny, monkeypatch: 
     train_lines = [e for e in read_metrics(result.run_dir / "metrics.jsonl") if e["event"] == "train"]
     assert [e["step"] for e in train_lines if e["skipped"]] == [4]
     assert all(p.isfinite().all() for p in result.model.parameters())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_step_whose_norm_alone_is_not_finite_leaves_no_trace(tiny: Tiny, count: int) -> None:
+    """The loss is finite, so backward has fed the momentum before anyone can know."""
+    recipe = tiny(*SINGLE, "train.dtype=float32")
+    model = build_model(recipe, vocab_size=320, end_of_text_id=0, device=torch.device("cpu"))
+    convert_model(model, recipe, torch.device("cpu"))
+    optimizer = method_of(recipe).build_optimizer(model, recipe.train.steps)
+    take = step.TrainingStep.of(recipe, model, optimizer)
+    ids = torch.randint(320, (4, 16), generator=torch.Generator().manual_seed(0))
+    batches = list(zip(ids.chunk(count), ids.chunk(count), strict=True))
+    assert not take(batches).skipped
+    before = copy.deepcopy((model.state_dict(), optimizer.plain_state_dict()["state"]))
+    hook = model.get_input_embeddings().weight.register_hook(lambda grad: grad * float("inf"))
+    result = take(batches)
+    assert result.skipped
+    assert math.isfinite(result.loss)
+    torch.testing.assert_close((model.state_dict(), optimizer.plain_state_dict()["state"]), before, rtol=0, atol=0)
+    hook.remove()
+    assert not take(batches).skipped
 
 
 def test_merging_and_single_steps_exclude_each_other(tiny: Tiny) -> None:

@@ -23,7 +23,7 @@ from poetx.ops.block_diagonal import (
 from poetx.ops.cayley import cayley
 from poetx.ops.dispatch import rotations
 from poetx.ops.single_step import map_gradient, skew_gradient
-from poetx.optim.poetx import POETX
+from poetx.optim.single_step.optimizer import POETX
 
 
 @dataclass(frozen=True, kw_only=True)

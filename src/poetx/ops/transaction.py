@@ -43,21 +43,29 @@ def signals_deferred() -> Iterator[None]:
                 handlers[number](number, frame)
 
 
+def copy_at_once_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy every value into its target in one call, between whose tensors no signal arrives; it allocates nothing.
+
+    Kinds and devices may differ: then it is a loop over ``copy_`` in C++, and waits for a device no more than that.
+    """
+    if targets:
+        torch._foreach_copy_(list(targets), list(values))  # pyright: ignore[reportPrivateImportUsage]
+
+
 def swap_(pairs: Sequence[tuple[Tensor, Tensor]], *also: Callable[[], object]) -> None:
     """Copy the second tensor of every pair into the first, in place, then call ``also``: all of it or nothing.
 
     The values have been computed beside what they replace, which costs their memory once: the copies allocate nothing,
     so that running out of memory belongs to the time before, when nothing has changed. Signals wait until all is done.
-    An exception from a step that can be repeated (a copy, dropping an entry) is raised after all of them are done.
+    An exception from a step that can be repeated (the copies, dropping an entry) is raised after all of them are done.
 
     Args:
         pairs: (target, value) of one shape, and best of one dtype and device.
         also: what belongs to the change beside tensors; each must do no harm when called twice.
     """
     with signals_deferred(), torch.no_grad():
-        steps: list[Callable[[], object]] = [lambda pair=pair: pair[0].copy_(pair[1]) for pair in pairs]
         raised: BaseException | None = None
-        for step in (*steps, *also):
+        for step in (lambda: copy_at_once_([pair[0] for pair in pairs], [pair[1] for pair in pairs]), *also):
             for attempt in range(_TRIES):
                 try:
                     step()

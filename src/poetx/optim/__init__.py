@@ -8,12 +8,13 @@ from poetx.lazy import lazy_names
 
 if TYPE_CHECKING:
     from poetx.optim.adamw import AdamW
-    from poetx.optim.build import OPTIMIZERS, build_optimizer
+    from poetx.optim.build import build_optimizer
     from poetx.optim.combined import CombinedOptimizer
     from poetx.optim.gradient_release import ReleaseHandle, release_gradients
     from poetx.optim.groups import param_groups
     from poetx.optim.hfac import HFac
-    from poetx.optim.poetx import POETX
+    from poetx.optim.settings import OPTIMIZERS
+    from poetx.optim.single_step.optimizer import POETX
     from poetx.optim.smmf import SMMF
 
 __all__ = [
@@ -33,12 +34,13 @@ __getattr__ = lazy_names(
     __name__,
     {
         "poetx.optim.adamw": ("AdamW",),
-        "poetx.optim.build": ("OPTIMIZERS", "build_optimizer"),
+        "poetx.optim.build": ("build_optimizer",),
         "poetx.optim.combined": ("CombinedOptimizer",),
         "poetx.optim.groups": ("param_groups",),
         "poetx.optim.hfac": ("HFac",),
-        "poetx.optim.poetx": ("POETX",),
         "poetx.optim.gradient_release": ("ReleaseHandle", "release_gradients"),
+        "poetx.optim.settings": ("OPTIMIZERS",),
+        "poetx.optim.single_step.optimizer": ("POETX",),
         "poetx.optim.smmf": ("SMMF",),
     },
 )

@@ -13,9 +13,8 @@ from poetx.errors import UserError, nearest
 from poetx.optim.adamw import AdamW
 from poetx.optim.combined import CombinedOptimizer
 from poetx.optim.hfac import HFac
+from poetx.optim.settings import OPTIMIZERS, check_group, check_numbers
 from poetx.optim.smmf import SMMF
-
-OPTIMIZERS = ("adamw", "sgd", "adafactor", "smmf", "hfac")
 
 
 def build_optimizer(
@@ -36,7 +35,7 @@ def build_optimizer(
 
     Args:
         groups: as :func:`poetx.param_groups` makes them; what a group sets itself goes before the arguments here.
-        name, dense_optimizer: of :data:`OPTIMIZERS`.
+        name, dense_optimizer: of :data:`poetx.optim.OPTIMIZERS`.
         betas, eps: AdamW's. momentum: SGD's. foreach: of torch's AdamW.
         eps_mode: AdamW's; ``"uncorrected"`` is how the POET papers add it (:class:`poetx.optim.AdamW`).
         state_dtype: of AdamW's moments. ``"auto"``: the parameter's, and bfloat16 parameters and their moments are
@@ -46,7 +45,8 @@ def build_optimizer(
         base: the former name of ``dense_optimizer``.
 
     Raises:
-        UserError: a name that does not exist, ``dense_optimizer`` for groups without rotations, sharded parameters.
+        UserError: a name that does not exist, a number outside its range, ``dense_optimizer`` for groups without
+            rotations, sharded parameters.
     """
     if base is not None:
         text = "base= is called dense_optimizer= now and goes with the next release"
@@ -74,8 +74,10 @@ def build_optimizer(
             return torch.optim.Adafactor(chosen, lr=lr)
         return SMMF(chosen, lr=lr, seed=seed) if kind == "smmf" else HFac(chosen, lr=lr, seed=seed)
 
+    check_numbers({"lr": lr, "betas": betas, "eps": eps, "momentum": momentum})
     for group in groups:  # the very groups, not copies: POETX hands out its own
         group["params"] = list(group["params"])
+        check_group(group, "build_optimizer")
         refuse_sharded(group["params"], "build_optimizer")
     rotations = [group for group in groups if group.get("name") == "rotations"]
     rest = [group for group in groups if group.get("name") != "rotations"]

@@ -38,7 +38,7 @@ class CombinedOptimizer(torch.optim.Optimizer):
         self._hand_out()
 
     def _hand_out(self) -> None:
-        """Give every optimizer its groups and the state, as they are now."""
+        """Let every optimizer hold those of the current ``param_groups`` that it steps, and the current ``state``."""
         for index, optimizer in enumerate(self.optimizers):
             optimizer.param_groups = [group for group in self.param_groups if group["optimizer"] == index]
             optimizer.state = self.state
@@ -50,7 +50,7 @@ class CombinedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._hand_out()  # whoever replaced the groups for a while (released gradients do) means those
+        self._hand_out()  # released gradients replace param_groups while they step one parameter
         for optimizer in self.optimizers:
             if optimizer.param_groups:
                 optimizer.step()

@@ -3,13 +3,44 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from poetx.errors import UserError
+from poetx.optim.settings import check_numbers
+
+
+def hand_over_gradient(parameter: Tensor, take: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call the method ``take`` with the parameter as soon as backward has its gradient, and drop the gradient.
+
+    Once the object of the method is gone, gradients stay.
+
+    Raises:
+        UserError: another one takes this gradient, which would leave none.
+    """
+    hooks = (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values()
+    if any(isinstance(hook, _HandOver) and hook.take() is not None for hook in hooks):
+        raise UserError(
+            f"the gradient of a parameter of shape {tuple(parameter.shape)} is released to another optimizer already; "
+            "call its close() first, or remove() of what release_gradients returned"
+        )
+    return parameter.register_post_accumulate_grad_hook(_HandOver(take))
+
+
+class _HandOver:
+    def __init__(self, take: Callable[[Tensor], None]) -> None:
+        self.take = weakref.WeakMethod(take)
+
+    def __call__(self, parameter: Tensor) -> None:
+        take = self.take()
+        if take is not None:
+            take(parameter)
+            parameter.grad = None
 
 
 class ReleaseHandle:
@@ -20,7 +51,7 @@ class ReleaseHandle:
         self._released: set[int] = set()
         # The undecorated step: a hook that counts steps (merging does) must not count every parameter.
         self._step: Any = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)
-        self._hooks: list[Any] = [p.register_post_accumulate_grad_hook(self._release) for p in params]
+        self._hooks: list[Any] = [hand_over_gradient(p, self._release) for p in params]
         self._hooks.append(optimizer.register_step_post_hook(self._finish))
 
     def reset(self) -> None:
@@ -49,7 +80,6 @@ class ReleaseHandle:
         if self._max_norm is not None:
             torch.nn.utils.clip_grad_norm_([parameter], self._max_norm)
         self._step_alone(parameter)
-        parameter.grad = None
 
     def _step_alone(self, parameter: Tensor) -> None:
         """The optimizer's own step, on a group of one that shares its settings and its state."""
@@ -86,8 +116,9 @@ def release_gradients(
         max_norm: clip each released gradient by its *own* norm; the norm over all gradients is not known in time.
 
     Raises:
-        UserError: accumulation, which needs every gradient at once.
+        UserError: accumulation, which needs every gradient at once; gradients that are released already.
     """
+    check_numbers({"max_norm": max_norm})
     if accumulation_steps != 1:
         raise UserError(
             f"accumulation_steps={accumulation_steps}: released gradients are used at once and cannot be accumulated; "

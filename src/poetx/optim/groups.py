@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from poetx.distributed.sharded import refuse_sharded
-from poetx.errors import UserError
+from poetx.errors import UserError, nearest
 from poetx.layers.walk import poet_layers
+from poetx.optim.settings import check_numbers, known_settings
 
 
 def param_groups(
@@ -24,24 +26,40 @@ def param_groups(
     A group with nothing in it is left out. A model that was not converted has no rotations group.
 
     Raises:
-        UserError: the model has no trainable parameter, sharded ones, or a learning rate is not positive.
+        UserError: the model has no trainable parameter, or sharded ones; a learning rate that is not positive, another
+            number outside its range, an option that no optimizer of torch or poetx has.
     """
     refuse_sharded(model.parameters(), "param_groups")
+    for key, value in poet_options.items():
+        if key not in known_settings():
+            raise UserError(
+                f"param_groups: {key}={value!r}: no optimizer of torch or poetx has this setting"
+                f"{nearest(key, known_settings()) or '; for another one write it into groups[0] yourself'}"
+            )
+    check_numbers({"lr": lr, "poet_lr": poet_lr, "weight_decay": weight_decay} | poet_options)
     for name, value in (("lr", lr), ("poet_lr", poet_lr)):
-        if not value > 0:
+        if not value:
             raise UserError(f"{name}={value!r}: must be positive; freeze parameters with requires_grad_(False)")
     rotations = {id(p): p for _, layer in poet_layers(model) for p in layer.rotations if p.requires_grad}
     frozen = {id(layer.base_weight) for _, layer in poet_layers(model)}  # whatever requires_grad_(True) says
     taken = frozen | set(rotations)
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
-    groups = [
-        {"name": "rotations", "params": list(rotations.values()), "lr": poet_lr, "weight_decay": 0.0} | poet_options,
-        {"name": "decay", "params": [p for p in rest if p.ndim >= 2], "lr": lr, "weight_decay": weight_decay},
-        {"name": "no_decay", "params": [p for p in rest if p.ndim < 2], "lr": lr, "weight_decay": 0.0},
-    ]
+    first = {"name": "rotations", "params": list(rotations.values()), "lr": poet_lr, "weight_decay": 0.0}
+    groups = [first | poet_options, *dense_groups(rest, lr=lr, weight_decay=weight_decay)]
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise UserError("the model has no parameter that requires a gradient")
-    covered = [id(p) for group in groups for p in group["params"]]
-    assert sorted(covered) == sorted(id(p) for p in model.parameters() if p.requires_grad and id(p) not in frozen)
     return groups
+
+
+def dense_groups(parameters: Iterable[Tensor], *, weight_decay: float | None, **settings: Any) -> list[dict[str, Any]]:
+    """Groups ``"decay"`` (matrices) and ``"no_decay"`` (vectors), each if there are any.
+
+    Args:
+        weight_decay: of the matrices; None: as the optimizer has it.
+    """
+    parameters = list(parameters)
+    decayed = {} if weight_decay is None else {"weight_decay": weight_decay}
+    matrices = {"name": "decay", "params": [p for p in parameters if p.ndim >= 2]} | settings | decayed
+    vectors = {"name": "no_decay", "params": [p for p in parameters if p.ndim < 2]} | settings | {"weight_decay": 0.0}
+    return [group for group in (matrices, vectors) if group["params"]]

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poetx.errors import UserError
 from poetx.optim.sliced import SlicedOptimizer, compute_dtype, row_slices, wide, write_
 
 
@@ -45,8 +44,6 @@ class HFac(SlicedOptimizer):
         clip: float = 1.0,
         seed: int = 0,
     ) -> None:
-        if not clip > 0:
-            raise UserError(f"clip={clip!r}: must be positive (1 is the paper's)")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "clip": clip}
         super().__init__(params, defaults, seed=seed)
 

@@ -1,4 +1,4 @@
-"""What the optimizers of the stack share: state that keeps its dtype, slices, and writing into narrow weights."""
+"""What AdamW, SMMF and HFac share: state that keeps its dtype, slices, and writing into narrow weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from poetx.distributed.sharded import refuse_sharded
 from poetx.errors import UserError
 from poetx.ops.random import stochastic_round_, stream
 from poetx.optim.combined import keep_dtypes
+from poetx.optim.settings import check_group, check_numbers
 
 #: Elements worked on at a time, so that the temporaries of a step do not depend on the largest parameter.
 SLICE = 1 << 23
@@ -31,15 +32,10 @@ class SlicedOptimizer(torch.optim.Optimizer):
 
     #: Zeros are the state of a parameter that was not stepped yet: how a merge resets it.
     fresh_is_zero = True
+    _beta_count = 2
 
     def __init__(self, params: Any, defaults: dict[str, Any], *, seed: int = 0) -> None:
-        if not defaults["lr"] >= 0:
-            raise UserError(f"lr={defaults['lr']!r}: must not be negative")
-        if not defaults["eps"] > 0:
-            raise UserError(f"eps={defaults['eps']!r}: must be positive, or a gradient of zero divides 0 by 0")
-        for beta in defaults.get("betas", ()):
-            if not 0 <= beta < 1:
-                raise UserError(f"betas={defaults['betas']!r}: must be at least 0 and below 1")
+        check_numbers(defaults | {"seed": seed})
         self._seed = seed
         self._numbers: dict[int, int] = {}
         super().__init__(params, defaults)
@@ -68,6 +64,9 @@ class SlicedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         name = type(self).__name__
+        check_group(param_group, name)
+        if len(param_group["betas"]) != self._beta_count:
+            raise UserError(f"betas={param_group['betas']!r}: {name} takes {self._beta_count}")
         refuse_sharded(param_group["params"], name)
         for parameter in param_group["params"]:
             if parameter.dtype not in _DTYPES:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poetx.errors import UserError
+from poetx.optim.settings import check_numbers
 from poetx.optim.sliced import SlicedOptimizer, compute_dtype, row_slices, wide, write_
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,8 @@ class SMMF(SlicedOptimizer):
         UserError: a value outside its range.
     """
 
+    _beta_count = 1
+
     def __init__(
         self,
         params: Any,
@@ -51,10 +53,7 @@ class SMMF(SlicedOptimizer):
         decay: float = -0.8,
         seed: int = 0,
     ) -> None:
-        if not 0 <= beta < 1:
-            raise UserError(f"beta={beta!r}: must be at least 0 and below 1")
-        if not -1 <= decay <= 0:
-            raise UserError(f"decay={decay!r}: must be between -1 and 0 (-0.8 for transformers, else -0.5)")
+        check_numbers({"beta": beta})
         defaults = {
             "lr": lr,
             "betas": (beta,),  # the name that schedulers which cycle momentum look for

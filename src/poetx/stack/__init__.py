@@ -6,7 +6,7 @@ __getattr__ = moved_names(
     __name__,
     {
         "poetx.optim.adamw": ("AdamW",),
-        "poetx.optim.build": ("OPTIMIZERS", "build_optimizer"),
+        "poetx.optim": ("OPTIMIZERS", "build_optimizer"),
         "poetx.optim.combined": ("CombinedOptimizer",),
         "poetx.optim.hfac": ("HFac",),
         "poetx.optim.gradient_release": ("ReleaseHandle", "release_gradients"),

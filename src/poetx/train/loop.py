@@ -143,7 +143,7 @@ def _measured_step(trainer: Trainer, step: TrainingStep) -> tuple[dict[str, Any]
 
 
 def train_step(trainer: Trainer, step: TrainingStep) -> dict[str, Any]:
-    """One optimizer step on the batch of 0-based step ``trainer.state.step``: what metrics.jsonl says of it."""
+    """Take the optimizer step number ``trainer.state.step``, counted from 0; returns its line of metrics.jsonl."""
     recipe, state, optimizer = trainer.recipe, trainer.state, trainer.optimizer
     settings, merges, train = recipe.train, trainer.merges, trainer.data.train
     factor = lr_factor(

@@ -23,7 +23,7 @@ _ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
 def no_phase(name: str) -> None:
-    """Nobody measures."""
+    """The ``phase`` of a step that nobody measures: does nothing."""
 
 
 @dataclass(frozen=True)
@@ -92,20 +92,17 @@ class TrainingStep:
         The gradient is that of the mean loss over all tokens, however they are cut into micro-batches.
 
         Args:
-            clip: largest norm over all gradients, or None.
+            clip: largest norm over all gradients; None or 0: no clipping.
         """
-        snapshot = getattr(self.optimizer, "snapshot", None)
-        if snapshot is not None and len(micro_batches) > 1:  # the first ones feed a momentum, whatever the last one is
-            snapshot()
         total, router = self._accumulate(micro_batches, reads=True)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters() if p.grad is not None])
         numbers = [total.double(), grad_norm.to(total.device).double(), *([] if router is None else [router.double()])]
         loss, norm, *rest = torch.stack(numbers).cpu().tolist()
         skipped = not all(map(math.isfinite, (loss, norm, *rest)))
         if skipped:
-            self._discard(fed=len(micro_batches) > 1)
+            self._discard()
         else:
-            if clip is not None and norm > clip:
+            if clip and norm > clip:
                 torch.nn.utils.clip_grads_with_norm_(self._parameters(), clip, grad_norm)
             self._step()
         return StepResult(loss, rest[0] if rest else None, norm, skipped)
@@ -113,7 +110,7 @@ class TrainingStep:
     def take(self, micro_batches: Sequence[tuple[Tensor, Tensor]], *, clip: float | None = None) -> Tensor:
         """The same step without looking at any number: for fake tensors, which have none; the loss, a scalar."""
         total, _ = self._accumulate(micro_batches, reads=False)
-        if clip is not None:
+        if clip:
             torch.nn.utils.clip_grad_norm_(self._parameters(), clip)
         self._step()
         return total
@@ -127,9 +124,8 @@ class TrainingStep:
         self.phase("after")
         self.optimizer.zero_grad()
 
-    def _discard(self, *, fed: bool) -> None:
-        discard = getattr(self.optimizer, "discard", None) if fed else None
-        (discard or self.optimizer.zero_grad)()
+    def _discard(self) -> None:
+        getattr(self.optimizer, "discard", self.optimizer.zero_grad)()
         release = release_handle(self.optimizer)
         if release is not None:
             release.reset()
@@ -138,6 +134,8 @@ class TrainingStep:
         self, micro_batches: Sequence[tuple[Tensor, Tensor]], *, reads: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Backward over the micro-batches; their mean losses over all tokens, scalars."""
+        if (snapshot := getattr(self.optimizer, "snapshot", None)) is not None:
+            snapshot()  # backward feeds a momentum, and only the norm of all gradients says whether the step is taken
         tokens = sum(labels.numel() for _, labels in micro_batches)
         self.model.train()
         total = torch.zeros((), dtype=torch.float32, device=micro_batches[0][0].device)

@@ -10,6 +10,7 @@ sections 4 and 7).
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,22 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from poetx.distributed.ranks import on_any_rank
-from poetx.errors import UserError
+from poetx.errors import UserError, nearest
 from poetx.merge import fresh_is_zero
 from poetx.ops.cayley import unpack_skew
 from poetx.ops.fold import full_precision_products
 from poetx.ops.single_step import small_cayley_delta
+from poetx.optim.gradient_release import hand_over_gradient
 from poetx.optim.orthogonalize import LARGEST_SINGULAR_VALUE, orthogonalize
-from poetx.optim.poetx_groups import (
-    batches,
-    check,
-    check_parameters,
-    current_entries,
-    read_model,
-    state_from_groups,
-    state_into_groups,
-)
-from poetx.optim.poetx_matrix import Matrix, attach_released, touched_blocks
+from poetx.optim.settings import check_numbers
+from poetx.optim.single_step.given import check_groups, read_model
+from poetx.optim.single_step.matrix import Matrix, touched_blocks
+from poetx.optim.single_step.saved_state import current_entries, state_from_groups, state_into_groups
 
 #: Elements of unpacked blocks that one batched iteration takes.
 _BATCH_ELEMENTS = 1 << 23
@@ -67,9 +63,13 @@ class POETX(torch.optim.Optimizer):
     A matrix that got no gradient since the last step, on any rank, stays as it is, and so does a block of one; a matrix
     of zeros is left to the dense optimizer. ‖W‖ is held as it is at the first step, or after a checkpoint was loaded.
     Converted layers feed the momentum while backward runs: gradient clipping does not reach it (the direction does not
-    depend on its size), a gradient that is not finite counts as zero, and only :meth:`discard` takes it back. In a
-    process group their momenta are averaged over the ranks. An exception inside :meth:`step` leaves each matrix as
-    before or stepped; its ``step`` in the state says which.
+    depend on its size), and a gradient that is not finite counts as zero. In a process group their momenta are averaged
+    over the ranks. An exception inside :meth:`step` leaves each matrix as before or stepped; its ``step`` in the state
+    says which.
+
+    ``zero_grad()`` between backward and step does not take back what backward has added to the momentum of converted
+    layers, or of released gradients: the next step uses it. To skip a step call :meth:`snapshot` before its backward
+    and :meth:`discard` after it.
 
     Raises:
         UserError: a value outside its range, nothing to rotate, a float16 or sharded matrix, layers that another
@@ -99,11 +99,12 @@ class POETX(torch.optim.Optimizer):
         **older: Any,
     ) -> None:
         update, dense_optimizer = _older_arguments(older, update, dense_optimizer)
-        check(momentum, angle, norm_growth)
+        numbers = {"lr": lr, "angle": angle, "momentum": momentum, "norm_growth": norm_growth}
+        check_numbers(numbers | {"weight_decay": weight_decay})
         settings = {"block_size": block_size, "update": update, "rotation_dtype": momentum_dtype, "seed": seed}
         modules = {"target_modules": target_modules, "exclude_modules": exclude_modules}
         given = read_model(model, settings, modules, angle, weight_decay)
-        check_parameters(given.groups)
+        check_groups(given.groups, own_optimizer=dense_optimizer is not None)
         lr = 1e-3 if lr is None and dense_optimizer is None else lr
         for group in given.groups:
             if group.get("rotate"):
@@ -132,7 +133,7 @@ class POETX(torch.optim.Optimizer):
         ]
         for matrix in self._matrices:
             if release_gradients and matrix.layer is None:
-                matrix.handle = attach_released(matrix)
+                matrix.handle = hand_over_gradient(matrix.parameter, matrix.released)
             self.state[matrix.parameter] = matrix.fresh_state()
             matrix.attach(self.state[matrix.parameter])
         self._share()
@@ -146,7 +147,7 @@ class POETX(torch.optim.Optimizer):
         raise UserError("POETX cannot be copied or pickled: its layers feed one optimizer; save its state_dict()")
 
     def _share(self) -> None:
-        """The dense optimizer over the other groups, with these very groups and this very state."""
+        """Let the dense optimizer hold the groups that are not rotated and the state, as objects, not as copies."""
         rest = [group for group in self.param_groups if not group["rotate"]]
         if rest and self._dense is None:
             self._dense = self._make_dense(rest)
@@ -291,7 +292,7 @@ class POETX(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["rotate"]:
                 moving = [matrix for matrix, moves in (next(matrices) for _ in group["params"]) if moves]
-                for batch in batches(moving, _BATCH_ELEMENTS):
+                for batch in _batches(moving, _BATCH_ELEMENTS):
                     self._rotate(batch, group["lr"], group["momentum"])
         return loss
 
@@ -313,7 +314,7 @@ class POETX(torch.optim.Optimizer):
         return zip(self._matrices, moves, strict=True)
 
     def _rotate(self, batch: list[Matrix], angle: float, momentum: float) -> None:
-        """Fold the side that is its turn into every matrix of the batch."""
+        """Take one step of every matrix of the batch: of the side whose turn it is, the same for all of them."""
         side, free = batch[0].side, batch[0].free
         now = [matrix.with_gradient() for matrix in batch]
         pairs = zip(batch, now, strict=True)
@@ -356,6 +357,25 @@ def _older_arguments(older: dict[str, Any], update: str | None, dense_optimizer:
     }
     for name, value in older.items():
         if name not in gone:
-            raise TypeError(f"POETX() got an unexpected keyword argument {name!r}")
+            guess = nearest(name, inspect.signature(POETX).parameters)
+            raise TypeError(f"POETX() got an unexpected keyword argument {name!r}{guess}")
         raise UserError(f"POETX: {name}={value!r} is gone: {gone[name]}; leave it out")
     return update, dense_optimizer
+
+
+def _batches(matrices: Iterable[Matrix], elements: int) -> Iterable[list[Matrix]]:
+    """Matrices of one kind whose blocks go through one batched iteration: of so many elements, or one matrix."""
+    kinds: dict[tuple[Any, ...], list[Matrix]] = {}
+    for matrix in matrices:
+        side, p = matrix.side, matrix.parameter
+        kinds.setdefault((side, matrix.sizes(side)[1], p.dtype, p.device), []).append(matrix)
+    for alike in kinds.values():
+        batch, size = [], 0
+        for matrix in alike:
+            more = matrix.blocks(matrix.side) * matrix.sizes(matrix.side)[1] ** 2
+            if batch and size + more > elements:
+                yield batch
+                batch, size = [], 0
+            batch.append(matrix)
+            size += more
+        yield batch

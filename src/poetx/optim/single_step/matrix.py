@@ -19,6 +19,7 @@ from poetx.layers.single_step import SingleStepLinear
 from poetx.ops.cayley import packed_size
 from poetx.ops.random import stochastic_round_
 from poetx.ops.single_step import MomentumBuffers, add_to_, block_count, block_peaks, fold_side, map_gradient
+from poetx.ops.transaction import copy_at_once_
 
 SIDES = ("in", "out")
 #: A block whose gradient since the last step is smaller than this beside its direction counts as one without gradient.
@@ -160,11 +161,11 @@ class Matrix:
             return False
         return self.touched or (self.parameter.grad is not None and self.layer is None)
 
-    def released(self) -> None:
-        """Take the full gradient, and drop it."""
+    def released(self, parameter: Tensor) -> None:
+        """Take the full gradient, which is dropped then."""
         with torch.no_grad():
             self._add(self.state, self.peaks)
-        self.parameter.grad, self.touched = None, True
+        self.touched = True
         self.micro_batches += 1
 
     def _add(self, momenta: dict[str, Tensor], peaks: dict[str, Tensor]) -> None:
@@ -268,7 +269,7 @@ class Matrix:
         targets += [*self.peaks.values(), self._noise]
         values += [*(torch.zeros_like(peak) for peak in self.peaks.values()), self._seed(step)]
         self._taken = step  # known before the one call that makes it so, wherever an exception comes
-        torch._foreach_copy_(targets, values)  # pyright: ignore[reportPrivateImportUsage]
+        copy_at_once_(targets, values)
         self._version, self._counted, self.micro_batches, self._snapshot = W._version, step, 0, {}
         self.touched = False
 
@@ -291,25 +292,3 @@ def touched_blocks(directions: Tensor, peaks: Tensor) -> Tensor:
     """Which blocks [K] move: those with a gradient since the last step, and a direction to move along."""
     size = block_peaks(directions)
     return (peaks > size * _NEGLIGIBLE) & (size >= torch.finfo(directions.dtype).tiny)
-
-
-def attach_released(matrix: Matrix) -> RemovableHandle:
-    """Hand every full gradient to the matrix as soon as backward has it; once the matrix is gone, it stays.
-
-    Raises:
-        UserError: the gradients go to another optimizer already, which would leave none to this one.
-    """
-    hooks = (getattr(matrix.parameter, "_post_accumulate_grad_hooks", None) or {}).values()
-    if any(isinstance(hook, _Release) and hook.matrix() is not None for hook in hooks):
-        raise UserError("POETX: another one releases these gradients already; call its close() first")
-    return matrix.parameter.register_post_accumulate_grad_hook(_Release(matrix))
-
-
-class _Release:
-    def __init__(self, matrix: Matrix) -> None:
-        self.matrix = weakref.ref(matrix)
-
-    def __call__(self, p: Tensor) -> None:
-        matrix = self.matrix()
-        if matrix is not None:
-            matrix.released()

@@ -1,0 +1,189 @@
+"""What :class:`poetx.POETX` is given, checked and put into parameter groups."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from poetx.config import PoetConfig, name_matches
+from poetx.distributed.sharded import refuse_sharded
+from poetx.errors import UserError, nearest
+from poetx.layers.single_step import RotatedWeight, SingleStepLinear
+from poetx.layers.walk import single_step_layers
+from poetx.optim.groups import dense_groups
+from poetx.optim.settings import check_group, check_numbers
+from poetx.targets import ZERO, find_targets, has_values, is_named_like_an_end, next_to_nothing, norm_per_row
+
+#: Keys of a group of rotated matrices: its own, and those that schedulers write.
+_ROTATED_KEYS = (
+    "name",
+    "params",
+    "param_names",
+    "rotate",
+    "lr",
+    "momentum",
+    "initial_lr",
+    "base_momentum",
+    "max_momentum",
+)
+
+
+class Given(NamedTuple):
+    """Parameter groups, and what is known of the parameters in them."""
+
+    groups: list[dict[str, Any]]
+    layers: dict[Tensor, SingleStepLinear]
+    transposed: set[Tensor]  # stored [in, out]
+    names: dict[Tensor, str]
+    config: PoetConfig
+
+
+def read_model(model: Any, settings: dict[str, Any], modules: dict[str, Any], angle: float, decay: Any) -> Given:
+    """Groups from a model, from groups, or from parameters with or without names.
+
+    Args:
+        settings: what the caller gave of :class:`PoetConfig`, None where nothing; ``modules`` the same of an ordinary
+            model alone.
+    """
+    given = {key: value for key, value in settings.items() if value is not None}
+    if isinstance(model, nn.Module):
+        layers = dict(single_step_layers(model))
+        config = _of_layers(layers, given) if layers else PoetConfig(method="single-step", **given, **modules)
+        names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        groups, transposed = _model_groups(model, layers, config, names, angle, decay)
+        trained: dict[Tensor, SingleStepLinear] = {layer.weight: layer for layer in layers.values() if not layer.frozen}
+        return Given(groups, trained, transposed, names, config)
+    config = PoetConfig(method="single-step", **given)
+    entries = list(model)
+    names = {entry[1]: entry[0] for entry in entries if isinstance(entry, tuple)}
+    if entries and all(isinstance(entry, dict) for entry in entries):
+        groups = [dict(group, params=list(group["params"])) for group in entries]
+    else:
+        parameters = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
+        groups = _bare_groups(parameters, names, modules["exclude_modules"], angle, decay)
+    return Given(_without_zeros(groups, names), {}, set(), names, config)
+
+
+def _of_layers(layers: dict[str, SingleStepLinear], given: dict[str, Any]) -> PoetConfig:
+    config = next(iter(layers.values())).config
+    for key, value in given.items():
+        if value != getattr(config, key):
+            raise UserError(
+                f"POETX: {key}={value!r}, but the model was converted with {getattr(config, key)!r}; leave it out, or "
+                "convert with it"
+            )
+    for name, layer in layers.items():
+        if layer.trainer is not None and layer.trainer() is not None and not layer.frozen:
+            raise UserError(f"POETX: another one trains {name} already; call its close() first")
+    return config
+
+
+def _model_groups(
+    model: nn.Module,
+    layers: dict[str, SingleStepLinear],
+    config: PoetConfig,
+    names: dict[Tensor, str],
+    angle: float,
+    decay: float | None,
+) -> tuple[list[dict[str, Any]], set[Tensor]]:
+    """Groups "rotated", "decay" (matrices) and "no_decay" (vectors); and which rotated weights are stored [in, out]."""
+    modules: list[Any] = [layer for layer in layers.values() if not layer.frozen]
+    if not layers:
+        targets = find_targets(model, config, replaced=False)
+        modules = list(targets.layers.values())
+        zeros: list[Any] = [module for module, reason in targets.reasons.items() if reason == ZERO]
+        _say_zeros([names[module.weight] for module in zeros])
+    rotated = [module.weight for module in modules]
+    ids = {id(p) for p in rotated} | {id(layer.weight) for layer in layers.values()}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
+    transposed = {m.weight for m in modules if not isinstance(m, (nn.Linear, SingleStepLinear))}  # Conv1D
+    return _groups(rotated, rest, angle, decay), transposed
+
+
+def _groups(rotated: list[Tensor], rest: list[Tensor], angle: float, decay: float | None) -> list[dict[str, Any]]:
+    """``"rotated"``, and the rest as :func:`poetx.param_groups` parts it."""
+    groups: list[dict[str, Any]] = [{"name": "rotated", "params": rotated, "lr": angle, "rotate": True}]
+    return [*groups[: len(rotated)], *dense_groups(rest, weight_decay=decay)]
+
+
+def _bare_groups(
+    parameters: list[Any], names: dict[Tensor, str], exclude: Any, angle: float, decay: float | None
+) -> list[dict[str, Any]]:
+    """As for a model, as far as parameters alone can tell: matrices are rotated, by their names not embeddings."""
+    if not all(isinstance(p, Tensor) for p in parameters):
+        raise UserError("POETX: give a model, its parameters, or parameter groups")
+    if any(isinstance(p, RotatedWeight) for p in parameters):
+        raise UserError("POETX: these are parameters of a converted model, whose layers feed POETX; give the model")
+
+    def rotates(p: Tensor) -> bool:
+        name = names.get(p, "")
+        return p.ndim == 2 and not (is_named_like_an_end(name) or name_matches(name.rpartition(".")[0], exclude))
+
+    trained = [p for p in parameters if p.requires_grad]
+    if not names:
+        warnings.warn(
+            f"POETX: bare parameters do not tell embeddings and output heads from layers, so all "
+            f"{sum(map(rotates, trained))} matrices are rotated; give the model: POETX(model)",
+            stacklevel=4,
+        )
+    rotated = [p for p in trained if rotates(p)]
+    return _groups(rotated, [p for p in trained if not rotates(p)], angle, decay)
+
+
+def _without_zeros(groups: list[dict[str, Any]], names: dict[Tensor, str]) -> list[dict[str, Any]]:
+    """Give matrices that no rotation moves to the dense optimizer, as in a model."""
+    rotated = [p for group in groups if group.get("rotate") for p in group["params"]]
+    norms = {p: norm_per_row(p) for p in rotated if p.ndim >= 2 and p.numel() and has_values(p)}
+    zeros = next_to_nothing(norms)
+    if not zeros:
+        return groups
+    _say_zeros([names.get(p, f"a parameter of shape {tuple(p.shape)}") for p in zeros])
+    ids = set(map(id, zeros))
+    for group in groups:
+        if group.get("rotate"):
+            group["params"] = [p for p in group["params"] if id(p) not in ids]
+    groups = [group for group in groups if group["params"]]
+    dense = next((group for group in groups if group.get("name") == "decay"), None)
+    if dense is None:
+        return [*groups, {"name": "decay", "params": zeros}]
+    dense["params"] = [*dense["params"], *zeros]
+    return groups
+
+
+def _say_zeros(names: list[str]) -> None:
+    if not names:
+        return
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    text = f"POETX: {', '.join(names[:4])}{more}: all zeros, which no rotation moves; the dense optimizer trains them"
+    warnings.warn(text, stacklevel=6)
+
+
+def check_groups(groups: list[dict[str, Any]], *, own_optimizer: bool) -> None:
+    """Refuse parameters that cannot be rotated, numbers outside their range, and slips in the keys of groups.
+
+    Args:
+        own_optimizer: the rest goes to an optimizer of the user's own, which may have keys of its own.
+    """
+    rotated = [group for group in groups if group.get("rotate")]
+    if not rotated:
+        known = [key for group in groups for key in group if key != "rotate"]
+        guess = next((f" ({key!r} is not)" for key in known if nearest(key, ("rotate",), cutoff=0.8)), "")
+        raise UserError(
+            f"POETX: no group has 'rotate': True{guess}, so nothing would be rotated; use torch.optim.AdamW"
+        )
+    for group in groups:
+        known = _ROTATED_KEYS if group.get("rotate") else ("rotate",) if own_optimizer else None
+        check_group(group, "POETX", known)
+        if group.get("rotate") and "lr" in group and not group["lr"] < 0.5:
+            check_numbers({"angle": group["lr"]})
+    for p in itertools.chain.from_iterable(group["params"] for group in rotated):
+        refuse_sharded([p], "POETX")
+        if p.ndim not in (2, 3) or p.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+            raise UserError(
+                f"POETX: cannot rotate a parameter of shape {tuple(p.shape)} and {p.dtype}; matrices (or stacks of "
+                "them) in float32 or bfloat16 only"
+            )
