@@ -161,6 +161,8 @@ def test_another_source_of_the_model_replaces_the_files() -> None:
         ("steps=3", r"^steps: unknown key; did you mean 'train\.steps'\?$"),
         ("optimizer.steps=3", r"^optimizer\.steps: unknown key; did you mean 'train\.steps'\?$"),
         ("train.lr=3", r"^train\.lr: unknown key; did you mean 'optimizer\.lr'\?$"),
+        ("optimizer.betas=0.9,0.95", r"^optimizer\.betas=0\.9,0\.95: must be a list, written \[0\.9,0\.95\]$"),
+        ("optimizer.poet_betas=0.9", r"^optimizer\.poet_betas=0\.9: must be a list$"),
         ("optimizer.norm_growth=0", r"^optimizer\.norm_growth=0: is for poet\.method=single-step and has no effect"),
         ("optimizer.angle=0.012", r"^optimizer\.angle=0\.012: is for poet\.method=single-step.*; leave it out$"),
         (

@@ -240,7 +240,8 @@ def test_an_ordinary_model_may_read_its_weights_since_their_full_gradient_is_the
         ({"method": "single-step", "neumann_order": 7}, "neumann_order=7 is without effect"),
         ({"group_size": 32}, "group_size=32 is without effect"),
         ({"residual_modules": ("2",)}, "residual_modules=.* is without effect"),
-        ({"exclude_modules": ("lm_haed",)}, "exclude_modules: 'lm_haed' matches no module"),
+        ({"exclude_modules": ("lm_haed",)}, "exclude_modules: 'lm_haed' matches no module$"),
+        ({"target_modules": ("0", "up_porj")}, "target_modules: 'up_porj' matches no module$"),
     ],
 )
 def test_settings_without_effect_are_said_first(settings, words):
@@ -248,6 +249,19 @@ def test_settings_without_effect_are_said_first(settings, words):
     assert len(report.remarks) == 1
     assert re.search(words, str(report).splitlines()[0])
     assert not convert_(mlp(), config()).remarks
+
+
+def test_names_in_one_string_are_shown_as_a_list():
+    """One string is a regular expression of the whole name, as PEFT has it."""
+    model = llama()
+    for key, extra in (("target_modules", {}), ("residual_modules", {"init": "normalized", "residual_scale": 0.5})):
+        with pytest.raises(UserError, match=rf"write poet\.{key}=\[up_proj,o_proj\], or {key}=\['up_proj', 'o_proj'\]"):
+            convert_(model, config(**{key: "up_proj, o_proj"}, **extra))
+    report = convert_(model, config(exclude_modules="v_proj"))
+    assert "'v_proj' matches no module; one string is a regular expression" in report.remarks[0]
+    with pytest.raises(UserError) as caught:
+        convert_(llama(), config(target_modules="model.*no_proj"))
+    assert "poet.target_modules" not in str(caught.value)
 
 
 @pytest.mark.parametrize("merged", [False, True])

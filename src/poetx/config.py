@@ -7,7 +7,7 @@ import functools
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import InitVar, dataclass
 from typing import Any, Literal, TypeVar
 
@@ -50,6 +50,17 @@ def name_matches(name: str, patterns: str | tuple[str, ...]) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+
+
+def list_hint(key: str, patterns: str | tuple[str, ...], names: Iterable[str]) -> str:
+    """What to write where one string has names that a list would find among ``names``; else nothing."""
+    known, words = list(names), [word.strip() for word in patterns.split(",")] if isinstance(patterns, str) else []
+    if not words or not all(any(name_matches(name, (word,)) for name in known) for word in words):
+        return ""
+    return (
+        f"; one string is a regular expression for the whole name, a list has names and their endings: write "
+        f"poet.{key}=[{','.join(words)}], or {key}={words} in Python"
+    )
 
 
 def current_keys(values: Mapping[str, Any]) -> dict[str, Any]:

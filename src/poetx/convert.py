@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from poetx.config import PoetConfig, name_matches
+from poetx.config import PoetConfig, list_hint, name_matches
 from poetx.conversion_report import ConversionReport, ConvertedLayer, skipped
 from poetx.errors import UserError
 from poetx.layers.merge_reminder import remind_of_merging
@@ -135,13 +135,14 @@ def _remarks(config: PoetConfig, names: Iterable[str]) -> Iterator[str]:
     for name in idle:
         if name in default and getattr(config, name) != default[name]:
             yield f"{name}={getattr(config, name)!r} is without effect here"
-    excluded = config.exclude_modules
-    if excluded != default["exclude_modules"]:
-        known = list(names)
-        for pattern in [excluded] if isinstance(excluded, str) else excluded:
-            one = pattern if isinstance(excluded, str) else (pattern,)
-            if not any(name_matches(name, one) for name in known):
-                yield f"exclude_modules: {pattern!r} matches no module"
+    known = list(names)
+    for key in ("target_modules", "exclude_modules"):
+        patterns = getattr(config, key)
+        if patterns != default[key]:
+            for one in [patterns] if isinstance(patterns, str) else [(pattern,) for pattern in patterns]:
+                if not any(name_matches(name, one) for name in known):
+                    pattern = one if isinstance(one, str) else one[0]
+                    yield f"{key}: {pattern!r} matches no module{list_hint(key, one, known)}"
 
 
 def _trainable_base(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -79,8 +79,8 @@ def _off(value: Any) -> Any:
 
 
 def _listed(value: Any) -> Any:
-    if isinstance(value, str) or not isinstance(value, list | tuple):
-        raise _refuse("must be a list")
+    if not isinstance(value, list | tuple):
+        raise _refuse("must be a list" + (f", written [{value}]" if isinstance(value, str) and "," in value else ""))
     return tuple(value)
 
 

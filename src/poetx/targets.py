@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from poetx.config import PoetConfig, name_matches
+from poetx.config import PoetConfig, list_hint, name_matches
 from poetx.errors import UserError, nearest
 from poetx.layers.poet import DTYPES
 from poetx.layers.prequantized import is_foreign
@@ -114,6 +114,7 @@ def find_targets(model: nn.Module, config: PoetConfig, *, foreign: bool = False,
         raise UserError(
             f"residual_scale={config.residual_scale}: no layer to convert is in residual_modules; name those that "
             f"write to the residual stream (the layers end in {endings})"
+            + list_hint("residual_modules", config.residual_modules, layers)
         )
     if not layers:
         _raise_no_match(config, [places[m][0] for m in linears], [reasons[m] for m in linears] if matched else [])
@@ -154,7 +155,8 @@ def _raise_no_match(config: PoetConfig, names: list[str], reasons: list[str]) ->
     endings = sorted({name.rpartition(".")[2] for name in names})
     raise UserError(
         f"target_modules={wanted!r}: matches no linear layer outside exclude_modules={config.exclude_modules!r}"
-        f"{nearest(word, endings)}; the model's linear layers end in {', '.join(endings)}"
+        f"{list_hint('target_modules', wanted, names) or nearest(word, endings)}; the model's linear layers end in "
+        f"{', '.join(endings)}"
     )
 
 
