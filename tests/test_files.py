@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from poetx.errors import UserError
-from poetx.files import locked, new_directory, read_json
+from poetx.files import locked, new_directory, read_json, write_text
 
 
 def fill(final: Path, *, fail: Exception | None = None) -> None:
@@ -64,6 +64,36 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     fill(tmp_path / "final")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["final", "mine"]
+
+
+@pytest.mark.parametrize("failing", ["write_text", "replace"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_text_file_is_the_new_one_or_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, error: BaseException
+) -> None:
+    path, real = tmp_path / "a" / "page.html", getattr(Path, failing)
+    write_text(path, "old")
+
+    def fails(self: Path, *args: object, **options: object) -> None:
+        real(self, *args, **options) if failing == "write_text" else None
+        raise error
+
+    monkeypatch.setattr(Path, failing, fails)
+    match = r"page\.html: could not be written \(No space left .*\); free some space" if error.args else None
+    with pytest.raises(UserError if error.args else KeyboardInterrupt, match=match):
+        write_text(path, "new")
+    monkeypatch.undo()
+    assert (names(tmp_path), path.read_text()) == (["a", "a/page.html"], "old")
+
+
+def test_a_text_file_is_no_directory_and_in_none_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "place").mkdir()
+    with pytest.raises(UserError, match=r"place: is a directory; name a file in it"):
+        write_text(tmp_path / "place", "text")
+    with pytest.raises(UserError, match=r"page\.html: could not be written"):
+        write_text(tmp_path / "file" / "page.html", "text")
+    assert names(tmp_path) == ["file", "place"]
 
 
 @pytest.mark.parametrize(

@@ -45,10 +45,24 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file beside itself and rename it, so that a kill leaves the former one or this one."""
+    """Write a text file beside itself and rename it, so that a kill leaves the former one or this one.
+
+    Raises:
+        UserError: the place is a directory, full or not writable; what was there is as it was.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: is a directory; name a file in it")
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
+        raise UserError(f"{path}: could not be written ({reason(error)}); {_hint(error)}") from None
 
 
 @contextlib.contextmanager

@@ -60,6 +60,12 @@ def test_layer_rows(dtype):
     json.dumps(rows)
 
 
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (1, 9), (9, 1), (2, 1)])
+def test_a_side_of_one_feature_is_timed_without_its_rotation(m, n):
+    rows = list(bench_layer(shape(in_features=n, out_features=m), contestants=list(layer_bench.CONTESTANTS), repeats=1))
+    assert {row["contestant"] for row in rows if "contestant" in row} == set(layer_bench.CONTESTANTS)
+
+
 @pytest.mark.parametrize("what", ["output", "input gradient", "gradient of skew_in", "gradient of skew_out"])
 def test_a_wrong_layer_stops_the_run_before_anything_is_timed(what, monkeypatch):
     class Wrong(nn.Module):

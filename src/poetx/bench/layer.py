@@ -16,10 +16,7 @@ from poetx.errors import UserError, nearest
 from poetx.layers.poet import PoetLinear
 from poetx.layers.single_step import SingleStepLinear
 from poetx.ops import reference
-from poetx.ops.block_diagonal import (
-    add_block_outer_,
-    rotate,
-)
+from poetx.ops.block_diagonal import add_block_outer_, rotate
 from poetx.ops.cayley import cayley
 from poetx.ops.dispatch import rotations
 from poetx.ops.single_step import map_gradient, skew_gradient
@@ -127,31 +124,30 @@ def check(name: str, module: nn.Module, x: Tensor, g: Tensor) -> None:
     Raises:
         UserError: one of them is wrong.
     """
+    named = zip(("skew_in", "skew_out"), getattr(module, "rotations", ()), strict=False)
+    skews = [(side, skew) for side, skew in named if skew.numel()]  # a side of one feature cannot be rotated
     wide = torch.float64 if x.device.type == "cpu" else torch.float32
-    rotations = list(getattr(module, "rotations", ()))
-    reference_weight: Any = module.dense_weight if rotations else lambda: module.weight
-    dense = reference_weight()
+    weight: Any = getattr(module, "dense_weight", lambda: module.weight)()
     y = module(x)
     y.backward(g)  # not torch.autograd.grad: single-step layers accumulate
-    gradients: list[Any] = [t.grad for t in (x, *rotations)]
-    dx, *dq = gradients
-    x.grad = None
-    module.zero_grad()
-    x_wide, g_wide, W = x.detach().to(wide), g.to(wide), dense.detach().to(wide)
-    gate(f"{name}: output", y, x_wide @ W.T, x.dtype)
-    gate(f"{name}: input gradient", dx, g_wide @ W, x.dtype)
+    x_wide, g_wide, W = x.detach().to(wide), g.to(wide), weight.detach().to(wide)
+    dW = g_wide.T @ x_wide
+    pairs: list[tuple[str, Any, Tensor]] = [("output", y, x_wide @ W.T), ("input gradient", x.grad, g_wide @ W)]
+    if skews:
+        wanted = torch.autograd.grad(weight, [skew for _, skew in skews], dW.to(weight.dtype))
+        pairs += [(f"gradient of {side}", skew.grad, want) for (side, skew), want in zip(skews, wanted, strict=True)]
     if isinstance(module, SingleStepLinear):
         assert module.momentum is not None
         gradient_of = map_gradient if module.config.update == "free" else skew_gradient
-        for side, got, block_size in (
-            ("in", module.momentum.momentum_in, module.block_size_in),
-            ("out", module.momentum.momentum_out, module.block_size_out),
+        momenta, blocks = module.momentum, (module.block_size_in, module.block_size_out)
+        for side, got, block_size in zip(
+            ("in", "out"), (momenta.momentum_in, momenta.momentum_out), blocks, strict=True
         ):
-            gate(f"{name}: {side}", got, gradient_of(W, g_wide.T @ x_wide, side, block_size), x.dtype)
-    if rotations:
-        dW = (g_wide.T @ x_wide).to(dense.dtype)
-        for side, got, want in zip(("in", "out"), dq, torch.autograd.grad(dense, rotations, dW), strict=True):
-            gate(f"{name}: gradient of skew_{side}", got, want.to(wide), x.dtype)
+            pairs.append((side, got, gradient_of(W, dW, side, block_size)))
+    for what, got, want in pairs:
+        gate(f"{name}: {what}", got, want.to(wide), x.dtype)
+    x.grad = None
+    module.zero_grad()
 
 
 def bench_layer(
@@ -183,7 +179,7 @@ def bench_layer(
         module = CONTESTANTS[name](shape)
         check(name, module, x, g)
         forward: Any = torch.compile(module) if compiled else module
-        leaves = [x, *(p for p in module.parameters() if p.requires_grad)]
+        leaves = [x, *(p for p in module.parameters() if p.requires_grad and p.numel())]
         forwards[name] = lambda forward=forward: forward(x)
         calls[name] = lambda forward=forward, leaves=leaves: torch.autograd.grad(forward(x), leaves, g)
     times = interleaved(calls, repeats=repeats, device=shape.device)

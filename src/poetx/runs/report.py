@@ -28,12 +28,11 @@ def write_report(run_dir: Path, path: Path) -> Path:
     """Write the page for ``run_dir`` to ``path``: no scripts, no links to anywhere, readable in any browser.
 
     Raises:
-        UserError: ``run_dir`` has no metrics.
+        UserError: ``run_dir`` has no metrics, or ``path`` cannot be written.
     """
     entries = [entry for entry in read_metrics(run_dir / "metrics.jsonl") if is_whole(entry)]
     if not any(entry["event"] == "train" for entry in entries):
         raise UserError(f"{run_dir}: no training steps in {run_dir / 'metrics.jsonl'}; is it a run directory?")
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, _page(run_dir, entries))
     return path
 
