@@ -29,7 +29,7 @@ ORDER = (
     ("data",),
     ("train",),
     ("runs", "planner"),  # planning is above the recipe and takes the loop's step
-    ("bench",),
+    ("bench", "integrations"),
     ("cli",),
 )
 LEVELS = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -1,0 +1,1 @@
+"""Other people's training loops: one call each."""
