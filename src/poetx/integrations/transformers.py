@@ -16,7 +16,7 @@ from poetx.merge import merge_every as merge_every_so_many
 from poetx.methods.base import merge_handle
 from poetx.optim.build import build_optimizer
 from poetx.optim.groups import param_groups
-from poetx.optim.poetx import POETX
+from poetx.optim.single_step.optimizer import POETX
 from poetx.training_check import check_training
 
 if TYPE_CHECKING:
