@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from poetx.files import sha256
 from poetx.layers.walk import poet_layers
 from poetx.recipe import Recipe
 from poetx.train.metrics import TIMING_KEYS, read_metrics
@@ -59,6 +62,19 @@ def interrupt() -> None:
 def train_losses(run_dir: Path) -> list[float]:
     """Training losses of a run, step by step."""
     return [entry["loss"] for entry in read_metrics(run_dir / "metrics.jsonl") if entry["event"] == "train"]
+
+
+def rehash(path: Path, name: str) -> None:
+    """Write the new hash of a changed file into the manifest, too."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][name] = {"size": (path / name).stat().st_size, "sha256": sha256(path / name)}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def edit_tensors(path: Path, name: str, changes: dict[str, torch.Tensor | None]) -> None:
+    tensors = load_file(path / name) | changes
+    save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, path / name)
+    rehash(path, name)
 
 
 def llama(**settings):

@@ -208,7 +208,7 @@ def load_checkpoint(path: Path, dtype: torch.dtype | str, name: str) -> PreTrain
             ignore_mismatched_sizes=True,  # they are refused below, with their names
         )
     except Exception as error:  # by what is wrong in the files, transformers raises nearly any class
-        text = one_line(error)
+        text = f"transformers knows no {error}" if isinstance(error, KeyError) else one_line(error)
         if "automatic conversion" in text:
             text = "parts of tensors that are one in the model (experts, say) are missing, too many or of other shapes"
         raise UserError(f"{name}: {text}") from None
@@ -217,7 +217,7 @@ def load_checkpoint(path: Path, dtype: torch.dtype | str, name: str) -> PreTrain
     if not getattr(model, "is_quantized", False):  # packed weights have tensors and dtypes of their own
         extra = _weights_among(found["unexpected_keys"], path)
         problems += [f"the model has no {_some(extra)}"] if extra else []
-        broken = [key for key, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
+        broken = not_finite(model)
         problems += [f"{_some(broken)}: NaN or infinity in it"] if broken else []
     if problems:
         raise UserError(
@@ -225,6 +225,11 @@ def load_checkpoint(path: Path, dtype: torch.dtype | str, name: str) -> PreTrain
             "get both from the same place again"
         )
     return model
+
+
+def not_finite(model: torch.nn.Module) -> list[str]:
+    """Names of the parameters that have NaN or infinity in them."""
+    return [name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
 
 
 def _some(names: Collection[str]) -> str:

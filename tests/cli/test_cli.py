@@ -205,7 +205,7 @@ BAD = {
     "block size -8": (["poet.block_size=-8"], "poet.block_size=-8"),
     "float16": (["train.dtype=float16"], "use bfloat16"),
     "device": (["train.device=gpu"], "train.device=gpu"),
-    "resume nothing": (["--resume"], "no checkpoints to resume from"),
+    "resume nothing": (["--resume"], "no checkpoints yet; train it"),
     "two ways at once": (["--resume", "--overwrite"], "exclude each other"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,34 @@ def test_a_damaged_export_is_one_line(export: Path, name: str, content: bytes) -
         assert "\n" not in str(caught.value)
     finally:
         (export / name).write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("config.json", {"n_head": 3}, r"^\S*: (?!its tokenizer).*embed_dim"),
+        ("config.json", {"activation_function": "tanhh"}, r"transformers knows no 'tanhh'"),
+        (
+            "generation_config.json",
+            {"eos_token_id": "x"},
+            r"generation_config\.json: eos_token_id='x' must be a token id",
+        ),
+        (
+            "generation_config.json",
+            {"eos_token_id": [0, "b"]},
+            r"generation_config\.json: eos_token_id=\[0, 'b'\] must",
+        ),
+    ],
+)
+def test_an_odd_setting_of_an_export_is_one_line_about_itself(export: Path, name: str, change, message: str) -> None:
+    before = (export / name).read_text()
+    (export / name).write_text(json.dumps(json.loads(before) | change))
+    try:
+        with pytest.raises(UserError, match=message) as caught:
+            load_run(str(export), device="cpu")
+        assert "\n" not in str(caught.value)
+    finally:
+        (export / name).write_text(before)
 
 
 @pytest.fixture(scope="module")

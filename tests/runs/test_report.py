@@ -83,3 +83,4 @@ def test_damaged_lines_and_texts_do_not_spoil_the_page(tmp_path):
     page = write_report(run, tmp_path / "page.html").read_text()
     assert page.count("caf\ufffd &lt;\ufffd") == 2
     assert "<td>steps</td><td>3</td>" in page
+    assert "<td>left out</td><td>2 damaged lines of metrics.jsonl</td>" in page

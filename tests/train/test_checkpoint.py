@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import poetx
-from builders import Tiny
+from builders import Tiny, edit_tensors, rehash
 from poetx import files
 from poetx.errors import UserError
 from poetx.runs.evaluate import evaluate_run
@@ -81,8 +82,6 @@ def test_save_load_continue_is_bitwise_the_same_across_merges(tmp_path: Path, op
 
 
 def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     model, optimizer, _ = make()
     path = save(tmp_path, model, optimizer, 1)
     assert ckpt.read_state(path).aliases == {"head.weight": "embed.weight"}
@@ -193,12 +192,10 @@ def test_damage_is_found_and_the_one_before_is_taken(tmp_path: Path, name: str, 
 
 
 def edit_state(path: Path, change: Callable[[dict], object]) -> None:
-    """Change ``state.json`` as somebody who also writes its new hash into the manifest."""
-    state, manifest = json.loads((path / "state.json").read_text()), json.loads((path / "manifest.json").read_text())
+    state = json.loads((path / "state.json").read_text())
     change(state)
     (path / "state.json").write_text(json.dumps(state))
-    facts = {"size": (path / "state.json").stat().st_size, "sha256": files.sha256(path / "state.json")}
-    (path / "manifest.json").write_text(json.dumps({**manifest, "files": manifest["files"] | {"state.json": facts}}))
+    rehash(path, "state.json")
 
 
 EDITS: list[tuple[Callable[[dict], object], str]] = [
@@ -234,6 +231,44 @@ def test_a_state_of_another_form_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("model.safetensors", {"norm.bias": None}, r"does not fit .* Missing key\(s\) in state_dict: \"norm\.bias\""),
+        ("model.safetensors", {"norm.bias": torch.ones(3)}, r"does not fit .* size mismatch for norm\.bias"),
+        ("model.safetensors", {"norm.bias": torch.full((24,), float("nan"))}, r"NaN or infinity in norm\.bias; remove"),
+        ("model.safetensors", {f"x{i}": torch.ones(1) for i in range(99)}, r"does not fit .* Unexpected key.{,400}…$"),
+        ("optimizer.safetensors", {"tail.weight//step": torch.ones(())}, r"a state of the optimizer for tail\.weight"),
+        ("rng.safetensors", {"cpu": None, "x": torch.ones(1)}, r"generator states cannot be restored"),
+        ("rng.safetensors", {"cpu": torch.zeros(5, dtype=torch.uint8)}, r"generator states cannot be restored"),
+        ("rng.safetensors", {"cpu": torch.zeros(5)}, r"generator states cannot be restored"),
+        *(
+            (f"{name}.safetensors", None, rf"{name}\.safetensors: cannot be read")
+            for name in ("model", "optimizer", "rng")
+        ),
+    ],
+)
+def test_tensors_of_another_form_are_refused_in_one_line(tmp_path: Path, name: str, changes, message: str) -> None:
+    model, optimizer, _ = make()
+    step(model, optimizer, 0)
+    path = save(tmp_path, model, optimizer, 1)
+    if changes is None:
+        (path / name).write_bytes(b"\x10" + bytes(7) + b'{"a": ')
+        rehash(path, name)
+    else:
+        edit_tensors(path, name, changes)
+
+    def restore() -> None:
+        ckpt.find_checkpoint(tmp_path)
+        ckpt.load_model(path, model)
+        ckpt.load_optimizer(path, model, optimizer)
+        ckpt.load_rng(path)
+
+    with pytest.raises(UserError, match=rf"step-00000001.*{message}") as caught:
+        restore()
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("read", [lambda run: load_run(str(run)), lambda run: evaluate_run(str(run), data=None)])
 def test_a_renamed_checkpoint_is_not_taken_for_the_step_in_its_name(tiny: Tiny, read: Callable[[Path], object]) -> None:
     recipe = tiny("train.steps=3", "train.checkpoint_every=1", "train.export=false")
@@ -245,7 +280,7 @@ def test_a_renamed_checkpoint_is_not_taken_for_the_step_in_its_name(tiny: Tiny, 
 
 
 def test_none_at_all_and_a_newer_format(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no checkpoints to resume from; start it without --resume"):
+    with pytest.raises(UserError, match="no checkpoints yet; train it"):
         ckpt.find_checkpoint(tmp_path)
     model, optimizer, _ = make()
     save(tmp_path, model, optimizer, 1)

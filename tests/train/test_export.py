@@ -75,6 +75,14 @@ def test_a_run_does_not_depend_on_tokens_that_transformers_adds(tiny: Tiny) -> N
     assert load_run(str(result.run_dir)).model.config.vocab_size == result.model.config.vocab_size
 
 
+def test_a_checkpoint_without_the_embedding_is_one_line(tiny: Tiny) -> None:
+    path = train(tiny("train.steps=1", "train.export=false")).checkpoint
+    assert path is not None
+    builders.edit_tensors(path, "model.safetensors", {"model.embed_tokens.weight": None})
+    with pytest.raises(UserError, match=r"step-00000001: does not fit .*: no model\.embed_tokens\.weight with rows"):
+        load_run(str(path.parents[1]))
+
+
 @pytest.mark.parametrize("error", [SafetensorError("I/O error: No space left on device"), OSError(28, "No space left")])
 def test_a_full_disk_during_the_export_is_one_line_and_leaves_nothing(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception

@@ -156,7 +156,7 @@ def test_resuming_on_changed_text_is_refused(tiny: Tiny, tmp_path: Path) -> None
 
 def test_resuming_nothing(tiny: Tiny) -> None:
     recipe = tiny()
-    with pytest.raises(UserError, match="no checkpoints to resume from"):
+    with pytest.raises(UserError, match="no checkpoints yet; train it"):
         train(recipe, resume=True)
     assert not recipe.directory.exists()
 

@@ -89,6 +89,8 @@ def open_corpus(source: str, *, key: str = "data.train") -> Corpus:
     """
     if source == BUILTIN:
         return Corpus(source, "builtin", tuple(_standard_library()))
+    if not source:
+        raise UserError(f"{key}=: names no file; give a text file, a directory of text, or JSONL")
     path = Path(source).expanduser()
     if path.is_file():
         _check_text([path], f"{key}={source}")

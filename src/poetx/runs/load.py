@@ -11,7 +11,7 @@ from poetx.files import read_json
 from poetx.methods.base import convert_model, method_of
 from poetx.models import build_model, load_checkpoint, resolve_device, settled
 from poetx.recipe import Recipe, load_recipe
-from poetx.train.checkpoint import find_checkpoint, load_model, read_state
+from poetx.train.checkpoint import find_checkpoint, load_model, read_state, tensor_shapes
 from poetx.train.export import TOKENIZER_DIR, TOKENIZER_SUM, stop_at_, tokenizer_sum
 
 if TYPE_CHECKING:
@@ -100,13 +100,13 @@ def _vocab_size(checkpoint: Path, recipe: Recipe) -> int:
 
     The saved tokenizer need not say it: transformers' classes may add tokens to what its file has.
     """
-    from safetensors import safe_open
-
     if recipe.model.config or recipe.model.pretrained:
         return 0
-    name = "model.embed_tokens.weight"
-    with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
-        return file.get_slice(read_state(checkpoint).aliases.get(name, name)).get_shape()[0]
+    name, shapes = "model.embed_tokens.weight", tensor_shapes(checkpoint)
+    rows = next(iter(shapes.get(read_state(checkpoint).aliases.get(name, name), ())), 0)
+    if not rows:
+        raise UserError(f"{checkpoint}: does not fit the model of this recipe: no {name} with rows")
+    return rows
 
 
 def _load_checkpoint(run_dir: Path, device: torch.device) -> LoadedModel:
@@ -121,9 +121,11 @@ def _load_exported(path: Path, device: torch.device) -> LoadedModel:
     for name in ("config.json", "generation_config.json"):
         if (path / name).exists():
             read_json(path / name)
-    tokenizer = load_tokenizer(path)
-    model = load_checkpoint(path, "auto", str(path))
-    return LoadedModel(cast(Any, model).to(device).eval(), tokenizer, device, None, [])
+    model = load_checkpoint(path, "auto", str(path))  # before the tokenizer, which reads config.json, too
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    if not all(type(end) is int for end in (ends if isinstance(ends, list) else [ends]) if end is not None):
+        raise UserError(f"{path / 'generation_config.json'}: eos_token_id={ends!r} must be a token id, or several")
+    return LoadedModel(cast(Any, model).to(device).eval(), load_tokenizer(path), device, None, [])
 
 
 def _run_tokenizer(run_dir: Path) -> Any:

@@ -30,14 +30,15 @@ def write_report(run_dir: Path, path: Path) -> Path:
     Raises:
         UserError: ``run_dir`` has no metrics, or ``path`` cannot be written.
     """
-    entries = [entry for entry in read_metrics(run_dir / "metrics.jsonl") if is_whole(entry)]
+    metrics = run_dir / "metrics.jsonl"
+    entries = [entry for entry in read_metrics(metrics) if is_whole(entry)]
     if not any(entry["event"] == "train" for entry in entries):
-        raise UserError(f"{run_dir}: no training steps in {run_dir / 'metrics.jsonl'}; is it a run directory?")
-    write_text(path, _page(run_dir, entries))
+        raise UserError(f"{run_dir}: no whole training steps in {metrics}; is it a run directory?")
+    write_text(path, _page(run_dir, entries, len(metrics.read_bytes().splitlines()) - len(entries)))
     return path
 
 
-def _page(run_dir: Path, entries: list[dict[str, Any]]) -> str:
+def _page(run_dir: Path, entries: list[dict[str, Any]], damaged: int) -> str:
     train = [entry for entry in entries if entry["event"] == "train"]
     validation = [entry for entry in entries if entry["event"] == "validation" and entry["loss"] is not None]
     spectra = [entry for entry in entries if entry["event"] == "spectrum"]
@@ -59,12 +60,14 @@ def _page(run_dir: Path, entries: list[dict[str, Any]]) -> str:
     name = html.escape(run_dir.resolve().name)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style>'
-        f"</head><body><h1>{name}</h1>{_summary(run_dir, train, validation, spectra)}{body}</body></html>\n"
+        f"</head><body><h1>{name}</h1>{_summary(run_dir, train, validation, spectra, damaged)}{body}</body></html>\n"
     )
 
 
-def _summary(run_dir: Path, train: list[dict], validation: list[dict], spectra: list[dict]) -> str:
+def _summary(run_dir: Path, train: list[dict], validation: list[dict], spectra: list[dict], damaged: int = 0) -> str:
     rows = [("steps", f"{train[-1]['step']:,}")]
+    if damaged:
+        rows.append(("left out", f"{damaged} damaged lines of metrics.jsonl"))
     if validation:
         rows.append(
             ("validation perplexity", f"{_number(validation[0])} at the start, {_number(validation[-1])} at the end")

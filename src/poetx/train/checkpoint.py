@@ -12,9 +12,12 @@ Everything is written to a hidden directory, synced to disk and renamed. Loading
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from poetx.errors import UserError, one_line
 from poetx.files import new_directory, read_json, reason, remove, sha256
 from poetx.merge import COUNTERS
+from poetx.models import not_finite
 
 if TYPE_CHECKING:
     import torch
@@ -152,7 +156,7 @@ def find_checkpoint(run_dir: Path) -> tuple[Path, list[str]]:
         return path, problems
     if problems:
         raise UserError(f"no whole checkpoint in {checkpoint_dir(run_dir)}: {problems[0]}")
-    raise UserError(f"{run_dir}: no checkpoints to resume from; start it without --resume")
+    raise UserError(f"{run_dir}: no checkpoints yet; train it with poetx train, without --resume")
 
 
 def verify(path: Path) -> None:
@@ -192,8 +196,6 @@ def read_state(path: Path) -> TrainState:
 
 
 def _read(path: Path) -> _Saved:
-    from safetensors import safe_open
-
     file = path / "state.json"
     try:
         saved = _Saved.model_validate(read_json(file))
@@ -202,28 +204,52 @@ def _read(path: Path) -> _Saved:
         what = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
         key = ".".join(map(str, first["loc"]))
         raise UserError(f"{file}: {key}: {what}; edited, or of another version of poetx") from None
-    with safe_open(path / "model.safetensors", framework="pt") as tensors:
-        unknown = set(saved.train.aliases.values()).difference(tensors.keys())
-    if unknown:
+    if unknown := saved.train.aliases.values() - tensor_shapes(path).keys():
         raise UserError(f"{file}: train.aliases name {min(unknown)}, which model.safetensors does not have")
     return saved
+
+
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Shapes of the model's tensors in a checkpoint, tied ones once."""
+    from safetensors import safe_open
+
+    with _readable(path / "model.safetensors") as file, safe_open(file, framework="pt") as tensors:
+        return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+
+
+def _tensors(file: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    with _readable(file):
+        return load_file(file)
+
+
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[Path]:
+    from safetensors import SafetensorError
+
+    try:
+        yield file
+    except SafetensorError as error:
+        raise UserError(f"{file}: cannot be read ({one_line(error)})") from None
 
 
 def load_model(path: Path, model: torch.nn.Module) -> None:
     """Restore the model's state in place from a verified checkpoint.
 
     Raises:
-        UserError: names or shapes differ from the model's.
+        UserError: names or shapes differ from the model's, or a weight is not finite, which none is when it is saved.
     """
-    from safetensors.torch import load_file
-
-    tensors = load_file(path / "model.safetensors")
+    tensors = _tensors(path / "model.safetensors")
     for alias, stored in read_state(path).aliases.items():
         tensors[alias] = tensors[stored]
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise UserError(f"{path}: does not fit the model of this recipe: {one_line(error)}") from None
+        what = textwrap.shorten(str(error), 400, placeholder=" …")
+        raise UserError(f"{path}: does not fit the model of this recipe: {what}") from None
+    if broken := not_finite(model):
+        raise UserError(f"{path}: NaN or infinity in {broken[0]}; remove this checkpoint to go back to the one before")
 
 
 def load_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -232,17 +258,14 @@ def load_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.Op
     Raises:
         UserError: the parameter groups or the parameters that have a state differ.
     """
-    from safetensors.torch import load_file
-
     saved = _read(path).optimizer
     current = _state_by_parameter(optimizer)
     groups = current["param_groups"]
     names = _names_by_index(model, optimizer)
     if [group.names for group in saved.groups] != [[names[i] for i in group["params"]] for group in groups]:
         raise UserError(f"{path}: the optimizer's parameter groups differ from this recipe's")
-    entries = {
-        key.rpartition(_SEPARATOR)[::2]: value for key, value in load_file(path / "optimizer.safetensors").items()
-    }
+    tensors = _tensors(path / "optimizer.safetensors")
+    entries: dict[Any, Any] = {key.rpartition(_SEPARATOR)[::2]: tensor for key, tensor in tensors.items()}
     entries |= {(name, key): value for name, values in saved.values.items() for key, value in values.items()}
     index_of = {name: index for index, name in names.items()}
     state: dict[int, dict[str, Any]] = {}
@@ -264,14 +287,15 @@ def load_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.Op
 def load_rng(path: Path) -> None:
     """Restore torch's CPU generator, and those of the CUDA devices that are still there."""
     import torch
-    from safetensors.torch import load_file
 
-    for name, value in load_file(path / "rng.safetensors").items():
-        kind, _, index = name.partition(":")
-        if kind == "cpu":
-            torch.set_rng_state(value)
-        elif torch.cuda.is_available() and int(index) < torch.cuda.device_count():
-            torch.cuda.set_rng_state(value, int(index))
+    states = _tensors(path / "rng.safetensors")
+    try:
+        torch.set_rng_state(states.pop("cpu"))
+        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            if (state := states.get(f"cuda:{index}")) is not None:
+                torch.cuda.set_rng_state(state, index)
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise UserError(f"{path}: its generator states cannot be restored ({one_line(error)})") from None
 
 
 def remove_leftovers(run_dir: Path) -> None:

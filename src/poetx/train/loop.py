@@ -19,6 +19,7 @@ from poetx.data.sampler import batch_windows, evenly_spread
 from poetx.data.tokens import PreparedData, TokenWindows
 from poetx.errors import UserError
 from poetx.memory.measure import measure_memory
+from poetx.models import not_finite
 from poetx.recipe import Recipe
 from poetx.spectra import LayerSpectrum, spectrum
 from poetx.train.checkpoint import TrainState, checkpoints, load_rng, save_checkpoint
@@ -228,7 +229,7 @@ def save(trainer: Trainer) -> Path:
 
 def _save_if_finite(trainer: Trainer, *, last: bool) -> None:
     """A step may be finite and leave weights that are not; a checkpoint of those would replace a good one."""
-    if all(bool(p.isfinite().all()) for p in trainer.model.parameters() if p.is_floating_point()):
+    if not not_finite(trainer.model):
         save(trainer)
         return
     saved = checkpoints(trainer.run_dir)
