@@ -71,7 +71,11 @@ TARGETS: dict[str, tuple[str, list[str], float | None]] = {
         16.0,
     ),
     # At most what mem takes with the same stack, the third row.
-    "8B, 1 × 1024, single-step, full stack": ("llama-8b", settings("single-step-mem", more=_STACK), 18.14),
+    "8B, 1 × 1024, single-step, full stack": (
+        "llama-8b",
+        settings("single-step-mem", more=f"{_STACK} poet.update=rotation"),
+        18.14,
+    ),
     "8B, 1 × 1024, single-step, free spectrum, b=128, full stack": (
         "llama-8b",
         settings("single-step-mem", more=f"{_STACK} poet.update=free poet.block_size=128"),

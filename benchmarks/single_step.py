@@ -258,7 +258,7 @@ def optimizer_for(model: Any, run: Run) -> tuple[Any, list[Tensor], list[nn.Para
             dense_optimizer=functools.partial(torch.optim.AdamW, betas=betas, weight_decay=0.0),
             weight_decay=run.weight_decay,
             seed=run.seed,
-            **run.options,
+            **({"update": "rotation"} | run.options),
         )
         return optimizer, matrices, rest
     decay = [p for p in rest if p.ndim >= 2]

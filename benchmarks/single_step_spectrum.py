@@ -33,7 +33,8 @@ def run(dtype: torch.dtype, steps: int, seed: int, spectrum: str, size: int) -> 
     first = parameter.detach().double()
     start = torch.linalg.svdvals(first)
     drift = torch.randn(size, size, generator=generator)
-    optimizer = POETX([{"params": [parameter], "lr": ANGLE, "rotate": True}], block_size=size // 4, seed=seed)
+    groups = [{"params": [parameter], "lr": ANGLE, "rotate": True}]
+    optimizer = POETX(groups, block_size=size // 4, update="rotation", seed=seed)
     for _ in range(steps):
         parameter.grad = (drift + torch.randn(size, size, generator=generator)).to(dtype)
         optimizer.step()

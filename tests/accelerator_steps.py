@@ -69,10 +69,10 @@ FORMS = {
     "H-Fac": rotated(HFac, mode="mem"),
     "AdamW with an 8-bit state": rotated(partial(AdamW, state_dtype="int8"), mode="mem"),
     "single-step layers": single_step_layers(),
-    "single-step layers, free maps": single_step_layers(update="free"),
+    "single-step layers, rotations": single_step_layers(update="rotation"),
     "drop-in": drop_in(),
     "drop-in, gradients released": drop_in(release_gradients=True),
-    "drop-in, free maps": drop_in(update="free"),
+    "drop-in, rotations": drop_in(update="rotation"),
 }
 
 

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from poetx.config import PoetConfig
 from poetx.errors import UserError
 from poetx.recipe import RECIPE_DIR, Recipe, builtin_recipes, differing_keys, load_recipe, settled_as
 from poetx.sections import PoetXKeys
@@ -88,6 +89,31 @@ def test_of_a_former_run_what_has_changed_is_said(
     assert bool(words) == bool(caplog.text)
     assert isinstance(recipe.optimizer, PoetXKeys)
     assert recipe.optimizer.dense_optimizer == changes.get("optimizer.base")
+
+
+@pytest.mark.parametrize(
+    ("written", "of_a_run", "update"),
+    [
+        ({}, True, "rotation"),  # a run of a version that had nothing else
+        ({}, False, "free"),
+        ({"partitions": 1}, False, "rotation"),
+        ({"spectrum": "fixed"}, False, "rotation"),
+        ({"spectrum": "free"}, True, "free"),
+        ({"update": "free"}, True, "free"),
+    ],
+)
+def test_single_steps_keep_the_update_they_were_written_with(
+    written: dict, of_a_run: bool, update: str, tmp_path: Path
+) -> None:
+    values = nested(former("demo-single-step"))
+    values["poet"] = {"method": "single-step"} | written
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    recipe = load_recipe(str(tmp_path if of_a_run else path))
+    assert recipe.poet is not None
+    assert recipe.poet.config.update == update
+    assert PoetConfig.from_dict({"method": "single-step"} | written).update == (update if written else "free")
+    assert load_recipe(str(path), ["poet.update=rotation"]).poet.config.update == "rotation"  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("key", "value"), [("partitions", 2), ("partition_kind", "random")])

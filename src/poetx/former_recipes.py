@@ -14,7 +14,7 @@ RENAMED = {"optimizer.base": "optimizer.dense_optimizer"} | {
     f"poet.{old}": f"poet.{new}" for old, new in RENAMED_SETTINGS.items()
 }
 #: Defaults that runs of former versions were started with, where today's is another.
-DEFAULTS = {"poet.weight_extra_bits": False}
+DEFAULTS = {"poet.weight_extra_bits": False, "poet.update": "rotation"}
 #: Settings of single-step runs that are gone: all that is left is what these values gave.
 _ONLY = {"partitions": (1, "one partition"), "partition_kind": ("structured", "contiguous blocks")}
 
@@ -31,6 +31,7 @@ def modernize(values: dict[str, Any], *, of_a_run: bool = False, keep: Container
     notes = _rename(values)
     poet = values.get("poet")
     if isinstance(poet, dict):
+        former = bool(poet.keys() & {"spectrum", *_ONLY})
         if "spectrum" in poet:
             poet["update"] = _update(poet.pop("spectrum"))
         for key, (left, words) in _ONLY.items():
@@ -40,8 +41,9 @@ def modernize(values: dict[str, Any], *, of_a_run: bool = False, keep: Container
                     f"poet.{key}={value}: of a version before; single steps have {words} on a side since then. Leave "
                     "it out and start anew, or use the version the run was started with"
                 )
-        if of_a_run and poet.get("method", "poet-x") == "poet-x":
-            poet.setdefault("weight_extra_bits", DEFAULTS["poet.weight_extra_bits"])
+        key = "update" if poet.get("method") == "single-step" else "weight_extra_bits"
+        if of_a_run or (key == "update" and former):
+            poet.setdefault(key, DEFAULTS[f"poet.{key}"])
     for section, key, value in list(without_effect(values)):
         ramp = key.startswith("clip_ramp")  # built-in single-step recipes had it
         if f"{section}.{key}" in keep:

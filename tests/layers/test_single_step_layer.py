@@ -57,7 +57,7 @@ def test_backward_feeds_the_momentum_and_gives_the_plain_gradients(m, n, b, grad
             assert relative_error(total, gradient) < TOLERANCE[torch.float64]
 
 
-VARIANTS = [{}, {"nesterov": False}, {"update": "free", "norm_growth": 0.02}, {"mode": "mem"}]
+VARIANTS = [{"update": "rotation"}, {"nesterov": False}, {"norm_growth": 0.02}, {"mode": "mem"}]
 LAYER_KEYS = ("update", "mode", "block_size")
 
 
@@ -224,7 +224,7 @@ def test_compiled_trains_the_same_without_recompiling(backend):
 def test_bfloat16_model_and_momentum(dtype):
     torch.manual_seed(0)
     model = llama().bfloat16()
-    convert_(model, PoetConfig(method="single-step", block_size=8, rotation_dtype=dtype))
+    convert_(model, PoetConfig(method="single-step", block_size=8, update="rotation", rotation_dtype=dtype))
     optimizer = POETX(model.train(), angle=0.02, lr=3e-3)
     start = spectrum(model)
     tokens = torch.randint(0, 50, (4, 8))
@@ -389,7 +389,7 @@ def test_refusals():
         PoetConfig(method="single-step", partitions=2)
     saved = POETX(model).state_dict()
     other = mlp()
-    convert_(other, PoetConfig(method="single-step", block_size=4, update="free"))
+    convert_(other, PoetConfig(method="single-step", block_size=8))
     optimizer = POETX(other)
     before = {id(value) for state in optimizer.state.values() for value in state.values()}
     with pytest.raises(UserError, match="saved with other blocks"):
@@ -409,9 +409,9 @@ def trained_state(**settings):
 @pytest.mark.parametrize(
     ("there", "here", "message"),
     [
-        ({}, {"momentum_dtype": "bfloat16"}, "before is float32 [30] there, bfloat16 [30] here"),
-        ({"momentum_dtype": "bfloat16", "nesterov": False}, {}, "momentum_in is bfloat16 [3, 6] there, float32"),
-        ({}, {"update": "free"}, "saved with update='rotation', and this one has update='free'"),
+        ({}, {"momentum_dtype": "bfloat16"}, "before is float32 [80] there, bfloat16 [80] here"),
+        ({"momentum_dtype": "bfloat16", "nesterov": False}, {}, "momentum_in is bfloat16 [3, 4, 4] there, float32"),
+        ({"update": "rotation"}, {}, "saved with update='rotation', and this one has update='free'"),
     ],
 )
 def test_the_state_of_other_settings_is_refused(there, here, message):

@@ -133,7 +133,7 @@ VARIANTS = [{}, {"nesterov": False}, {"block_size": 40}]
 def test_it_learns_and_the_singular_values_stay(settings):
     model, x, y = problem()
     start = [torch.linalg.svdvals(model[i].weight.detach().double()) for i in (0, 2)]
-    optimizer = POETX(model, lr=3e-3, **({"block_size": 8, "angle": 0.02} | settings))
+    optimizer = POETX(model, lr=3e-3, update="rotation", **({"block_size": 8, "angle": 0.02} | settings))
     losses = train(model, x, y, optimizer, 150)
     assert losses[-1] < 0.5 * losses[0]
     for i, values in zip((0, 2), start, strict=True):
@@ -145,7 +145,7 @@ def test_it_learns_and_the_singular_values_stay(settings):
 def test_with_a_free_spectrum_it_learns_and_the_singular_values_move(settings):
     model, x, y = problem()
     start = torch.linalg.svdvals(model[0].weight.detach().double())
-    optimizer = POETX(model, lr=3e-3, block_size=8, update="free", **({"angle": 0.02} | settings))
+    optimizer = POETX(model, lr=3e-3, block_size=8, **({"angle": 0.02} | settings))
     losses = train(model, x, y, optimizer, 150)
     assert losses[-1] < 0.3 * losses[0]
     now = torch.linalg.svdvals(model[0].weight.detach().double())
@@ -171,7 +171,7 @@ def test_a_free_spectrum_holds_the_norm_or_lets_it_grow_as_told(dtype, growth):
 def test_bfloat16_weights_keep_their_spectrum():
     model, x, y = problem(torch.bfloat16)
     start = torch.linalg.svdvals(model[0].weight.detach().double())
-    losses = train(model, x, y, POETX(model, lr=3e-3, block_size=8, angle=0.015), 300)
+    losses = train(model, x, y, POETX(model, lr=3e-3, block_size=8, angle=0.015, update="rotation"), 300)
     assert losses[-1] < 0.6 * losses[0]
     now = torch.linalg.svdvals(model[0].weight.detach().double())
     assert ((now - start).abs() / start).median() < 6e-3
@@ -179,7 +179,9 @@ def test_bfloat16_weights_keep_their_spectrum():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("settings", [*VARIANTS, {"update": "free", "norm_growth": 0.02}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"norm_growth": 0.02}, *({"update": "rotation"} | variant for variant in VARIANTS)], ids=str
+)
 def test_save_load_continue_is_bitwise(settings, dtype):
     def start():
         model, x, y = problem(dtype)
@@ -377,8 +379,8 @@ def test_the_norm_that_is_held_is_that_of_the_weights_trained(converted, dtype):
     """Others at construction, weights loaded before the first step, others after it, and the same ones put back."""
     model = nn.Sequential(nn.Linear(32, 32, bias=False, dtype=dtype))
     if converted:
-        convert_(model, PoetConfig(method="single-step", block_size=16))
-    optimizer = POETX(model, **({} if converted else {"block_size": 16}))
+        convert_(model, PoetConfig(method="single-step", block_size=16, update="rotation"))
+    optimizer = POETX(model, **({} if converted else {"block_size": 16, "update": "rotation"}))
 
     def steps(count):
         for _ in range(count):
@@ -401,7 +403,7 @@ def test_the_norm_that_is_held_is_that_of_the_weights_trained(converted, dtype):
         assert all(map(torch.equal, optimizer._matrices[0].measured(), held.values()))
 
 
-@pytest.mark.parametrize("settings", [{}, {"nesterov": False}, {"update": "free"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"nesterov": False}, {"update": "rotation"}], ids=str)
 def test_a_bfloat16_momentum_does_not_depend_on_the_global_generator(settings):
     weights = []
     for seed in range(2):

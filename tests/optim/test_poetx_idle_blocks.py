@@ -9,7 +9,7 @@ from torch import nn
 from poetx import POETX, PoetConfig, convert_
 from poetx.optim.orthogonalize import orthogonalize
 
-FORMS = [{}, {"nesterov": False}, {"update": "free"}, {"update": "free", "norm_growth": 0.02}]
+FORMS = [{"update": "rotation"}, {"update": "rotation", "nesterov": False}, {}, {"norm_growth": 0.02}]
 
 
 def matrix_optimizer(weight, *, block_size=4, **options):

@@ -13,10 +13,10 @@ from poetx import POETX, PoetConfig, UserError, convert_
 FORMS = {
     "layers": {"converted": True},
     "layers, bfloat16 momentum": {"converted": True, "momentum_dtype": "bfloat16"},
-    "layers, no look-ahead": {"converted": True, "nesterov": False},
+    "layers, rotations, no look-ahead": {"converted": True, "nesterov": False, "update": "rotation"},
     "drop-in": {},
-    "released": {"release_gradients": True},
-    "released, free, bfloat16 weights": {"release_gradients": True, "update": "free", "dtype": torch.bfloat16},
+    "released, rotations": {"release_gradients": True, "update": "rotation"},
+    "released, bfloat16 weights": {"release_gradients": True, "dtype": torch.bfloat16},
 }
 
 
@@ -24,8 +24,8 @@ def start(*, converted=False, dtype=torch.float32, **settings):
     torch.manual_seed(0)
     model = mlp().to(dtype)
     if converted:
-        narrow = settings.pop("momentum_dtype", "float32")
-        convert_(model, PoetConfig(method="single-step", block_size=4, rotation_dtype=narrow))
+        narrow, update = settings.pop("momentum_dtype", "float32"), settings.pop("update", "free")
+        convert_(model, PoetConfig(method="single-step", block_size=4, rotation_dtype=narrow, update=update))
     else:
         settings["block_size"] = 4
     return model, POETX(model, **settings)

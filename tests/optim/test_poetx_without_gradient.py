@@ -38,14 +38,14 @@ def start(*, converted=True, dtype=torch.float64, **settings):
     torch.manual_seed(0)
     model = TwoBranches().to(dtype)
     narrow = {"rotation_dtype": "bfloat16"} if dtype == torch.float32 else {}
-    config = PoetConfig(method="single-step", block_size=4, **narrow)
     if not converted:
         return model, POETX(model, block_size=4, **settings)
-    convert_(model, config)
+    update = {"update": settings.pop("update")} if "update" in settings else {}
+    convert_(model, PoetConfig(method="single-step", block_size=4, **narrow, **update))
     return model, POETX(model, **settings)
 
 
-@pytest.mark.parametrize("settings", [{}, {"nesterov": False}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"update": "rotation", "nesterov": False}], ids=str)
 def test_both_forms_leave_an_unused_layer_alone(settings):
     models = []
     for converted in (False, True):

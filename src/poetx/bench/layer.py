@@ -113,7 +113,7 @@ CONTESTANTS: dict[str, Callable[[Shape], nn.Module]] = {
     "original": lambda shape: OriginalPoet(poet_layer(shape, "fast")),
     "fast": lambda shape: poet_layer(shape, "fast"),
     "mem": lambda shape: poet_layer(shape, "mem"),
-    "single-step": lambda shape: _single_step(shape),
+    "single-step": lambda shape: _single_step(shape, update="rotation"),
     "single-step-free": lambda shape: _single_step(shape, update="free"),
 }
 

@@ -27,7 +27,7 @@ class SingleStep(Method):
     def title(self) -> str:
         assert self.recipe.poet is not None
         config = self.recipe.poet.config
-        return f"single-step POET-X {config.mode} b={config.block_size}"
+        return f"single-step POET-X {config.mode} b={config.block_size}, {config.update}"
 
     @property
     def without_norm(self) -> str:

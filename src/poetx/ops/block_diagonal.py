@@ -69,8 +69,10 @@ def rotate(x_NF: Tensor, G_KBB: Tensor, out: Tensor | None = None) -> Tensor:
 def add_block_outer_(total_KBB: Tensor, x_NF: Tensor, y_NF: Tensor) -> None:
     """``total_k += x_kᵀ · y_k`` for every block k: the gradient of the blocks in ``y = x · Diag(G)``.
 
-    ``total`` is float32 (float64 for float64) and so is the accumulation: the antisymmetric part that is used of
-    it is a small difference. Where F ends within the last block, the rest of that block is left as it was.
+    Args:
+        total_KBB: [K, B, B], float32 (float64 for float64), in which the products are summed, too: only total − totalᵀ
+            is used of it, a small difference. Where F ends within the last block, the rest of that block stays.
+        x_NF, y_NF: [N, F].
     """
     block_size = total_KBB.shape[-1]
     head_x, tail_x = _split(x_NF, block_size)
@@ -158,5 +160,5 @@ def rotate_scatter_backward(
 
 
 def zeros_like_blocks(G_KBB: Tensor) -> Tensor:
-    """Where :func:`add_block_outer_` accumulates: float32, or float64 for float64."""
+    """Zeros in the shape of the blocks, for :func:`add_block_outer_` to add to: float32, or float64 for float64."""
     return torch.zeros_like(G_KBB, dtype=torch.promote_types(G_KBB.dtype, torch.float32))

@@ -146,8 +146,8 @@ def add_to_(
 
 
 def _generators(noise: Tensor, device: torch.device) -> tuple[torch.Generator | None, torch.Generator | None]:
-    """Of the rounding of either side in one backward pass of one layer."""
-    if type(noise) is not Tensor:  # without values: nobody will look at the result
+    """The generators that round the momentum of either side in this backward pass; ``noise`` counts the pass."""
+    if type(noise) is not Tensor:  # a fake tensor: it has no values, and the result is not looked at
         return None, None
     seed, count = noise.tolist()
     noise[1] += 1

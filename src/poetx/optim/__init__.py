@@ -1,4 +1,4 @@
-"""How weights change: parameter groups, optimizers, and gradients that are dropped early."""
+"""How weights change: parameter groups, optimizers (``single_step/``: POETX), gradients that are dropped early."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One door to the optimizers: one by its name, or two, rotations and everything else, behind one torch optimizer."""
+"""Optimizers by their names: one for everything, or one for rotations and one for the rest, as one torch optimizer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def build_optimizer(
     foreach: bool | None = None,
     base: str | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer ``name`` over ``groups``, with ``dense_optimizer`` for all but the rotations if that is given.
+    """Build the optimizer ``name`` over ``groups``; if ``dense_optimizer`` is given, that one takes all but rotations.
 
     Args:
         groups: as :func:`poetx.param_groups` makes them; what a group sets itself goes before the arguments here.

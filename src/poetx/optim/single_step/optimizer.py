@@ -1,10 +1,10 @@
-"""POETX: rotations folded into the weight at every step, on converted layers or on an ordinary model.
+"""POETX: maps near the identity folded into the weight at every step, on converted layers or on an ordinary model.
 
 Folding at every step (T_m = 1) makes the rotations the identity whenever forward runs, so a layer stays a plain
 matrix product and only the step is special. For W ← R·W·P with R = G(Q_out), P = G(Q_in), the gradients at Q = 0 are
 ``2 (M − Mᵀ)`` with M_out = dW·Wᵀ and M_in = Wᵀ·dW, restricted to blocks, so a block-diagonal momentum of b(m+n)/2
 numbers stands where AdamW keeps 2mn. The fold is the exact Cayley transform in float32, and ‖W‖ is held (method,
-sections 4 and 7).
+sections 4 and 7). Maps I + E that need not be rotations, the default, have the gradients M, of twice as many numbers.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class POETX(torch.optim.Optimizer):
         angle: radians that a step turns each plane of a written block by, half: Q = −angle · direction. It is the
             ``lr`` of the rotated group, so learning-rate schedulers scale it.
         block_size: b, 256 unless the layers say; a side shorter than b is one block.
-        update: ``"rotation"``, or ``"free"``: any map near the identity, with ‖W‖ held.
+        update: ``"free"``, any map near the identity, with ‖W‖ held, unless the layers say; or ``"rotation"``, with
+            half the momentum, which keeps the singular values.
         norm_growth: g lets ‖W‖² grow by g times its first value a step, as it does under additive optimizers. 0: held.
         momentum, nesterov: of the rotated matrices, by group. momentum_dtype: ``"float32"`` or ``"bfloat16"``, which is
             rounded stochastically.
