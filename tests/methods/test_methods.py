@@ -13,7 +13,7 @@ from poetx.errors import UserError
 from poetx.methods import convert_model, merge_handle, method_of, release_handle, with_method
 from poetx.models import build_model
 from poetx.recipe import Recipe, load_recipe
-from poetx.shorthands import METHODS
+from poetx.recipe.shorthands import METHODS
 from poetx.train.metrics import is_whole, read_metrics
 from poetx.train.run import train
 from poetx.train.step import TrainingStep
@@ -59,7 +59,7 @@ def test_a_method_can_be_put_into_any_recipe_and_back(name: str) -> None:
         assert with_method(recipe, name) == recipe
         assert Recipe.from_dict(recipe.to_dict()) == recipe
         back = with_method(with_method(recipe, "adamw"), "fast")
-        assert type(method_of(back)).__name__ == "PoetX"
+        assert type(method_of(back)).__name__ == "MergedRotations"
 
 
 def test_an_unknown_method_names_the_nearest() -> None:

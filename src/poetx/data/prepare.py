@@ -42,7 +42,7 @@ from poetx.data.tokens import (
 from poetx.errors import UserError
 from poetx.files import locked, new_directory
 from poetx.recipe import Recipe
-from poetx.sections import DataRecipe
+from poetx.recipe.sections import DataRecipe
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -1,4 +1,4 @@
-"""What trains a model: every method is one file with two functions and one fact, and nothing else knows them."""
+"""What trains a model: every method is one file with two functions and one fact, chosen by ``method_of``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from poetx.lazy import lazy_names
 if TYPE_CHECKING:
     from poetx.methods.base import Method, convert_model, merge_handle, method_of, release_handle
     from poetx.recipe import with_method
-    from poetx.shorthands import METHODS
+    from poetx.recipe.shorthands import METHODS
 
 __all__ = ["METHODS", "Method", "convert_model", "merge_handle", "method_of", "release_handle", "with_method"]
 
 __getattr__ = lazy_names(
     __name__,
     {
-        "poetx.shorthands": ("METHODS",),
+        "poetx.recipe.shorthands": ("METHODS",),
         "poetx.methods.base": ("Method", "convert_model", "merge_handle", "method_of", "release_handle"),
         "poetx.recipe": ("with_method",),
     },

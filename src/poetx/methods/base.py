@@ -33,7 +33,11 @@ H = TypeVar("H", MergeHandle, ReleaseHandle)
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """One way to train a model, as a recipe sets it. A baseline is a file with one subclass and a line in METHODS."""
+    """One way to train a model, as a recipe sets it.
+
+    A new one is a file with a subclass, a word in :data:`poetx.recipe.shorthands.METHODS` and a line in
+    :func:`method_of`; keys of its own, if it has any, go into :mod:`poetx.recipe.sections`.
+    """
 
     recipe: Recipe
 
@@ -106,9 +110,9 @@ def method_of(recipe: Recipe) -> Method:
         from poetx.methods.single_step import SingleStep
 
         return SingleStep(recipe)
-    from poetx.methods.poet import PoetX
+    from poetx.methods.poet import MergedRotations
 
-    return PoetX(recipe)
+    return MergedRotations(recipe)
 
 
 def convert_model(model: nn.Module, recipe: Recipe, device: torch.device | None) -> ConversionReport | None:

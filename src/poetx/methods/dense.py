@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from poetx.methods.base import Method, end_weights
 from poetx.optim.build import CombinedOptimizer, build_optimizer
 from poetx.optim.groups import param_groups
-from poetx.sections import AdamWKeys, MuonKeys
+from poetx.recipe.sections import AdamWKeys, MuonKeys
 
 
 class Dense(Method):

@@ -11,13 +11,13 @@ from poetx.merge import merge_every
 from poetx.methods.base import Method
 from poetx.optim.build import build_optimizer
 from poetx.optim.groups import param_groups
-from poetx.sections import PoetXKeys, RotationAdamWKeys
+from poetx.recipe.sections import PoetXKeys, RotationAdamWKeys
 
 if TYPE_CHECKING:
     from poetx.conversion_report import ConversionReport
 
 
-class PoetX(Method):
+class MergedRotations(Method):
     """Rotations by ``optimizer.name``, everything else by ``optimizer.dense_optimizer`` (the same one unless given)."""
 
     @property

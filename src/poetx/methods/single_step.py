@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from poetx.methods.base import Method
 from poetx.optim.build import build_optimizer
 from poetx.optim.single_step.optimizer import POETX
-from poetx.sections import SingleStepKeys
+from poetx.recipe.sections import SingleStepKeys
 
 if TYPE_CHECKING:
     from poetx.conversion_report import ConversionReport

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from poetx.sections import OptimizerRecipe, PoetXKeys
+from poetx.recipe.sections import OptimizerRecipe, PoetXKeys
 
 
 def lr_factor(step: int, *, steps: int, warmup_steps: int, min_ratio: float) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 from poetx.config import RENAMED as RENAMED_SETTINGS
 from poetx.errors import UserError
-from poetx.sections import belongs, default_of, section_types
+from poetx.recipe.sections import belongs, default_of, section_types
 
 #: Former dotted keys.
 RENAMED = {"optimizer.base": "optimizer.dense_optimizer"} | {

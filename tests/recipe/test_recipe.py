@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from poetx.config import PoetConfig
 from poetx.errors import UserError
 from poetx.recipe import RECIPE_DIR, Recipe, builtin_recipes, differing_keys, load_recipe, settled_as
-from poetx.sections import PoetXKeys
-from poetx.shorthands import SIZED_RECIPES
+from poetx.recipe.sections import PoetXKeys
+from poetx.recipe.shorthands import SIZED_RECIPES
 
 FORMER = json.loads((Path(__file__).parent / "former_recipes.json").read_text())
 BIG = sorted(SIZED_RECIPES)

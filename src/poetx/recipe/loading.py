@@ -18,8 +18,8 @@ from typing import Any
 from pydantic import ValidationError, model_validator
 
 from poetx.errors import UserError, nearest, one_line
-from poetx.former_recipes import drop_without_effect, modern_override, modernize, without_effect
-from poetx.sections import (
+from poetx.recipe.former import drop_without_effect, modern_override, modernize, without_effect
+from poetx.recipe.sections import (
     SIZES,
     DataRecipe,
     LoraRecipe,
@@ -35,11 +35,11 @@ from poetx.sections import (
     every_key,
     section_types,
 )
-from poetx.shorthands import SIZED_RECIPES, put_method, put_shape
+from poetx.recipe.shorthands import SIZED_RECIPES, put_method, put_shape
 
 logger = logging.getLogger(__name__)
 
-RECIPE_DIR = Path(__file__).resolve().parent / "recipes"
+RECIPE_DIR = Path(__file__).resolve().parent.parent / "recipes"
 DEMOS = ("demo-single-step", "demo")  # the first is what `poetx train` runs
 
 # A resumed run may differ from its checkpoint in these, and in nothing else: none of them changes a weight.
@@ -72,7 +72,7 @@ class Recipe(Section):
     """One training run. ``poet`` and ``lora`` both null: the plain dense model, a baseline.
 
     ``method`` at the top level of a file, or as an override, is one word for what a method sets
-    (:data:`poetx.shorthands.METHODS`).
+    (:data:`poetx.recipe.shorthands.METHODS`).
     """
 
     name: Text = "run"
@@ -195,7 +195,7 @@ def load_recipe(source: str | None = None, overrides: Sequence[str] = (), *, tex
 
 
 def with_method(recipe: Recipe, name: str) -> Recipe:
-    """``recipe`` trained by the method ``name`` of :data:`poetx.shorthands.METHODS`, all else as it was.
+    """``recipe`` trained by the method ``name`` of :data:`poetx.recipe.shorthands.METHODS`, all else as it was.
 
     Keys that the method does not have are dropped. Raises :class:`UserError` where there is no such method.
     """

@@ -128,7 +128,7 @@ class ModelRecipe(Section):
 
     ``config`` is a Hugging Face ``config.json`` or its directory; ``pretrained`` a checkpoint directory. With
     either of them the sizes are taken from there and must not be given here. ``model.shape``, a name of
-    :data:`poetx.shorthands.SHAPES`, is read as the sizes that it stands for.
+    :data:`poetx.recipe.shorthands.SHAPES`, is read as the sizes that it stands for.
     """
 
     hidden_size: MaybeCount = None

@@ -1,0 +1,32 @@
+"""The recipe of a run: ``sections`` say what each key means, ``loading`` reads and checks, ``former`` maps old keys."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from poetx.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from poetx.recipe.loading import (
+        DEMOS,
+        RECIPE_DIR,
+        Recipe,
+        builtin_recipes,
+        differing_keys,
+        load_recipe,
+        settled_as,
+        with_method,
+    )
+
+__all__ = [
+    "DEMOS",
+    "RECIPE_DIR",
+    "Recipe",
+    "builtin_recipes",
+    "differing_keys",
+    "load_recipe",
+    "settled_as",
+    "with_method",
+]
+
+__getattr__ = lazy_names(__name__, {"poetx.recipe.loading": tuple(__all__)})
