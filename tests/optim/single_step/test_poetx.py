@@ -1,4 +1,4 @@
-"""POETX: the gradient at the identity, the fold, the partitions, and an optimizer as torch users know them."""
+"""POETX: it learns, holds what it promises, and is an optimizer as torch users know them."""
 
 import copy
 
@@ -7,97 +7,7 @@ import torch
 from torch import nn
 
 from builders import gpt2, llama, mlp
-from helpers import TOLERANCE, random_skew, relative_error
 from poetx import POETX, PoetConfig, UserError, convert_
-from poetx.ops.block_diagonal import block_outer_products
-from poetx.ops.cayley import cayley, unpack_skew
-from poetx.ops.reference import EXACT, block_diagonal
-from poetx.ops.single_step import fold_side, map_gradient, skew_gradient, small_cayley_delta
-from poetx.optim.orthogonalize import orthogonalize
-
-SIZES = [(12, 8, 4), (7, 13, 5), (10, 6, 16), (1, 9, 4)]
-
-
-def dense_rotation(q, size, block_size):
-    """Diag(G) as a [size, size] matrix."""
-    return block_diagonal(cayley(q, size=size, block_size=block_size, order=EXACT), size)
-
-
-@pytest.mark.parametrize(("m", "n", "b"), SIZES)
-def test_gradient_at_the_identity_is_autograds(m, n, b):
-    W = torch.randn(m, n, dtype=torch.float64, requires_grad=True)
-    x, target = torch.randn(20, n, dtype=torch.float64), torch.randn(20, m, dtype=torch.float64)
-
-    def loss(weight):
-        return (x @ weight.T - target).tanh().square().sum()
-
-    (dW,) = torch.autograd.grad(loss(W), W)
-    for side, size in (("out", m), ("in", n)):
-        block = min(b, size)
-        q = torch.zeros(-(-size // block), block * (block - 1) // 2, dtype=torch.float64, requires_grad=True)
-        rotation = dense_rotation(q, size, block)
-        weight = rotation @ W.detach() if side == "out" else W.detach() @ rotation
-        got = skew_gradient(W.detach(), dW, side, block)
-        if q.numel():
-            assert relative_error(got, torch.autograd.grad(loss(weight), q)[0]) < TOLERANCE[torch.float64]
-
-
-@pytest.mark.parametrize(("m", "n", "b"), SIZES)
-def test_gradient_of_a_free_map_is_autograds(m, n, b):
-    W = torch.randn(m, n, dtype=torch.float64)
-    dW = torch.randn(m, n, dtype=torch.float64)  # of a loss that is linear in W: ⟨dW, W⟩
-    for side, size in (("out", m), ("in", n)):
-        block = min(b, size)
-        blocks = torch.zeros(-(-size // block), block, block, dtype=torch.float64, requires_grad=True)
-        E = block_diagonal(blocks, size)
-        moved = E @ W if side == "out" else W @ E
-        got = map_gradient(W, dW, side, block)
-        assert relative_error(got, torch.autograd.grad((dW * moved).sum(), blocks)[0]) < TOLERANCE[torch.float64]
-
-
-@pytest.mark.parametrize(("m", "n", "b"), SIZES)
-def test_a_fold_is_the_product_with_the_rotation(m, n, b):
-    W = torch.randn(m, n, dtype=torch.float64)
-    for side, size in (("out", m), ("in", n)):
-        block = min(b, size)
-        q = random_skew(size, block)
-        rotation = dense_rotation(q, size, block)
-        want = rotation @ W if side == "out" else W @ rotation
-        E = small_cayley_delta(unpack_skew(q, size, block), None)
-        got = torch.full_like(W, torch.nan)
-        scale = torch.full((E.shape[0],), 0.5, dtype=torch.float64)
-        square = fold_side(W, E, side, got, scale=scale)
-        assert relative_error(got, 0.5 * want) < TOLERANCE[torch.float64]
-        assert square.item() == pytest.approx(0.25 * want.square().sum().item(), rel=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("size", "block_size"), [(96, 32), (128, 64), (160, 80), (100, 32), (20, 64)])
-def test_block_outer_products_are_the_blocks_of_the_whole_product(size, block_size, dtype):
-    x, y = torch.randn(37, 2 * size, dtype=torch.float64).to(dtype).chunk(2, dim=1)  # rows with a gap between them
-    got = block_outer_products(x, y, block_size)
-    whole = torch.zeros(got.shape[0] * block_size, got.shape[0] * block_size, dtype=torch.float64)
-    whole[:size, :size] = x.double().T @ y.double()
-    want = torch.stack([whole[i : i + block_size, i : i + block_size] for i in range(0, size, block_size)])
-    assert got.dtype == torch.promote_types(dtype, torch.float32)
-    assert relative_error(got, want) < TOLERANCE[got.dtype]
-
-
-def test_orthogonalize_gives_skew_matrices_with_singular_values_near_one():
-    q = torch.randn(3, 16 * 15 // 2)
-    O = orthogonalize(unpack_skew(q, 48, 16))  # noqa: E741
-    assert torch.equal(O, -O.mT)
-    values = torch.linalg.svdvals(O)
-    assert values.min() > 0.5
-    assert values.max() < 1.3
-    assert orthogonalize(torch.zeros(1, 4, 4)).eq(0).all()
-
-
-def test_orthogonalize_takes_general_matrices():
-    O = orthogonalize(torch.randn(3, 16, 16), skew=False)  # noqa: E741
-    values = torch.linalg.svdvals(O)
-    assert values.min() > 0.3
-    assert values.max() < 1.3
 
 
 def problem(dtype=torch.float32, seed=0):
@@ -129,28 +39,19 @@ def train(model, x, y, optimizer, steps):
 VARIANTS = [{}, {"nesterov": False}, {"block_size": 40}]
 
 
+@pytest.mark.parametrize("update", ["rotation", "free"])
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)
-def test_it_learns_and_the_singular_values_stay(settings):
+def test_it_learns_and_the_singular_values_stay_or_move(settings, update):
     model, x, y = problem()
     start = [torch.linalg.svdvals(model[i].weight.detach().double()) for i in (0, 2)]
-    optimizer = POETX(model, lr=3e-3, update="rotation", **({"block_size": 8, "angle": 0.02} | settings))
+    optimizer = POETX(model, lr=3e-3, update=update, **({"block_size": 8, "angle": 0.02} | settings))
     losses = train(model, x, y, optimizer, 150)
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < (0.5 if update == "rotation" else 0.3) * losses[0]
     for i, values in zip((0, 2), start, strict=True):
         now = torch.linalg.svdvals(model[i].weight.detach().double())
-        assert ((now - values).abs() / values).median() < 1e-5
-
-
-@pytest.mark.parametrize("settings", [{}, {"nesterov": False}], ids=str)
-def test_with_a_free_spectrum_it_learns_and_the_singular_values_move(settings):
-    model, x, y = problem()
-    start = torch.linalg.svdvals(model[0].weight.detach().double())
-    optimizer = POETX(model, lr=3e-3, block_size=8, **({"angle": 0.02} | settings))
-    losses = train(model, x, y, optimizer, 150)
-    assert losses[-1] < 0.3 * losses[0]
-    now = torch.linalg.svdvals(model[0].weight.detach().double())
-    assert ((now - start).abs() / start).median() > 0.01
-    assert abs(now.norm() / start.norm() - 1) < 0.06  # what one step adds
+        change = ((now - values).abs() / values).median()
+        assert change < 1e-5 if update == "rotation" else change > 0.01
+        assert abs(now.norm() / values.norm() - 1) < 0.06  # what one step adds
 
 
 @pytest.mark.parametrize("growth", [0.0, 0.01])
@@ -263,8 +164,6 @@ def test_momentum_is_a_small_part_of_adamws_state(shapes, update, block_size, sh
     [
         ({"partitions": 2}, "partitions=2 is gone: one contiguous partition"),
         ({"rule": "adam"}, "rule='adam' is gone"),
-        ({"angle": 0.7}, "angle=0.7: radians"),
-        ({"momentum": 1.0}, "momentum=1.0"),
         ({"block_size": 1}, "block_size=1"),
         ({"update": "any"}, "update='any': must be one of 'rotation', 'free'"),
         ({"target_modules": ("nothing",)}, "matches no linear layer"),
@@ -282,8 +181,6 @@ def test_more_refusals():
         POETX([{"params": [nn.Parameter(torch.zeros(3))], "rotate": True}])
     with pytest.raises(UserError, match="groups cannot be added later"):
         POETX(mlp(), block_size=4).add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
-    with pytest.raises(TypeError, match="'angel'"):
-        POETX(mlp(), angel=0.1)
     with pytest.raises(UserError, match="give a model, its parameters"):
         POETX([1, 2])
 
@@ -401,18 +298,6 @@ def test_the_norm_that_is_held_is_that_of_the_weights_trained(converted, dtype):
             model[0].weight.copy_(trained)
         steps(0)
         assert all(map(torch.equal, optimizer._matrices[0].measured(), held.values()))
-
-
-@pytest.mark.parametrize("settings", [{}, {"nesterov": False}, {"update": "rotation"}], ids=str)
-def test_a_bfloat16_momentum_does_not_depend_on_the_global_generator(settings):
-    weights = []
-    for seed in range(2):
-        model, x, y = problem()
-        optimizer = POETX(model, block_size=8, momentum_dtype="bfloat16", **settings)
-        torch.manual_seed(seed)
-        train(model, x, y, optimizer, 5)
-        weights.append(model[0].weight.detach())
-    assert torch.equal(*weights)
 
 
 def test_what_a_group_leaves_open_is_the_arguments_or_the_bases():

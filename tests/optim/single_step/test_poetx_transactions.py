@@ -10,6 +10,7 @@ from torch import nn
 from builders import mlp
 from poetx import POETX, PoetConfig, UserError, convert_
 
+OWN = ("/poetx/optim/single_step/", "/poetx/ops/transaction")  # the optimizer's files
 FORMS = {
     "layers": {"converted": True},
     "layers, bfloat16 momentum": {"converted": True, "momentum_dtype": "bfloat16"},
@@ -100,7 +101,7 @@ def interrupted(step, line):
 
     def trace(frame, event, _):
         nonlocal seen
-        if not any(part in frame.f_code.co_filename for part in ("/optim/single_step/", "/ops/transaction")):
+        if not any(part in frame.f_code.co_filename for part in OWN):
             return None
         if event == "line":
             seen += 1
@@ -230,10 +231,11 @@ def test_a_part_that_is_frozen_after_conversion_stays(how):
     assert not model[0][0].weight.requires_grad
 
 
-def test_a_narrow_momentum_of_layers_does_not_depend_on_the_global_generator():
+@pytest.mark.parametrize("form", [{"converted": True}, {}, {"nesterov": False}, {"update": "rotation"}], ids=str)
+def test_a_narrow_momentum_does_not_depend_on_the_global_generator(form):
     runs = []
     for seed in (0, 1):
-        model, optimizer = start(converted=True, momentum_dtype="bfloat16")
+        model, optimizer = start(**form, momentum_dtype="bfloat16")
         torch.manual_seed(seed)
         for step in range(4):
             backward(model, 2 * step)
