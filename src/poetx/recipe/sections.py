@@ -114,6 +114,7 @@ MaybeAmount = Annotated[Amount | None, BeforeValidator(_off)]
 Names = Text | tuple[Text, ...]
 
 Dense: Any = Literal[OPTIMIZERS]
+DenseOrMuon: Any = Literal[(*OPTIMIZERS, "muon")]
 
 
 class Section(BaseModel):
@@ -242,7 +243,7 @@ class LoraRecipe(Section):
 class OptimizerRecipe(Section):
     """What every optimizer has. ``lr`` is that of everything that is not a rotation. Defaults: method.md section 6."""
 
-    name: Literal[(*OPTIMIZERS, "muon")] = "adamw"  # type: ignore[valid-type]
+    name: DenseOrMuon = "adamw"
     lr: Rate = 1e-3
     weight_decay: Amount = 0.0  # never applied to rotations
     clip: MaybeAmount = 0.1  # global gradient norm; null or 0: off

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -104,7 +105,9 @@ def _model_groups(
     return _groups(rotated, rest, angle, decay), transposed
 
 
-def _groups(rotated: list[Tensor], rest: list[Tensor], angle: float, decay: float | None) -> list[dict[str, Any]]:
+def _groups(
+    rotated: Sequence[Tensor], rest: Sequence[Tensor], angle: float, decay: float | None
+) -> list[dict[str, Any]]:
     """``"rotated"``, and the rest as :func:`poetx.param_groups` parts it."""
     groups: list[dict[str, Any]] = [{"name": "rotated", "params": rotated, "lr": angle, "rotate": True}]
     return [*groups[: len(rotated)], *dense_groups(rest, weight_decay=decay)]
