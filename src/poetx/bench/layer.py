@@ -49,30 +49,19 @@ class OriginalPoet(nn.Module):
     compute the same function.
     """
 
-    weight0: Tensor
-
     def __init__(self, layer: PoetLinear) -> None:
         super().__init__()
-        m, n = layer.out_features, layer.in_features
-        undo = [perm.long().argsort() for perm in (layer.perm_out, layer.perm_in)]
-        self.register_buffer("weight0", layer.base_weight.detach()[undo[0]][:, undo[1]])
-        self.skew_in, self.skew_out = (nn.Parameter(skew.detach().clone()) for skew in layer.rotations)
-        self.undo_in, self.undo_out = undo[1], undo[0]
-        self.sizes = (n, layer.block_size_in, m, layer.block_size_out)
-
-    @property
-    def rotations(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """Packed parameters of both sides."""
-        return self.skew_in, self.skew_out
-
-    def _rotation(self, q: Tensor, undo: Tensor, size: int, block_size: int) -> Tensor:
-        return reference.rotation_of_blocks(q, size, block_size, 3)[undo][:, undo]
+        self.skew_in, self.skew_out = self.rotations = tuple(nn.Parameter(q.detach().clone()) for q in layer.rotations)
+        self.undo_in, self.undo_out = (side.perm.long().argsort() for side in layer.sides)
+        self.weight0 = layer.base_weight.detach()[self.undo_out][:, self.undo_in]
+        self.block_sizes = tuple(side.block_size for side in layer.sides)
 
     def dense_weight(self) -> Tensor:
         """R · W0 · P [m, n] in the weight's dtype."""
-        n, block_in, m, block_out = self.sizes
-        R = self._rotation(self.skew_out, self.undo_out, m, block_out).to(self.weight0.dtype)
-        P = self._rotation(self.skew_in, self.undo_in, n, block_in).to(self.weight0.dtype)
+        P, R = (
+            reference.rotation_of_blocks(q, len(undo), block_size, 3)[undo][:, undo].to(self.weight0.dtype)
+            for q, undo, block_size in zip(self.rotations, (self.undo_in, self.undo_out), self.block_sizes, strict=True)
+        )
         return R.T @ self.weight0 @ P.T
 
     def forward(self, x: Tensor) -> Tensor:
@@ -213,16 +202,11 @@ def bench_layer(
 def _part_times(shape: Shape, x: Tensor, g: Tensor, repeats: int) -> dict[str, tuple[list[float], int]]:
     """Milliseconds of every part and how often one forward and backward takes it; the indented are within others."""
     layer = poet_layer(shape, "fast")
-    m, n, weight = layer.out_features, layer.in_features, layer.base_weight
-    block_in, block_out, perm_in, perm_out = layer.block_size_in, layer.block_size_out, layer.perm_in, layer.perm_out
+    weight, perm_in, perm_out = layer.base_weight, layer.perm_in, layer.perm_out
+    kernels = rotations(x, [side.block_size for side in layer.sides])
 
-    kernels = rotations(x, [block_in, block_out])
-
-    def both_sides() -> tuple[Tensor, Tensor]:
-        return (
-            cayley(layer.skew_in, size=n, block_size=block_in, order=3),
-            cayley(layer.skew_out, size=m, block_size=block_out, order=3),
-        )
+    def both_sides() -> list[Tensor]:
+        return [cayley(s.packed, size=s.size, block_size=s.block_size, order=layer.order) for s in layer.sides]
 
     kept = both_sides()
     grads = [torch.randn_like(G) for G in kept]
@@ -230,7 +214,7 @@ def _part_times(shape: Shape, x: Tensor, g: Tensor, repeats: int) -> dict[str, t
     total, scratch = torch.zeros_like(grads[0]), x.clone()  # the backward may overwrite the gradient it is given
     calls: dict[str, tuple[Callable[[], object], int]] = {
         "products": (lambda: (x @ weight.T, g @ weight), 1),
-        "cnp": (lambda: both_sides(), 1),
+        "cnp": (both_sides, 1),
         "cnp backward": (lambda: torch.autograd.grad(kept, layer.rotations, grads, retain_graph=True), 1),
         "gather + rotate": (lambda: kernels.gather_rotate(x, perm_in, G_in), 1),
         "rotate + scatter": (lambda: kernels.rotate_scatter(g, G_out, perm_out), 1),

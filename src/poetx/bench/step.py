@@ -6,6 +6,7 @@ import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,16 +26,14 @@ _GATE_STEPS = 4
 
 @dataclass
 class Run:
-    """One model and its optimizer on one device, ready to take steps."""
+    """A method's recipe and its training step, on one device."""
 
     recipe: Recipe
-    model: Any
-    optimizer: torch.optim.Optimizer
-    training_step: TrainingStep
+    take: TrainingStep
 
     def step(self, ids: torch.Tensor) -> float:
         """Forward, backward, clipping, optimizer step, as the training loop does it; the mean loss in nats."""
-        return self.training_step([(ids, ids)], clip=self.recipe.optimizer.clip).loss
+        return self.take([(ids, ids)], clip=self.recipe.optimizer.clip).loss
 
 
 def bench_step(
@@ -92,18 +91,16 @@ def _build(recipe: Recipe, device: torch.device, compiled: bool) -> Run:
     model = build_model(recipe, vocab_size=recipe.data.vocab_size, end_of_text_id=0, device=device)
     convert_model(model, recipe, device)
     optimizer = method_of(recipe).build_optimizer(model, recipe.train.steps)
-    return Run(recipe, model, optimizer, TrainingStep.of(recipe, model, optimizer, compiled=compiled))
+    return Run(recipe, TrainingStep.of(recipe, model, optimizer, compiled=compiled))
 
 
 def _measure(
     runs: dict[str, Run], length: int, batch: int, device: torch.device, repeats: int
 ) -> Iterator[dict[str, Any]]:
-    facts = {"seq_len": length, "batch_size": batch}
-    steps: dict[str, Callable[[], object]] = {}
-    for name, run in runs.items():
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(run.recipe.data.vocab_size, (batch, length), generator=generator).to(device)
-        steps[name] = lambda run=run, ids=ids: run.step(ids)
+    vocab_size = next(iter(runs.values())).recipe.data.vocab_size
+    ids = torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
+    steps = {name: partial(run.step, ids) for name, run in runs.items()}
+    times: dict[str, list[float]] | None = None
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
@@ -112,39 +109,29 @@ def _measure(
         times = interleaved(steps, repeats=repeats, device=device, warmup=1)
     except torch.OutOfMemoryError:
         for run in runs.values():
-            run.optimizer.zero_grad()
+            run.take.optimizer.zero_grad()
         _release(device)
-        for name, run in runs.items():
-            yield {"contestant": name, "oom": True, "tokens_per_second": None, "peak_bytes": None} | _of(run) | facts
-        return
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" and times else None
     for name, run in runs.items():
-        ms, every = median(times[name]), run.recipe.merge_every
-        merge_ms = milliseconds(lambda run=run: merge_(run.model, run.optimizer), device) if every else 0.0
-        amortised = ms + (merge_ms / every if every else 0.0)
-        yield (
-            {
-                "contestant": name,
-                "ms": ms,
-                "merge_ms": round(merge_ms, 3),
-                "tokens_per_second": round(batch * length / amortised * 1e3, 1),
-                "peak_bytes": peak,
-                "oom": False,
-            }
-            | _of(run)
-            | facts
-        )
-
-
-def _of(run: Run) -> dict[str, Any]:
-    trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    poet = run.recipe.poet
-    return {
-        "dtype": run.recipe.train.dtype,
-        "trainable": trainable,
-        "block_size": poet.config.block_size if poet else None,
-        "merge_every": run.recipe.merge_every,
-    }
+        model, poet, every = run.take.model, run.recipe.poet, run.recipe.merge_every
+        row = {
+            "contestant": name,
+            "seq_len": length,
+            "batch_size": batch,
+            "dtype": run.recipe.train.dtype,
+            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "block_size": poet.config.block_size if poet else None,
+            "merge_every": every,
+            "peak_bytes": peak,
+            "oom": times is None,
+            "tokens_per_second": None,
+        }
+        if times is not None:
+            ms = median(times[name])
+            merge_ms = milliseconds(partial(merge_, model, run.take.optimizer), device) if every else 0.0
+            speed = round(batch * length / (ms + merge_ms / (every or 1)) * 1e3, 1)
+            row |= {"ms": ms, "merge_ms": round(merge_ms, 3), "tokens_per_second": speed}
+        yield row
 
 
 def _gate(name: str, step: Callable[[], Any]) -> None:

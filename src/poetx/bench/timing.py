@@ -15,26 +15,10 @@ from typing import Any
 import torch
 
 from poetx.errors import UserError
+from poetx.train.environment import device_name
 
 #: Relative error that a candidate may have, by dtype. float32 leaves room for TF32, which is then said in the row.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2}
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpu = next(
-        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
-    return f"{cpu}, {torch.get_num_threads()} threads"
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
 
 
 def _commit() -> str:
@@ -47,10 +31,11 @@ def _commit() -> str:
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """Commit, device, versions and date: the part of a row that makes the rest of it evidence."""
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "commit": _commit(),
-        "device": device_name(device),
+        "device": device_name(device) + threads,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "float32_products": torch.get_float32_matmul_precision(),
@@ -113,19 +98,14 @@ def median(values: Sequence[float]) -> float:
     return round(statistics.median(values), 4)
 
 
-def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Norm of the difference over the norm of ``want``, in ``want``'s dtype."""
-    got, want = got.detach().to(want.dtype), want.detach()
-    return float((got - want).norm() / want.norm().clamp_min(1e-30))
-
-
 def gate(what: str, got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:
     """Stop before anything is timed.
 
     Raises:
         UserError: a relative error beyond :data:`TOLERANCE` for ``dtype``.
     """
-    error = relative_error(got, want)
+    wanted = want.detach()
+    error = float((got.detach().to(want.dtype) - wanted).norm() / wanted.norm().clamp_min(1e-30))
     if not error < TOLERANCE[dtype]:
         raise UserError(
             f"{what} is wrong: relative error {error:.1e}, {TOLERANCE[dtype]:.0e} allowed for "

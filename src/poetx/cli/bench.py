@@ -77,7 +77,7 @@ def ops(
     out: _OUT = None,
     as_json: _JSON = False,
 ) -> None:
-    """Permutation, Cayley-Neumann series, block product and quantized product against plain PyTorch."""
+    """Permutation, Cayley-Neumann series and block product against plain PyTorch."""
     from poetx.bench.ops import bench_ops
 
     place, kind = _place(device, dtype)
@@ -90,7 +90,7 @@ def ops(
         block_sizes=_numbers("block-sizes", block_sizes),
         repeats=repeats,
     )
-    columns = ("operator", "tokens", "features", "blocks", "block_size", "weight_format", "ms", "naive_ms", "speedup")
+    columns = ("operator", "tokens", "features", "blocks", "block_size", "ms", "naive_ms", "speedup")
     _report(rows, out, as_json, columns)
 
 
