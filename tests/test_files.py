@@ -123,11 +123,11 @@ def test_json_that_is_no_object_is_one_line(tmp_path: Path, content: bytes | Non
 
 def test_a_lock_is_held_by_one_and_its_file_goes_with_it(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    with locked(path, wait=False, keep=False) as held:
+    with locked(path, busy="in use", keep=False) as held:
         assert held
-        with pytest.raises(BlockingIOError), locked(path, wait=False):
+        with pytest.raises(UserError, match="in use"), locked(path, busy="in use"):
             pass
     assert not path.exists()
-    with locked(path, wait=True) as held:
+    with locked(path) as held:
         assert held
     assert path.exists()

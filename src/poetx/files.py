@@ -173,13 +173,13 @@ def sync_to_disk(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, wait: bool, keep: bool = True) -> Iterator[bool]:
+def locked(path: Path, *, busy: str | None = None, keep: bool = True) -> Iterator[bool]:
     """Hold the lock file ``path`` in the ``with`` block; the system lets go of it when the process ends in any way.
 
     Yields False, and holds nothing, where the file system or the operating system (Windows) has no such locks.
 
     Args:
-        wait: until another process lets go; else :class:`BlockingIOError` is raised.
+        busy: what :class:`UserError` says when another process holds it; without, wait until it lets go.
         keep: leave the file, which is empty, afterwards.
     """
     try:
@@ -191,9 +191,9 @@ def locked(path: Path, *, wait: bool, keep: bool = True) -> Iterator[bool]:
     while held is None:
         with path.open("a") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if busy is None else fcntl.LOCK_NB))
             except BlockingIOError:
-                raise
+                raise UserError(str(busy)) from None
             except OSError:
                 held = False
             else:  # a file that its last holder has removed meanwhile locks nothing

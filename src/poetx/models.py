@@ -199,7 +199,7 @@ def load_checkpoint(path: Path, dtype: torch.dtype | str, name: str) -> PreTrain
     from transformers import AutoModelForCausalLM
 
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             local_files_only=True,
@@ -212,6 +212,7 @@ def load_checkpoint(path: Path, dtype: torch.dtype | str, name: str) -> PreTrain
         if "automatic conversion" in text:
             text = "parts of tensors that are one in the model (experts, say) are missing, too many or of other shapes"
         raise UserError(f"{name}: {text}") from None
+    model, found = loaded
     problems = [f"has no {_some(found['missing_keys'])}, random without it"] if found["missing_keys"] else []
     problems += [f"{key} is {tuple(got)}, not {tuple(want)}" for key, got, want in sorted(found["mismatched_keys"])[:3]]
     if not getattr(model, "is_quantized", False):  # packed weights have tensors and dtypes of their own

@@ -74,7 +74,7 @@ def prepare_data(recipe: Recipe, *, progress: Progress | None = None) -> Prepare
     made = [path for path in (directory.parent, *directory.parent.parents) if not path.exists()]
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with locked(directory.with_name(f".{directory.name}.lock"), wait=True, keep=False) as alone:
+        with locked(directory.with_name(f".{directory.name}.lock"), keep=False) as alone:
             meta = _found(directory, say) or _build(directory, data, train, validation, source, say, alone=alone)
             _check_length(meta, data)
     except BaseException:
@@ -250,7 +250,8 @@ def _key(data: DataRecipe, train: Corpus, validation: Corpus | None, source: Pat
 def _remove_leftovers(cache_dir: Path) -> None:
     """Remove half-written data of processes that no longer hold its lock."""
     for path in cache_dir.glob(".data-*.tmp-*"):
-        with contextlib.suppress(OSError), locked(path.with_suffix(".lock"), wait=False, keep=False) as alone:
+        lock = path.with_suffix(".lock")
+        with contextlib.suppress(OSError, UserError), locked(lock, busy="in use", keep=False) as alone:
             if alone:
                 shutil.rmtree(path, ignore_errors=True)
 

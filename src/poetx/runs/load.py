@@ -42,7 +42,7 @@ class LoadedModel:
 
     def check_ids(self, largest: int) -> None:
         """Raise :class:`UserError` when the model has no embedding for the largest token of a text."""
-        rows = self.model.get_input_embeddings().weight.shape[0]
+        rows = cast(Any, self.model.get_input_embeddings()).weight.shape[0]
         if largest >= rows:
             where = self.tokenizer.name_or_path
             raise UserError(f"{where}: its tokenizer is another model's: token {largest}, but {rows} embeddings")

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -126,7 +125,7 @@ def train(
 
     run_dir.mkdir(parents=True, exist_ok=True)
     known = (run_dir / _LOCK).exists()
-    with _locked(run_dir):
+    with locked(run_dir / _LOCK, busy=f"{run_dir}: another process is training there"):
         # Again, now that nobody else can write here: preparing the data may have taken long.
         if start is not None:
             _set_aside_newer(run_dir, start)
@@ -341,14 +340,3 @@ def _title(trainer: Trainer, report: ConversionReport | None) -> str:
         f"{data.meta.train_tokens / 1e6:.2f}M tokens, {recipe.train.steps} steps of "
         f"{recipe.train.batch_size} x {recipe.data.seq_len} tokens; {trainer.device}, {recipe.train.dtype}"
     )
-
-
-@contextlib.contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
-    """Hold the run directory."""
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(run_dir / _LOCK, wait=False))
-        except BlockingIOError:
-            raise UserError(f"{run_dir}: another process is training there") from None
-        yield
