@@ -42,10 +42,6 @@ def weights(model):
     return [p.detach().clone() for p in model.parameters()]
 
 
-def tensors(state):
-    return [value for value in state.values() if isinstance(value, torch.Tensor)]
-
-
 def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
@@ -62,20 +58,6 @@ def test_one_door_gives_the_numbers_of_two_optimizers(base):
     train(one, [combined], 5)
     train(two, separate, 5)
     assert equal(weights(one), weights(two))
-
-
-def test_a_merge_resets_the_rotations_alone():
-    model = model_of()
-    optimizer = build_optimizer(groups_of(model), dense_optimizer="hfac")
-    rotations = {p for group in optimizer.param_groups if group["name"] == "rotations" for p in group["params"]}
-    train(model, [optimizer], 2)
-    others = set(optimizer.state) - rotations
-    assert rotations <= set(optimizer.state)
-    assert others
-    poetx.merge_(model, optimizer)
-    assert set(optimizer.state) == others | rotations
-    zero = {p for p, state in optimizer.state.items() if state["step"] == 0 and not any(map(torch.any, tensors(state)))}
-    assert zero == rotations
 
 
 @pytest.mark.parametrize("state_dtype", ["auto", "int8"])

@@ -82,8 +82,11 @@ def test_a_released_gradient_can_be_clipped_by_its_own_norm():
     assert torch.allclose(weight.detach(), torch.tensor([-0.3, 0, -0.4]), atol=1e-5)
 
 
-def test_removing_goes_back_to_ordinary_steps():
-    model, _, handle = released()
+def test_one_at_a_time_releases_a_gradient_and_removing_goes_back_to_ordinary_steps():
+    model, optimizer, handle = released()
+    for another in (optimizer, torch.optim.SGD(model.parameters())):
+        with pytest.raises(UserError, match=r"released to another optimizer already.*remove\(\)"):
+            release_gradients(another, ends(model))
     handle.remove()
     model(input_ids=IDS, labels=IDS).loss.backward()
     model(input_ids=IDS, labels=IDS).loss.backward()
