@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from poetx.files import sha256
 from poetx.layers.walk import poet_layers
 from poetx.recipe import Recipe
+from poetx.train import step
 from poetx.train.metrics import TIMING_KEYS, read_metrics
 from poetx.train.progress import Reporter
 from poetx.train.run import RunResult
@@ -57,6 +58,17 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 def interrupt() -> None:
     os.kill(os.getpid(), signal.SIGINT)
+
+
+def poison(monkeypatch: Any, *calls: int) -> None:
+    """Make the loss of these forward calls in training NaN."""
+    original, count = step.summed_loss, iter(range(10_000))
+
+    def summed_loss(*args: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        loss, router = original(*args)
+        return loss * float("nan") if next(count) in calls else loss, router
+
+    monkeypatch.setattr(step, "summed_loss", summed_loss)
 
 
 def train_losses(run_dir: Path) -> list[float]:

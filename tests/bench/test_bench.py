@@ -170,14 +170,12 @@ def test_candidates_take_turns():
     assert peak_bytes(lambda: None, CPU) is None
 
 
-def test_command_appends_rows_and_names_mistakes(tmp_path, capsys):
+def test_command_prints_and_appends_the_same_rows(tmp_path, capsys):
     out = tmp_path / "rows" / "layer.jsonl"
     command = ["bench", "layer", "--tokens=8", "--in-features=8", "--out-features=12", "--block-size=4"]
     assert main([*command, "--device=cpu", "--repeats=1", "--no-parts", "--json", f"--out={out}"]) == 0
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert printed == [json.loads(line) for line in out.read_text().splitlines()]
-    assert main(["bench", "ops", "--tokens=a,b"]) == 2
-    assert "--tokens=a,b: must be whole numbers" in capsys.readouterr().err
 
 
 def test_gpu_suite_runs_in_rehearsal(tmp_path):

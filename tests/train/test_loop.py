@@ -10,18 +10,35 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from builders import At, Tiny, curve, interrupt, same, weights
+from builders import At, Tiny, curve, interrupt, poison, same, weights
 from poetx.errors import UserError
 from poetx.train import checkpoint as ckpt
-from poetx.train import step
 from poetx.train.run import train
 
+SINGLE = ("poet.method=single-step", "optimizer.angle=0.02")
+KINDS = {
+    "fast": ("poet.mode=fast",),
+    "mem": ("poet.mode=mem",),
+    "dense": ("poet=null",),
+    "sgd": ("optimizer.name=sgd", "optimizer.momentum=0.9"),
+    "adafactor": ("optimizer.name=adafactor",),
+    "single-step": SINGLE,
+    "single-step-mem": (*(*SINGLE, "poet.mode=mem", "train.micro_batch_size=2", "model.gradient_checkpointing=true"),),
+    "single-step-bfloat16": (
+        *(*SINGLE, "poet.rotation_dtype=bfloat16", "train.dtype=bfloat16", "optimizer.state_dtype=int8"),
+    ),
+    "single-step-smmf": (
+        *(*SINGLE, "optimizer.name=smmf", "optimizer.release_gradients=true", "optimizer.clip=null"),
+        "train.chunked_loss=true",
+    ),
+}
 
-@pytest.mark.parametrize("mode", ["poet.mode=fast", "poet.mode=mem", "poet=null"])
-def test_stopping_and_resuming_changes_not_one_bit(tiny: Tiny, mode: str) -> None:
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopping_and_resuming_changes_not_one_bit(tiny: Tiny, kind: str) -> None:
     """Merges fall at 5 and 10, the stop at 7, the checkpoints at 6 and 7; step 12 is the last."""
-    straight = train(tiny(mode, run_dir="straight"))
-    recipe = tiny(mode, run_dir="stopped")
+    straight = train(tiny(*KINDS[kind], run_dir="straight"))
+    recipe = tiny(*KINDS[kind], run_dir="stopped")
     stopped = train(recipe, reporter=At(7, interrupt))
     assert (stopped.step, stopped.signum) == (7, signal.SIGINT)
     assert stopped.checkpoint == recipe.directory / "checkpoints" / "step-00000007"
@@ -30,7 +47,7 @@ def test_stopping_and_resuming_changes_not_one_bit(tiny: Tiny, mode: str) -> Non
     assert curve(resumed.run_dir) == curve(straight.run_dir)
     assert same(weights(resumed), weights(straight))
     merged = [entry["step"] for entry in curve(straight.run_dir) if entry.get("merged")]
-    assert merged == ([] if mode == "poet=null" else [5, 10])
+    assert merged == ([] if kind == "dense" or kind.startswith("single-step") else [5, 10])
 
 
 def test_resuming_from_an_older_checkpoint_repeats_the_lost_steps_exactly(tiny: Tiny) -> None:
@@ -105,18 +122,6 @@ def test_clipping_limits_the_norm_that_the_optimizer_sees(tiny: Tiny) -> None:
     assert min(logged) > 0.01  # the norm before clipping is what is logged
 
 
-@pytest.mark.parametrize("name", ["sgd", "adafactor"])
-def test_other_optimizers_resume_bitwise(tiny: Tiny, name: str) -> None:
-    momentum = ["optimizer.momentum=0.9"] if name == "sgd" else []
-    settings = (f"optimizer.name={name}", *momentum, "train.export=false")
-    straight = train(tiny(*settings, run_dir="straight"))
-    recipe = tiny(*settings, run_dir="stopped")
-    train(recipe, reporter=At(7, interrupt))
-    resumed = train(recipe, resume=True)
-    assert curve(resumed.run_dir) == curve(straight.run_dir)
-    assert same(weights(resumed), weights(straight))
-
-
 def test_learning_rates_follow_each_groups_peak(tiny: Tiny) -> None:
     recipe = tiny("train.export=false")
     train(recipe)
@@ -142,30 +147,20 @@ def test_bfloat16_trains_with_float32_rotations(tiny: Tiny) -> None:
     assert all((tensor != 1).any() for tensor in norms)
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
-    """Make the loss of these forward calls in training NaN."""
-    original, count = step.summed_loss, iter(range(10_000))
-
-    def summed_loss(*args: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        loss, router = original(*args)
-        return loss * float("nan") if next(count) in calls else loss, router
-
-    monkeypatch.setattr(step, "summed_loss", summed_loss)
-
-
+# Skipped steps do not count towards the merge: 1, 2, 5, 6 and 8 are the first five that were taken.
+@pytest.mark.parametrize(("settings", "merged"), [((), [8]), (SINGLE, [])], ids=["poet-x", "single-step"])
 def test_a_step_that_is_not_finite_is_skipped_counted_and_leaves_the_weights_finite(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...], merged: list[int]
 ) -> None:
     poison(monkeypatch, 2, 3, 6)
     reporter = At(0, interrupt)
-    result = train(tiny("train.export=false"), reporter=reporter)
+    result = train(tiny("train.export=false", *settings), reporter=reporter)
     assert result.step == 12
     assert result.skipped_steps == 3
     assert [e["step"] for e in curve(result.run_dir) if e.get("skipped")] == [3, 4, 7]
-    # Skipped steps do not count towards the merge: 1, 2, 5, 6 and 8 are the first five that were taken.
-    assert [e["step"] for e in curve(result.run_dir) if e.get("merged")] == [8]
+    assert [e["step"] for e in curve(result.run_dir) if e.get("merged")] == merged
     assert all(torch.isfinite(tensor).all() for tensor in weights(result).values())
-    assert len(reporter.notes) == 3
+    assert sum("step skipped" in note for note in reporter.notes) == 3
 
 
 def test_too_many_bad_steps_in_a_row_stop_the_run_at_the_last_good_checkpoint(

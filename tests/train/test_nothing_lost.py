@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from builders import poison, train_losses
 from poetx.data.prepare import prepare_data
 from poetx.errors import UserError
 from poetx.recipe import Recipe, load_recipe
 from poetx.runs.evaluate import evaluate_run
-from poetx.train import loop, step
+from poetx.train import loop
 from poetx.train.checkpoint import checkpoints, step_of
 from poetx.train.run import train
 
@@ -59,12 +60,14 @@ def test_relative_paths_in_a_run_are_kept_absolute(tiny: Tiny, corpus: Path, mon
     assert load_recipe(str(run)).data.train == str(corpus)
 
 
-def test_evaluating_on_changed_text_is_refused(tiny: Tiny, corpus: Path, tmp_path: Path) -> None:
+def test_evaluating_and_resuming_on_changed_text_is_refused(tiny: Tiny, corpus: Path, tmp_path: Path) -> None:
     text = tmp_path / "text"
     shutil.copytree(corpus, text)
     run = train(tiny(f"data.train={text}", "train.export=false")).run_dir
     assert evaluate_run(str(run), data=None).perplexity > 1
     (text / "0.txt").write_text("something else entirely " * 300)
+    with pytest.raises(UserError, match="was trained on other text"):
+        train(load_recipe(str(run)), resume=True)
     with pytest.raises(UserError, match="has changed since it was trained"):
         evaluate_run(str(run), data=None)
 
@@ -103,13 +106,7 @@ def test_a_directory_in_use_is_left_alone(tiny: Tiny) -> None:
 
 
 def test_a_last_step_that_is_skipped_still_leaves_a_checkpoint(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, count = step.summed_loss, iter(range(12))
-
-    def nan_at_the_end(*args):
-        loss, router = real(*args)
-        return loss * float("nan") if next(count) == 11 else loss, router
-
-    monkeypatch.setattr(step, "summed_loss", nan_at_the_end)
+    poison(monkeypatch, 11)
     result = train(tiny("train.checkpoint_every=100", "train.export=false"))
     assert result.skipped_steps == 1
     assert [step_of(path) for path in checkpoints(result.run_dir)] == [12]
@@ -146,8 +143,6 @@ def test_chunked_loss_refuses_models_that_change_the_logits(tiny: Tiny, tmp_path
 
 def test_dropout_is_drawn_from_restored_generators_and_off_in_evaluation(tiny: Tiny, tmp_path: Path) -> None:
     from transformers import GPT2Config
-
-    from builders import train_losses
 
     GPT2Config(vocab_size=400, n_positions=32, n_embd=32, n_layer=1, n_head=2).save_pretrained(tmp_path / "gpt2")
     settings = ("model={config: " + str(tmp_path / "gpt2") + "}", "train.export=false", "train.checkpoint_every=5")

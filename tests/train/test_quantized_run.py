@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from builders import train_losses
+from builders import At, interrupt, train_losses
 from poetx import poet_layers
 from poetx.errors import UserError
 from poetx.methods.base import convert_model
@@ -27,30 +27,9 @@ XQ = ("poet.mode=mem", "poet.weight_format=int8", "poet.group_size=16")
 EXPORT = 1e-3
 
 
-def stopped(recipe: Recipe, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train up to the checkpoint at ``step`` and no further."""
-    from poetx.train import loop
-
-    saved = loop.save_checkpoint
-
-    class Stop(Exception):
-        pass
-
-    def save_and_stop(*args, **kwargs):
-        path = saved(*args, **kwargs)
-        if kwargs["state"].step == step:
-            raise Stop
-        return path
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_checkpoint", save_and_stop)
-        with pytest.raises(Stop):
-            train(recipe)
-
-
 @pytest.mark.parametrize(("weight_format", "residual"), [("int8", False), ("nf4", True)])
 def test_a_run_learns_resumes_bitwise_across_a_merge_and_exports_what_it_trained(
-    tiny: Tiny, weight_format: str, residual: bool, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, weight_format: str, residual: bool
 ) -> None:
     settings = (*XQ, f"poet.weight_format={weight_format}", f"poet.weight_extra_bits={str(residual).lower()}")
     straight = train(tiny(*settings, run_dir="straight"))
@@ -59,7 +38,7 @@ def test_a_run_learns_resumes_bitwise_across_a_merge_and_exports_what_it_trained
     assert straight.last_perplexity < straight.first_perplexity
 
     recipe = tiny(*settings, run_dir="resumed")
-    stopped(recipe, 6, monkeypatch)  # one step after a merge, four before the next
+    train(recipe, reporter=At(6, interrupt))  # one step after a merge, four before the next
     resumed = train(recipe, resume=True)
     assert train_losses(resumed.run_dir) == train_losses(straight.run_dir)
     paths = [run.run_dir / "export" / "model.safetensors" for run in (straight, resumed)]
