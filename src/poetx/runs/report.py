@@ -14,6 +14,7 @@ from poetx.train.metrics import is_whole, read_metrics
 
 _SMOOTHING_POINTS = 200  # a drawn curve is the running median over 1/200 of the run
 _BLUE, _ORANGE, _GREY = "#1f6fb2", "#d9730d", "#8a8f98"
+_BLUE_DOTS, _ORANGE_DOTS = ({"color": colour, "marker": "o", "markersize": 3} for colour in (_BLUE, _ORANGE))
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1f24; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -47,7 +48,7 @@ def _page(run_dir: Path, entries: list[dict[str, Any]], damaged: int) -> str:
         ("Learning rates and gradient norm", _step_chart(train)),
         ("Speed and memory", _speed_chart(train)),
     ]
-    if merges := [entry for entry in train if None not in (entry.get("merge_angle"), entry.get("norm_drift"))]:
+    if merges := _merges(train):
         sections.append(("Merges", _merge_chart(merges)))
     if memory := [entry for entry in entries if entry["event"] == "memory"]:
         sections.append(("Memory by phase", _memory_table(memory)))
@@ -69,21 +70,17 @@ def _summary(run_dir: Path, train: list[dict], validation: list[dict], spectra: 
     if damaged:
         rows.append(("left out", f"{damaged} damaged lines of metrics.jsonl"))
     if validation:
-        rows.append(
-            ("validation perplexity", f"{_number(validation[0])} at the start, {_number(validation[-1])} at the end")
-        )
+        ends = (e["perplexity"] for e in (validation[0], validation[-1]))
+        start, end = ("not finite" if value is None else f"{value:,.2f}" for value in ends)
+        rows.append(("validation perplexity", f"{start} at the start, {end} at the end"))
     rows.append(("training loss", f"{_finite_median([e['loss'] for e in train[-20:]]):.3f} (median of the last 20)"))
     rows.append(("speed", f"{_finite_median([e['tokens_per_second'] for e in train]):,.0f} tokens/s (median)"))
     rows.append(("peak memory", f"{max(e['peak_memory_gib'] for e in train):.2f} GiB"))
     rows.append(("skipped steps", f"{sum(bool(e['skipped']) for e in train)}"))
-    if merges := [entry for entry in train if None not in (entry.get("merge_angle"), entry.get("norm_drift"))]:
-        rows.append(
-            (
-                "merges",
-                f"{len(merges)}; largest angle folded {max(e['merge_angle'] for e in merges):.3f}, largest norm drift "
-                f"before correction {max(e['norm_drift'] for e in merges):.1e}",
-            )
-        )
+    if merges := _merges(train):
+        angle, drift = (max(entry[key] for entry in merges) for key in ("merge_angle", "norm_drift"))
+        what = f"largest angle folded {angle:.3f}, largest norm drift before correction {drift:.1e}"
+        rows.append(("merges", f"{len(merges)}; {what}"))
     if spectra:
         worst = max(layer["drift_median"] for layer in spectra[-1]["layers"].values())
         rows.append(("spectrum", f"largest median change of a layer's singular values {worst:.1e}"))
@@ -99,9 +96,8 @@ def _summary(run_dir: Path, train: list[dict], validation: list[dict], spectra: 
     return f"<table>{cells}</table>"
 
 
-def _number(entry: dict[str, Any]) -> str:
-    value = entry["perplexity"]
-    return "not finite" if value is None else f"{value:,.2f}"
+def _merges(train: list[dict]) -> list[dict]:
+    return [entry for entry in train if None not in (entry.get("merge_angle"), entry.get("norm_drift"))]
 
 
 def _finite_median(values: list[float | None]) -> float:
@@ -142,69 +138,69 @@ def _svg(figure: Any) -> str:
     return text[text.index("<svg") :]
 
 
+def _draw(axis: Any, label: str, *curves: tuple[Any, dict[str, Any]], log: bool = False, zero: bool = False) -> None:
+    """Curves of (steps, values) and style; ``zero``: the axis begins there."""
+    for points, style in curves:
+        axis.plot(*points, **style)
+    axis.set_ylabel(label)
+    if log:
+        axis.set_yscale("log")
+    if zero:
+        axis.set_ylim(bottom=0)
+    if any("label" in style for _, style in curves):
+        axis.legend(frameon=False)
+
+
 def _loss_chart(train: list[dict], validation: list[dict]) -> str:
     figure, (axis,) = _figure()
-    axis.plot(*_smooth(train, "loss"), color=_GREY, linewidth=1, label="training")
-    steps = [entry["step"] for entry in validation]
-    axis.plot(steps, [entry["loss"] for entry in validation], color=_BLUE, marker="o", markersize=3, label="validation")
-    axis.set_ylabel("loss, nats a token")
-    axis.legend(frameon=False)
+    held = [entry["step"] for entry in validation], [entry["loss"] for entry in validation]
+    training = {"color": _GREY, "linewidth": 1, "label": "training"}
+    _draw(axis, "loss, nats a token", (_smooth(train, "loss"), training), (held, _BLUE_DOTS | {"label": "validation"}))
     return _svg(figure)
 
 
 def _step_chart(train: list[dict]) -> str:
     figure, (left, right) = _figure(2)
-    names = [key for key in train[-1] if key.startswith("lr_")]
-    for key, colour in zip(names, (_ORANGE, _BLUE, _GREY), strict=False):
-        left.plot(*_smooth(train, key), label=key.removeprefix("lr_"), color=colour)
-    left.set_ylabel("learning rate")
-    left.legend(frameon=False)
-    right.plot(*_smooth(train, "grad_norm"), color=_GREY, linewidth=1, label="gradient norm")
+    names = zip((key for key in train[-1] if key.startswith("lr_")), (_ORANGE, _BLUE, _GREY), strict=False)
+    rates = [(_smooth(train, key), {"label": key.removeprefix("lr_"), "color": colour}) for key, colour in names]
+    _draw(left, "learning rate", *rates)
+    norms = [(_smooth(train, "grad_norm"), {"color": _GREY, "linewidth": 1, "label": "gradient norm"})]
     if any(entry.get("clip") is not None for entry in train):
-        right.plot(*_smooth(train, "clip"), color=_ORANGE, label="clip value")
-    right.set_yscale("log")
-    right.legend(frameon=False)
+        norms.append((_smooth(train, "clip"), {"color": _ORANGE, "label": "clip value"}))
+    _draw(right, "", *norms, log=True)
     return _svg(figure)
 
 
 def _speed_chart(train: list[dict]) -> str:
     figure, (left, right) = _figure(2)
-    left.plot(*_smooth(train, "tokens_per_second"), color=_BLUE)
-    left.set_ylabel("tokens/s")
-    left.set_ylim(bottom=0)
-    right.plot(*_smooth(train, "peak_memory_gib"), color=_BLUE)
-    right.set_ylabel("peak memory, GiB")
-    right.set_ylim(bottom=0)
+    _draw(left, "tokens/s", (_smooth(train, "tokens_per_second"), {"color": _BLUE}), zero=True)
+    _draw(right, "peak memory, GiB", (_smooth(train, "peak_memory_gib"), {"color": _BLUE}), zero=True)
     return _svg(figure)
 
 
 def _merge_chart(merges: list[dict]) -> str:
     figure, (left, right) = _figure(2)
     steps = [entry["step"] for entry in merges]
-    left.plot(steps, [entry["merge_angle"] for entry in merges], color=_BLUE, marker="o", markersize=3)
-    left.set_ylabel("largest angle folded, radians")
-    left.set_ylim(bottom=0)
-    right.plot(steps, [max(entry["norm_drift"], 1e-12) for entry in merges], color=_BLUE, marker="o", markersize=3)
-    right.set_yscale("log")
-    right.set_ylabel("norm drift before correction")
+    angles, drifts = [e["merge_angle"] for e in merges], [max(e["norm_drift"], 1e-12) for e in merges]
+    _draw(left, "largest angle folded, radians", ((steps, angles), _BLUE_DOTS), zero=True)
+    _draw(right, "norm drift before correction", ((steps, drifts), _BLUE_DOTS), log=True)
     return _svg(figure)
 
 
 def _spectrum_chart(spectra: list[dict]) -> str:
     figure, (left, right) = _figure(2)
     steps = [entry["step"] for entry in spectra]
-    drifts = [[layer["drift_median"] for layer in entry["layers"].values()] for entry in spectra]
-    left.plot(steps, [max(max(d), 1e-17) for d in drifts], color=_ORANGE, marker="o", markersize=3, label="worst layer")
-    medians = [max(statistics.median(d), 1e-17) for d in drifts]
-    left.plot(steps, medians, color=_BLUE, marker="o", markersize=3, label="median layer")
-    left.set_yscale("log")
-    left.set_ylabel("median change of singular values")
-    left.legend(frameon=False)
-    for pick, label, colour in ((max, "largest", _ORANGE), (min, "smallest", _BLUE)):
-        values = [pick(layer["norm_ratio"] for layer in entry["layers"].values()) - 1 for entry in spectra]
-        right.plot(steps, values, marker="o", markersize=3, label=label, color=colour)
-    right.set_ylabel("‖W‖ / ‖W‖ at the start − 1")
-    right.legend(frameon=False)
+    drifts, ratios = (
+        [[layer[key] for layer in entry["layers"].values()] for entry in spectra]
+        for key in ("drift_median", "norm_ratio")
+    )
+    worst = steps, [max(*values, 1e-17) for values in drifts]
+    middle = steps, [max(statistics.median(values), 1e-17) for values in drifts]
+    first, second = (_ORANGE_DOTS | {"label": "worst layer"}), (_BLUE_DOTS | {"label": "median layer"})
+    _draw(left, "median change of singular values", (worst, first), (middle, second), log=True)
+    bounds = [((steps, [pick(values) - 1 for values in ratios]), style | {"label": name})
+              for pick, style, name in ((max, _ORANGE_DOTS, "largest"), (min, _BLUE_DOTS, "smallest"))]  # fmt: skip
+    _draw(right, "‖W‖ / ‖W‖ at the start − 1", *bounds)
     return _svg(figure)
 
 
