@@ -172,4 +172,4 @@ def _handles(optimizer: Optimizer, kind: type[H]) -> Iterator[H]:
 
 def _dense_part(optimizer: Optimizer) -> Optimizer:
     """The optimizer of what POETX does not rotate, or the optimizer itself."""
-    return getattr(optimizer, "base", None) or optimizer
+    return getattr(optimizer, "dense_optimizer", None) or optimizer

@@ -191,14 +191,17 @@ class POETX(torch.optim.Optimizer):
         state is made, if zeros are its beginning, so that there is something to load into.
         """
         self._start_dense()
-        names = self._names()
-        frozen = [[not p.requires_grad for p in group["params"]] for group in self.param_groups]
-        first = 0
-        indices: list[dict[int, str]] = []
-        for group, flags, known in zip(self.param_groups, frozen, names, strict=True):
-            indices.append({first + i: known[i] for i, flag in enumerate(flags) if flag and group["rotate"]})
-            first += len(flags)
-        return state_into_groups(self.plain_state_dict(), indices)
+        plain = self.plain_state_dict()
+        groups = zip(plain["param_groups"], self.param_groups, self._names(), strict=True)
+        frozen = [
+            {
+                index: name
+                for index, p, name in zip(saved["params"], group["params"], names, strict=True)
+                if group["rotate"] and not p.requires_grad
+            }
+            for saved, group, names in groups
+        ]
+        return state_into_groups(plain, frozen)
 
     def _names(self) -> list[list[str]]:
         """Names of the parameters of every group; numbers of those that are not rotated."""
