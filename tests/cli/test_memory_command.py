@@ -56,7 +56,8 @@ def test_in_a_comparison_a_setting_reaches_the_methods_that_have_it(app):
     [
         (["--methods", "adam"], "method=adam: no such method"),
         (["--methods", "adamw,adamww"], "did you mean 'adamw'"),
-        (["--methods", " , "], "names no method"),
+        (["--methods", " , "], "--methods= , : must be different names"),
+        (["--methods", "mem,mem"], "--methods=mem,mem: must be different names"),
         (["--gpu", "-3"], "gpu=-3.0"),
         (["--gpu", "inf"], "gpu=inf: must be a positive, finite number"),
         (["--device", "tpu"], "device=tpu"),

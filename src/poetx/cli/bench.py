@@ -60,7 +60,7 @@ def layer(
         device=place,
     )
     rows = bench_layer(
-        shape, contestants=_names("contestants", contestants), repeats=repeats, parts=parts, compiled=compiled
+        shape, contestants=names_in("contestants", contestants), repeats=repeats, parts=parts, compiled=compiled
     )
     _report(rows, out, as_json, ("contestant", "part", "ms", "ratio", "share_of_linear", "peak_bytes"))
 
@@ -115,7 +115,7 @@ def step(
 
     rows = bench_step(
         recipe,
-        methods=_names("methods", methods),
+        methods=names_in("methods", methods),
         overrides=overrides or (),
         seq_lens=_numbers("seq-lens", seq_lens),
         batch_sizes=_numbers("batch-sizes", batch_sizes),
@@ -126,7 +126,8 @@ def step(
     _report(rows, out, as_json, columns)
 
 
-def _names(option: str, text: str) -> list[str]:
+def names_in(option: str, text: str) -> list[str]:
+    """The names in a list on the command line. Raises :class:`UserError` on none or the same twice."""
     names = _split(text)
     if not names or len(set(names)) < len(names):
         raise UserError(f"--{option}={text}: must be different names separated by commas")

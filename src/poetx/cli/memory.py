@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from poetx.cli.bench import names_in
 from poetx.errors import UserError
 
 if TYPE_CHECKING:
@@ -86,9 +87,7 @@ def memory(
         raise UserError(f"plot={plot}: must end in .png, .svg or .pdf")
     if gpu is not None and not 0 < gpu < math.inf:
         raise UserError(f"gpu={gpu}: must be a positive, finite number of GB")
-    names = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
-    if names is not None and not names:
-        raise UserError(f"methods={methods}: names no method; for example --methods adamw,mem")
+    names = None if methods is None else names_in("methods", methods)
     _run(dict(_planned(recipe, settings, names)), gpu=gpu, device=device, plot=plot, as_json=as_json)
 
 
@@ -97,16 +96,15 @@ def _planned(source: str, overrides: Sequence[str], methods: Sequence[str] | Non
     from poetx.methods import METHODS, with_method
     from poetx.recipe import load_recipe
 
+    plain = load_recipe(source, overrides, text=False)
     if methods is None:
-        found = load_recipe(source, overrides, text=False)
-        yield found.name, found
-    else:
-        given: dict[str, Any] = {key: value for key, _, value in (text.partition("=") for text in overrides)}
-        plain = load_recipe(source, overrides, text=False)
-        for name in methods:
-            found = with_method(plain, name)
-            wanted = {key: given[key] for key, value in METHODS[name].items() if value == "auto" and key in given}
-            yield name, found.with_keys(wanted)
+        yield plain.name, plain
+        return
+    given: dict[str, Any] = {key: value for key, _, value in (text.partition("=") for text in overrides)}
+    for name in methods:
+        found = with_method(plain, name)
+        wanted = {key: given[key] for key, value in METHODS[name].items() if value == "auto" and key in given}
+        yield name, found.with_keys(wanted)
 
 
 def _run(recipes: dict[str, Recipe], *, gpu: float | None, device: str, plot: Path | None, as_json: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import shutil
@@ -194,18 +195,17 @@ def _write_tokens(
 
 def _encode(corpus: Corpus, split: Split, tokenizer: Tokenizer, end_id: int) -> Iterator[tuple[np.ndarray, bool]]:
     """Token ids of the corpus, int64, in order, with the part they belong to; about a piece of text at a time."""
-    texts: list[str] = []
-    tails: list[tuple[bool, bool]] = []  # (held out, end of a document), one for each text
+    waiting: list[tuple[str, bool, bool]] = []
     size = 0
-    for text, held, ends in _marked_pieces(corpus, split):
-        texts.append(text)
-        tails.append((held, ends))
-        size += len(text)
-        if size >= PIECE:
-            yield from _encode_batch(texts, tails, tokenizer, end_id)
-            texts, tails, size = [], [], 0
-    if texts:
-        yield from _encode_batch(texts, tails, tokenizer, end_id)
+    for piece in itertools.chain(_marked_pieces(corpus, split), [None]):
+        if piece is not None:
+            waiting.append(piece)
+            size += len(piece[0])
+        if waiting and (piece is None or size >= PIECE):
+            encodings = tokenizer.encode_batch_fast([text for text, _, _ in waiting], add_special_tokens=False)
+            for encoding, (_, held_out, ends) in zip(encodings, waiting, strict=True):
+                yield np.asarray(encoding.ids + [end_id] * ends, dtype=np.int64), held_out
+            waiting, size = [], 0
 
 
 def _marked_pieces(corpus: Corpus, split: Split) -> Iterator[tuple[str, bool, bool]]:
@@ -222,17 +222,6 @@ def _marked_pieces(corpus: Corpus, split: Split) -> Iterator[tuple[str, bool, bo
             waiting = (piece, held)
     if waiting is not None:
         yield (*waiting, True)
-
-
-def _encode_batch(
-    texts: list[str], tails: list[tuple[bool, bool]], tokenizer: Tokenizer, end_id: int
-) -> Iterator[tuple[np.ndarray, bool]]:
-    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    for encoding, (held, ends) in zip(encodings, tails, strict=True):
-        ids = encoding.ids
-        if ends:
-            ids.append(end_id)
-        yield np.asarray(ids, dtype=np.int64), held
 
 
 def _key(data: DataRecipe, train: Corpus, validation: Corpus | None, source: Path | None) -> str:

@@ -280,7 +280,8 @@ def _train_and_export(trainer: Trainer, start: Path | None, report: ConversionRe
     started = time.perf_counter()
     try:
         stop = fit(trainer, resume_from=start)
-        audit = _audit(trainer)
+        entries = [entry for entry in read_metrics(run_dir / "metrics.jsonl") if is_whole(entry)]
+        audit = _audit(trainer, entries)
     finally:
         reporter.stop()
         trainer.metrics.close()
@@ -292,7 +293,6 @@ def _train_and_export(trainer: Trainer, start: Path | None, report: ConversionRe
         method_of(recipe).to_dense_(trainer.model)
         export_model(trainer.model, run_dir / TOKENIZER_DIR, export_dir)
     saved = ckpt.checkpoints(run_dir)
-    entries = filter(is_whole, read_metrics(run_dir / "metrics.jsonl"))
     validation = [entry for entry in entries if entry["event"] == "validation"]
     return RunResult(
         run_dir=run_dir,
@@ -312,9 +312,8 @@ def _train_and_export(trainer: Trainer, start: Path | None, report: ConversionRe
     )
 
 
-def _audit(trainer: Trainer) -> dict[str, Any]:
+def _audit(trainer: Trainer, entries: list[dict[str, Any]]) -> dict[str, Any]:
     """The line that sums a run up, over all the processes it took."""
-    entries = filter(is_whole, read_metrics(trainer.run_dir / "metrics.jsonl"))
     train = [entry for entry in entries if entry["event"] == "train"]
     merges = [entry for entry in train if entry["merged"] and {"merge_angle", "norm_drift"} <= entry.keys()]
     recipe = trainer.recipe
