@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from benchmarks.record import LATER, append, provenance
 from benchmarks.weights import weight_statistics
 from poetx import POETX, PoetConfig, convert_, merge_every, param_groups
-from poetx.layers.poet import fresh_weight
+from poetx.layers.base import fresh_weight
 
 
 @dataclass(frozen=True)

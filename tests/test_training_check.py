@@ -215,3 +215,25 @@ def test_a_run_notes_what_does_not_learn(tiny):
     (line,) = [e for e in read_metrics(result.run_dir / "metrics.jsonl") if e["event"] == "training_check"]
     assert line["step"] == 3
     assert len(line["problems"]) == 1
+
+
+@pytest.mark.parametrize("method", ["poet-x", "single-step"])
+def test_everything_unfrozen_and_a_part_frozen_again_raise_no_alarm(method):
+    """``requires_grad_(True)`` of the whole model reaches frozen weights, which a gradient never does."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 3))
+    convert_(model, PoetConfig(method=method, block_size=4))
+    model.requires_grad_(False).requires_grad_(True)
+    model[2].requires_grad_(False)
+    optimizer = (
+        POETX(model) if method == "single-step" else torch.optim.AdamW(param_groups(model, lr=1e-3, poet_lr=1e-3))
+    )
+    if method == "poet-x":
+        merge_every(optimizer, model, steps=2)
+    check = check_training(model, optimizer, steps=3)
+    for _ in range(3):
+        model(torch.randn(5, 6)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert check.result.problems == ()
+    assert check.result.matrices == (2 if method == "single-step" else 4)

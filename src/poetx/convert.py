@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from types import MethodType
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import nn
 from poetx.config import PoetConfig, list_hint, name_matches
 from poetx.conversion_report import ConversionReport, ConvertedLayer, skipped
 from poetx.errors import UserError
+from poetx.layers.base import DTYPES, is_finite
 from poetx.layers.merge_reminder import remind_of_merging
-from poetx.layers.poet import DTYPES, PoetLinear
+from poetx.layers.poet import PoetLinear
 from poetx.layers.prequantized import dense_weight, drop_quantizers_, is_foreign
 from poetx.layers.single_step import SingleStepLinear
 from poetx.layers.walk import converted_layers, poet_layers
@@ -44,7 +46,7 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
 
     Raises:
         UserError: nothing matches ``target_modules``; the model is already converted; a targeted layer is
-            float16. The model is then unchanged.
+            float16, or holds inf or NaN. The model is then unchanged.
     """
     config = config or PoetConfig()
     if isinstance(model, nn.Linear) or is_conv1d(model):
@@ -72,6 +74,7 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
         raise UserError(f"no layer could be converted: {name}: {reason}")
     drop_quantizers_(model)
     save_plain_weights_too_(model)
+    vars(model)["_apply"] = MethodType(_apply, model)
     rotations = sum(layer.rotation_parameters for layer in converted)
     return ConversionReport(
         converted=tuple(converted),
@@ -81,6 +84,13 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
         total_parameters=total,
         remarks=remarks,
     )
+
+
+def _apply(model: nn.Module, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
+    """``model._apply``: what a converted layer refuses (float16), before torch has changed the modules ahead of it."""
+    for _, layer in converted_layers(model):
+        layer.check_cast(fn)
+    return type(model)._apply(model, fn, recurse)
 
 
 def _convert_layer(
@@ -95,6 +105,9 @@ def _convert_layer(
             weight = dense_weight(module, dtype)
         except ValueError as error:
             found.reasons[module] = str(error)
+            return None, was
+        if not is_finite(weight):
+            found.reasons[module] = "it holds inf or NaN"
             return None, was
     layer = _LAYERS[config.method].from_linear(module, config=config, name=name, weight=weight)
     _put(model, found.places.pop(module), layer)
@@ -175,11 +188,13 @@ def to_dense_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module
             del layer
             _put(model, where, dense)
     save_as_before_(model)
+    if next(converted_layers(model), None) is None:
+        vars(model).pop("_apply", None)
     return model
 
 
 def _dense_layer(layer: PoetLinear | SingleStepLinear) -> nn.Module:
-    weight = layer.weight.detach()
+    weight = layer.dense_weight().to(layer.weight_dtype)
     if layer.transposed:
         from transformers.pytorch_utils import Conv1D
 
@@ -188,6 +203,6 @@ def _dense_layer(layer: PoetLinear | SingleStepLinear) -> nn.Module:
         weight = weight.T.contiguous()
     else:
         dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    dense.weight = nn.Parameter(weight, requires_grad=not (isinstance(layer, SingleStepLinear) and layer.frozen))
+    dense.weight = nn.Parameter(weight, requires_grad=not layer.frozen)
     dense.bias = layer.bias
     return dense.train(layer.training)

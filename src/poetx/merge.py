@@ -68,8 +68,8 @@ def merge_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
     then merges all of them.
 
     Raises:
-        UserError: the model has no rotated layer, or ``optimizer`` counts steps in a group that holds rotations and
-            other parameters.
+        UserError: the model has no rotated layer; inf or NaN in a weight or rotation; ``optimizer`` counts steps in a
+            group that holds rotations and other parameters. Nothing has changed then.
     """
     layers = dict(poet_layers(model))
     if not layers:
@@ -79,6 +79,8 @@ def merge_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
     restart = handle.restart if handle else _Restart(())
     if optimizer is not None:
         restart.check(optimizer, rotations)
+    for layer in layers.values():
+        layer.check_finite(*layer.frozen_weight.stored.tensors, *layer.rotations)
     stats = [layer.merge_(lambda layer=layer: _forget(layer, optimizer)) for layer in layers.values()]
     if optimizer is not None:
         restart(optimizer, rotations)

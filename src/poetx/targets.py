@@ -20,11 +20,12 @@ from torch import nn
 
 from poetx.config import PoetConfig, list_hint, name_matches
 from poetx.errors import UserError, nearest
-from poetx.layers.poet import DTYPES
+from poetx.layers.base import DTYPES, NOT_FINITE, is_finite
 from poetx.layers.prequantized import is_foreign
 
 K = TypeVar("K")
 ZERO = "its weight is zero, or next to the others': a rotation of nothing stays nothing"
+ONE = "it has one element, which no rotation moves"
 #: A weight whose norm a row is below this part of the median layer's could only grow, which a held norm forbids.
 _NEXT_TO_NOTHING = 1e-3
 
@@ -57,7 +58,7 @@ def find_targets(model: nn.Module, config: PoetConfig, *, foreign: bool = False,
     the weight is kept, matrices of zeros.
 
     Raises:
-        UserError: none is left, or one of them is float16.
+        UserError: none is left; one of them is float16, or holds inf or NaN where its weight is kept.
     """
     places: dict[nn.Module, list[str]] = defaultdict(list)
     owners: dict[int, set[int]] = defaultdict(set)
@@ -89,6 +90,8 @@ def find_targets(model: nn.Module, config: PoetConfig, *, foreign: bool = False,
         else:
             matched = True
             reason = _refusal(module, shared, foreign=foreign, replaced=replaced)
+            if reason == ONE:
+                for_cause.add(module)
             if module in causes and (reason is None or "PEFT" in causes[module]):
                 reason = causes[module]
                 for_cause.add(module)
@@ -105,7 +108,11 @@ def find_targets(model: nn.Module, config: PoetConfig, *, foreign: bool = False,
         dense: dict[str, Any] = {
             name: m.weight for name, m in layers.items() if not is_foreign(m) and not m.weight.is_meta
         }
-        for name in next_to_nothing({name: norm_per_row(weight) for name, weight in dense.items()}):
+        norms = {name: norm_per_row(weight) for name, weight in dense.items()}
+        for name, norm in norms.items():
+            if not norm.isfinite() and not is_finite(dense[name]):
+                raise UserError(f"{name}: inf or NaN in {NOT_FINITE}")
+        for name in next_to_nothing(norms):
             module = layers.pop(name)
             reasons[module] = ZERO
             for_cause.add(module)
@@ -132,6 +139,8 @@ def _refusal(module: nn.Module, shared: set[int], *, foreign: bool, replaced: bo
         return "frozen (requires_grad=False)"
     if weight.numel() == 0:
         return "it has no elements"
+    if weight.numel() == 1:
+        return ONE
     if hasattr(module, "parametrizations"):
         return "parametrized; remove the parametrization first"
     if not replaced:

@@ -68,7 +68,9 @@ class _Watched:
     called: bool = False
     largest_lr: float = 0.0
 
-    def see(self, grad: Tensor) -> None:
+    def see(self, grad: Tensor | None) -> None:
+        if grad is None:  # of a function that has none for this input
+            return
         values = grad._values() if grad.is_sparse else _local(grad)
         some = values.detach().any()
         self.arrived, self.nonzero = True, some if self.nonzero is None else self.nonzero | some
@@ -93,7 +95,7 @@ class TrainingCheck:
             optimizer = optimizer.optimizer  # pyright: ignore[reportAttributeAccessIssue]  # accelerate's wrapper
         self._optimizer, self._taken = optimizer, 0
         self.result: TrainingReport | None = None
-        self._watched = {id(p): _Watched(name, p, _checksum(p), layer) for name, p, layer in _matrices(model)}
+        self._watched = {id(p): _Watched(name, p, _checksum(p), layer) for name, p, layer in self._matrices()}
         for watched in self._watched.values():
             if isinstance(watched.layer, PoetLinear):
                 watched.merges = int(watched.layer.merge_count)
@@ -113,7 +115,7 @@ class TrainingCheck:
         """What was seen so far; waits for the device."""
         if self.result is not None:
             return self.result
-        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        held = self._held()
         problems = [problem for w in self._watched.values() if (problem := self._problem(w, id(w.parameter) in held))]
         problems += self._vectors(held)
         if self._taken and (rotations := list(poet_layers(self._model))) and not self._merges():
@@ -126,6 +128,19 @@ class TrainingCheck:
                 )
             )
         return TrainingReport(self._taken, len(self._watched), tuple(problems))
+
+    def _held(self) -> set[int]:
+        return {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+
+    def _matrices(self) -> Iterator[tuple[str, Tensor, nn.Module | None]]:
+        """What must learn, and rotations that the optimizer holds: (name, parameter, converted layer or None)."""
+        held = self._held()
+        rotations = {id(p): layer for _, layer in poet_layers(self._model) for p in layer.rotations}
+        single = {id(layer.weight): layer for _, layer in single_step_layers(self._model) if not layer.frozen}
+        for name, p in self._model.named_parameters():
+            wanted = p.requires_grad or id(p) in single or (id(p) in rotations and id(p) in held)
+            if wanted and p.ndim >= 2 and p.numel() and not p.is_meta:
+                yield name, p, rotations.get(id(p)) or single.get(id(p))
 
     def _merges(self) -> bool:
         hooks = self._optimizer._optimizer_step_post_hooks.values()
@@ -268,16 +283,6 @@ def check_training(
         tell: called with the report instead of logging it.
     """
     return TrainingCheck(model, optimizer, steps, tell)
-
-
-def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module | None]]:
-    """What must learn: (name, parameter, converted layer or None), each once."""
-    rotations = {id(p): layer for _, layer in poet_layers(model) for p in layer.rotations}
-    single = {id(layer.weight): layer for _, layer in single_step_layers(model) if not layer.frozen}
-    for name, p in model.named_parameters():
-        own = rotations.get(id(p)) or single.get(id(p))
-        if (p.requires_grad or own is not None) and p.ndim >= 2 and p.numel() and not p.is_meta:
-            yield name, p, own
 
 
 @torch.no_grad()

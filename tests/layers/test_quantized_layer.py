@@ -10,7 +10,7 @@ from torch import nn
 from helpers import TOLERANCE, relative_error
 from poetx import PoetConfig, PoetLinear, UserError, convert_, to_dense_
 from poetx.config import WEIGHT_FORMATS
-from poetx.layers.poet import fresh_weight
+from poetx.layers.base import fresh_weight
 from poetx.memory.tracker import StorageTracker, followed
 
 

@@ -35,11 +35,26 @@ def test_a_state_of_other_settings_is_refused(there, here, words):
         assert str(twin.load_state_dict(layer.state_dict())) == "<All keys matched successfully>"
 
 
+@pytest.mark.parametrize("extra_bits", [False, True])
+@pytest.mark.parametrize("weight_format", ["int4", "fp8", "bipolar-int3"])
+def test_groups_of_another_size_are_refused_where_there_are_as_many(weight_format, extra_bits):
+    """10 columns make two groups of 5 to 9."""
+    settings = {"mode": "mem", "weight_format": weight_format, "weight_extra_bits": extra_bits}
+    layer = make(**settings, group_size=8)
+    want = layer.dense_weight()
+    for group_size in (5, 9):
+        with pytest.raises(UserError, match=f"the state is of group_size={group_size}, the layer of 8; convert"):
+            layer.load_state_dict(make(**settings, group_size=group_size).state_dict())
+    layer.load_state_dict(make(**settings, group_size=8, seed=0).state_dict())
+    assert torch.equal(layer.dense_weight(), want)
+
+
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize(("dtype", "settings"), [(torch.bfloat16, {}), (torch.float32, INT8)], ids=["bf16", "int8"])
 def test_an_older_state_without_settings_or_extra_bits_loads_and_merges(dtype, settings, assign):
     old = make(dtype, **settings)
-    state = {name: value for name, value in old.state_dict().items() if name != "trained_with"}
+    newer = ("trained_with", "weight_format", "group_size")
+    state = {name: value for name, value in old.state_dict().items() if not name.endswith(newer)}
     given = set(state)
     layer = make(dtype, **settings, weight_extra_bits=True)
     assert str(layer.load_state_dict(copy.deepcopy(state), assign=assign)) == "<All keys matched successfully>"

@@ -2,26 +2,80 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from poetx.config import PoetConfig
 from poetx.errors import UserError
+from poetx.ops.cayley import packed_size
 from poetx.ops.random import stream
 
 #: Of weights, and what products run in.
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+NOT_FINITE = "its weight or rotations, which would spread over the whole layer; load a checkpoint from before that"
 Layer = TypeVar("Layer", bound="ConvertedLinear")
 
 
-class ConvertedLinear(nn.Module):
-    """A layer in place of ``nn.Linear`` (or of a ``Conv1D``, if ``transposed``), known by its dotted name."""
+class RotatedWeight(nn.Parameter):
+    """The weight of a converted layer: it never requires a gradient; ``requires_grad_`` records whether it is frozen.
 
+    So ``model.part.requires_grad_(False)``, which torch hands down to parameters alone, freezes single-step layers,
+    and ``model.requires_grad_(True)`` lets rotations train and leaves the weight they turn without a gradient.
+    """
+
+    frozen: bool = False
+
+    @classmethod
+    def of(cls, values: Tensor, frozen: bool = False) -> RotatedWeight:
+        weight = cls(values, requires_grad=False)
+        weight.frozen = frozen
+        return weight
+
+    def requires_grad_(self, requires_grad: bool = True) -> RotatedWeight:
+        self.frozen = not requires_grad
+        return self
+
+    @property
+    def requires_grad(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, requires_grad: bool) -> None:
+        self.frozen = not requires_grad
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RotatedWeight:
+        if id(self) not in memo:
+            memo[id(self)] = RotatedWeight.of(self.data.clone(), self.frozen)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # torch's makes a plain Parameter
+        return RotatedWeight.of, (self.data, self.frozen)
+
+
+class ConvertedLinear(nn.Module):
+    """A layer in place of ``nn.Linear`` (or of a ``Conv1D``, if ``transposed``), known by its dotted name.
+
+    Subclasses say which parameter is the :class:`RotatedWeight`, in :attr:`weight_name`, and compute ``_product``.
+    """
+
+    weight_name: ClassVar[str]
     bias: nn.Parameter | None
 
-    def __init__(self, in_features: int, out_features: int, *, config: PoetConfig, name: str, transposed: bool) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        config: PoetConfig,
+        name: str,
+        transposed: bool,
+        dtype: torch.dtype,
+    ) -> None:
         super().__init__()
         self.config = config
         self.in_features, self.out_features = in_features, out_features
@@ -30,6 +84,7 @@ class ConvertedLinear(nn.Module):
         self.name, self.transposed = name, transposed
         #: None: ``config.mode`` holds. Else *fast* up to so many tokens, *mem* beyond: see savings.checkpoint_layers_.
         self.fast_tokens: float | None = None
+        self.check_dtype(dtype)
 
     @property
     def label(self) -> str:
@@ -44,6 +99,35 @@ class ConvertedLinear(nn.Module):
                 "use bfloat16 or float32"
             )
 
+    def check_cast(self, fn: Callable[..., Any]) -> None:
+        """:meth:`check_dtype` of what ``fn``, as ``nn.Module._apply`` takes it, would make of the weight."""
+        self.check_dtype(fn(self._probe()).dtype)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """What the layer computes in and :func:`poetx.to_dense_` gives back."""
+        return self._parameters[self.weight_name].dtype  # type: ignore[union-attr]
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing trains the layer's weight."""
+        raise NotImplementedError
+
+    @property
+    def rotation_count(self) -> int:
+        """Degrees of freedom of both sides, without the unused entries of ragged blocks."""
+        free = self.config.method == "single-step" and self.config.update == "free"
+        total = 0
+        for size, block_size in ((self.in_features, self.block_size_in), (self.out_features, self.block_size_out)):
+            full, rest = divmod(size, block_size)
+            total += full * block_size**2 + rest**2 if free else full * packed_size(block_size) + packed_size(rest)
+        return total
+
+    def check_finite(self, *tensors: Tensor) -> None:
+        """Raise :class:`UserError` where ``tensors`` hold inf or NaN, which a rotation would spread over the layer."""
+        if not all(map(is_finite, tensors)):
+            raise UserError(f"{self.label}: inf or NaN in {NOT_FINITE}")
+
     def fresh_weight(self) -> Tensor:
         """:func:`fresh_weight` of this layer."""
         return fresh_weight(self.config, self.out_features, self.in_features, self.name)
@@ -54,8 +138,12 @@ class ConvertedLinear(nn.Module):
     ) -> Layer:
         """Convert an ``nn.Linear`` or ``transformers`` ``Conv1D``; ``init="keep"`` preserves its function.
 
-        The bias keeps its ``nn.Parameter`` object, so an optimizer that already holds it stays right. ``weight``
-        [m, n] stands for a weight that another library has quantized.
+        The bias keeps its ``nn.Parameter`` object, so an optimizer that already holds it stays right; a single-step
+        layer keeps the memory of an ``nn.Linear``'s weight, too. ``weight`` [m, n] stands for a weight that another
+        library has quantized.
+
+        Raises:
+            UserError: float16; inf or NaN in a weight that is kept.
         """
         build: Any = cls
         transposed = not isinstance(linear, nn.Linear)
@@ -72,8 +160,68 @@ class ConvertedLinear(nn.Module):
         return layer.train(linear.training)
 
     def _adopt(self, native: Tensor) -> None:
-        """Take a weight [m, n] in the native frame, perhaps on the meta device, with this layer's rest made for it."""
+        """Become the layer of this weight [m, n], in ``nn.Linear``'s layout, perhaps on the meta device.
+
+        Called once, by :meth:`from_linear`, on a layer that was built on the meta device: everything that goes with
+        the weight (permutations, rotations, norms) gets its memory and its first values here.
+        """
         raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] → y [..., out_features], in autocast's dtype if that is on, else in x's.
+
+        Of a nested tensor, as ``nn.TransformerEncoder`` makes of a padding mask, each part.
+        """
+        if x.is_nested:
+            return torch.nested.as_nested_tensor([self._product(part) for part in x.unbind()], layout=x.layout)
+        return self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """:meth:`forward` of a tensor that is not nested."""
+        raise NotImplementedError
+
+    def _probe(self) -> Tensor:
+        """An empty tensor of the weight's dtype and device."""
+        return torch.empty(0, dtype=self.weight_dtype, device=self._parameters[self.weight_name].device)  # type: ignore
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in torch; what takes the weight's place (``load_state_dict(assign=True)``) is one that rotates, too."""
+        if name == self.weight_name and param is not None and not isinstance(param, RotatedWeight):
+            former = self._parameters.get(name)
+            if type(param.detach()) is Tensor:
+                param = RotatedWeight.of(param.detach(), getattr(former, "frozen", False))
+        super().register_parameter(name, param)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ConvertedLinear:
+        """``.to()``, ``.bfloat16()`` and the like, refused before anything changes."""
+        self.check_cast(fn)
+        former = self._parameters[self.weight_name]
+        super()._apply(fn, recurse)
+        weight = self._parameters[self.weight_name]
+        if weight is not former and weight is not None:  # put in its place, as by to_empty
+            self._parameters[self.weight_name] = former
+            self.register_parameter(self.weight_name, weight)
+        return self
+
+    def checked_input(self, x: Tensor) -> Tensor:
+        """x [..., in_features] in the dtype that the layer computes in: autocast's if that is on, else the weight's.
+
+        Raises:
+            RuntimeError: another dtype without autocast, or another last size, as from ``nn.Linear``.
+            UserError: float16 autocast.
+        """
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as nn.Linear does
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        elif x.dtype != self.weight_dtype:
+            raise RuntimeError(
+                f"{self.label}: input is {x.dtype}, weight is {self.weight_dtype}; cast one of them or use "
+                "torch.autocast"
+            )
+        if x.shape[-1] != self.in_features:  # a kernel would read beyond the permutation's end
+            raise RuntimeError(f"{self.label}: input is {tuple(x.shape)}, the last size must be {self.in_features}")
+        if x.dtype not in DTYPES:
+            raise UserError(f"{self.label}: {x.dtype} autocast is not supported; use bfloat16")
+        return x
 
     def mode_for(self, x: Tensor) -> str:
         """``"fast"`` or ``"mem"``: the config's mode, unless ``fast_tokens`` says up to how many tokens it is fast."""
@@ -86,24 +234,11 @@ class ConvertedLinear(nn.Module):
         return f"{sizes}, block_size={(self.block_size_in, self.block_size_out)}, mode={self.config.mode!r}"
 
 
-def checked_input(x: Tensor, in_features: int, weight_dtype: torch.dtype, name: str) -> Tensor:
-    """x [..., in_features] in the dtype that a layer computes in: autocast's if that is on, else the weight's.
-
-    Raises:
-        RuntimeError: another dtype without autocast, or another last size, as from ``nn.Linear``.
-        UserError: float16 autocast.
-    """
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as nn.Linear does
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    elif x.dtype != weight_dtype:
-        raise RuntimeError(
-            f"{name}: input is {x.dtype}, weight is {weight_dtype}; cast one of them or use torch.autocast"
-        )
-    if x.shape[-1] != in_features:  # a kernel would read beyond the permutation's end
-        raise RuntimeError(f"{name}: input is {tuple(x.shape)}, the last size must be {in_features}")
-    if x.dtype not in DTYPES:
-        raise UserError(f"{name}: {x.dtype} autocast is not supported; use bfloat16")
-    return x
+def is_finite(weight: Tensor) -> bool:
+    """Whether no element is inf or NaN; waits for the device, and copies nothing."""
+    if not weight.is_floating_point() or not weight.numel() or weight.is_meta or isinstance(weight, FakeTensor):
+        return True
+    return bool(torch.linalg.vector_norm(weight, math.inf).isfinite())
 
 
 def fresh_weight(config: PoetConfig, out_features: int, in_features: int, name: str) -> Tensor:

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from poetx.config import PoetConfig
 from poetx.errors import UserError
-from poetx.layers.base import DTYPES as DTYPES
-from poetx.layers.base import ConvertedLinear, checked_input
-from poetx.layers.base import fresh_weight as fresh_weight
+from poetx.layers.base import ConvertedLinear
+from poetx.layers.computed_weight import ComputedWeight
 from poetx.layers.weights import DenseWeight, PackedWeight
 from poetx.ops.cayley import packed_size
 from poetx.ops.fold import fold, largest_angle
@@ -62,6 +61,7 @@ class PoetLinear(ConvertedLinear):
         UserError: a dtype other than float32, bfloat16 or float64.
     """
 
+    weight_name = "base_weight"
     perm_in: Tensor
     perm_out: Tensor
     merge_count: Tensor
@@ -86,9 +86,8 @@ class PoetLinear(ConvertedLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         config = config or PoetConfig(init="normalized")
-        super().__init__(in_features, out_features, config=config, name=name, transposed=transposed)
         dtype = dtype or torch.get_default_dtype()
-        self.check_dtype(dtype)
+        super().__init__(in_features, out_features, config=config, name=name, transposed=transposed, dtype=dtype)
         shape = (out_features, in_features)
         # Empty, so that whatever moves or casts the module says which dtype and device it has, base_weight or not.
         self.register_buffer("_like", torch.empty(0, device=device, dtype=dtype), persistent=False)
@@ -123,7 +122,7 @@ class PoetLinear(ConvertedLinear):
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """What the layer computes in and :func:`poetx.to_dense_` gives back; ``base_weight``'s, where there is one."""
+        """What the layer computes in and :func:`poetx.to_dense_` gives back."""
         return self._like.dtype if self.base_weight is None else self.base_weight.dtype
 
     @property
@@ -150,13 +149,9 @@ class PoetLinear(ConvertedLinear):
         return self.skew_in, self.skew_out
 
     @property
-    def rotation_count(self) -> int:
-        """Degrees of freedom in the rotations: their parameters less the unused entries of ragged blocks."""
-        total = 0
-        for side in self.sides:
-            full, rest = divmod(side.size, side.block_size)
-            total += full * packed_size(side.block_size) + packed_size(rest)
-        return total
+    def frozen(self) -> bool:
+        """Whether neither rotation trains."""
+        return not any(skew.requires_grad for skew in self.rotations)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -185,7 +180,12 @@ class PoetLinear(ConvertedLinear):
 
     @torch.no_grad()
     def load_dense_(self, weight: Tensor) -> None:
-        """Take ``weight`` [m, n] in the native frame, on this layer's device; rotations and merge count start anew."""
+        """Take ``weight`` [m, n] in the native frame, on this layer's device; rotations and merge count start anew.
+
+        Raises:
+            UserError: it holds inf or NaN. Nothing has changed then.
+        """
+        self.check_finite(weight)
         self.skew_in.zero_()
         self.skew_out.zero_()
         self.merge_count.zero_()
@@ -197,11 +197,12 @@ class PoetLinear(ConvertedLinear):
         del weight
         self.base_norm.copy_(torch.linalg.vector_norm(self.frozen_weight.precise(), dtype=torch.float64))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] → y [..., out_features], in autocast's dtype if that is on, else in x's."""
+    def _product(self, x: Tensor) -> Tensor:
+        if torch.jit.is_tracing():
+            raise UserError(f"{self.label}: torch.jit.trace sees no rotations; call poetx.to_dense_(model) before it")
         mode = self.config.mode if self.packed_weight is not None else self.mode_for(x)
         factors = kept_factors(x) if mode == "mem" and torch.is_grad_enabled() else None
-        x = checked_input(x, self.in_features, self.weight_dtype, self.label)
+        x = self.checked_input(x)
         blocks = self.shared_blocks if self.shared_blocks and self.shared_blocks[0].dtype == x.dtype else None
         weight, settings = self.frozen_weight.stored, {"order": self.order, "mode": mode, "bias": self.bias}
         return poet_linear(x, weight, self.sides, **settings, factors=factors, blocks=blocks)
@@ -216,8 +217,17 @@ class PoetLinear(ConvertedLinear):
 
     @property
     def weight(self) -> Tensor:
-        """:meth:`dense_weight` in the stored dtype, for code that reads ``layer.weight``; slow."""
-        return self.dense_weight().to(self.weight_dtype)
+        """:meth:`dense_weight` in the stored dtype, for code that reads ``layer.weight``; slow, and read-only."""
+        return ComputedWeight.of(self.dense_weight().to(self.weight_dtype))
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        self.register_parameter("weight", value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":
+            raise UserError(f"{self.label}: weight is computed; set it with layer.load_dense_(weight)")
+        super().register_parameter(name, param)
 
     @torch.no_grad()
     def merge_(self, *also: Callable[[], object]) -> FoldStats:
@@ -233,7 +243,9 @@ class PoetLinear(ConvertedLinear):
         """
         count = int(self.merge_count) + 1
         weight = fold(self.frozen_weight.precise(), self.sides)
-        ratio = torch.linalg.vector_norm(weight, dtype=torch.float64) / self.base_norm
+        norm = torch.linalg.vector_norm(weight, dtype=torch.float64)
+        self.check_finite(norm)
+        ratio = norm / self.base_norm
         # A matrix of zeros, or nearly, has no norm to go back to.
         ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
         weight /= ratio
@@ -301,10 +313,12 @@ class PoetLinear(ConvertedLinear):
         for key, value in self.state_dict().items():
             state_dict.setdefault(f"{prefix}{key}", value)
 
+    def _probe(self) -> Tensor:
+        return self._like
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PoetLinear:
         """``.to()``, ``.bfloat16()`` and the like: the rotations and ‖W0‖ move, but are never narrowed."""
         before, norm = [skew.data for skew in self.rotations], self.base_norm
-        self.check_dtype(fn(self._like).dtype)
         super()._apply(fn, recurse)
         if self.base_norm.dtype != norm.dtype:
             self.base_norm = norm.to(self.base_norm.device)

@@ -65,8 +65,8 @@ class PackedWeight(nn.Module):
     Buffers:
         codes: uint8 [rows, bytes of a row]. scale: bfloat16 [rows, ⌈columns / group_size⌉]. offset: the same, for
             ``"int8"`` and ``"int4"`` only, else None.
-    A state dict also says whose codes they are, ``weight_format``: the format's name in ASCII, uint8. Of the same
-    shapes there are several. An older state dict without it is taken to fit.
+    A state dict also says what the codes mean, for the same shapes can mean several things: ``weight_format``, the
+    format's name in ASCII, uint8, and ``group_size``, int64. An older state dict without them is taken to fit.
 
     Args:
         weight_format: one of :data:`poetx.config.WEIGHT_FORMATS`.
@@ -140,17 +140,24 @@ class PackedWeight(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight_format"] = torch.tensor(
-            list(self.format.name.encode()), dtype=torch.uint8, device="cpu"
-        )
+        name = torch.tensor(list(self.format.name.encode()), dtype=torch.uint8, device="cpu")
+        destination |= {
+            f"{prefix}weight_format": name,
+            f"{prefix}group_size": torch.tensor(self.group_size, device="cpu"),
+        }
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        saved = state_dict.pop(f"{prefix}weight_format", None)
-        if saved is not None and not saved.is_meta and (name := bytes(saved.tolist()).decode()) != self.format.name:
-            raise UserError(
-                f"{prefix.removesuffix('.')}: the state is of weight_format={name!r}, the layer of "
-                f"{self.format.name!r}; convert the model with weight_format={name!r} to load it"
-            )
+        own = {"weight_format": self.format.name, "group_size": self.group_size}
+        for setting, ours in own.items():
+            saved = state_dict.pop(f"{prefix}{setting}", None)
+            if saved is None or saved.is_meta:
+                continue
+            theirs = bytes(saved.tolist()).decode() if setting == "weight_format" else int(saved)
+            if theirs != ours:
+                raise UserError(
+                    f"{prefix.removesuffix('.')}: the state is of {setting}={theirs!r}, the layer of {ours!r}; convert "
+                    f"the model with {setting}={theirs!r} to load it"
+                )
         if self.residual is not None and (codes := state_dict.get(f"{prefix}codes")) is not None:
             for name, own in self.residual.named_buffers(prefix=f"{prefix}residual"):  # of an older state: no error yet
                 state_dict.setdefault(name, torch.zeros(own.shape, dtype=own.dtype, device=codes.device))
