@@ -20,7 +20,7 @@ ORDER = (
     ("conversion_report", "targets"),
     ("plain_model",),
     ("convert",),
-    ("materialize", "merge", "spectra", "distributed"),
+    ("materialize", "merge", "optimizer_restart", "spectra", "distributed"),
     ("optim", "savings", "training_check"),
     ("memory",),  # measuring is below the loop
     ("recipe",),

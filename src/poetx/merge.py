@@ -6,30 +6,24 @@ together here, under one counter, because keeping them apart is where public cod
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from poetx.distributed.sharded import refuse_sharded
 from poetx.errors import UserError
 from poetx.layers.poet import FoldStats, PoetLinear
 from poetx.layers.walk import poet_layers
 from poetx.ops.reference import EXACT
+from poetx.optimizer_restart import COUNTERS, GroupRestart, forget, groups_of
 
 logger = logging.getLogger(__name__)
+Owner = TypeVar("Owner")
 
-#: What counts merges, in every parameter group that holds rotations.
-COUNTERS = ("steps_since_merge", "merges")
-#: Step counts that optimizers of other libraries keep in a group; :func:`merge_every` sees whatever a step writes.
-_STEP_COUNTS = ("step", "steps", "count", "k", "counter", "update_counter", "looksam_step", "weight_sum", "lr_max")
-#: Optimizers for which zeros are the state of a parameter that was never stepped. Their entries stay, because
-#: ``torch.distributed.checkpoint`` wants the same ones always; those of other optimizers are dropped.
-_FRESH_IS_ZERO = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adafactor, torch.optim.Adagrad, torch.optim.RMSprop)
 _NOTHING = (
     "the model has no PoetLinear layer to merge; call poetx.convert_ first (with method='single-step', poetx.POETX "
     "folds at every step and there is nothing left to merge)"
@@ -75,24 +69,16 @@ def merge_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
     if not layers:
         raise UserError(_NOTHING)
     rotations = {id(p) for layer in layers.values() for p in layer.rotations}
-    handle = None if optimizer is None else _handle_of(optimizer)
-    restart = handle.restart if handle else _Restart(())
+    handle = None if optimizer is None else merge_handle(optimizer)
+    restart = handle.restart if handle else GroupRestart()
     if optimizer is not None:
         restart.check(optimizer, rotations)
     for layer in layers.values():
         layer.check_finite(*layer.frozen_weight.stored.tensors, *layer.rotations)
-    stats = [layer.merge_(lambda layer=layer: _forget(layer, optimizer)) for layer in layers.values()]
+    stats = [layer.merge_(lambda layer=layer: forget(layer, optimizer)) for layer in layers.values()]
     if optimizer is not None:
         restart(optimizer, rotations)
     return _report(layers, stats)
-
-
-def _forget(layer: PoetLinear, optimizer: torch.optim.Optimizer | None) -> None:
-    """Drop what belonged to the old frame; together with the layer's own merge, and harmless when done twice."""
-    for parameter in layer.rotations:
-        parameter.grad = None
-        if optimizer is not None:
-            _reset(optimizer, parameter)
 
 
 def _report(layers: Mapping[str, PoetLinear], stats: list[FoldStats]) -> MergeReport:
@@ -124,90 +110,6 @@ def _report(layers: Mapping[str, PoetLinear], stats: list[FoldStats]) -> MergeRe
     )
 
 
-def _reset(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
-    """Make the state of one parameter what it was before its first step."""
-    state = optimizer.state.get(parameter)
-    if not state:
-        return
-    group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
-    owner = _owner(optimizer, group)
-    plain = type(owner) is torch.optim.SGD and group["dampening"] == 0  # which a first step does without
-    if not (plain or fresh_is_zero(owner)):
-        optimizer.state.pop(parameter)
-        return
-    for key, value in state.items():
-        if isinstance(value, Tensor):
-            value.fill_(
-                group["initial_accumulator_value"] if type(owner) is torch.optim.Adagrad and key == "sum" else 0
-            )
-        elif isinstance(value, (int, float)):
-            state[key] = type(value)(0)
-
-
-def fresh_is_zero(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether zeros are the state of a parameter that ``optimizer`` never stepped."""
-    return type(optimizer) in _FRESH_IS_ZERO or getattr(optimizer, "fresh_is_zero", False)
-
-
-def _owner(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> torch.optim.Optimizer:
-    """The optimizer that steps this group: one of several, if ``optimizer`` combines them."""
-    return optimizer.optimizers[group["optimizer"]] if hasattr(optimizer, "optimizers") else optimizer  # type: ignore[attr-defined]
-
-
-def _groups(optimizer: torch.optim.Optimizer, rotations: Set[int]) -> list[dict[str, Any]]:
-    """The parameter groups that hold rotations, given by their ids."""
-    return [group for group in optimizer.param_groups if any(id(p) in rotations for p in group["params"])]
-
-
-class _Restart:
-    """Restarts what an optimizer itself counts in the groups of the rotations.
-
-    Whatever ``step()`` changes in a group, but the learning rate, is state: every optimizer of ``pytorch_optimizer``
-    has its step count there, others a step size that they found.
-    """
-
-    def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
-        self._written = set(_STEP_COUNTS)
-        self._before: list[dict[str, Any]] = []
-        self._fresh = [self._entries(group) for group in groups]
-
-    def _entries(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {key: copy.deepcopy(value) for key, value in group.items() if key not in ("params", "lr", *COUNTERS)}
-
-    def before_step(self, groups: list[dict[str, Any]]) -> None:
-        self._before = [{key: self._mark(value) for key, value in group.items()} for group in groups]
-
-    def after_step(self, groups: list[dict[str, Any]]) -> None:
-        for group, before in zip(groups, self._before, strict=False):
-            for key, value in group.items():
-                if key not in ("params", "lr", *COUNTERS) and (key not in before or before[key] != self._mark(value)):
-                    self._written.add(key)
-
-    @staticmethod
-    def _mark(value: Any) -> Any:
-        return (id(value), value._version) if isinstance(value, Tensor) else value
-
-    def check(self, optimizer: torch.optim.Optimizer, rotations: Set[int]) -> None:
-        """Refuse a group whose count cannot start anew without that of other parameters."""
-        for group in _groups(optimizer, rotations):
-            found = sorted(self._written & group.keys())
-            if found and any(id(p) not in rotations for p in group["params"]):
-                raise UserError(
-                    f"{type(_owner(optimizer, group)).__name__} keeps {found[0]!r} in the parameter group, and this "
-                    "group holds rotations and other parameters, so a merge could not reset it for the rotations "
-                    "alone; build the optimizer from poetx.param_groups(model, ...)"
-                )
-
-    def __call__(self, optimizer: torch.optim.Optimizer, rotations: Set[int]) -> None:
-        for index, group in enumerate(_groups(optimizer, rotations)):
-            fresh = self._fresh[index] if index < len(self._fresh) else _owner(optimizer, group).defaults
-            for key in self._written & group.keys():
-                if key in fresh:
-                    group[key] = copy.deepcopy(fresh[key])
-                else:
-                    del group[key]
-
-
 class MergeHandle:
     """What :func:`merge_every` returns.
 
@@ -224,7 +126,7 @@ class MergeHandle:
         self._model, self._optimizer = model, optimizer
         self._rotations = {id(p) for _, layer in poet_layers(model) for p in layer.rotations}
         self._set(0, 0)
-        self.restart = _Restart(() if optimizer.state else self._where())
+        self.restart = GroupRestart([] if optimizer.state else self._where())
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -249,7 +151,7 @@ class MergeHandle:
 
     def _where(self) -> list[dict[str, Any]]:
         """The groups that carry the counters: a checkpoint of any kind saves what is in a group."""
-        return _groups(self._optimizer, self._rotations) or self._optimizer.param_groups[:1]
+        return groups_of(self._optimizer, self._rotations) or self._optimizer.param_groups[:1]
 
     def _set(self, steps_since_merge: int, merges: int) -> None:
         for group in self._where():
@@ -295,9 +197,15 @@ class MergeHandle:
         return {**{key: value for key, value in state_dict.items() if key != "poetx"}, "param_groups": groups}
 
 
-def _handle_of(optimizer: torch.optim.Optimizer) -> MergeHandle | None:
+def hook_owner(optimizer: torch.optim.Optimizer, kind: type[Owner]) -> Owner | None:
+    """The object of ``kind`` that registered one of its methods to run after ``optimizer.step()``, or None."""
     owners = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_post_hooks.values())
-    return next((owner for owner in owners if isinstance(owner, MergeHandle)), None)
+    return next((owner for owner in owners if isinstance(owner, kind)), None)
+
+
+def merge_handle(optimizer: torch.optim.Optimizer) -> MergeHandle | None:
+    """What :func:`merge_every` registered on ``optimizer``, or None."""
+    return hook_owner(optimizer, MergeHandle)
 
 
 def merge_every(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int = 200) -> MergeHandle:
@@ -324,8 +232,8 @@ def merge_every(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int =
             if parameter.requires_grad and id(parameter) not in held:
                 raise UserError(
                     f"{name}.{side} is not in this optimizer, so its state could not be reset; build the "
-                    "optimizer from poetx.param_groups(model, ...) after convert_"
+                    "optimizer from poetx.paramgroups_of(model, ...) after convert_"
                 )
-    if _handle_of(optimizer) is not None:
+    if merge_handle(optimizer) is not None:
         raise UserError("merge_every is already registered on this optimizer; remove() the first handle")
     return MergeHandle(optimizer, model, steps)

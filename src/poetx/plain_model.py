@@ -112,7 +112,8 @@ def _plain_weights(layers: Mapping[str, PoetLinear], state: Mapping[str, Tensor]
         if layer.skew_in.is_meta:
             raise UserError(f"save_pretrained: {layer.label} is on the meta device and has no weight; materialize_ it")
         if layer not in made:
-            weight = layer.weight.T if layer.transposed else layer.weight
+            weight = layer.dense_weight().to(layer.weight_dtype)
+            weight = weight.T if layer.transposed else weight
             made[layer] = weight.contiguous().cpu()
         found[f"{name}.weight"] = made[layer]
     return found

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from poetx.layers.poet import PoetLinear
 from poetx.layers.single_step import SingleStepLinear
 from poetx.layers.walk import poet_layers, single_step_layers
-from poetx.merge import MergeHandle
+from poetx.merge import merge_handle
 
 logger = logging.getLogger(__name__)
 
@@ -143,10 +143,8 @@ class TrainingCheck:
                 yield name, p, rotations.get(id(p)) or single.get(id(p))
 
     def _merges(self) -> bool:
-        hooks = self._optimizer._optimizer_step_post_hooks.values()
-        return any(isinstance(getattr(hook, "__self__", None), MergeHandle) for hook in hooks) or any(
-            bool(layer.merge_count > 0) for _, layer in poet_layers(self._model)
-        )
+        merged = (bool(layer.merge_count > 0) for _, layer in poet_layers(self._model))
+        return merge_handle(self._optimizer) is not None or any(merged)
 
     def _vectors(self, held: set[int]) -> Iterator[TrainingProblem]:
         for name, p in self._model.named_parameters():

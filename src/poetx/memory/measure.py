@@ -24,7 +24,7 @@ from poetx.memory.tracker import (
     peak_of,
     storages,
 )
-from poetx.merge import MergeHandle
+from poetx.merge import merge_handle
 from poetx.ops.library import transparent_operators
 
 
@@ -102,9 +102,8 @@ class MemoryProbe:
             first.register_hook(lambda grad: self.phase("backward"))
 
     def _merge_count(self) -> int:
-        hooks = [hook for optimizer in self._optimizers for hook in optimizer._optimizer_step_post_hooks.values()]
-        handles = {getattr(hook, "__self__", None) for hook in hooks}
-        return sum(handle.merges for handle in handles if isinstance(handle, MergeHandle))
+        handles = map(merge_handle, self._optimizers)
+        return sum(handle.merges for handle in handles if handle is not None)
 
     def _before_merge(self, *_: Any) -> None:
         if self._tracker is not None:

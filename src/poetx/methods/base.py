@@ -11,15 +11,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from poetx.layers.walk import converted_layers
-from poetx.merge import MergeHandle
+from poetx.merge import hook_owner
+from poetx.merge import merge_handle as merge_handle
 from poetx.optim.gradient_release import ReleaseHandle, release_gradients
 from poetx.recipe import Recipe
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     import torch
 
     from poetx.conversion_report import ConversionReport
-
-H = TypeVar("H", MergeHandle, ReleaseHandle)
 
 
 @dataclass(frozen=True)
@@ -155,19 +153,9 @@ def end_weights(model: nn.Module) -> list[nn.Parameter]:
     return [end.weight for end in ends if end is not None]
 
 
-def merge_handle(optimizer: Optimizer) -> MergeHandle | None:
-    """What :func:`poetx.merge_every` registered on ``optimizer``, or None."""
-    return next(_handles(optimizer, MergeHandle), None)
-
-
 def release_handle(optimizer: Optimizer) -> ReleaseHandle | None:
     """What :func:`poetx.optim.release_gradients` registered on ``optimizer``, or None."""
-    return next(_handles(_dense_part(optimizer), ReleaseHandle), None)
-
-
-def _handles(optimizer: Optimizer, kind: type[H]) -> Iterator[H]:
-    hooks = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_post_hooks.values())
-    return (owner for owner in hooks if isinstance(owner, kind))
+    return hook_owner(_dense_part(optimizer), ReleaseHandle)
 
 
 def _dense_part(optimizer: Optimizer) -> Optimizer:

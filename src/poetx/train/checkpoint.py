@@ -25,8 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from poetx.errors import UserError, one_line
 from poetx.files import new_directory, read_json, reason, remove, sha256
-from poetx.merge import COUNTERS
 from poetx.models import not_finite
+from poetx.optimizer_restart import COUNTERS
 
 if TYPE_CHECKING:
     import torch

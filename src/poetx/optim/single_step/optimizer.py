@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from poetx.distributed.ranks import on_any_rank
 from poetx.errors import UserError, nearest
-from poetx.merge import fresh_is_zero
 from poetx.ops.cayley import unpack_skew
 from poetx.ops.fold import full_precision_products
 from poetx.ops.single_step import small_cayley_delta
@@ -30,6 +29,7 @@ from poetx.optim.settings import check_numbers
 from poetx.optim.single_step.given import check_groups, read_model
 from poetx.optim.single_step.matrix import Matrix, touched_blocks
 from poetx.optim.single_step.saved_state import current_entries, state_from_groups, state_into_groups
+from poetx.optimizer_restart import fresh_is_zero
 
 #: Elements of unpacked blocks that one batched iteration takes.
 _BATCH_ELEMENTS = 1 << 23
