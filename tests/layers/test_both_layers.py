@@ -203,7 +203,6 @@ def test_a_computed_weight_is_read_as_any_tensor():
     for value in (nn.Parameter(torch.zeros(6, 10)), torch.zeros(6, 10), None):
         with pytest.raises(UserError, match=r"^2: weight is computed; set it with layer.load_dense_\(weight\)"):
             layer.weight = value
-    assert torch.compile(lambda: layer.weight.mul_(2), backend="eager")().shape == (6, 10)
 
 
 def test_tracing():
