@@ -229,8 +229,13 @@ def load_checkpoint(path: Path, dtype: torch.dtype | str, name: str) -> PreTrain
 
 
 def not_finite(model: torch.nn.Module) -> list[str]:
-    """Names of the parameters that have NaN or infinity in them."""
-    return [name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
+    """Names of the parameters, and of the converted layers' buffers (scales, say), that have NaN or infinity."""
+    from poetx.layers.walk import poet_layers
+
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
+    for name, layer in poet_layers(model):
+        tensors |= {f"{name}.{key}": buffer for key, buffer in layer.named_buffers()}
+    return [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
 
 
 def _some(names: Collection[str]) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from builders import At, interrupt, train_losses
+from builders import At, edit_tensors, interrupt, train_losses
 from poetx import poet_layers
 from poetx.errors import UserError
 from poetx.methods.base import convert_model
@@ -83,6 +83,16 @@ def test_a_pretrained_checkpoint_is_quantized_layer_by_layer_and_never_loaded_wh
     save_file(tensors, file, metadata={"format": "pt"})
     model = build_model(recipe, vocab_size=320, end_of_text_id=0, device=CPU)
     assert not next(model.parameters()).is_meta
+
+
+def test_a_scale_that_is_not_finite_is_no_checkpoint(tiny: Tiny) -> None:
+    path = train(tiny(*XQ, "train.steps=1", "train.export=false")).checkpoint
+    assert path is not None
+    name = "model.layers.0.mlp.up_proj.packed_weight.scale"
+    scale = load_file(path / "model.safetensors")[name]
+    edit_tensors(path, "model.safetensors", {name: scale.index_fill(0, torch.tensor(3), float("inf"))})
+    with pytest.raises(UserError, match=rf"step-00000001: NaN or infinity in {name}"):
+        load_run(str(path.parents[1]))
 
 
 def test_mistakes_carry_the_key(tiny: Tiny) -> None:
