@@ -125,6 +125,7 @@ def test_storage_is_integers_and_scales():
         "packed_weight.scale": torch.bfloat16,
         "packed_weight.offset": torch.bfloat16,
         "packed_weight.weight_format": torch.uint8,  # the name
+        "packed_weight.group_size": torch.int64,
     }
     assert state["packed_weight.codes"].shape == (64, 32)
     assert "base_weight" not in state

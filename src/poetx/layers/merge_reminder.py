@@ -1,4 +1,4 @@
-"""Says once that rotations train and nothing merges them, which would otherwise show in the loss alone."""
+"""A warning, once a model, where rotations train and nothing merges them: only the loss would tell."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _LARGE_ANGLE = 0.32
 
 
 class MergeReminder:
-    """A forward hook of one layer. Looks after 128, 256, 512, … training passes; a first merge ends it."""
+    """A forward hook that warns where its layer's rotations have grown large without a merge.
+
+    It looks after 128, 256, 512, … training passes of the layer, and never again after its warning or a first merge.
+    """
 
     def __init__(self) -> None:
         self.passes, self.done = 0, False
@@ -41,12 +44,12 @@ class MergeReminder:
                 "%s: %d forward passes, rotations at an angle of %.2f, and no merge yet; call poetx.merge_every("
                 "optimizer, model, steps=200) after building the optimizer: only coordinates of one block mix until "
                 "then, and the series that trains them is exact for small angles only",
-                layer.name or "PoetLinear",
+                layer.label,
                 self.passes,
                 angle,
             )
 
 
 def remind_of_merging(layer: PoetLinear) -> None:
-    """Watch ``layer`` for its whole model."""
+    """Register a :class:`MergeReminder` on ``layer``, one of its model's: the others are merged with it."""
     layer.register_forward_pre_hook(MergeReminder())

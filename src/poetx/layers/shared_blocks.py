@@ -48,7 +48,7 @@ def shared_blocks(model: nn.Module, *, dtype: torch.dtype | None = None) -> Iter
     for layer, before in zip(layers, versions, strict=True):
         if _versions(layer) != before:
             raise RuntimeError(
-                f"{layer.name or 'PoetLinear'}: its rotations changed inside shared_blocks(); "
+                f"{layer.label}: its rotations changed inside shared_blocks(); "
                 "step the optimizer and merge outside of it"
             )
 

@@ -60,7 +60,7 @@ RESIDUAL_FORMAT = "bipolar-int4"
 
 
 class PackedWeight(nn.Module):
-    """A weight [rows, columns] stored as :mod:`poetx.ops.quantize` says. Never trained, never called.
+    """A quantized weight [rows, columns] in the layout of :mod:`poetx.ops.quantize`; a module for its buffers' sake.
 
     Buffers:
         codes: uint8 [rows, bytes of a row]. scale: bfloat16 [rows, ⌈columns / group_size⌉]. offset: the same, for

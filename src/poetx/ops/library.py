@@ -55,7 +55,7 @@ def transparent_operators(*, device_type: str | None = None) -> Iterator[None]:
 
 
 def device_type(tensor: Tensor) -> str:
-    """``tensor.device.type``, or the device that it is to be taken for."""
+    """``tensor.device.type``, or the type that :func:`transparent_operators` was told to plan for."""
     return (_transparent and _transparent.device) or tensor.device.type
 
 

@@ -1,7 +1,7 @@
 """A frozen weight as an operator takes it: tensors, and what they mean.
 
-A new way of storing weights is a new ``kind`` here and an object in :mod:`poetx.layers.weights`; neither the layers nor
-the autograd functions know one from another.
+To store weights in a new way, add a ``kind`` here and an object to :mod:`poetx.layers.weights`; layers and autograd
+functions stay as they are.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from poetx.ops.quantize import Packed, dequantize, format_of
 
 
 class Stored(NamedTuple):
-    """A weight [rows, columns].
+    """The tensors of one weight [rows, columns], and how :func:`fetch` reads them.
 
-    tensors: ``(weight,)`` for ``kind="dense"``; ``(codes, scale)`` or ``(codes, scale, offset)`` for a weight format,
-    whose groups have ``group_size`` neighbours of a row.
+    kind: ``"dense"``, or the name of a weight format (:func:`poetx.ops.quantize.format_of`).
+    tensors: ``(weight,)`` if dense; else ``(codes, scale)``, or ``(codes, scale, offset)`` for an affine format.
+    group_size: neighbours of a row that share a scale; 0 if dense.
     """
 
     tensors: tuple[Tensor, ...]
