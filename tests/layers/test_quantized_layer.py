@@ -201,7 +201,7 @@ def test_the_residual_changes_what_merges_keep_and_not_what_forward_sees(weight_
 
     state = residual.state_dict()
     extra = {key: value.dtype for key, value in state.items() if key not in plain.state_dict()}
-    own = {"codes": torch.uint8, "scale": torch.bfloat16, "weight_format": torch.uint8}
+    own = {"codes": torch.uint8, "scale": torch.bfloat16, "weight_format": torch.uint8, "group_size": torch.int64}
     assert extra == {f"packed_weight.residual.{key}": dtype for key, dtype in own.items()}
     assert state["packed_weight.residual.codes"].shape == (24, 10)
 
