@@ -62,13 +62,13 @@ def interrupt() -> None:
 
 def poison(monkeypatch: Any, *calls: int) -> None:
     """Make the loss of these forward calls in training NaN."""
-    original, count = step.summed_loss, iter(range(10_000))
+    original, count = step.language_loss, iter(range(10_000))
 
-    def summed_loss(*args: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        loss, router = original(*args)
+    def language_loss(*args: Any, **settings: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        loss, router = original(*args, **settings)
         return loss * float("nan") if next(count) in calls else loss, router
 
-    monkeypatch.setattr(step, "summed_loss", summed_loss)
+    monkeypatch.setattr(step, "language_loss", language_loss)
 
 
 def train_losses(run_dir: Path) -> list[float]:

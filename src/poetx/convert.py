@@ -15,19 +15,19 @@ from torch import nn
 from poetx.config import PoetConfig, list_hint, name_matches
 from poetx.conversion_report import ConversionReport, ConvertedLayer, skipped
 from poetx.errors import UserError
-from poetx.layers.base import DTYPES, is_finite
+from poetx.layers.base import DTYPES, ConvertedLinear, is_finite
 from poetx.layers.merge_reminder import remind_of_merging
 from poetx.layers.poet import PoetLinear
 from poetx.layers.prequantized import dense_weight, drop_quantizers_, is_foreign
 from poetx.layers.single_step import SingleStepLinear
-from poetx.layers.walk import converted_layers, poet_layers
+from poetx.layers.walk import converted_layers, rotation_ids
 from poetx.plain_model import save_as_before_, save_plain_weights_too_
 from poetx.targets import Targets, find_targets, is_conv1d
 
 #: Names that checkpoints in the wild give to several matrices held as one.
 _FUSED = re.compile(r"(^|\.)(c_attn|qkv|qkv_proj|query_key_value|Wqkv|in_proj|gate_up_proj|kv_proj|q_attn)$")
 
-_LAYERS: dict[str, type[PoetLinear] | type[SingleStepLinear]] = {
+_LAYERS: dict[str, type[ConvertedLinear]] = {
     "poet-x": PoetLinear,
     "single-step": SingleStepLinear,
 }
@@ -95,7 +95,7 @@ def _apply(model: nn.Module, fn: Callable[..., Any], recurse: bool = True) -> nn
 
 def _convert_layer(
     model: nn.Module, name: str, config: PoetConfig, found: Targets, dtype: torch.dtype
-) -> tuple[PoetLinear | SingleStepLinear | None, str | None]:
+) -> tuple[ConvertedLinear | None, str | None]:
     """Put the layer's successor in all its places, None where its library cannot undo its format; and that format."""
     module = found.layers.pop(name)  # so that nothing here keeps the old weight alive
     weight = was = None
@@ -120,7 +120,7 @@ def _put(model: nn.Module, places: Iterable[str], module: nn.Module) -> None:
         setattr(model.get_submodule(parent), child, module)
 
 
-def _described(layer: PoetLinear | SingleStepLinear, name: str, config: PoetConfig, was: str | None) -> ConvertedLayer:
+def _described(layer: ConvertedLinear, name: str, config: PoetConfig, was: str | None) -> ConvertedLayer:
     notes = ["one matrix holding several: its output blocks mix them"] if _FUSED.search(name) else []
     if config.residual_scale != 1 and config.writes_to_residual(name):
         notes.append(f"starts {config.residual_scale:g} times as large: it writes to the residual stream")
@@ -142,11 +142,11 @@ def _described(layer: PoetLinear | SingleStepLinear, name: str, config: PoetConf
 def _remarks(config: PoetConfig, names: Iterable[str]) -> Iterator[str]:
     """Settings that were changed and that nothing reads."""
     default = {field.name: field.default for field in dataclasses.fields(PoetConfig)}
-    idle = ["neumann_order"] if config.method == "single-step" else ["partitions", "partition_kind", "spectrum"]
+    idle = ["neumann_order"] if config.method == "single-step" else ["update"]
     idle += ["group_size"] if config.weight_format is None else []
     idle += ["residual_modules"] if config.residual_scale == 1 else []
     for name in idle:
-        if name in default and getattr(config, name) != default[name]:
+        if getattr(config, name) != default[name]:
             yield f"{name}={getattr(config, name)!r} is without effect here"
     known = list(names)
     for key in ("target_modules", "exclude_modules"):
@@ -159,7 +159,7 @@ def _remarks(config: PoetConfig, names: Iterable[str]) -> Iterator[str]:
 
 
 def _trainable_base(model: nn.Module) -> Iterator[nn.Parameter]:
-    rotations = {id(p) for _, layer in poet_layers(model) for p in layer.rotations}
+    rotations = rotation_ids(model)
     return (p for p in model.parameters() if p.requires_grad and id(p) not in rotations)
 
 
@@ -174,11 +174,11 @@ def to_dense_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module
     Raises:
         UserError: ``model`` itself is a layer, which cannot be replaced in place.
     """
-    if isinstance(model, (PoetLinear, SingleStepLinear)):
+    if isinstance(model, ConvertedLinear):
         raise UserError("to_dense_ replaces layers inside a model; wrap the layer in nn.Sequential")
-    places: dict[PoetLinear | SingleStepLinear, list[str]] = defaultdict(list)
+    places: dict[ConvertedLinear, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (PoetLinear, SingleStepLinear)):
+        if isinstance(module, ConvertedLinear):
             places[module].append(name)
     wanted = None if names is None else set(names)
     while places:
@@ -193,16 +193,14 @@ def to_dense_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module
     return model
 
 
-def _dense_layer(layer: PoetLinear | SingleStepLinear) -> nn.Module:
-    weight = layer.dense_weight().to(layer.weight_dtype)
+def _dense_layer(layer: ConvertedLinear) -> nn.Module:
     if layer.transposed:
         from transformers.pytorch_utils import Conv1D
 
         with torch.device("meta"):
             dense: Any = Conv1D(layer.out_features, layer.in_features)
-        weight = weight.T.contiguous()
     else:
         dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    dense.weight = nn.Parameter(weight, requires_grad=not layer.frozen)
+    dense.weight = nn.Parameter(layer.plain_weight(), requires_grad=not layer.frozen)
     dense.bias = layer.bias
     return dense.train(layer.training)

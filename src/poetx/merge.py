@@ -17,9 +17,9 @@ from torch import nn
 from poetx.distributed.sharded import refuse_sharded
 from poetx.errors import UserError
 from poetx.layers.poet import FoldStats, PoetLinear
-from poetx.layers.walk import poet_layers
+from poetx.layers.walk import poet_layers, rotation_ids
 from poetx.ops.reference import EXACT
-from poetx.optimizer_restart import COUNTERS, GroupRestart, forget, groups_of
+from poetx.optimizer_restart import COUNTERS, GroupRestart, groups_of, reset_rotations
 
 logger = logging.getLogger(__name__)
 Owner = TypeVar("Owner")
@@ -75,7 +75,7 @@ def merge_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
         restart.check(optimizer, rotations)
     for layer in layers.values():
         layer.check_finite(*layer.frozen_weight.stored.tensors, *layer.rotations)
-    stats = [layer.merge_(lambda layer=layer: forget(layer, optimizer)) for layer in layers.values()]
+    stats = [layer.merge_(lambda layer=layer: reset_rotations(layer, optimizer)) for layer in layers.values()]
     if optimizer is not None:
         restart(optimizer, rotations)
     return _report(layers, stats)
@@ -124,9 +124,9 @@ class MergeHandle:
         self.steps = steps
         self.report: MergeReport | None = None
         self._model, self._optimizer = model, optimizer
-        self._rotations = {id(p) for _, layer in poet_layers(model) for p in layer.rotations}
+        self._rotations = rotation_ids(model)
         self._set(0, 0)
-        self.restart = GroupRestart([] if optimizer.state else self._where())
+        self.restart = GroupRestart([] if optimizer.state else self._counter_groups())
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -135,37 +135,37 @@ class MergeHandle:
 
     @property
     def steps_since_merge(self) -> int:
-        return self._where()[0]["steps_since_merge"]
+        return self._counter_groups()[0]["steps_since_merge"]
 
     @property
     def merges(self) -> int:
-        return self._where()[0]["merges"]
+        return self._counter_groups()[0]["merges"]
 
     def remove(self) -> None:
         """Stop merging; the counters leave the optimizer's groups."""
         for hook in self._hooks:
             hook.remove()
-        for group in self._where():
+        for group in self._counter_groups():
             for key in COUNTERS:
                 group.pop(key, None)
 
-    def _where(self) -> list[dict[str, Any]]:
+    def _counter_groups(self) -> list[dict[str, Any]]:
         """The groups that carry the counters: a checkpoint of any kind saves what is in a group."""
         return groups_of(self._optimizer, self._rotations) or self._optimizer.param_groups[:1]
 
     def _set(self, steps_since_merge: int, merges: int) -> None:
-        for group in self._where():
+        for group in self._counter_groups():
             group |= {"steps_since_merge": steps_since_merge, "merges": merges}
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self.restart.before_step(self._where())
+        self.restart.before_step(self._counter_groups())
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         # A fused optimizer is stepped by a gradient scaler even where it then does nothing.
         found_inf = getattr(optimizer, "found_inf", None)
         if (found_inf is not None and float(found_inf)) or self._only_creates_state():
             return
-        self.restart.after_step(self._where())
+        self.restart.after_step(self._counter_groups())
         self.restart.check(optimizer, self._rotations)
         since, merges = self.steps_since_merge + 1, self.merges
         self._set(since, merges)
@@ -175,14 +175,14 @@ class MergeHandle:
 
     def _only_creates_state(self) -> bool:
         """Whether this step had rate and gradients zero, as ``torch.distributed.checkpoint`` takes one to load into."""
-        groups = self._where()
+        groups = self._counter_groups()
         return all(group.get("lr") == 0 for group in groups) and not any(
             p.grad is not None and p.grad.any() for group in groups for p in group["params"]
         )
 
     def _load(self, optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         former = state_dict.get("poetx", {})  # where the counters were up to version 0.1
-        carriers = [any(group is other for other in self._where()) for group in optimizer.param_groups]
+        carriers = [any(group is other for other in self._counter_groups()) for group in optimizer.param_groups]
         groups = [
             group | former if carries else group
             for group, carries in zip(state_dict["param_groups"], carriers, strict=False)

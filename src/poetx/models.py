@@ -1,4 +1,4 @@
-"""The model of a recipe: a Llama shape, a Hugging Face config, or a pretrained checkpoint; then its conversion."""
+"""The model of a recipe: a Llama shape, a Hugging Face config, or a pretrained checkpoint."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ _STEP_COUNTS = ("step", "steps", "count", "k", "counter", "update_counter", "loo
 _FRESH_IS_ZERO = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adafactor, torch.optim.Adagrad, torch.optim.RMSprop)
 
 
-def forget(layer: PoetLinear, optimizer: torch.optim.Optimizer | None) -> None:
-    """Drop what belonged to the old frame; together with the layer's own merge, and harmless when done twice."""
+def reset_rotations(layer: PoetLinear, optimizer: torch.optim.Optimizer | None) -> None:
+    """Drop gradient and state that belong to the rotations before a merge; harmless when done twice."""
     for parameter in layer.rotations:
         parameter.grad = None
         if optimizer is not None:
@@ -72,7 +72,7 @@ class GroupRestart:
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]] = ()) -> None:
-        self._written = set(_STEP_COUNTS)
+        self._written: set[str] = set(_STEP_COUNTS)
         self._before: list[dict[str, Any]] = []
         self._fresh = [self._entries(group) for group in groups]
 

@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from poetx.errors import UserError
@@ -34,7 +33,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **setti
             quantized.
     """
     kind: Any = type(model)
-    if not _is_pretrained(model):
+    if not _has_save_pretrained(model):
         raise UserError(
             f"save_pretrained: {kind.__name__} is no transformers model (unwrap it first if it holds one); "
             "otherwise save poetx.to_dense_(copy.deepcopy(model)).state_dict()"
@@ -57,7 +56,7 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def save_plain_weights_too_(model: nn.Module) -> None:
     """Have ``save_pretrained`` of every ``transformers`` model in ``model`` with rotated layers add plain weights."""
     for module in model.modules():
-        if _is_pretrained(module) and any(_places(module)):
+        if _has_save_pretrained(module) and any(_places(module)):
             vars(module)["save_pretrained"] = functools.partial(_save_both, module)
 
 
@@ -81,7 +80,7 @@ def _save_both(model: nn.Module, *args: Any, **settings: Any) -> Any:
     return save(*call.args, **call.kwargs)
 
 
-def _is_pretrained(module: nn.Module) -> bool:
+def _has_save_pretrained(module: nn.Module) -> bool:
     return callable(getattr(type(module), "save_pretrained", None))
 
 
@@ -101,7 +100,6 @@ def _check_not_quantized(model: nn.Module) -> None:
         )
 
 
-@torch.no_grad()
 def _plain_weights(layers: Mapping[str, PoetLinear], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``name.weight`` of every layer that ``state`` has, as a plain layer holds it; of a shared layer one tensor."""
     made: dict[PoetLinear, Tensor] = {}
@@ -112,8 +110,6 @@ def _plain_weights(layers: Mapping[str, PoetLinear], state: Mapping[str, Tensor]
         if layer.skew_in.is_meta:
             raise UserError(f"save_pretrained: {layer.label} is on the meta device and has no weight; materialize_ it")
         if layer not in made:
-            weight = layer.dense_weight().to(layer.weight_dtype)
-            weight = weight.T if layer.transposed else weight
-            made[layer] = weight.contiguous().cpu()
+            made[layer] = layer.plain_weight().cpu()
         found[f"{name}.weight"] = made[layer]
     return found

@@ -1,1 +1,1 @@
-"""``poetx bench``: speed against ``nn.Linear``, plain PyTorch and AdamW, in one run, right before it is timed."""
+"""``poetx bench``: speed against ``nn.Linear``, plain PyTorch and AdamW in one run; results are checked first."""

@@ -180,6 +180,16 @@ class ConvertedLinear(nn.Module):
         """:meth:`forward` of a tensor that is not nested."""
         raise NotImplementedError
 
+    def dense_weight(self) -> Tensor:
+        """The weight [out_features, in_features] that forward acts with."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def plain_weight(self) -> Tensor:
+        """The weight as the plain layer holds it that this one came from: its dtype, a ``Conv1D``'s [in, out]."""
+        weight = self.dense_weight().to(self.weight_dtype)
+        return weight.T.contiguous() if self.transposed else weight
+
     def _probe(self) -> Tensor:
         """An empty tensor of the weight's dtype and device."""
         return torch.empty(0, dtype=self.weight_dtype, device=self._parameters[self.weight_name].device)  # type: ignore

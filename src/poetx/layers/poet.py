@@ -13,6 +13,7 @@ from poetx.errors import UserError
 from poetx.layers.base import ConvertedLinear
 from poetx.layers.computed_weight import ComputedWeight
 from poetx.layers.weights import DenseWeight, PackedWeight
+from poetx.ops.block_diagonal import inverse
 from poetx.ops.cayley import packed_size
 from poetx.ops.fold import fold, largest_angle
 from poetx.ops.linear import poet_linear
@@ -198,7 +199,7 @@ class PoetLinear(ConvertedLinear):
         self.base_norm.copy_(torch.linalg.vector_norm(self.frozen_weight.precise(), dtype=torch.float64))
 
     def _product(self, x: Tensor) -> Tensor:
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
             raise UserError(f"{self.label}: torch.jit.trace sees no rotations; call poetx.to_dense_(model) before it")
         mode = self.config.mode if self.packed_weight is not None else self.mode_for(x)
         factors = kept_factors(x) if mode == "mem" and torch.is_grad_enabled() else None
@@ -213,7 +214,7 @@ class PoetLinear(ConvertedLinear):
         Differentiable in the rotations. Costs 2mn(b_in + b_out) multiply-adds: for export, not for the step.
         """
         weight = fold(self.frozen_weight.fetch(), self.sides, order=self.order)
-        return _permuted(weight, _inverse(self.perm_out), _inverse(self.perm_in))
+        return _permuted(weight, inverse(self.perm_out), inverse(self.perm_in))
 
     @property
     def weight(self) -> Tensor:
@@ -252,7 +253,7 @@ class PoetLinear(ConvertedLinear):
         angle = torch.maximum(*(largest_angle(side) for side in self.sides))
         fresh = self._draw_permutations(count)
         rows, columns = (
-            _inverse(side.perm)[new.long()] for side, new in zip(self.sides[::-1], fresh[::-1], strict=True)
+            inverse(side.perm)[new.long()] for side, new in zip(self.sides[::-1], fresh[::-1], strict=True)
         )
         weight = _permuted(weight, rows, columns)
         noise = stream(self.config.seed, self.name, count, "rounding", self.skew_in.device)
@@ -329,10 +330,6 @@ class PoetLinear(ConvertedLinear):
                 skew.data = value.to(skew.device)
                 skew.grad = None if grad is None else grad.to(skew.dtype)
         return self
-
-
-def _inverse(perm: Tensor) -> Tensor:
-    return perm.long().argsort()
 
 
 def _permuted(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 from torch import nn
 
+from poetx.layers.base import ConvertedLinear
 from poetx.layers.poet import PoetLinear
 from poetx.layers.single_step import SingleStepLinear
+
+L = TypeVar("L", bound=ConvertedLinear)
 
 
 def poet_layers(model: nn.Module) -> Iterator[tuple[str, PoetLinear]]:
     """Every :class:`PoetLinear` of ``model`` once, with its dotted name."""
-    for name, module in model.named_modules():
-        if isinstance(module, PoetLinear):
-            yield name, module
+    return _layers(model, PoetLinear)
 
 
 def single_step_layers(model: nn.Module) -> Iterator[tuple[str, SingleStepLinear]]:
     """Every :class:`SingleStepLinear` of ``model`` once, with its dotted name."""
-    for name, module in model.named_modules():
-        if isinstance(module, SingleStepLinear):
-            yield name, module
+    return _layers(model, SingleStepLinear)
 
 
-def converted_layers(model: nn.Module) -> Iterator[tuple[str, PoetLinear | SingleStepLinear]]:
+def converted_layers(model: nn.Module) -> Iterator[tuple[str, ConvertedLinear]]:
     """Every layer that :func:`convert_` made, of either method, once, with its dotted name."""
-    for name, module in model.named_modules():
-        if isinstance(module, (PoetLinear, SingleStepLinear)):
-            yield name, module
+    return _layers(model, ConvertedLinear)
+
+
+def rotation_ids(model: nn.Module) -> set[int]:
+    """``id`` of every packed rotation of ``model``."""
+    return {id(p) for _, layer in poet_layers(model) for p in layer.rotations}
+
+
+def _layers(model: nn.Module, kind: type[L]) -> Iterator[tuple[str, L]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, kind))

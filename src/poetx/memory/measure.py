@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from poetx.errors import UserError
-from poetx.layers.walk import poet_layers
+from poetx.layers.walk import rotation_ids
 from poetx.memory.resident import resident_peak
 from poetx.memory.tracker import (
     PHASES,
@@ -22,6 +22,7 @@ from poetx.memory.tracker import (
     adopt_state,
     followed,
     peak_of,
+    stepped_rotations,
     storages,
 )
 from poetx.merge import merge_handle
@@ -149,7 +150,7 @@ class MemoryProbe:
 
 def owned_bytes(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> Split:
     """Bytes of parameters, buffers, gradients and optimizer state as they are now, shared storages once."""
-    rotations = {id(p) for _, layer in poet_layers(model) for p in layer.rotations}
+    rotations, stepped = rotation_ids(model), stepped_rotations(model)
     split: Split = {}
     seen: set[int] = set()
 
@@ -169,7 +170,7 @@ def owned_bytes(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -
         for p, state in optimizer.state.items():
             for tensor in tree_leaves(state):
                 if isinstance(tensor, Tensor) and tensor.device == p.device:
-                    add(tensor, "optimizer", id(p) in rotations)
+                    add(tensor, "optimizer", id(p) in stepped)
     return split
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from poetx.layers.walk import poet_layers, single_step_layers
+from poetx.layers.walk import rotation_ids, single_step_layers
 
 #: What a byte can belong to, in the order of the tables.
 CATEGORIES = ("frozen", "trainable", "gradient", "optimizer", "activations", "temporary")
@@ -56,7 +56,6 @@ class StorageTracker(TorchDispatchMode):
 
     Args:
         granularity: sizes are rounded up to this many bytes: 512 for the CUDA caching allocator, 1 for none.
-        counts: whether a tensor is to be counted, for example by device. Default: all but meta tensors.
         hidden: extra bytes that a native kernel allocates inside itself and frees, from the operator and its
             arguments: what a dispatch mode cannot see.
     """
@@ -65,12 +64,10 @@ class StorageTracker(TorchDispatchMode):
         self,
         *,
         granularity: int = 1,
-        counts: Callable[[Tensor], bool] | None = None,
         hidden: Callable[[Any, tuple], int] | None = None,
     ) -> None:
         super().__init__()
         self._granularity = granularity
-        self._counts = counts or (lambda tensor: not tensor.is_meta)
         self._hidden = hidden or (lambda operator, args: 0)
         self._alive: dict[int, Record] = {}
         self._records: list[Record] = []
@@ -133,7 +130,7 @@ class StorageTracker(TorchDispatchMode):
 
     def _add(self, tensor: Tensor, storage: torch.UntypedStorage) -> Record | None:
         size = storage.nbytes()
-        if not size or not self._counts(tensor):
+        if not size or tensor.is_meta:
             return None
         size += -size % self._granularity
         self._clock += 1
@@ -164,11 +161,6 @@ class StorageTracker(TorchDispatchMode):
     def current(self) -> int:
         """Bytes alive now."""
         return self._current
-
-    @property
-    def records(self) -> Sequence[Record]:
-        """Every storage so far, in the order of birth."""
-        return self._records
 
     @property
     def labels(self) -> list[str]:
@@ -202,7 +194,7 @@ class StorageTracker(TorchDispatchMode):
 @contextlib.contextmanager
 def followed(tracker: StorageTracker, model: nn.Module) -> Iterator[None]:
     """Tell ``tracker`` about the model's parameters and buffers now, and about each gradient when it is there."""
-    rotations = {id(p) for _, layer in poet_layers(model) for p in layer.rotations}
+    rotations = rotation_ids(model)
     handles = []
     for parameter in model.parameters():
         rotation = id(parameter) in rotations
@@ -226,10 +218,14 @@ def followed(tracker: StorageTracker, model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
+def stepped_rotations(model: nn.Module) -> set[int]:
+    """``id`` of the parameters whose optimizer state is that of rotations: of single-step layers the weight."""
+    return rotation_ids(model) | {id(layer.weight) for _, layer in single_step_layers(model)}
+
+
 def adopt_state(tracker: StorageTracker, optimizers: Iterable[torch.optim.Optimizer], model: nn.Module) -> None:
     """Tell ``tracker`` about the tensors in the optimizers' state."""
-    rotations = {id(p) for _, layer in poet_layers(model) for p in layer.rotations}
-    rotations |= {id(layer.weight) for _, layer in single_step_layers(model)}  # what its momentum is kept for
+    rotations = stepped_rotations(model)
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
             tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor) and leaf.numel() > 1]

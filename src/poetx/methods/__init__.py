@@ -1,4 +1,4 @@
-"""What trains a model: every method is one file with two functions and one fact, chosen by ``method_of``."""
+"""What trains a model: a method is one file. How to add one: :class:`poetx.methods.base.Method`."""
 
 from __future__ import annotations
 

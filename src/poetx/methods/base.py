@@ -1,4 +1,4 @@
-"""A method is two functions, what it does to a model and the optimizer it trains it with, and one fact.
+"""A method says what it does to a model, which optimizer trains it, and whether its backward already changes something.
 
 ``poetx train``, the planner, the benchmarks and comparisons build a step by these alone:
 

@@ -1,6 +1,6 @@
-"""The layer's autograd, *fast* and *mem*, from the input to the output before anybody else sees it.
+"""The autograd functions of ``PoetLinear``, *fast* and *mem*: from x to y, and what each saves for backward.
 
-With W' = W[perm_out][:, perm_in] and rows as tokens (method, section 2):
+With W' = W[perm_out][:, perm_in] and rows as tokens:
 
     x' = x[:, perm_in];  a = x' · G_in;  b = a · W'ᵀ;  z' = b · G_out;  y[:, perm_out] = z';  y += bias
 

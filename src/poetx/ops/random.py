@@ -1,4 +1,9 @@
-"""Seeded bits: streams that depend on their names alone, rounding by them, and splitting off what rounding loses."""
+"""Seeded bits: streams that depend on their names alone, rounding by them, and splitting off what rounding loses.
+
+Drawn from ``PoetConfig.seed``, the layer's name and its count: permutations and rounding of a merge
+(``PoetLinear.merge_``), fresh weights (``layers.base.fresh_weight``). From an optimizer's ``seed`` and its step:
+rounding of weights and state (``SlicedOptimizer``; ``Matrix`` of ``POETX``).
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 Every decoder layer of the Llama family ends its norms with ``weight * normalized`` and its gate with
 ``activation(gate) * up``, and the rotated layers read those products. Autograd keeps both factors of each, because
-each is the other's derivative, so a layer that would keep the product keeps it twice over. It can multiply again.
+each is the other's derivative, so a layer that would keep the product keeps it twice over. The layer can
+multiply the factors again.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class AdamW(SlicedOptimizer):
             float32 for wider ones; a group may set its own.
         eps_mode: ``"corrected"`` adds ε to √v̂, v̂ = v / (1 − β₂ᵗ), as torch does; ``"uncorrected"`` to √v, as the
             published POET runs do: ε √(1 − β₂ᵗ)⁻¹ in torch's form. Where gradients are near ε, the first steps after
-            each merge are then smaller, a warm-up (method, section 6). A group may set its own.
+            each merge are then smaller, a warm-up (docs/method.md, *Training as published*). A group may set its own.
         seed: of the rounding noise.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Settings of optimizers and of parameter groups: which there are, and which values they take. Checked here alone."""
+"""Settings of optimizers and of parameter groups: which there are, and which values they take."""
 
 from __future__ import annotations
 

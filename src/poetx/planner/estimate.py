@@ -101,7 +101,10 @@ def estimate_memory(
     Model, conversion, optimizer and step are made by the functions that ``poetx train`` calls; only the tensors are
     fake (``FakeTensorMode``), and every storage is followed from birth to death. The optimizer's state is there from
     the start, as in every step but the first. A run that accumulates gradients is planned with two of its
-    micro-batches. What is modelled instead of run, for ``device="cuda"``: sizes are rounded to the allocator's 512
+    micro-batches. Every tensor is counted by itself; what a CUDA kernel allocates inside goes into
+    ``planner.fake.flash_backward_buffers``.
+
+    What is modelled instead of run, for ``device="cuda"``: sizes are rounded to the allocator's 512
     bytes, attention is the flash kernel with its backward's buffers, and layers take the slices they take on an
     accelerator. Not counted: the CUDA context, cuBLAS's workspace, fragmentation, the other temporaries inside a
     native kernel, and merging. No text is read; without a tokenizer there are ``data.vocab_size`` tokens.

@@ -241,9 +241,9 @@ class LoraRecipe(Section):
 
 
 class OptimizerRecipe(Section):
-    """What every optimizer has. ``lr`` is that of everything that is not a rotation. Defaults: method.md section 6."""
+    """What every optimizer has. ``lr`` is that of all that is not a rotation. Defaults: docs/method.md, at its end."""
 
-    name: DenseOrMuon = "adamw"
+    name: DenseOrMuon = "adamw"  # pyright: ignore[reportInvalidTypeForm]
     lr: Rate = 1e-3
     weight_decay: Amount = 0.0  # never applied to rotations
     clip: MaybeAmount = 0.1  # global gradient norm; null or 0: off
@@ -280,7 +280,7 @@ class MuonKeys(Section):
 
 class PoetXKeys(Section):
     belongs: ClassVar[str] = "for poet.method=poet-x"
-    dense_optimizer: Dense | None = None  # for all but rotations; None: name
+    dense_optimizer: Dense | None = None  # pyright: ignore[reportInvalidTypeForm]  # for all but rotations; None: name
     poet_lr: Rate = 2.5e-4  # of the rotations
     clip_ramp_start: Share = 0.1  # after a merge the clip value climbs from this fraction of itself ...
     clip_ramp_steps: Size = 10  # ... to itself in this many steps; 0: no ramp
@@ -291,7 +291,7 @@ class RotationAdamWKeys(Section):
     belongs: ClassVar[str] = "for rotations by AdamW (poet.method=poet-x, optimizer.name=adamw)"
     poet_betas: Betas = (0.9, 0.999)
     poet_eps: Rate = 1e-6
-    poet_eps_mode: Literal["corrected", "uncorrected"] = "corrected"  # uncorrected: as the papers add it; method.md 6
+    poet_eps_mode: Literal["corrected", "uncorrected"] = "corrected"  # uncorrected: as the papers add it
 
 
 class SingleStepKeys(Section):

@@ -53,7 +53,7 @@ def _dense(optimizer: str) -> dict[str, Any]:
     return {"poet": None, "lora": None, "optimizer.name": optimizer}
 
 
-#: What each method sets, by dotted key; None for a section takes it away.
+#: What each word of ``method=`` sets, by dotted key; None for a section takes it away. (``poet.method`` is one of two.)
 METHODS: dict[str, dict[str, Any]] = {
     "mem": _poet("mem"),
     "fast": _poet("fast"),

@@ -27,7 +27,7 @@ from poetx.train.environment import peak_memory_gib
 from poetx.train.metrics import MetricsWriter, perplexity
 from poetx.train.progress import Reporter
 from poetx.train.schedule import clip_value, lr_factor
-from poetx.train.step import StepResult, TrainingStep, chunked_loss, no_phase, summed_loss
+from poetx.train.step import StepResult, TrainingStep, language_loss, no_phase
 from poetx.training_check import TrainingReport, check_training
 
 if TYPE_CHECKING:
@@ -205,10 +205,8 @@ def evaluate(
         inputs, labels = data.batch(windows[start : start + batch_size])
         inputs, labels = inputs.to(device), labels.to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
-            if chunked:
-                total += float(chunked_loss(model, model.base_model, inputs, labels))
-            else:
-                total += float(summed_loss(model, inputs, labels)[0])
+            body = model.base_model if chunked else model
+            total += float(language_loss(model, body, inputs, labels, chunked=chunked)[0])
     model.train(was_training)
     return total / (len(windows) * data.seq_len)
 
@@ -227,14 +225,17 @@ def save(trainer: Trainer) -> Path:
     return path
 
 
+def _last_good(trainer: Trainer) -> str:
+    saved = checkpoints(trainer.run_dir)
+    return f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+
+
 def _save_if_finite(trainer: Trainer, *, last: bool) -> None:
     """A step may be finite and leave weights that are not; a checkpoint of those would replace a good one."""
     if not not_finite(trainer.model):
         save(trainer)
         return
-    saved = checkpoints(trainer.run_dir)
-    where = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
-    text = f"step {trainer.state.step}: weights are not finite, no checkpoint written; {where}"
+    text = f"step {trainer.state.step}: weights are not finite, no checkpoint written; {_last_good(trainer)}"
     if last:
         raise UserError(f"{text}; try lower learning rates (optimizer.lr, optimizer.poet_lr)")
     trainer.reporter.note(text)
@@ -326,9 +327,7 @@ def _count_bad_step(trainer: Trainer, result: StepResult) -> None:
     what = f"step {state.step + 1}: loss {result.loss}, gradient norm {result.grad_norm}"
     trainer.reporter.note(f"{what}: step skipped")
     if state.bad_steps_in_a_row >= limit:
-        saved = checkpoints(trainer.run_dir)
-        where = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
         raise UserError(
-            f"{what}: {limit} non-finite steps in a row (train.max_bad_steps), stopped; {where}; "
+            f"{what}: {limit} non-finite steps in a row (train.max_bad_steps), stopped; {_last_good(trainer)}; "
             "try lower learning rates (optimizer.lr, optimizer.poet_lr) or a longer optimizer.warmup_steps"
         )

@@ -23,7 +23,7 @@ def clip_value(optimizer: OptimizerRecipe, *, step: int, merges: int, steps_sinc
     """Largest allowed gradient norm at 0-based ``step``, or None for no clipping.
 
     After a merge the moments of the rotations are gone and the first steps are noisy, so the value climbs linearly
-    from ``clip_ramp_start`` of itself over ``clip_ramp_steps`` steps (method.md section 6); only within the first
+    from ``clip_ramp_start`` of itself over ``clip_ramp_steps`` steps (docs/method.md, at its end); only in the first
     ``clip_ramp_until`` steps of the run, and not before the first merge.
     """
     if not optimizer.clip:

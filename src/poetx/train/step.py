@@ -1,4 +1,4 @@
-"""The one training step: accumulate, look, clip, step. Training, planning and benchmarks all take it."""
+"""The one training step: accumulate, see that all is finite, clip, step. Training, planning and benchmarks take it."""
 
 from __future__ import annotations
 
@@ -160,28 +160,29 @@ class TrainingStep:
     def losses(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Cross entropy in nats summed over all tokens, and the routers' loss of a mixture of experts or None."""
         with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            if self.chunked_loss:
-                return chunked_loss(self.model, self.forward, inputs, labels), None
-            return summed_loss(self.forward, inputs, labels, self.model)
+            return language_loss(self.model, self.forward, inputs, labels, chunked=self.chunked_loss)
 
 
-def summed_loss(forward: Any, inputs: Tensor, labels: Tensor, model: Any = None) -> tuple[Tensor, Tensor | None]:
+def language_loss(
+    model: Any, forward: Any, inputs: Tensor, labels: Tensor, *, chunked: bool
+) -> tuple[Tensor, Tensor | None]:
     """Cross entropy in nats summed over all tokens, in float32; inputs and labels are [sequences, tokens].
 
     And the routers' load-balancing loss with its weight, where the model computes one (``output_router_logits`` in
     its config), else None.
+
+    Args:
+        forward: the model, perhaps compiled; its body for ``chunked``.
+        chunked: through the last hidden state, so that the logits never exist as a whole; no routers' loss.
     """
     out = forward(input_ids=inputs, use_cache=False)
+    if chunked:
+        head = model.get_output_embeddings()
+        hidden = out.last_hidden_state
+        return chunked_cross_entropy(hidden, head.weight, labels, bias=head.bias, reduction="sum"), None
     loss = F.cross_entropy(out.logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
     auxiliary = getattr(out, "aux_loss", None)
-    return loss, None if auxiliary is None else auxiliary.to(loss.device) * router_weight(model or forward)
-
-
-def chunked_loss(model: Any, forward: Any, inputs: Tensor, labels: Tensor) -> Tensor:
-    """The cross entropy of :func:`summed_loss` through the last hidden state: the logits never exist as a whole."""
-    head = model.get_output_embeddings()
-    hidden = forward(input_ids=inputs, use_cache=False).last_hidden_state
-    return chunked_cross_entropy(hidden, head.weight, labels, bias=head.bias, reduction="sum")
+    return loss, None if auxiliary is None else auxiliary.to(loss.device) * router_weight(model)
 
 
 def router_weight(model: Any) -> float:

@@ -38,6 +38,9 @@ _BATCH_ELEMENTS = 1 << 23
 class POETX(torch.optim.Optimizer):
     """Rotates matrices by a small angle at every step, and trains everything else with AdamW, in one optimizer.
 
+    The optimizer of ``method="single-step"``, and of plain models; ``method="poet-x"`` takes any optimizer and
+    :func:`poetx.merge_every`. What it keeps of a matrix: :class:`poetx.optim.single_step.matrix.Matrix`.
+
     Args:
         model: a model converted with ``PoetConfig(method="single-step")``, whose layers feed the momentum in backward
             and decide block_size, update, momentum_dtype and seed; or an ordinary model, whose ``nn.Linear`` and
