@@ -285,13 +285,20 @@ def test_param_groups_take_options_and_plain_models():
         param_groups(mlp().requires_grad_(False), lr=1e-3, poet_lr=1e-3)
 
 
-def test_requires_grad_false_freezes_and_still_merges():
-    model = converted()
-    optimizer = optimizer_for(model)
-    model[0].requires_grad_(False)
-    merge_every(optimizer, model, steps=1)
-    step(model, optimizer)
-    assert model[0].skew_in.grad is None
+@pytest.mark.parametrize("settings", [{}, {"mode": "mem", "weight_format": "int8", "group_size": 16}])
+def test_what_is_frozen_stays_to_the_bit_across_merges(settings):
+    model = llama().bfloat16()
+    convert_(model, PoetConfig(block_size=16, weight_extra_bits=False, **settings))
+    turn(model)
+    part = model.model.layers[0].requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    reports = [merge_(model) for _ in range(3)]
+    assert all(report.angle_layer.startswith("model.layers.1.") for report in reports)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert not any(name.startswith("model.layers.0.") for name in changed)
+    assert {f"model.layers.1.{name}" for name, _ in poet_layers(part)} <= {name.rpartition(".")[0] for name in changed}
+    model.requires_grad_(False)
+    assert merge_(model).angle_layer == ""
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw-fused"])

@@ -34,7 +34,7 @@ _SERIES_ERROR = 0.01
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What one merge folded, worst layer first in mind.
+    """What one merge folded, worst layer first in mind. Zeros, and no names, where every layer is frozen.
 
     Attributes:
         angle: largest rotation angle θ folded, radians, and ``angle_layer``, whose it was.
@@ -56,7 +56,8 @@ def merge_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
     of them is as before their first step: first moment, second moment and step counts, also those in their group (other
     values that an optimizer finds and keeps there, such as a step size, only with :func:`merge_every`). The model's
     function is preserved up to the training order's own error (θ⁴ for order 3) and the weight's dtype.
-    Where that error passes 1 %, a warning is logged.
+    Where that error passes 1 %, a warning is logged. A frozen layer, none of whose rotations trains, stays as it is:
+    rounding would change its weight at every merge.
 
     Whatever interrupts or fails leaves each layer, with its entries in the optimizer, as it was or merged; another call
     then merges all of them.
@@ -75,6 +76,7 @@ def merge_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
         restart.check(optimizer, rotations)
     for layer in layers.values():
         layer.check_finite(*layer.frozen_weight.stored.tensors, *layer.rotations)
+    layers = {name: layer for name, layer in layers.items() if not layer.frozen}
     stats = [layer.merge_(lambda layer=layer: reset_rotations(layer, optimizer)) for layer in layers.values()]
     if optimizer is not None:
         restart(optimizer, rotations)
@@ -82,6 +84,8 @@ def merge_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
 
 
 def _report(layers: Mapping[str, PoetLinear], stats: list[FoldStats]) -> MergeReport:
+    if not layers:
+        return MergeReport(angle=0.0, angle_layer="", series_error=0.0, norm_drift=0.0, norm_layer="")
     names = list(layers)
     angles, ratios = (torch.stack(list(column)).cpu() for column in zip(*stats, strict=True))
     orders = [layer.order for layer in layers.values()]
