@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, FalconMambaConfig, GPT2Config, LlamaConfig
 
 from poetx import PoetConfig, UserError, convert_, materialize_, poet_layers, to_dense_
 from poetx.memory.tracker import StorageTracker
@@ -66,6 +66,27 @@ def test_fresh_weights_depend_on_the_seed_alone_and_leave_the_generator():
     assert not any(t.is_meta for t in [*first.parameters(), *first.buffers()])
     embedding = first.model.embed_tokens.weight
     assert embedding.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize("from_checkpoint", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=2, n_positions=32),
+        FalconMambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1, state_size=4),
+    ],
+    ids=["gpt2", "falcon_mamba"],
+)
+def test_models_that_write_to_their_layers_weights_to_initialize_themselves(config, from_checkpoint, tmp_path):
+    model = on_meta(config, weight_format="int8", init="keep" if from_checkpoint else "normalized").eval()
+    if from_checkpoint:
+        dense = AutoModelForCausalLM.from_config(config).eval()
+        dense.save_pretrained(tmp_path)
+        materialize_(model, tmp_path)
+        assert (logits(model) - logits(dense)).norm() < 0.05 * logits(dense).norm()
+    else:
+        assert materialize_(model, seed=3) is model
+        assert logits(model).isfinite().all()
 
 
 @pytest.mark.parametrize("residual", [False, True])

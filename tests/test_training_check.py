@@ -181,6 +181,26 @@ def test_any_optimizer_of_a_healthy_model_is_told_to_be_well(small, kind, caplog
     assert not check._hooks
 
 
+@pytest.mark.parametrize("released", [False, True])
+def test_hooks_registered_later_are_still_called_in_the_step_in_which_it_ends(released):
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3))
+    optimizer = build_optimizer([{"params": list(model.parameters())}], lr=1e-2)
+    check, called = check_training(model, optimizer, steps=2), []
+    for name in ("first", "second"):
+        optimizer.register_step_post_hook(lambda *_, name=name: called.append(name))
+    if released:
+        release_gradients(optimizer, model.parameters())
+    for _ in range(4):
+        model(torch.ones(5, 8)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert check.result is not None
+    assert check.result.steps == 2
+    assert called == ["first", "second"] * 4
+    check.remove()
+    assert check._last.id not in optimizer._optimizer_step_post_hooks
+
+
 def test_watching_changes_no_number_and_leaves_nothing_behind():
     losses = []
     for watch in (False, True):

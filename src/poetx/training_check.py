@@ -99,15 +99,17 @@ class TrainingCheck:
         for watched in self._watched.values():
             if isinstance(watched.layer, PoetLinear):
                 watched.merges = int(watched.layer.merge_count)
-        self._hooks: list[Any] = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._last = optimizer.register_step_post_hook(self._after_step)
+        self._hooks: list[Any] = [optimizer.register_step_pre_hook(self._before_step)]
         # Before the gradient is accumulated: an optimizer that releases gradients leaves none to be looked at later.
         self._hooks += [w.parameter.register_hook(w.see) for w in self._watched.values() if w.parameter.requires_grad]
 
     def remove(self) -> None:
-        """Stop watching; :meth:`report` still tells what was seen."""
+        """Stop watching; :meth:`report` still tells what was seen. Not for use inside a hook of the optimizer."""
+        self._let_go()
+        self._last.remove()
+
+    def _let_go(self) -> None:
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -212,13 +214,15 @@ class TrainingCheck:
         seen.arrived = seen.nonzero is not None and bool(seen.nonzero)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self.result is not None:
+            return  # torch goes through a step's hooks while it calls them, so that none may take itself away
         self._taken += 1
         if self._taken == 1 and self._steps > 1:
             self._watch_calls()
         if self._taken < self._steps:
             return
         self.result = self.report()
-        self.remove()
+        self._let_go()
         if self._tell is not None:
             self._tell(self.result)
         elif self.result.problems:
@@ -271,7 +275,7 @@ def check_training(
     Call it when model and optimizer are ready; the loop stays as it is. Every matrix that requires a gradient (dense
     weights, embeddings, head, rotations, adapters) and every weight of a single-step layer must be in the optimizer,
     receive a gradient other than zero, and move. After ``steps`` steps it logs a warning with one line for each that
-    did not, and takes its hooks away; :meth:`TrainingCheck.report` tells at any time. Vectors (biases, norms) must be
+    did not, and stops watching; :meth:`TrainingCheck.report` tells at any time. Vectors (biases, norms) must be
     in the optimizer only.
 
     Costs two sums over every watched parameter, and one test of its gradient in each backward pass; memory: three

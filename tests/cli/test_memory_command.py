@@ -60,6 +60,7 @@ def test_in_a_comparison_a_setting_reaches_the_methods_that_have_it(app):
         (["--methods", "mem,mem"], "--methods=mem,mem: must be different names"),
         (["--gpu", "-3"], "gpu=-3.0"),
         (["--gpu", "inf"], "gpu=inf: must be a positive, finite number"),
+        (["--gpu", "1.7e308"], "gpu=1.7e+308: must be a positive, finite number"),
         (["--device", "tpu"], "device=tpu"),
         (["--plot", "a.gif"], "must end in .png"),
         (["nowhere"], "nowhere: no such recipe"),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FalconMambaConfig, OlmoeConfig, PreTrainedConfig, Qwen2MoeConfig
 
 from builders import At, interrupt, train_losses
 from poetx.errors import UserError
@@ -49,6 +50,44 @@ def test_every_method_trains_resumes_and_exports_a_plain_model(name: str, tiny: 
     assert train(parts, reporter=At(7, interrupt)).step == 7
     train(parts, resume=True)
     assert train_losses(parts.directory) == train_losses(whole.run_dir)
+
+
+def of_config(tiny: Tiny, tmp_path: Path, config: PreTrainedConfig, *settings: str) -> Recipe:
+    config.save_pretrained(tmp_path / "config")
+    sizes = [f"model.{key}=null" for key in ("hidden_size", "intermediate_size", "num_layers", "num_heads")]
+    return tiny(*sizes, f"model.config={tmp_path / 'config'}", "train.dtype=float32", *settings)
+
+
+@pytest.mark.parametrize("kind", [Qwen2MoeConfig, OlmoeConfig], ids=["qwen2_moe", "olmoe"])
+def test_adapters_of_experts_are_merged_into_a_plain_model(
+    kind: type[PreTrainedConfig], tiny: Tiny, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    sizes = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"num_experts": 4, "intermediate_size": 24, "moe_intermediate_size": 24}
+    config = kind(**sizes, num_key_value_heads=2, num_experts_per_tok=2, **experts)
+    recipe = of_config(tiny, tmp_path, config, "method=lora")
+    model, _ = built(recipe)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    ids = torch.arange(16)[None]
+    with torch.no_grad():
+        want = model.eval()(input_ids=ids).logits
+        method_of(recipe).to_dense_(model)
+        got = model(input_ids=ids).logits
+    plain = build_model(recipe, vocab_size=320, end_of_text_id=0, device=CPU).eval()
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert torch.allclose(got, want, atol=1e-4)
+    assert (plain(input_ids=ids).logits - want).norm() > 0.01 * want.norm()
+
+
+def test_what_peft_does_not_adapt_is_one_line(tiny: Tiny, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    config = FalconMambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=1, state_size=4)
+    with pytest.raises(UserError, match=r"lora: .*mamba.*another method") as error:
+        built(of_config(tiny, tmp_path, config, "method=lora"))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -26,8 +26,9 @@ class ComputedWeight(Tensor):
 
     @classmethod
     def of(cls, values: Tensor) -> Tensor:
-        """``values`` without a copy, as an ordinary tensor under a compiler, which would have to look in here."""
-        return values if torch.compiler.is_compiling() else values.as_subclass(cls)
+        """``values`` without a copy; an ordinary tensor under a compiler, which would have to look in here, and on the
+        meta device, where models write to weights to initialize themselves and nothing can be lost."""
+        return values if torch.compiler.is_compiling() or values.is_meta else values.as_subclass(cls)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

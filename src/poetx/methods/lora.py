@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from poetx.errors import UserError
+from poetx.errors import UserError, one_line
 from poetx.methods.base import Method
 from poetx.optim.build import build_optimizer
 from poetx.optim.groups import param_groups
@@ -34,15 +34,21 @@ class LoRA(Method):
         start = next(model.parameters()).device
         with torch.random.fork_rng(devices=[start] if start.type == "cuda" else []), torch.device(start):
             torch.manual_seed(self.recipe.train.seed)
-            peft.inject_adapter_in_model(config, model)
+            try:
+                peft.inject_adapter_in_model(config, model)
+            except ValueError as error:  # architectures whose layers it does not adapt
+                raise UserError(f"lora: {one_line(error)}; train this model by another method") from None
 
     def to_dense_(self, model: nn.Module) -> None:
         _peft()
         from peft.tuners.lora import LoraLayer  # pyright: ignore[reportMissingImports]
 
-        for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]:
+        adapters = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+        for layer in adapters.values():
             cast(Any, layer).merge(safe_merge=True)
-            model.set_submodule(name, layer.get_base_layer())
+        for name, layer in adapters.items():
+            if name.rpartition(".")[0] not in adapters:  # a module of several matrices (experts) has nested adapters
+                model.set_submodule(name, layer.get_base_layer())
         for attribute in ("peft_config", "_hf_peft_config_loaded"):  # transformers would save adapters only
             vars(model).pop(attribute, None)
 

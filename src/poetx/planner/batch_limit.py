@@ -42,7 +42,7 @@ def largest_batch(
     Raises:
         UserError: a budget that is not positive and finite, or what :func:`estimate_memory` raises.
     """
-    if not 0 < budget_gib < math.inf:
+    if not 0 < budget_gib * GIB < math.inf:
         raise UserError(f"gpu={budget_gib}: must be a positive, finite number of GB")
     budget = int(budget_gib * GIB)
     own_model, plan = planned_recipe(source, overrides, recipe)
