@@ -29,7 +29,7 @@ limited() {
 
 bench() { # bench SECONDS NAME ARGUMENTS...: `poetx bench` into OUT/NAME.jsonl
     local seconds=$1 name=$2; shift 2
-    limited "$seconds" "$name" "$python" -m poetx.cli bench "$@" --out "$out/$name.jsonl"
+    limited "$seconds" "$name" "$python" -m poetx bench "$@" --out "$out/$name.jsonl"
 }
 
 part_tests() {
@@ -86,6 +86,6 @@ for part in "$@"; do
         *) echo "$part: no such part; $usage" >&2; exit 2 ;;
     esac
 done
-limited 30 environment "$python" -m poetx.cli env
+limited 30 environment "$python" -m poetx env
 for part in "$@"; do "part_$part"; done
 [ -z "$failed" ] || { echo "failed or cut short:$failed"; exit 1; }

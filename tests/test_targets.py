@@ -238,6 +238,7 @@ def test_an_ordinary_model_may_read_its_weights_since_their_full_gradient_is_the
     ("settings", "words"),
     [
         ({"method": "single-step", "neumann_order": 7}, "neumann_order=7 is without effect"),
+        ({"update": "rotation"}, "update=.rotation. is without effect"),
         ({"group_size": 32}, "group_size=32 is without effect"),
         ({"residual_modules": ("2",)}, "residual_modules=.* is without effect"),
         ({"exclude_modules": ("lm_haed",)}, "exclude_modules: 'lm_haed' matches no module$"),

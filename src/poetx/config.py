@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import InitVar, dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from poetx.errors import UserError, nearest
 
@@ -31,11 +31,11 @@ RESIDUAL_MODULES = (
 WEIGHT_FORMATS = ("int8", "int4", "nf4", "fp8", *(f"bipolar-int{bits}" for bits in range(2, 9)))
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "method": ("poet-x", "single-step"),
-    "update": ("rotation", "free"),
-    "mode": ("fast", "mem"),
-    "init": ("keep", "normalized", "uniform"),
-    "neumann_order": (3, 7, "exact"),
+    "method": get_args(Method),
+    "update": get_args(Update),
+    "mode": get_args(Mode),
+    "init": get_args(Init),
+    "neumann_order": get_args(NeumannOrder),
     "rotation_dtype": ("float32", "bfloat16", "float64"),
     "weight_format": (None, *WEIGHT_FORMATS),
 }

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 _PACKED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".SCB", ".absmax", ".quant_map")
 
 
-class Checkpoint:
+class SafetensorsCheckpoint:
     """The tensors of a directory of safetensors files, by name, read one at a time.
 
     Raises:
@@ -107,7 +107,7 @@ def materialize_(
     layers = dict(poet_layers(model))
     if not layers:
         raise UserError("the model has no PoetLinear layer; call poetx.convert_ on the meta device first")
-    source = None if checkpoint is None else Checkpoint(checkpoint)
+    source = None if checkpoint is None else SafetensorsCheckpoint(checkpoint)
     inside = {id(module) for layer in layers.values() for module in layer.modules()}
     if source is not None:
         _check(model, layers, source)
@@ -135,7 +135,7 @@ def _leave_zeros_dense(model: nn.Module, layers: dict[str, PoetLinear]) -> None:
         logger.warning("%s: left dense: %s", name, ZERO)
 
 
-def _check(model: nn.Module, layers: dict[str, PoetLinear], source: Checkpoint) -> None:
+def _check(model: nn.Module, layers: dict[str, PoetLinear], source: SafetensorsCheckpoint) -> None:
     for layer in layers.values():
         if layer.config.init != "keep":
             raise UserError(
@@ -160,7 +160,7 @@ def _check(model: nn.Module, layers: dict[str, PoetLinear], source: Checkpoint) 
         logger.warning("%s: %d tensors are not the model's, %s among them", source.directory, len(unused), unused[0])
 
 
-def _check_buffers(model: nn.Module, inside: set[int], source: Checkpoint) -> None:
+def _check_buffers(model: nn.Module, inside: set[int], source: SafetensorsCheckpoint) -> None:
     """Every buffer has values there, or its module can compute them: nothing else would ever write it."""
     if hasattr(model, "initialize_weights"):
         return
@@ -216,14 +216,14 @@ def _initialize(model: nn.Module, inside: set[int], seed: int, device: torch.dev
                 raise UserError(f"{name}: {type(module).__name__} has no reset_parameters to give it its first values")
 
 
-def _load_layer(layer: PoetLinear, name: str, source: Checkpoint) -> None:
+def _load_layer(layer: PoetLinear, name: str, source: SafetensorsCheckpoint) -> None:
     weight = source.read(f"{name}.weight")
     weight = weight.T if layer.transposed else weight
     _check_tensor(f"{name}.weight", weight, (layer.out_features, layer.in_features), source)
     layer.load_dense_(weight.to(device=layer.skew_in.device, dtype=layer.weight_dtype))
 
 
-def _load_rest(model: nn.Module, inside: set[int], source: Checkpoint) -> None:
+def _load_rest(model: nn.Module, inside: set[int], source: SafetensorsCheckpoint) -> None:
     rotations = {id(p) for _, layer in poet_layers(model) for p in layer.parameters() if p is not layer.bias}
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         if name in source.names and id(tensor) not in rotations:
@@ -232,7 +232,7 @@ def _load_rest(model: nn.Module, inside: set[int], source: Checkpoint) -> None:
             tensor.copy_(value)
 
 
-def _check_tensor(name: str, got: Tensor, want: tuple[int, ...], source: Checkpoint) -> None:
+def _check_tensor(name: str, got: Tensor, want: tuple[int, ...], source: SafetensorsCheckpoint) -> None:
     if tuple(got.shape) != want:
         raise UserError(f"{source.directory}: {name} is {tuple(got.shape)}, the model's is {want}")
     if got.dtype.is_floating_point and got.dtype.itemsize > 1 and not got.isfinite().all():

@@ -246,11 +246,11 @@ def _some(names: Collection[str]) -> str:
 
 def _weights_among(names: Collection[str], path: Path) -> list[str]:
     """Those that may be weights: masks, counters and constants, which old checkpoints hold as well, are not."""
-    from poetx.materialize import Checkpoint
+    from poetx.materialize import SafetensorsCheckpoint
 
     if not names:
         return []
-    source, weights = Checkpoint(path), []
+    source, weights = SafetensorsCheckpoint(path), []
     for name in names:
         stored = next((other for other in source.names if f".{name}".endswith(f".{other}")), None)
         tensor = None if stored is None else source.read(stored)
@@ -264,11 +264,11 @@ def _on_meta(path: Path, dtype: torch.dtype) -> PreTrainedModel | None:
     import torch
     from transformers import AutoConfig, GenerationConfig
 
-    from poetx.materialize import Checkpoint
+    from poetx.materialize import SafetensorsCheckpoint
 
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     model = model_from_config(config, dtype, torch.device("meta"), f"model.pretrained={path}")
-    source = Checkpoint(path)
+    source = SafetensorsCheckpoint(path)
     idle = re.compile("|".join([r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ())]))
     extra = {name for name in source.names.difference(model.state_dict()) if not idle.search(name)}
     if source.missing(model) or _weights_among(extra, path):

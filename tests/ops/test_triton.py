@@ -11,9 +11,8 @@ from helpers import TOLERANCE, random_skew, relative_error
 from poetx import UserError
 from poetx.ops import block_diagonal as rotate_twin
 from poetx.ops import cayley as cayley_twin
-from poetx.ops import kernel_report
 from poetx.ops.cayley import packed_size
-from poetx.ops.dispatch import use_kernels
+from poetx.ops.dispatch import kernel_report, use_kernels
 from poetx.ops.linear import poet_linear
 from poetx.ops.reference import EXACT
 from poetx.ops.side import sides

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from poetx.memory import measure_memory
-from poetx.methods import METHODS
 from poetx.methods.base import convert_model, method_of
 from poetx.models import build_model, settled
 from poetx.planner import estimate_memory
 from poetx.planner.estimate import planned_recipe
+from poetx.recipe.shorthands import METHODS
 from poetx.train.step import TrainingStep
 
 SIZES = ["model.hidden_size=64", "model.intermediate_size=160", "model.num_layers=2", "model.num_heads=4"]

@@ -29,11 +29,11 @@ class Run:
     """A method's recipe and its training step, on one device."""
 
     recipe: Recipe
-    take: TrainingStep
+    training_step: TrainingStep
 
     def step(self, ids: torch.Tensor) -> float:
         """Forward, backward, clipping, optimizer step, as the training loop does it; the mean loss in nats."""
-        return self.take([(ids, ids)], clip=self.recipe.optimizer.clip).loss
+        return self.training_step([(ids, ids)], clip=self.recipe.optimizer.clip).loss
 
 
 def bench_step(
@@ -109,11 +109,11 @@ def _measure(
         times = interleaved(steps, repeats=repeats, device=device, warmup=1)
     except torch.OutOfMemoryError:
         for run in runs.values():
-            run.take.optimizer.zero_grad()
+            run.training_step.optimizer.zero_grad()
         _release(device)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" and times else None
     for name, run in runs.items():
-        model, poet, every = run.take.model, run.recipe.poet, run.recipe.merge_every
+        model, poet, every = run.training_step.model, run.recipe.poet, run.recipe.merge_every
         row = {
             "contestant": name,
             "seq_len": length,
@@ -128,7 +128,7 @@ def _measure(
         }
         if times is not None:
             ms = median(times[name])
-            merge_ms = milliseconds(partial(merge_, model, run.take.optimizer), device) if every else 0.0
+            merge_ms = milliseconds(partial(merge_, model, run.training_step.optimizer), device) if every else 0.0
             speed = round(batch * length / (ms + merge_ms / (every or 1)) * 1e3, 1)
             row |= {"ms": ms, "merge_ms": round(merge_ms, 3), "tokens_per_second": speed}
         yield row

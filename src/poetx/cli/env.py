@@ -14,8 +14,8 @@ def env() -> None:
     """Show versions, devices, and which kernels are used and why."""
     import torch
 
-    import poetx.ops
     from poetx.models import resolve_device
+    from poetx.ops.dispatch import kernel_report
     from poetx.train.environment import device_name, versions
 
     rows = list(versions().items())
@@ -27,7 +27,7 @@ def env() -> None:
         for properties in [torch.cuda.get_device_properties(index)]
     ]
     rows.append(("cpu threads", str(torch.get_num_threads())))
-    rows += poetx.ops.kernel_report()
+    rows += kernel_report()
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")

@@ -30,31 +30,6 @@ _EPILOG = (
     "Examples: poetx memory llama-8b | poetx memory llama-8b --methods adamw,fast,mem,int8 --gpu 24 | "
     "poetx memory mine.yaml model.pretrained=DIR data.seq_len=2048 --json"
 )
-#: Options of earlier releases, and what says the same now.
-_FORMER = {
-    "--model": "the recipe itself, poetx memory llama-8b, or model.config=PATH",
-    "--mode": "--methods NAME",
-    "--compare": "--methods NAME,NAME",
-    "--block-size": "poet.block_size=N",
-    "--partitions": "nothing (there is one)",
-    "--spectrum": "poet.update=rotation or free",
-    "--weight-format": "--methods int8, int4, nf4, fp8 or bipolar-intN",
-    "--group-size": "poet.group_size=N",
-    "--weight-residual": "poet.weight_extra_bits=true",
-    "--batch-size": "train.micro_batch_size=N",
-    "--seq-len": "data.seq_len=N",
-    "--dtype": "train.dtype=bfloat16 or float32",
-    "--rotation-dtype": "poet.rotation_dtype=bfloat16 or float32",
-    "--optimizer-state": "optimizer.state_dtype=same, bfloat16 or int8",
-    "--base-optimizer": "optimizer.dense_optimizer=NAME",
-    "--checkpointing": "model.gradient_checkpointing=true",
-    "--recompute": "model.recompute=auto, fast or mem",
-    "--chunked-loss": "train.chunked_loss=true",
-    "--release-gradients": "optimizer.release_gradients=true optimizer.clip=null",
-    "--stack": "model.gradient_checkpointing=true train.chunked_loss=true optimizer.release_gradients=true "
-    "optimizer.clip=null optimizer.state_dtype=int8 poet.rotation_dtype=bfloat16",
-    "--reserved": "nothing (where there is a card, poetx train train.memory_every=N measures it)",
-}
 
 
 def register(app: typer.Typer) -> None:
@@ -81,8 +56,7 @@ def memory(
     for word in (recipe, *settings):
         if word.startswith("-"):
             option = word.partition("=")[0]
-            instead = f"say {_FORMER[option]}" if option in _FORMER else "no such option; see poetx memory --help"
-            raise UserError(f"{option}: {instead}")
+            raise UserError(f"{option}: no such option; what a run is like are keys of the recipe (data.seq_len=512)")
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"plot={plot}: must end in .png, .svg or .pdf")
     if gpu is not None and not 0 < gpu < math.inf:
@@ -93,8 +67,8 @@ def memory(
 
 def _planned(source: str, overrides: Sequence[str], methods: Sequence[str] | None) -> Iterator[tuple[str, Recipe]]:
     """Recipes by a name for the table. What a method has no use for is left out instead of refused."""
-    from poetx.methods import METHODS, with_method
-    from poetx.recipe import load_recipe
+    from poetx.recipe import load_recipe, with_method
+    from poetx.recipe.shorthands import METHODS
 
     plain = load_recipe(source, overrides, text=False)
     if methods is None:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from poetx.config import PoetConfig
 from poetx.errors import UserError
 from poetx.layers.base import ConvertedLinear
-from poetx.layers.base import RotatedWeight as RotatedWeight
 from poetx.ops.single_step import MomentumBuffers, cheaper_route, single_step_linear
 
 

@@ -8,16 +8,10 @@ from poetx.lazy import lazy_names
 
 if TYPE_CHECKING:
     from poetx.methods.base import Method, convert_model, merge_handle, method_of, release_handle
-    from poetx.recipe import with_method
-    from poetx.recipe.shorthands import METHODS
 
-__all__ = ["METHODS", "Method", "convert_model", "merge_handle", "method_of", "release_handle", "with_method"]
+__all__ = ["Method", "convert_model", "merge_handle", "method_of", "release_handle"]
 
 __getattr__ = lazy_names(
     __name__,
-    {
-        "poetx.recipe.shorthands": ("METHODS",),
-        "poetx.methods.base": ("Method", "convert_model", "merge_handle", "method_of", "release_handle"),
-        "poetx.recipe": ("with_method",),
-    },
+    {"poetx.methods.base": ("Method", "convert_model", "merge_handle", "method_of", "release_handle")},
 )

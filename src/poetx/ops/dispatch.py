@@ -114,3 +114,20 @@ def rotations(x: Tensor, block_sizes: Sequence[int]) -> ModuleType:
     from poetx.ops import block_diagonal
 
     return block_diagonal
+
+
+def kernel_report() -> list[tuple[str, str]]:
+    """(operator, which implementation runs on this machine and why), for ``poetx env``."""
+    reason = machine_obstacle(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    if reason is not None:
+        return [(name, f"PyTorch ({reason})") for name in ("cayley", "rotate", "outer", "dequantize", "fold")]
+    import triton
+
+    fits = f"Triton {triton.__version__}; PyTorch for float64 and for blocks below {SMALLEST_BLOCK}"
+    return [
+        ("cayley", f"{fits}, for the exact transform"),
+        ("rotate", fits),
+        ("outer", fits),
+        ("dequantize", f"Triton {triton.__version__}; PyTorch for float64 and for codes of 3, 5, 6 and 7 bits"),
+        ("fold", "PyTorch (float32 products whatever the settings; once per merge)"),
+    ]

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from poetx.distributed.sharded import refuse_sharded
 from poetx.errors import UserError
+from poetx.layers.base import DTYPES
 from poetx.ops.random import stochastic_round_, stream
 from poetx.optim.combined import keep_dtypes
 from poetx.optim.settings import check_group, check_numbers
 
 #: Elements worked on at a time, so that the temporaries of a step do not depend on the largest parameter.
 SLICE = 1 << 23
-_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 class SlicedOptimizer(torch.optim.Optimizer):
@@ -69,7 +69,7 @@ class SlicedOptimizer(torch.optim.Optimizer):
             raise UserError(f"betas={param_group['betas']!r}: {name} takes {self._beta_count}")
         refuse_sharded(param_group["params"], name)
         for parameter in param_group["params"]:
-            if parameter.dtype not in _DTYPES:
+            if parameter.dtype not in DTYPES:
                 raise UserError(
                     f"{name}: a parameter of shape {tuple(parameter.shape)} is {parameter.dtype}; must be float32, "
                     "bfloat16 or float64"

@@ -1,4 +1,7 @@
-"""The recipe of a run: ``sections`` say what each key means, ``loading`` reads and checks, ``former`` maps old keys."""
+"""The recipe of a run: ``sections`` say what each key means, ``loading`` reads and checks.
+
+``shorthands`` are one word for several keys, ``former`` maps old keys.
+"""
 
 from __future__ import annotations
 

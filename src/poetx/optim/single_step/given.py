@@ -7,13 +7,13 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from poetx.config import PoetConfig, name_matches
 from poetx.distributed.sharded import refuse_sharded
 from poetx.errors import UserError, nearest
-from poetx.layers.single_step import RotatedWeight, SingleStepLinear
+from poetx.layers.base import DTYPES, RotatedWeight
+from poetx.layers.single_step import SingleStepLinear
 from poetx.layers.walk import single_step_layers
 from poetx.optim.groups import dense_groups
 from poetx.optim.settings import check_group, check_numbers
@@ -185,7 +185,7 @@ def check_groups(groups: list[dict[str, Any]], *, own_optimizer: bool) -> None:
             check_numbers({"angle": group["lr"]})
     for p in itertools.chain.from_iterable(group["params"] for group in rotated):
         refuse_sharded([p], "POETX")
-        if p.ndim not in (2, 3) or p.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        if p.ndim not in (2, 3) or p.dtype not in DTYPES:
             raise UserError(
                 f"POETX: cannot rotate a parameter of shape {tuple(p.shape)} and {p.dtype}; matrices (or stacks of "
                 "them) in float32 or bfloat16 only"

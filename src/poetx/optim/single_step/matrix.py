@@ -14,10 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from poetx.config import PoetConfig
 from poetx.distributed.ranks import average_, maximum_
 from poetx.errors import UserError
-from poetx.layers.poet import stream
 from poetx.layers.single_step import SingleStepLinear
 from poetx.ops.cayley import packed_size
-from poetx.ops.random import stochastic_round_
+from poetx.ops.random import stochastic_round_, stream
 from poetx.ops.single_step import MomentumBuffers, add_to_, block_count, block_peaks, fold_side, map_gradient
 from poetx.ops.transaction import copy_at_once_
 

@@ -1,0 +1,1 @@
+"""Reading a run or a model: load, generate, evaluate, report."""
