@@ -67,8 +67,6 @@ def test_in_a_comparison_a_setting_reaches_the_methods_that_have_it(app):
         (["demo", "model.config=nowhere"], "model.config=/"),
         (["demo", "poet.weight_format=int9"], "int8"),
         (["--batch-size", "8"], "--batch-size: no such option; what a run is like are keys of the recipe"),
-        (["demo", "--stack"], "--stack: say model.gradient_checkpointing=true"),
-        (["demo", "--reserved"], "--reserved: say nothing"),
         (["demo", "--metods", "mem"], "--metods: no such option"),
     ],
 )
