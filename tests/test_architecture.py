@@ -1,7 +1,9 @@
 """Imports point one way, and importing does nothing."""
 
 import ast
+import contextlib
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -130,3 +132,15 @@ def test_there_is_one_config_world():
             if isinstance(node, ast.ClassDef) and path.relative_to(ROOT).as_posix() not in owners:
                 fields = {item.target.id for item in node.body if isinstance(item, ast.AnnAssign)}  # type: ignore[union-attr]
                 assert len(fields & keys) < 5, f"{path}: {node.name} has {sorted(fields & keys)}"
+
+
+def test_messages_and_docstrings_name_what_there_is():
+    """``poetx.name(`` in a text is a public name, a module or something in one."""
+    for path in sorted(ROOT.rglob("*.py")):
+        for dotted in re.findall(r"poetx\.([a-z_][\w.]*)\(", path.read_text(encoding="utf-8")):
+            found = poetx
+            for part in dotted.split("."):
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(f"{getattr(found, '__name__', '')}.{part}")
+                assert hasattr(found, part), f"{path.relative_to(ROOT)}: poetx.{dotted}"
+                found = getattr(found, part)

@@ -47,6 +47,30 @@ def test_to_dense_preserves_the_turned_function_and_the_layer_types(build, dtype
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("method", ["poet-x", "single-step"])
+def test_to_dense_keeps_hooks_and_says_which_name_it_does_not_know(method):
+    model = mlp()
+    convert_(model, PoetConfig(method=method, block_size=16))
+    names = [name for name, _ in converted_layers(model)]
+    with pytest.raises(UserError, match=r"names='layer': no converted layer has this name"):
+        to_dense_(model, ["layer", names[0]])
+    seen, layer = [], model.get_submodule(names[0])
+    handles = [
+        layer.register_forward_hook(lambda *_, **options: seen.append(sorted(options)), with_kwargs=False),
+        layer.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True),
+        layer.register_full_backward_hook(lambda *_: seen.append("backward")),
+    ]
+    to_dense_(model, names[0])
+    assert [name for name, _ in converted_layers(model)] == names[1:]
+    to_dense_(model)
+    model(torch.randn(3, 11)).sum().backward()
+    assert seen == [{}, [], "backward"]
+    for handle in handles:
+        handle.remove()
+    model(torch.randn(3, 11)).sum().backward()
+    assert len(seen) == 3
+
+
 @pytest.mark.parametrize("build", [llama, gpt2])
 def test_exported_model_loads_in_transformers(build, tmp_path):
     model = build()

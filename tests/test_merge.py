@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -233,7 +234,11 @@ def test_removed_handle_merges_no_more():
     model = converted()
     optimizer = optimizer_for(model)
     handle = merge_every(optimizer, model, steps=1)
+    for copied in (copy.deepcopy, pickle.dumps):  # torch would leave the handle out of the copy
+        with pytest.raises(UserError, match="cannot be copied or pickled"):
+            copied((model, optimizer))
     handle.remove()
+    copy.deepcopy(optimizer)
     step(model, optimizer)
     assert model[0].merge_count.item() == 0
     assert all("merges" not in group for group in optimizer.param_groups)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import poetx
 from builders import function, gpt2, llama, same, turn
 from poetx import PoetConfig, UserError, convert_, poet_layers, to_dense_
+from poetx.layers.walk import converted_layers
 from poetx.plain_model import plain_state_dict
 
 FORMS = {
@@ -63,14 +64,34 @@ def test_a_converted_model_saves_what_loads_as_plain_and_goes_on_to_the_bit(form
     assert same(other.state_dict(), model.state_dict())
 
 
-def test_conv1d_and_tied_embeddings(tmp_path):
-    model = turned(model=gpt2())
+@pytest.mark.parametrize("form", ["fast", "single-step"])
+def test_conv1d_and_tied_embeddings(form, tmp_path):
+    model = turned(form, model=gpt2())
     want = logits(model)
     for save, place in ((poetx.save_pretrained, "plain"), (lambda m, d: m.save_pretrained(d), "both")):
         save(model, tmp_path / place)
         loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / place)
         assert loaded.lm_head.weight is loaded.transformer.wte.weight
         assert torch.allclose(logits(loaded), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("older", [False, True], ids=["plain", "older"])
+def test_a_single_step_conv1d_has_the_plain_state_and_takes_the_older_layout(older, assign):
+    plain = gpt2()
+    model = turned("single-step", model=copy.deepcopy(plain))
+    state = {key: value.clone() for key, value in plain.state_dict().items()}
+    assert same(model.state_dict(), state)
+    changed = {key: torch.randn_like(value) for key, value in state.items()}
+    changed["lm_head.weight"] = changed["transformer.wte.weight"]
+    layers = [f"{name}.weight" for name, layer in converted_layers(model) if layer.transposed]
+    assert {changed[key].shape[0] == changed[key].shape[1] for key in layers} == {True, False}
+    copied = copy.deepcopy(model)  # the older layout is known in copies, too
+    copied.load_state_dict(
+        changed | {key: changed[key].T.contiguous() for key in layers} if older else changed, assign=assign
+    )
+    assert same(copied.state_dict(), changed)
+    assert all(layer.weight.is_contiguous() for _, layer in converted_layers(copied))
 
 
 def test_copies_pickles_parts_and_arguments_by_place(tmp_path):

@@ -10,13 +10,13 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from poetx.config import PoetConfig, list_hint, name_matches
 from poetx.conversion_report import ConversionReport, ConvertedLayer, skipped
-from poetx.errors import UserError
+from poetx.errors import UserError, nearest
 from poetx.layers.base import DTYPES, ConvertedLinear, is_finite
-from poetx.layers.merge_reminder import remind_of_merging
+from poetx.layers.merge_reminder import MergeReminder, remind_of_merging
 from poetx.layers.poet import PoetLinear
 from poetx.layers.prequantized import dense_weight, drop_quantizers_, is_foreign
 from poetx.layers.single_step import SingleStepLinear
@@ -75,6 +75,8 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
     drop_quantizers_(model)
     save_plain_weights_too_(model)
     vars(model)["_apply"] = MethodType(_apply, model)
+    if any(isinstance(layer, SingleStepLinear) and layer.transposed for _, layer in converted_layers(model)):
+        model.register_load_state_dict_pre_hook(_take_older_layout)
     rotations = sum(layer.rotation_parameters for layer in converted)
     return ConversionReport(
         converted=tuple(converted),
@@ -91,6 +93,18 @@ def _apply(model: nn.Module, fn: Callable[..., Any], recurse: bool = True) -> nn
     for _, layer in converted_layers(model):
         layer.check_cast(fn)
     return type(model)._apply(model, fn, recurse)
+
+
+def _take_older_layout(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Turn square weights that single-step layers in place of a ``Conv1D`` once saved as [out, in]; others show it."""
+    layers = {
+        f"{prefix}{name}.weight": layer
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, SingleStepLinear) and layer.transposed
+    }
+    shapes = {key: (layer.out_features, layer.in_features) for key, layer in layers.items() if key in state_dict}
+    if any(m != n and state_dict[key].shape == (m, n) for key, (m, n) in shapes.items()):
+        state_dict |= {key: state_dict[key].T for key, (m, n) in shapes.items() if m == n}
 
 
 def _convert_layer(
@@ -167,12 +181,12 @@ def _trainable_base(model: nn.Module) -> Iterator[nn.Parameter]:
 def to_dense_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
     """Replace converted layers, all or those of ``names``, by the plain layers they came from, in place.
 
-    The function stays; ``nn.Linear``, or ``Conv1D`` where the layer came from one. The weight is rounded to the stored
-    dtype once; it requires a gradient again, unless its layer was frozen. Returns ``model``, unchanged if nothing is
-    converted.
+    The function stays, and so do hooks; ``nn.Linear``, or ``Conv1D`` where the layer came from one. The weight is
+    rounded to the stored dtype once; it requires a gradient again, unless its layer was frozen. Returns ``model``,
+    unchanged if nothing is converted.
 
     Raises:
-        UserError: ``model`` itself is a layer, which cannot be replaced in place.
+        UserError: ``model`` itself is a layer, which cannot be replaced in place; a name that no converted layer has.
     """
     if isinstance(model, ConvertedLinear):
         raise UserError("to_dense_ replaces layers inside a model; wrap the layer in nn.Sequential")
@@ -180,7 +194,11 @@ def to_dense_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, ConvertedLinear):
             places[module].append(name)
-    wanted = None if names is None else set(names)
+    wanted = None if names is None else {names} if isinstance(names, str) else set(names)
+    known = [name for where in places.values() for name in where]
+    for name in sorted(wanted or ()):
+        if name not in known:
+            raise UserError(f"to_dense_: names={name!r}: no converted layer has this name{nearest(name, known)}")
     while places:
         layer, where = places.popitem()  # so that nothing here keeps the old weight alive
         if wanted is None or wanted.intersection(where):
@@ -203,4 +221,9 @@ def _dense_layer(layer: ConvertedLinear) -> nn.Module:
         dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     dense.weight = nn.Parameter(layer.plain_weight(), requires_grad=not layer.frozen)
     dense.bias = layer.bias
+    for kind in [key for key in vars(dense) if key.startswith(("_forward_", "_backward_", "_is_full_backward_"))]:
+        setattr(dense, kind, getattr(layer, kind))  # the very dictionaries, from which their handles remove them
+    for key, hook in list(dense._forward_pre_hooks.items()):
+        if isinstance(hook, MergeReminder):
+            del dense._forward_pre_hooks[key]
     return dense.train(layer.training)

@@ -131,6 +131,7 @@ class MergeHandle:
         self._rotations = rotation_ids(model)
         self._set(0, 0)
         self.restart = GroupRestart([] if optimizer.state else self._counter_groups())
+        vars(optimizer)["__reduce_ex__"] = _refuse_copies
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -149,6 +150,7 @@ class MergeHandle:
         """Stop merging; the counters leave the optimizer's groups."""
         for hook in self._hooks:
             hook.remove()
+        vars(self._optimizer).pop("__reduce_ex__", None)
         for group in self._counter_groups():
             for key in COUNTERS:
                 group.pop(key, None)
@@ -201,6 +203,14 @@ class MergeHandle:
         return {**{key: value for key, value in state_dict.items() if key != "poetx"}, "param_groups": groups}
 
 
+def _refuse_copies(protocol: Any) -> Any:
+    """``optimizer.__reduce_ex__``: torch leaves hooks out of a copy or pickle, which would then never merge."""
+    raise UserError(
+        "an optimizer with poetx.merge_every cannot be copied or pickled: the copy would not merge; save its "
+        "state_dict(), and load that after merge_every of a new one"
+    )
+
+
 def hook_owner(optimizer: torch.optim.Optimizer, kind: type[Owner]) -> Owner | None:
     """The object of ``kind`` that registered one of its methods to run after ``optimizer.step()``, or None."""
     owners = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_post_hooks.values())
@@ -217,7 +227,8 @@ def merge_every(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int =
 
     The counters are in the parameter groups of the rotations, so ``optimizer.state_dict()`` and
     ``torch.distributed.checkpoint`` save them; call this before ``load_state_dict``. A step that a gradient scaler
-    skips does not count. The paper uses 200 (400 on a quantized base).
+    skips does not count. The optimizer cannot be copied or pickled then, which would lose the handle. The paper uses
+    200 (400 on a quantized base).
 
     Raises:
         UserError: ``steps`` below 1, a model with no rotated layer, rotations missing from the optimizer, sharded
@@ -236,7 +247,7 @@ def merge_every(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int =
             if parameter.requires_grad and id(parameter) not in held:
                 raise UserError(
                     f"{name}.{side} is not in this optimizer, so its state could not be reset; build the "
-                    "optimizer from poetx.paramgroups_of(model, ...) after convert_"
+                    "optimizer from poetx.param_groups(model, ...) after convert_"
                 )
     if merge_handle(optimizer) is not None:
         raise UserError("merge_every is already registered on this optimizer; remove() the first handle")

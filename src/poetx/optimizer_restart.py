@@ -100,7 +100,7 @@ class GroupRestart:
                 raise UserError(
                     f"{type(_owner(optimizer, group)).__name__} keeps {found[0]!r} in the parameter group, and this "
                     "group holds rotations and other parameters, so a merge could not reset it for the rotations "
-                    "alone; build the optimizer from poetx.paramgroups_of(model, ...)"
+                    "alone; build the optimizer from poetx.param_groups(model, ...)"
                 )
 
     def __call__(self, optimizer: torch.optim.Optimizer, rotations: Set[int]) -> None:

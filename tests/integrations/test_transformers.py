@@ -12,6 +12,7 @@ import poetx
 from builders import llama, same
 from poetx import PoetConfig, UserError, convert_, to_dense_
 from poetx.integrations.transformers import attach
+from poetx.layers.walk import converted_layers
 
 pytest.importorskip("accelerate")
 FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -120,10 +121,16 @@ def test_what_the_call_itself_lacks_or_has_too_much_is_refused(tmp_path: Any) ->
         (PoetConfig(block_size=16), {}, r"poet_lr is missing.*: poet_lr=0.00025"),
         (PoetConfig(block_size=16), {"poet_lr": 1e-2, "angle": 0.1}, "angle=0.1: has no effect.*'poet-x'"),
         (single, {"merge_every": 3}, "merge_every=3: has no effect.*'single-step'"),
+        (PoetConfig(block_size=16), {"poet_lr": 1e-2, "merge_every": 0}, "steps=0: must be a whole number"),
+        (PoetConfig(block_size=16), {"poet_lr": float("nan")}, "poet_lr=nan: must be a finite number"),
+        (PoetConfig(block_size=16), {"poet_lr": 1e-2, "state_dtype": "half"}, "state_dtype='half'"),
+        (single, {"angle": -0.1}, "angle=-0.1: radians"),
+        (single, {"norm_growth": 1.5}, "norm_growth=1.5"),
     ]
     for config, arguments, words in cases:
         with pytest.raises(UserError, match=words):
             attach(made, config, **arguments)
+        assert next(converted_layers(made.model), None) is None  # type: ignore[arg-type]
     made.optimizer = torch.optim.SGD(made.model.parameters(), 1e-3)  # type: ignore[union-attr]
     with pytest.raises(UserError, match="optimizers of the trainer"):
         attach(made, single)

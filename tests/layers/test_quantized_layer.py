@@ -295,3 +295,30 @@ def test_a_frozen_or_unfrozen_model_trains_rotations_only():
     groups = param_groups(model, lr=1e-3, poet_lr=1e-3)
     assert len(groups[0]["params"]) == 2
     assert sum(len(g["params"]) for g in groups) == 2 + 1 + 2
+
+
+def test_distributed_checkpoint_restores_a_quantized_model(tmp_path):
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    def model(seed, group_size=8):
+        torch.manual_seed(seed)
+        made = nn.Sequential(nn.Linear(20, 24), nn.Linear(24, 20))
+        config = PoetConfig(block_size=8, mode="mem", weight_format="nf4", group_size=group_size)
+        convert_(made, config)
+        return made
+
+    first, second, other = model(0), model(1), model(1, group_size=10)
+    checkpoint.save(get_model_state_dict(first), checkpoint_id=tmp_path, no_dist=True)
+    for target in (second, other):
+        state = get_model_state_dict(target)
+        if target is other:
+            state = {key: value for key, value in state.items() if "group_size" in key}
+        checkpoint.load(state, checkpoint_id=tmp_path, no_dist=True)
+        if target is other:
+            with pytest.raises(UserError, match="group_size=8, the layer of 10"):
+                target.load_state_dict(state, strict=False)
+        else:
+            set_model_state_dict(target, state)
+    x = torch.randn(3, 20)
+    assert torch.equal(first(x), second(x))

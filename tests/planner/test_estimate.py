@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from poetx.errors import UserError
 from poetx.memory import measure_memory
 from poetx.methods.base import convert_model, method_of
 from poetx.models import build_model, settled
@@ -67,3 +68,14 @@ def test_every_method_takes_what_is_measured_on_the_cpu(method):
 def test_savings_and_accumulation_take_what_is_measured_on_the_cpu(settings):
     overrides = settings.split()
     assert_equal_to_what_is_measured([*TINY, *overrides, *blocks(overrides[0].partition("=")[2])])
+
+
+def test_what_is_no_source_is_refused_and_a_path_is_one(tmp_path):
+    for source in (None, 3, {"hidden_size": 64}):
+        with pytest.raises(UserError, match="is no recipe, no path of one"):
+            estimate_memory(source)
+    with pytest.raises(UserError, match="gives dict, not a model"):
+        estimate_memory(dict)
+    with pytest.raises(UserError, match="missing.yaml"):
+        estimate_memory(tmp_path / "missing.yaml")
+    assert planned_recipe("demo", "train.batch_size=2", None)[1].train.batch_size == 2

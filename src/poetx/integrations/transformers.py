@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
+from poetx.config import PoetConfig
 from poetx.conversion_report import ConversionReport
 from poetx.convert import convert_
 from poetx.errors import UserError
@@ -22,7 +23,6 @@ from poetx.training_check import check_training
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
-    from poetx.config import PoetConfig
 
 #: Values of ``TrainingArguments.optim`` that mean what is built here: AdamW.
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
@@ -59,8 +59,8 @@ def attach(
 
     Raises:
         UserError: a setting of the trainer that would be without effect (``optim``, ``optimizers``, ``model_init``) or
-            that POET-X cannot run with (fp16, FSDP, DeepSpeed, weights synchronized to vLLM by name), or an argument
-            here that the method does not have. The model is then unchanged.
+            that POET-X cannot run with (fp16, FSDP, DeepSpeed, weights synchronized to vLLM by name), a number outside
+            its range, or an argument here that the method does not have. The model is then unchanged.
     """
     _check(trainer)
     model: Any = trainer.model
@@ -75,8 +75,10 @@ def attach(
             "poet_lr is missing, the rate of the rotations; a quarter of learning_rate is the paper's: "
             f"poet_lr={trainer.args.learning_rate / 4:g}"
         )
+    settings = {"args": trainer.args, "state_dtype": state_dtype, **own}
+    _try(method, settings)
     report = convert_(model, config) if config else None
-    trainer.optimizer_cls_and_kwargs = (_Optimizer, {"args": trainer.args, "state_dtype": state_dtype, **own})  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.optimizer_cls_and_kwargs = (_Optimizer, settings)  # pyright: ignore[reportAttributeAccessIssue]
     # First, so that every other one logs what this one adds.
     trainer.callback_handler.callbacks.insert(0, PoetCallback())
     return report
@@ -111,6 +113,14 @@ def _method(model: torch.nn.Module) -> str:
     return first.config.method
 
 
+def _try(method: Any, settings: dict[str, Any]) -> None:
+    """Build a tiny model's optimizer, which raises on every setting that would be refused when training starts."""
+    tiny = torch.nn.Sequential(torch.nn.utils.skip_init(torch.nn.Linear, 2, 2))
+    torch.nn.init.eye_(tiny[0].weight)
+    convert_(tiny, PoetConfig(method=method, block_size=2))
+    _Optimizer()(tiny, **settings)
+
+
 class _Optimizer:
     """The factory that the Trainer makes and calls when training starts."""
 
@@ -141,7 +151,7 @@ class _Optimizer:
         assert poet_lr is not None
         groups = param_groups(model, lr=lr, poet_lr=poet_lr, weight_decay=weight_decay)
         optimizer = build_optimizer(groups, lr=lr, **adamw)
-        merge_every_so_many(optimizer, model, merge_every or _usual_gap(model))
+        merge_every_so_many(optimizer, model, _usual_gap(model) if merge_every is None else merge_every)
         return optimizer
 
 

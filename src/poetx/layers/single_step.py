@@ -21,8 +21,8 @@ class SingleStepLinear(ConvertedLinear):
     whenever forward runs. Backward adds their gradient straight into that optimizer's momentum: no gradient tensor is
     kept, and gradients of several backward passes add up.
 
-    Parameters: ``weight`` [m, n], frozen, under the name and in the layout of ``nn.Linear``, so that a checkpoint is
-    that of the plain model; ``bias`` [m] or None, trained as usual.
+    Parameters: ``weight`` [m, n], frozen, under the name and in the layout of ``nn.Linear``; ``bias`` [m] or None,
+    trained as usual. The state dict is that of the plain layer: a ``Conv1D``'s weight is [n, m] there.
 
     ``requires_grad_(False)`` of the layer, of a module around it or of its weight freezes it, and ``True`` trains it
     again (by a :class:`poetx.POETX` built while it was not frozen). The weight itself never requires a gradient.
@@ -116,6 +116,17 @@ class SingleStepLinear(ConvertedLinear):
     def dense_weight(self) -> Tensor:
         """The weight [out_features, in_features]: itself."""
         return self.weight.detach()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.transposed:
+            destination[f"{prefix}weight"] = destination[f"{prefix}weight"].T  # a view, which can be loaded into
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        weight = state_dict.get(f"{prefix}weight")
+        if self.transposed and weight is not None and weight.shape == (self.in_features, self.out_features):
+            state_dict[f"{prefix}weight"] = weight.T.contiguous()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
         # The buffers are one optimizer's state; a copy belongs to none until one is built for it.

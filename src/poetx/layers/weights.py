@@ -93,6 +93,7 @@ class PackedWeight(nn.Module):
         super().__init__()
         self.rows, self.columns = rows, columns
         self.format, self.group_size = format_of(weight_format), group_size
+        self.weight_format = weight_format  # torch.distributed.checkpoint looks for what the state dict names
         empty = Packed.empty(rows, columns, weight_format, group_size, device)
         for name in ("codes", "scale", "offset"):
             self.register_buffer(name, getattr(empty, name))

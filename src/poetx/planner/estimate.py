@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -148,7 +149,11 @@ def estimate_memory(
 
 def planned_recipe(source: Any, overrides: Sequence[str], recipe: Recipe | str | None) -> tuple[Any, Recipe]:
     """The model that was given, None where the recipe makes it, and the recipe without what planning leaves out."""
+    source = os.fspath(source) if isinstance(source, os.PathLike) else source
     own_model = None if isinstance(source, (str, Recipe)) else source
+    if not (isinstance(source, (str, Recipe)) or callable(source) or hasattr(source, "model_type")):
+        raise UserError(f"{source!r}: is no recipe, no path of one, no model, no function that makes one and no config")
+    overrides = [overrides] if isinstance(overrides, str) else overrides
     asked: Any = source if own_model is None else recipe if recipe is not None else "llama-1b"
     if not isinstance(asked, Recipe):
         asked = load_recipe(asked, overrides, text=False)
@@ -174,7 +179,10 @@ def _made(model: Any) -> nn.Module:
     if isinstance(model, nn.Module):
         return meta_copy(model)
     with torch.device("meta"):
-        return model()
+        made = model()
+    if not isinstance(made, nn.Module):
+        raise UserError(f"{model!r}: gives {type(made).__name__}, not a model")
+    return made
 
 
 def _meta_model(config: Any, recipe: Recipe) -> Any:
