@@ -12,10 +12,12 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from poetx.data import prepare
 from poetx.data.prepare import prepare_data
 from poetx.data.sources import Split, open_corpus, split_for
 from poetx.data.tokenizer import find_end_of_text, read_tokenizer, train_tokenizer
@@ -117,6 +119,51 @@ def test_a_file_of_several_names_is_read_once(tmp_path: Path, caplog: pytest.Log
     assert len(files) == 2
     assert outside in files
     assert caplog.messages == [f"{place / 'up'}: a link to a directory, which is not followed"]
+
+
+@pytest.mark.parametrize(("key", "place"), [("run_dir", "."), ("run_dir", "runs/a"), ("data.cache_dir", "cache")])
+@pytest.mark.parametrize("text", ["data.train", "data.validation"])
+def test_a_run_is_not_written_into_the_directory_of_its_text(
+    key: str, place: str, text: str, tiny: Tiny, corpus: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus, copy)
+    (tmp_path / "link").symlink_to("copy")
+    before = sorted(copy.rglob("*"))
+    with pytest.raises(UserError, match=f"^{key}=.*: lies in {text}=.*, whose text it would become; give {key}="):
+        prepare_data(tiny(f"{text}={copy}", f"{key}={tmp_path / 'link' / place}"))
+    assert sorted(copy.rglob("*")) == before
+    hidden = [f"run_dir={copy}/.runs/a", f"data.cache_dir={copy}/.cache"]  # which no corpus reads
+    assert prepare_data(tiny(f"{text}={copy}", *hidden)).meta.train_tokens
+
+
+@pytest.mark.parametrize("name", ["data.train", "data.validation"])
+def test_text_that_changes_while_it_is_read_is_refused(
+    name: str, tiny: Tiny, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("some other words\n" * 3000)
+    recipe = tiny(f"{name}={other}", f"data.cache_dir={tmp_path / 'cache'}")
+    write = prepare._write_tokens
+
+    def grow(*args: Any) -> Any:
+        meta = write(*args)
+        with other.open("a") as file:
+            file.write("one more line\n")
+        return meta
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"other\.txt: has changed while it was read"):
+        patch.setattr(prepare, "_write_tokens", grow)
+        prepare_data(recipe)
+    assert not list(recipe.cache_dir.glob("data-*"))
+    assert prepare_data(recipe).meta.train_tokens
+
+
+def test_a_vocabulary_that_the_text_does_not_fill_is_said(tiny: Tiny) -> None:
+    said: list[str] = []
+    size = prepare_data(tiny("data.vocab_size=70000"), progress=said.append).meta.vocab_size
+    assert f"The text gives a tokenizer of {size} tokens, fewer than data.vocab_size=70000" in said
+    assert size < 70000
 
 
 def test_validation_text_that_is_trained_on_is_said(tiny: Tiny, corpus: Path, tmp_path: Path) -> None:

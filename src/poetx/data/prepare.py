@@ -61,12 +61,16 @@ def prepare_data(recipe: Recipe, *, progress: Progress | None = None) -> Prepare
         progress: called with one line before each slow part.
 
     Raises:
-        UserError: missing, empty or unreadable text, fewer tokens than one window, or a disk that is full.
+        UserError: missing, empty or unreadable text, text that changes meanwhile or that the run would be written into,
+            fewer tokens than one window, or a disk that is full.
     """
     data, say = recipe.data, progress or logger.info
     assert data.train is not None
     train = open_corpus(data.train)
     validation = open_corpus(data.validation, key="data.validation") if data.validation else None
+    _check_apart(recipe, train, "data.train")
+    if validation:
+        _check_apart(recipe, validation, "data.validation")
     if validation and (shared := set(train.files) & set(validation.files)):
         say(f"data.validation has {len(shared)} files of data.train ({min(shared).name}), which are trained on as well")
     tokenizer = data.tokenizer or recipe.model.pretrained
@@ -85,6 +89,20 @@ def prepare_data(recipe: Recipe, *, progress: Progress | None = None) -> Prepare
         raise
     _remove_leftovers(directory.parent)
     return open_tokens(directory, meta, seq_len=data.seq_len)
+
+
+def _check_apart(recipe: Recipe, text: Corpus, key: str) -> None:
+    """Refuse to write into the directory of the text: the next start would read what this one wrote, and not resume."""
+    if text.kind != "directory":
+        return
+    top = Path(text.source).expanduser().resolve()
+    for name, place in (("run_dir", recipe.directory), ("data.cache_dir", recipe.cache_dir)):
+        place = place.expanduser().resolve()
+        if place.is_relative_to(top) and not any(part.startswith(".") for part in place.relative_to(top).parts):
+            raise UserError(
+                f"{name}={place}: lies in {key}={text.source}, whose text it would become; give {name}=PATH outside of "
+                "it, or put the text into a directory of its own"
+            )
 
 
 def encode_corpus(source: str, tokenizer: Tokenizer, end_of_text_id: int, *, key: str) -> np.ndarray:
@@ -116,6 +134,8 @@ def _build(
     alone: bool,
 ) -> DataMeta:
     """Tokenize into ``directory``. ``alone``: nobody else does so at the same time."""
+    read = [corpus for corpus in (train, validation) if corpus]
+    before = [corpus.fingerprint() for corpus in read]
     split = Split() if validation else split_for(train, data.validation_fraction)
     if split.note:
         say(split.note)
@@ -124,6 +144,9 @@ def _build(
         say("Tokenizing the text")
         (temporary / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
         meta = _write_tokens(temporary, train, validation, split, tokenizer, end_of_text)
+        for corpus, rows in zip(read, before, strict=True):
+            if changed := [old[0] for old, new in zip(rows, corpus.fingerprint(), strict=True) if old != new]:
+                raise UserError(f"{changed[0]}: has changed while it was read; run it again once nobody writes there")
         _check_split(meta, data)
         _check_length(meta, data)
         write_meta(temporary, meta)
@@ -138,9 +161,10 @@ def _tokenizer(
         return tokenizer, find_end_of_text(tokenizer, data.end_of_text, file=source)
     end_of_text = data.end_of_text or END_OF_TEXT
     say(f"Training a tokenizer of {data.vocab_size} tokens")
-    return train_tokenizer(
-        _training_text(train, split), vocab_size=data.vocab_size, end_of_text=end_of_text
-    ), end_of_text
+    tokenizer = train_tokenizer(_training_text(train, split), vocab_size=data.vocab_size, end_of_text=end_of_text)
+    if (found := tokenizer.get_vocab_size()) < data.vocab_size:
+        say(f"The text gives a tokenizer of {found} tokens, fewer than data.vocab_size={data.vocab_size}")
+    return tokenizer, end_of_text
 
 
 def _training_text(train: Corpus, split: Split) -> Iterator[str]:
