@@ -223,6 +223,88 @@ def test_mistakes_are_one_line_with_the_dotted_key(override: str, message: str) 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method=muon", "poet.mode=mem"], r"^poet\.mode=mem: method=muon means another poet; give one of the two$"),
+        (["optimizer.name=smmf", "method=hfac"], r"^optimizer\.name=smmf: method=hfac means another optimizer\.name"),
+        (["method=nf4", "poet.weight_format=fp8"], r"^poet\.weight_format=fp8: method=nf4 means another"),
+        (["method=single-step-mem", "poet={seed: 2}"], r"^poet=.*: method=single-step-mem means another poet\.method"),
+        (["method=fast", "poet=null"], r"^poet=None: method=fast means another"),
+        (["poet=null", "poet.seed=3"], r"^poet and poet\.seed are both given"),
+        (["optimizer.lr=1e-3", "optimizer={name: sgd}"], r"^optimizer and optimizer\.lr are both given"),
+        (["method=[mem]"], r"^method=\['mem'\]: no such method"),
+        (
+            ["data.tokenizer=x", "data.vocab_size=500"],
+            r"^data\.vocab_size=500: has no effect with the tokenizer",
+        ),
+        (["data.validation=x", "data.validation_fraction=0.1"], r"^data\.validation_fraction=0\.1: has no effect with"),
+        (["optimizer.clip=off", "optimizer.clip_ramp_start=0.5"], r"^optimizer\.clip_ramp_start=0\.5: has no effect"),
+        (["poet.merge_every=null", "optimizer.clip_ramp_until=9"], r"^optimizer\.clip_ramp_until=9: has no effect"),
+        (["method=sgd", "train.spectrum_every=5"], r"^train\.spectrum_every=5: has no effect where no layer"),
+        (
+            ["optimizer.dense_optimizer=smmf", "optimizer.eps=1e-7"],
+            r"^optimizer\.eps=1e-7: .* optimizer\.poet_eps\)",
+        ),
+    ],
+)
+def test_overrides_that_undo_each_other_or_have_no_effect_are_refused(overrides: list[str], message: str) -> None:
+    for order in (overrides, overrides[::-1]):
+        with pytest.raises(UserError, match=message):
+            load_recipe("demo", order)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method=lora", "optimizer.name=hfac"],
+        ["method=lora", "lora={rank: 4}"],
+        ["method=sgd", "poet=null", "train.spectrum_every=null"],
+        ["method=adamw", "optimizer.state_dtype=int8"],
+        ["train.seed=3", "train.seed=4"],
+    ],
+)
+def test_overrides_that_go_together_are_taken(overrides: list[str]) -> None:
+    assert load_recipe("demo", overrides)
+
+
+def test_a_methods_file_has_no_other_method_in_its_sections(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    demo = load_recipe("demo")
+    path.write_text(demo.to_yaml() + "method: adafactor\n")
+    with pytest.raises(UserError, match="method=adafactor means another poet"):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {steps: 3}\nmodel: {}\ntrain: {seed: 1}", "train is there twice"),
+        ("model: {num_layers: 2, hidden_size: 8, num_layers: 3}", "num_layers is there twice"),
+        ("poet:\n  seed: 1\n  'seed': 2", "seed is there twice"),
+        ("model: &a {num_layers: 2}\ntrain: {<<: *a, steps: 1, steps: 2}", "steps is there twice"),
+    ],
+)
+def test_a_key_twice_in_a_file_is_named(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"twice.yaml: not valid YAML: {message}"):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    ("written", "steps"), [("020", 20), ("09", 9), ("+7", 7), ("0x1f", 31), ("1_000", 1000), ("2:40", None)]
+)
+def test_numbers_are_those_that_people_mean(written: str, steps: int | None) -> None:
+    if steps is None:
+        with pytest.raises(UserError, match=r"^train\.steps=2:40: must be a whole number"):
+            load_recipe("demo", [f"train.steps={written}"])
+        with pytest.raises(UserError, match=r"^optimizer\.lr=2:40\.5: must be a number"):
+            load_recipe("demo", [f"optimizer.lr={written}.5"])
+    else:
+        assert load_recipe("demo", [f"train.steps={written}"]).train.steps == steps
+
+
 def test_overrides_are_read_as_yaml_and_numbers_in_exponent_form_work() -> None:
     recipe = load_recipe("demo", ["optimizer.lr=1e-3", "train.steps=1e3", "optimizer.clip=null", "poet.mode=mem"])
     assert recipe.optimizer.lr == 1e-3

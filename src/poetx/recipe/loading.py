@@ -35,7 +35,7 @@ from poetx.recipe.sections import (
     every_key,
     section_types,
 )
-from poetx.recipe.shorthands import SIZED_RECIPES, put_method, put_shape
+from poetx.recipe.shorthands import METHODS, SIZED_RECIPES, put_method, put_shape
 
 logger = logging.getLogger(__name__)
 
@@ -165,8 +165,10 @@ def load_recipe(source: str | None = None, overrides: Sequence[str] = (), *, tex
     values, of_a_run = _read(source)
     for note in modernize(values, of_a_run=of_a_run):
         logger.warning("%s: %s", source, note)
-    if (method := values.pop("method", None)) is not None:
+    if (method := values.get("method")) is not None:
+        _refuse_contradictions([*_flat(values)])
         put_method(values, method)
+    values.pop("method", None)
     for section, key, value in without_effect(values):
         raise _without_effect(values, section, key, value)
     given: set[str] = set()
@@ -174,6 +176,7 @@ def load_recipe(source: str | None = None, overrides: Sequence[str] = (), *, tex
     for key, value in pairs:
         if key == "method":
             put_method(values, value)
+    _refuse_contradictions(pairs)
     drop_without_effect(values)
     for key, value in pairs:
         if key != "method":
@@ -186,12 +189,32 @@ def load_recipe(source: str | None = None, overrides: Sequence[str] = (), *, tex
     put_shape(values)
     _share_seed(values)
     recipe = _build(values)
+    for key in given:
+        if dict(pairs)[key] is not None and (reason := _idle(recipe, key)):
+            raise UserError(f"{key}={_shown(dict(pairs)[key])}: has no effect {reason}; leave it out")
     if text and not recipe.data.train:
         raise UserError(
             "data.train is missing; give it on the command line: data.train=PATH "
             '(a text file, a directory of text files, JSONL with a "text" field, or builtin)'
         )
     return recipe
+
+
+def _idle(recipe: Recipe, key: str) -> str:
+    """Why ``key``, which the types allow, is read by nothing in this recipe; empty where it is read."""
+    data, optimizer = recipe.data, recipe.optimizer
+    tokenizer = "data.tokenizer" if data.tokenizer else "model.pretrained" if recipe.model.pretrained else None
+    reasons = {"data.vocab_size": f"with the tokenizer of {tokenizer}"} if tokenizer else {}
+    if data.validation:
+        reasons["data.validation_fraction"] = "with data.validation"
+    if recipe.poet is None:
+        reasons["train.spectrum_every"] = "where no layer is rotated"
+    if key.startswith("optimizer.clip_ramp") and not (optimizer.clip and recipe.merge_every):
+        return "without optimizer.clip and poet.merge_every"
+    dense = getattr(optimizer, "dense_optimizer", None)
+    if dense not in (None, "adamw") and key in ("optimizer.betas", "optimizer.eps"):
+        return f"with optimizer.dense_optimizer={dense} (of rotations: optimizer.poet_{key.rpartition('.')[2]})"
+    return reasons.get(key, "")
 
 
 def with_method(recipe: Recipe, name: str) -> Recipe:
@@ -246,12 +269,12 @@ def settled_as(old: Recipe, new: Recipe) -> Recipe:
 
 def _read(source: str) -> tuple[dict[str, Any], bool]:
     """The values in the file of ``source``, and whether that is the directory of a run."""
-    import yaml
+    from poetx.recipe.plain_yaml import read_yaml
 
     path = recipe_path(source)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, no such date, too long
+        values = read_yaml(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # ValueError: also not UTF-8, no such date, too long
         raise UserError(f"{path}: not valid YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys to values")
@@ -267,16 +290,36 @@ def _read(source: str) -> tuple[dict[str, Any], bool]:
 
 def _parse(override: str) -> tuple[str, Any]:
     """Key and value of ``a.b=value``; the value is read as YAML."""
-    import yaml
+    from poetx.recipe.plain_yaml import read_yaml
 
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
         raise UserError(f"{override!r}: an override is written key=value, for example train.steps=100")
     try:
-        return key, yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return key, read_yaml(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{_shown(override)}: the value is not valid YAML: {one_line(error)}") from None
+
+
+def _refuse_contradictions(pairs: Sequence[tuple[str, Any]]) -> None:
+    """Raise where one override undoes another: a whole section and its keys, or a method and what it is made of.
+
+    Of the same key twice the last counts, as for every program's options.
+    """
+    given = dict(pairs)
+    name = given.pop("method", None)
+    settings = METHODS.get(name, {}) if isinstance(name, str) else {}
+    fixed = {key: value for key, value in settings.items() if value not in ("auto", {})}
+    if name == "lora":
+        del fixed["optimizer.name"]  # AdamW unless given
+    for key, value in given.items():
+        section = key.partition(".")[0]
+        if section != key and section in given:
+            raise UserError(f"{section} and {key} are both given, and one would undo the other; give one of them")
+        made = [own for own in fixed if own in (key, section) or own.startswith(f"{key}.")]
+        if any(own != key or fixed[own] != value for own in made):
+            raise UserError(f"{key}={_shown(value)}: method={name} means another {made[0]}; give one of the two")
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:

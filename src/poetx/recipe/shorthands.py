@@ -75,7 +75,7 @@ def put_method(values: dict[str, Any], name: str) -> None:
     Raises:
         UserError: no such method.
     """
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         known = ", ".join(METHODS)
         raise UserError(f"method={name}: no such method{nearest(str(name), METHODS)} (there are {known})")
     for key, value in METHODS[name].items():
