@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, FalconMambaConfig, OlmoeConfig, P
 
 from builders import At, interrupt, train_losses
 from poetx.errors import UserError
-from poetx.methods import convert_model, merge_handle, method_of, release_handle, with_method
+from poetx.methods import convert_model, merge_handle, method_of, release_handle
 from poetx.models import build_model
-from poetx.recipe import Recipe, load_recipe
+from poetx.recipe import Recipe, load_recipe, with_method
 from poetx.recipe.shorthands import METHODS
 from poetx.train.metrics import is_whole, read_metrics
 from poetx.train.run import train

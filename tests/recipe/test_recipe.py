@@ -262,6 +262,7 @@ def test_overrides_that_undo_each_other_or_have_no_effect_are_refused(overrides:
         ["method=sgd", "poet=null", "train.spectrum_every=null"],
         ["method=adamw", "optimizer.state_dtype=int8"],
         ["train.seed=3", "train.seed=4"],
+        ["optimizer.clip=null", "optimizer.clip_ramp_until=0"],
     ],
 )
 def test_overrides_that_go_together_are_taken(overrides: list[str]) -> None:

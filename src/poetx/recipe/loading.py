@@ -190,7 +190,7 @@ def load_recipe(source: str | None = None, overrides: Sequence[str] = (), *, tex
     _share_seed(values)
     recipe = _build(values)
     for key in given:
-        if dict(pairs)[key] is not None and (reason := _idle(recipe, key)):
+        if dict(pairs)[key] and (reason := _idle(recipe, key)):  # what switches a thing off has no effect and is right
             raise UserError(f"{key}={_shown(dict(pairs)[key])}: has no effect {reason}; leave it out")
     if text and not recipe.data.train:
         raise UserError(
