@@ -208,6 +208,18 @@ def test_save_load_continue_is_bitwise_the_same(kind, settings, dtype):
 
 
 @pytest.mark.parametrize(("kind", "settings"), FAMILY, ids=IDS)
+def test_the_state_of_another_optimizer_is_refused(kind, settings):
+    parameter, gradients = start(8, 6, dtype=torch.float32, steps=2)
+    others = [torch.optim.AdamW, torch.optim.RMSprop, SMMF, HFac, AdamW]
+    for other in (other([parameter], lr=1e-3) for other in others if other is not kind):
+        run(other, parameter, gradients)
+        mine = kind([parameter], lr=1e-3, **settings)
+        with pytest.raises(UserError, match=f"{kind.__name__}: this state was saved by another optimizer"):
+            mine.load_state_dict(other.state_dict())
+        run(mine, parameter, gradients)
+
+
+@pytest.mark.parametrize(("kind", "settings"), FAMILY, ids=IDS)
 def test_bfloat16_weights_move_by_less_than_they_can_show(kind, settings):
     # One step of 1e-4 is an eighth of half a unit in the last place of 0.3; rounding to nearest would stand still.
     parameter = nn.Parameter(torch.full((64, 128), 0.3, dtype=torch.bfloat16))

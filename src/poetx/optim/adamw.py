@@ -41,6 +41,9 @@ class AdamW(SlicedOptimizer):
         UserError: a value outside its range.
     """
 
+    _state_names = frozenset({"exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale"})
+    _own_setting = "state_dtype"
+
     def __init__(
         self,
         params: Any,

@@ -33,6 +33,9 @@ class HFac(SlicedOptimizer):
         UserError: a value outside its range.
     """
 
+    _state_names = frozenset({"u", "v", "r", "s", "variance"})
+    _own_setting = "clip"
+
     def __init__(
         self,
         params: Any,

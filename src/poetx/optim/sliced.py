@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ class SlicedOptimizer(torch.optim.Optimizer):
     #: Zeros are the state of a parameter that was not stepped yet: how a merge resets it.
     fresh_is_zero = True
     _beta_count = 2
+    #: Keys of a parameter's state beside ``step``, and the setting by which a group is known as this optimizer's.
+    _state_names: ClassVar[frozenset[str]]
+    _own_setting: ClassVar[str]
 
     def __init__(self, params: Any, defaults: dict[str, Any], *, seed: int = 0) -> None:
         check_numbers(defaults | {"seed": seed})
@@ -92,7 +95,18 @@ class SlicedOptimizer(torch.optim.Optimizer):
         return stream(self._seed, str(self._numbers[id(parameter)]), step, "optimizer", parameter.device)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
-        """As in torch, but every tensor keeps its dtype: torch would cast all of them to the parameter's."""
+        """As in torch, but every tensor keeps its dtype: torch would cast all of them to the parameter's.
+
+        Raises:
+            UserError: the state of another optimizer, which torch would take and fail on at the next step.
+        """
+        names = {name for state in state_dict["state"].values() for name in state} - {"step"}
+        if names - self._state_names or any(self._own_setting not in group for group in state_dict["param_groups"]):
+            found = f" (it holds {', '.join(sorted(names))})" if names else ""
+            raise UserError(
+                f"{type(self).__name__}: this state was saved by another optimizer{found}; build that one, or start "
+                "this one anew"
+            )
         super().load_state_dict(dict(state_dict))
         keep_dtypes(self, state_dict)
 

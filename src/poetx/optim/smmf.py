@@ -41,6 +41,9 @@ class SMMF(SlicedOptimizer):
 
     _beta_count = 1
 
+    _state_names = frozenset({"momentum_row", "momentum_column", "variance_row", "variance_column", "signs"})
+    _own_setting = "growth"
+
     def __init__(
         self,
         params: Any,
