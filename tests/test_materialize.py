@@ -133,6 +133,29 @@ def test_a_converted_model_releases_each_old_weight_before_the_next():
         assert sum(tracker.split("dense").values()) < dense + 6 * 4 * size * size
 
 
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("model.safetensors.index.json", lambda _: b"[]", "holds list"),
+        ("model.safetensors.index.json", lambda _: b'{"weight_map": {"a": 3}}', "has no weight_map"),
+        ("model.safetensors.index.json", lambda _: b"{}", "has no weight_map"),
+        ("model-00002-of-", lambda content: content[:-7], r"model-00002\S+: cannot be read \("),
+        ("model-00001-of-", lambda _: b"no tensors", r"model-00001\S+: cannot be read \("),
+        ("model-00001-of-", None, r"model-00001\S+: cannot be read \("),
+    ],
+)
+def test_damaged_files_are_one_line(name, damage, message, tmp_path):
+    AutoModelForCausalLM.from_config(llama()).save_pretrained(tmp_path, max_shard_size="100KB")
+    (file,) = tmp_path.glob(f"{name}*")
+    if damage is None:
+        file.unlink()
+    else:
+        file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(UserError, match=message) as error:
+        materialize_(on_meta(llama()), tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_mistakes_are_named(tmp_path):
     config = llama()
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from poetx.convert import to_dense_
 from poetx.errors import UserError
+from poetx.files import read_json, reason
 from poetx.layers.poet import PoetLinear
 from poetx.layers.walk import poet_layers
 from poetx.targets import ZERO, next_to_nothing
@@ -33,7 +35,9 @@ class SafetensorsCheckpoint:
         self.directory = Path(directory).expanduser()
         index = self.directory / "model.safetensors.index.json"
         if index.is_file():
-            self._file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            self._file_of = read_json(index).get("weight_map")
+            if not isinstance(self._file_of, dict) or not all(isinstance(f, str) for f in self._file_of.values()):
+                raise UserError(f"{index}: has no weight_map of tensors and files; get the checkpoint again")
         else:
             self._file_of = {
                 name: file.name for file in sorted(self.directory.glob("*.safetensors")) for name in _names(file)
@@ -47,9 +51,7 @@ class SafetensorsCheckpoint:
 
     def read(self, name: str) -> Tensor:
         """One tensor on the CPU; the file is closed again, and its pages with it."""
-        from safetensors import safe_open
-
-        with safe_open(self.directory / self._file_of[name], framework="pt") as file:
+        with _opened(self.directory / self._file_of[name]) as file:
             return file.get_tensor(name)
 
     def missing(self, model: nn.Module) -> list[str]:
@@ -58,10 +60,19 @@ class SafetensorsCheckpoint:
 
 
 def _names(file: Path) -> list[str]:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as opened:
+    with _opened(file) as opened:
         return list(opened.keys())
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: cannot be read ({reason(error)}); get the checkpoint again") from None
 
 
 def _wanted(model: nn.Module) -> list[list[str]]:

@@ -137,6 +137,25 @@ def test_a_fault_of_ours_keeps_its_traceback_and_says_what_is_saved(
     assert "continue with: poetx train runs/small --resume" in captured.out
 
 
+def test_a_run_goes_on_when_nobody_reads_what_it_says(place: Path) -> None:
+    command = [sys.executable, "-m", "poetx", "train", "small.yaml", "data.train=text.txt"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        run.stdout.readline()
+        run.stdout.close()  # as head does
+        assert run.wait() == 0
+    assert (place / "runs/small/export/config.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "metrics.jsonl", "checkpoints/step-00000003/model.safetensors"])
+def test_a_report_replaces_pages_only(name: str, trained: Path, fails: Callable[..., str]) -> None:
+    before = (trained / name).read_bytes()
+    assert "no HTML page" in fails("report", "runs/small", "-o", str(trained / name))
+    assert (trained / name).read_bytes() == before
+    for _ in range(2):
+        assert main(["report", "runs/small", "-o", "page"]) == 0
+
+
 def test_characters_that_the_terminal_lacks_are_replaced(trained: Path) -> None:
     command = [
         sys.executable,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shlex
 import signal
+import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,8 +67,14 @@ def train(
     from poetx.train.progress import LiveReporter, PlainReporter
     from poetx.train.run import train as run_training
 
+    class Unread(Console):
+        def on_broken_pipe(self) -> None:
+            """Go on in silence where nobody reads any more (``| head``): the run is worth more than its lines."""
+            self.quiet = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
     quiet_transformers()
-    console = Console()
+    console = Unread()
     reporter = LiveReporter(console) if console.is_terminal else PlainReporter(console)
     try:
         with _library_warnings_to(reporter):

@@ -29,8 +29,12 @@ def write_report(run_dir: Path, path: Path) -> Path:
     """Write the page for ``run_dir`` to ``path``: no scripts, no links to anywhere, readable in any browser.
 
     Raises:
-        UserError: ``run_dir`` has no metrics, or ``path`` cannot be written.
+        UserError: ``run_dir`` has no metrics, or ``path`` cannot be written, or is a file that is no page.
     """
+    if path.is_file():
+        with path.open("rb") as file:
+            if not file.read(15).lower().startswith((b"<!doctype html", b"<html")):
+                raise UserError(f"{path}: exists and is no HTML page, so a report does not replace it; choose another")
     metrics = run_dir / "metrics.jsonl"
     entries = [entry for entry in read_metrics(metrics) if is_whole(entry)]
     if not any(entry["event"] == "train" for entry in entries):
