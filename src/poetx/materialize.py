@@ -117,7 +117,10 @@ def materialize_(
     """
     layers = dict(poet_layers(model))
     if not layers:
-        raise UserError("the model has no PoetLinear layer; call poetx.convert_ on the meta device first")
+        raise UserError(
+            "the model has no PoetLinear layer; call poetx.convert_ on the meta device first (a model of "
+            "method='single-step' is built with its weights, then converted)"
+        )
     source = None if checkpoint is None else SafetensorsCheckpoint(checkpoint)
     inside = {id(module) for layer in layers.values() for module in layer.modules()}
     if source is not None:

@@ -53,11 +53,30 @@ def emptied(model):
     return model
 
 
-WAYS = [pickled, copy.deepcopy, assigned, emptied, lambda model: model.bfloat16().float(), lambda model: model.double()]
+def swapped(model):
+    """Cast and loaded by exchanging tensors in place, as torch will do by default some day."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        return emptied(model.double().float())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+WAYS = [
+    pickled,
+    copy.deepcopy,
+    assigned,
+    emptied,
+    swapped,
+    lambda model: model.bfloat16().float(),
+    lambda model: model.double(),
+]
 
 
 @METHODS
-@pytest.mark.parametrize("way", WAYS, ids=["pickled", "deepcopy", "assigned", "emptied", "bfloat16", "double"])
+@pytest.mark.parametrize(
+    "way", WAYS, ids=["pickled", "deepcopy", "assigned", "emptied", "swapped", "bfloat16", "double"]
+)
 def test_a_layer_is_frozen_and_trained_again_whatever_was_done_to_its_parameters(way, method):
     model = converted(method)
     model[1].requires_grad_(False)

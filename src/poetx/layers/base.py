@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -206,12 +207,27 @@ class ConvertedLinear(nn.Module):
         """``.to()``, ``.bfloat16()`` and the like, refused before anything changes."""
         self.check_cast(fn)
         former = self._parameters[self.weight_name]
-        super()._apply(fn, recurse)
+        with self._weight_stays_rotated():
+            super()._apply(fn, recurse)
         weight = self._parameters[self.weight_name]
         if weight is not former and weight is not None:  # put in its place, as by to_empty
             self._parameters[self.weight_name] = former
             self.register_parameter(self.weight_name, weight)
         return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        with self._weight_stays_rotated():
+            super()._load_from_state_dict(*args)
+
+    @contextlib.contextmanager
+    def _weight_stays_rotated(self) -> Iterator[None]:
+        """With ``torch.__future__.set_swap_module_params_on_conversion`` torch makes it a plain Parameter, in place."""
+        weight: Any = self._parameters[self.weight_name]
+        frozen = getattr(weight, "frozen", False)
+        yield
+        if type(weight) is nn.Parameter:
+            weight.__class__ = RotatedWeight
+            weight.frozen = frozen
 
     def checked_input(self, x: Tensor) -> Tensor:
         """x [..., in_features] in the dtype that the layer computes in: autocast's if that is on, else the weight's.
