@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from builders import Tiny
 from poetx.errors import UserError
+from poetx.runs import evaluate, load
 from poetx.runs.evaluate import evaluate_run
 from poetx.runs.generate import generate_text
 from poetx.runs.load import LoadedModel, load_run
@@ -147,3 +148,31 @@ def test_tokens_that_the_model_does_not_know_are_one_line(tmp_path: Path) -> Non
         generate_text(loaded, "one more")
     with pytest.raises(UserError, match="another model's: token 5, but 5 embeddings"):
         evaluate_run(str(tmp_path), data=str(tmp_path / "text.txt"), seq_len=4, device="cpu")
+
+
+@pytest.mark.parametrize("command", ["eval", "load", "spectrum"])
+def test_a_run_that_trains_on_is_read_at_its_newer_checkpoint(
+    command: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = train(tiny("train.export=false")).run_dir
+    older, newer = sorted((run_dir / "checkpoints").iterdir())
+    newer.rename(tmp_path / "newer")
+    module = load if command != "spectrum" else evaluate
+    real = module.load_model
+
+    def train_on(checkpoint: Path, model: torch.nn.Module) -> None:
+        if older.exists():
+            (tmp_path / "newer").rename(newer)
+            shutil.rmtree(older)
+        real(checkpoint, model)
+
+    monkeypatch.setattr(module, "load_model", train_on)
+    if command == "spectrum":
+        assert evaluate.run_spectrum(run_dir, device="cpu").step == 12
+    elif command == "eval":
+        assert evaluate_run(str(run_dir), data=None, device="cpu").loss > 0
+    else:
+        assert load_run(str(run_dir), device="cpu").text is not None
+    shutil.rmtree(newer)
+    with pytest.raises(UserError, match="no checkpoints yet"):
+        load_run(str(run_dir), device="cpu")

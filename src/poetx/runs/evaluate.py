@@ -11,14 +11,15 @@ from poetx.data.tokenizer import whole_text
 from poetx.data.tokens import TokenWindows, window_count
 from poetx.errors import UserError
 from poetx.models import resolve_device
-from poetx.runs.load import LoadedModel, load_run, rebuild_run
+from poetx.runs.load import LoadedModel, load_run, rebuild_run, while_it_trains
 from poetx.spectra import LayerSpectrum, spectrum
-from poetx.train.checkpoint import load_model, read_state, step_of
+from poetx.train.checkpoint import load_model, step_of
 from poetx.train.loop import evaluate
 from poetx.train.metrics import perplexity
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
 DEFAULT_SEQ_LEN = 256  # for an exported model, which says at most how many positions it has
 
@@ -74,9 +75,9 @@ def _window_length(loaded: LoadedModel, seq_len: int | None) -> int:
 
 
 def _own_windows(run_dir: Path, loaded: LoadedModel, seq_len: int) -> TokenWindows:
-    assert loaded.recipe is not None and loaded.checkpoint is not None  # noqa: PT018
+    assert loaded.recipe is not None
     data = prepare_data(loaded.recipe)
-    if data.meta.fingerprint != read_state(loaded.checkpoint).data_fingerprint:
+    if data.meta.fingerprint != loaded.text:
         raise UserError(
             f"{run_dir}: its text ({loaded.recipe.data.train}) or tokenizer has changed since it was trained; "
             "give --data PATH"
@@ -112,7 +113,12 @@ def run_spectrum(run_dir: Path, *, device: str = "auto") -> RunSpectrum:
     Raises:
         UserError: not a run directory, no whole checkpoint, or a dense run, which has no rotated layers.
     """
-    run = rebuild_run(run_dir, resolve_device(device))
+    target = resolve_device(device)
+    return while_it_trains(run_dir, lambda: _spectrum(run_dir, target))
+
+
+def _spectrum(run_dir: Path, device: torch.device) -> RunSpectrum:
+    run = rebuild_run(run_dir, device)
     if run.recipe.poet is None:
         raise UserError(f"{run_dir}: a dense run (poet: null) has no rotated layers whose spectrum could be kept")
     start = spectrum(run.model)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from poetx.errors import UserError, one_line
 from poetx.files import read_json
 from poetx.methods.base import convert_model, method_of
 from poetx.models import build_model, load_checkpoint, resolve_device, settled
 from poetx.recipe import Recipe, load_recipe
-from poetx.train.checkpoint import find_checkpoint, load_model, read_state, tensor_shapes
+from poetx.train.checkpoint import checkpoints, find_checkpoint, load_model, read_state, tensor_shapes
 from poetx.train.export import TOKENIZER_DIR, TOKENIZER_SUM, stop_at_, tokenizer_sum
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class LoadedModel:
     device: torch.device
     recipe: Recipe | None  # None for an exported directory
     notes: list[str]  # one line about every broken checkpoint that was passed over
-    checkpoint: Path | None = None  # of a run
+    text: str | None = None  # fingerprint of a run's text
 
     @property
     def end_of_text_id(self) -> int:
@@ -56,11 +59,22 @@ def load_run(run: str, *, device: str = "auto") -> LoadedModel:
     """
     path, target = Path(run), resolve_device(device)
     if (path / "recipe.yaml").is_file():
-        return _load_checkpoint(path, target)
+        return while_it_trains(path, lambda: _load_checkpoint(path, target))
     if (path / "config.json").is_file():
         return _load_exported(path, target)
     what = "neither a run (recipe.yaml) nor an exported model (config.json)" if path.is_dir() else "no such directory"
     raise UserError(f"{run}: {what}")
+
+
+def while_it_trains(run_dir: Path, read: Callable[[], T]) -> T:
+    """What ``read`` makes of the newest checkpoint; again where the run, which goes on, has removed that meanwhile."""
+    while True:
+        newest = checkpoints(run_dir)[-1:]
+        try:
+            return read()
+        except Exception:  # by where the files vanish, safetensors' errors, ours or the system's
+            if not newest or newest[0].exists():
+                raise
 
 
 @dataclass(frozen=True)
@@ -114,7 +128,8 @@ def _load_checkpoint(run_dir: Path, device: torch.device) -> LoadedModel:
     load_model(run.checkpoint, run.model)
     method_of(run.recipe).to_dense_(run.model)
     stop_at_(run.model, run.tokenizer.eos_token_id)
-    return LoadedModel(run.model.eval(), run.tokenizer, device, run.recipe, run.notes, run.checkpoint)
+    text = read_state(run.checkpoint).data_fingerprint
+    return LoadedModel(run.model.eval(), run.tokenizer, device, run.recipe, run.notes, text)
 
 
 def _load_exported(path: Path, device: torch.device) -> LoadedModel:
