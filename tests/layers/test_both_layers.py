@@ -231,3 +231,16 @@ def test_tracing():
     model = converted("single-step").eval()
     assert torch.equal(torch.jit.trace(model, x)(x + 1), model(x + 1))
     assert isinstance(converted("poet-x")[1], PoetLinear)
+
+
+@METHODS
+@pytest.mark.parametrize(
+    "transform", [torch.func.vmap, torch.func.jacrev, lambda f: torch.func.grad(lambda x: f(x).sum())]
+)
+def test_transforms_of_torch_func_are_refused_in_one_line(transform, method):
+    model = converted(method)
+    optimizer = optimizer_of(model, method)
+    with pytest.raises(UserError, match=r"torch\.func does not see through a converted layer; put x @ layer"):
+        transform(model[1:])(torch.randn(3, 10))
+    model[1:](torch.randn(3, 10)).sum().backward()
+    optimizer.step()

@@ -117,6 +117,9 @@ def _eager() -> bool:
     return not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack())
 
 
+_INSTEAD = "put x @ layer.dense_weight().T + layer.bias in its place there"
+
+
 def first_derivatives_only() -> None:
     """Refuse second derivatives, which an opaque operator in a backward does not have.
 
@@ -124,10 +127,17 @@ def first_derivatives_only() -> None:
         UserError: second derivatives are wanted (``create_graph=True``).
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise UserError(
-            "a converted layer has no second derivatives, which create_graph=True asks for; put x @ "
-            "layer.dense_weight().T + layer.bias in its place there"
-        )
+        raise UserError(f"a converted layer has no second derivatives, which create_graph=True asks for; {_INSTEAD}")
+
+
+def no_transforms() -> None:
+    """Refuse ``torch.func`` (grad, vmap, jvp, …), whose own message speaks of a method that no user can write.
+
+    Raises:
+        UserError: called inside such a transform.
+    """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise UserError(f"torch.func does not see through a converted layer; {_INSTEAD}")
 
 
 def cached_tensors(function: Callable[..., Any]) -> Callable[..., Any]:

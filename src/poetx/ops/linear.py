@@ -20,7 +20,7 @@ from torch import Tensor
 from poetx.ops import block_diagonal
 from poetx.ops.cayley import cayley_blocks, cayley_blocks_backward, side_blocks, side_blocks_backward
 from poetx.ops.dispatch import rotations
-from poetx.ops.library import first_derivatives_only, operator
+from poetx.ops.library import first_derivatives_only, no_transforms, operator
 from poetx.ops.rebuild import rebuild
 from poetx.ops.side import Sides, sides
 from poetx.ops.stored import Stored, fetch
@@ -216,6 +216,7 @@ def poet_linear(
         blocks: (G_in, G_out) in x's dtype as :func:`poetx.ops.cayley.side_blocks` makes them; *fast* uses them as they
             are and differentiates through the packed tensors all the same.
     """
+    no_transforms()
     side_in, side_out = both
     settings = (weight.kind, weight.group_size, len(weight.tensors), (side_in.block_size, side_out.block_size), order)
     function, more = (_MemLinear, factors) if mode == "mem" else (_FastLinear, blocks)

@@ -29,7 +29,7 @@ from poetx.ops.block_diagonal import add_block_outer_, block_outer_products, rot
 from poetx.ops.cayley import pack_skew
 from poetx.ops.dispatch import use_triton
 from poetx.ops.fold import full_precision_products
-from poetx.ops.library import first_derivatives_only, operator
+from poetx.ops.library import first_derivatives_only, no_transforms, operator
 from poetx.ops.random import stochastic_round_
 
 
@@ -270,6 +270,7 @@ def single_step_linear(
         weight: [m, n], frozen; cast to x's dtype where it differs. bias: [m] or None, differentiable.
         block_sizes: (b_in, b_out). route, keep_y: see the module's text; y is only of use on the tokens route.
     """
+    no_transforms()
     x_NF = x.reshape(-1, x.shape[-1])
     *tensors, anchor = buffers
     y = _SingleStepLinear.apply(x_NF, anchor, weight, bias, *tensors, block_sizes, route, keep_y and route == "tokens")
