@@ -231,7 +231,7 @@ def test_mistakes_are_one_line_with_the_dotted_key(override: str, message: str) 
         (["method=nf4", "poet.weight_format=fp8"], r"^poet\.weight_format=fp8: method=nf4 means another"),
         (["method=single-step-mem", "poet={seed: 2}"], r"^poet=.*: method=single-step-mem means another poet\.method"),
         (["method=fast", "poet=null"], r"^poet=None: method=fast means another"),
-        (["poet=null", "poet.seed=3"], r"^poet and poet\.seed are both given"),
+        (["poet={mode: mem}", "poet.seed=3"], r"^poet and poet\.seed are both given"),
         (["optimizer.lr=1e-3", "optimizer={name: sgd}"], r"^optimizer and optimizer\.lr are both given"),
         (["method=[mem]"], r"^method=\['mem'\]: no such method"),
         (
@@ -252,6 +252,12 @@ def test_overrides_that_undo_each_other_or_have_no_effect_are_refused(overrides:
     for order in (overrides, overrides[::-1]):
         with pytest.raises(UserError, match=message):
             load_recipe("demo", order)
+
+
+def test_a_section_that_is_null_after_its_keys_counts_and_before_them_is_refused() -> None:
+    assert load_recipe("demo", ["poet.seed=3", "poet.mode=fast", "poet=null"]).poet is None
+    with pytest.raises(UserError, match=r"^poet and poet\.seed are both given"):
+        load_recipe("demo", ["poet=null", "poet.seed=3"])
 
 
 @pytest.mark.parametrize(

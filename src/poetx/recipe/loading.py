@@ -305,9 +305,13 @@ def _parse(override: str) -> tuple[str, Any]:
 def _refuse_contradictions(pairs: Sequence[tuple[str, Any]]) -> None:
     """Raise where one override undoes another: a whole section and its keys, or a method and what it is made of.
 
-    Of the same key twice the last counts, as for every program's options.
+    Of the same key twice the last counts, as for every program's options; and a section that is null after its keys.
     """
-    given = dict(pairs)
+    given: dict[str, Any] = {}
+    for key, value in pairs:
+        if value is None:
+            given = {name: kept for name, kept in given.items() if not name.startswith(f"{key}.")}
+        given[key] = value
     name = given.pop("method", None)
     settings = METHODS.get(name, {}) if isinstance(name, str) else {}
     fixed = {key: value for key, value in settings.items() if value not in ("auto", {})}
