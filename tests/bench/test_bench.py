@@ -86,6 +86,11 @@ def test_a_wrong_layer_stops_the_run_before_anything_is_timed(what, monkeypatch)
         list(bench_layer(shape(), contestants=["linear", "wrong"], repeats=1))
 
 
+def test_a_method_beside_the_methods_is_refused():
+    with pytest.raises(UserError, match="method= would have no effect"):
+        next(bench_step("demo", methods=["adamw"], overrides=["method=mem"]))
+
+
 def test_another_contestant_is_one_entry(monkeypatch):
     monkeypatch.setitem(layer_bench.CONTESTANTS, "plain", lambda shape: nn.Linear(20, 28, bias=False))
     rows = list(bench_layer(shape(), contestants=["linear", "plain"], repeats=1, parts=False))

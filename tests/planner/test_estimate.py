@@ -1,5 +1,7 @@
 """The estimate is what happens: against tracked bytes of real steps by every method, and against arithmetic."""
 
+import json
+
 import pytest
 import torch
 
@@ -79,3 +81,20 @@ def test_what_is_no_source_is_refused_and_a_path_is_one(tmp_path):
     with pytest.raises(UserError, match="missing.yaml"):
         estimate_memory(tmp_path / "missing.yaml")
     assert planned_recipe("demo", "train.batch_size=2", None)[1].train.batch_size == 2
+
+
+def test_a_mixture_of_experts_is_planned_in_bfloat16_and_refused_in_float32(tmp_path):
+    sizes = {
+        "model_type": "olmoe",
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_experts": 4,
+    }
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2, "vocab_size": 400}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    shape = ("hidden_size", "intermediate_size", "num_layers", "num_heads")
+    asked = [f"model.config={tmp_path}/config.json", *(f"model.{key}=null" for key in shape), "data.seq_len=16"]
+    assert estimate_memory("demo", [*asked, "train.dtype=bfloat16"]).peak > 0
+    with pytest.raises(UserError, match=r"^train\.dtype=float32: a mixture of experts can be planned in bfloat16 only"):
+        estimate_memory("demo", [*asked, "train.dtype=float32"])

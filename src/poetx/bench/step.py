@@ -55,6 +55,8 @@ def bench_step(
     Raises:
         UserError: an unknown method, a bad recipe, or a model that does not learn a batch it sees four times.
     """
+    if any(text.startswith("method=") for text in overrides):
+        raise UserError("method= would have no effect; --methods says which")
     recipe = load_recipe(source, overrides, text=False)  # tokens are drawn at random, no text is read
     lengths = tuple(seq_lens) or (recipe.data.seq_len,)
     batches = tuple(batch_sizes) or (recipe.train.micro_batch,)

@@ -71,6 +71,8 @@ def _planned(source: str, overrides: Sequence[str], methods: Sequence[str] | Non
     from poetx.recipe.shorthands import METHODS
 
     plain = load_recipe(source, overrides, text=False)
+    if methods is not None and any(text.startswith("method=") for text in overrides):
+        raise UserError("--methods and method= are both given; --methods alone says which")
     if methods is None:
         yield plain.name, plain
         return

@@ -229,7 +229,7 @@ def _take_step(model: nn.Module, recipe: Recipe, device: str) -> _Run:
     )
     clip = recipe.optimizer.clip or None
     passes = min(2, recipe.train.batch_size // recipe.train.micro_batch)
-    with mode, NumbersAreOne() as numbers:
+    with mode, NumbersAreOne() as numbers, _one_line(recipe):
 
         def enter(phase: str) -> None:
             numbers.phase = phase
@@ -254,6 +254,20 @@ def _take_step(model: nn.Module, recipe: Recipe, device: str) -> _Run:
         parameters=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
     )
+
+
+@contextlib.contextmanager
+def _one_line(recipe: Recipe) -> Iterator[None]:
+    """Say in one line what fake tensors cannot do: torch's fake product of stacked experts takes bfloat16 alone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "BF16" not in str(error):
+            raise
+        raise UserError(
+            f"train.dtype={recipe.train.dtype}: a mixture of experts can be planned in bfloat16 only; set "
+            "train.dtype=bfloat16"
+        ) from None
 
 
 def _batch(sequences: int, tokens: int) -> tuple[Tensor, Tensor]:
