@@ -35,9 +35,10 @@ class SafetensorsCheckpoint:
         self.directory = Path(directory).expanduser()
         index = self.directory / "model.safetensors.index.json"
         if index.is_file():
-            self._file_of = read_json(index).get("weight_map")
-            if not isinstance(self._file_of, dict) or not all(isinstance(f, str) for f in self._file_of.values()):
+            found = read_json(index).get("weight_map")
+            if not isinstance(found, dict) or not all(isinstance(f, str) for f in found.values()):
                 raise UserError(f"{index}: has no weight_map of tensors and files; get the checkpoint again")
+            self._file_of: dict[str, str] = found
         else:
             self._file_of = {
                 name: file.name for file in sorted(self.directory.glob("*.safetensors")) for name in _names(file)

@@ -115,8 +115,9 @@ def _method(model: torch.nn.Module) -> str:
 
 def _try(method: Any, settings: dict[str, Any]) -> None:
     """Build a tiny model's optimizer, which raises on every setting that would be refused when training starts."""
-    tiny = torch.nn.Sequential(torch.nn.utils.skip_init(torch.nn.Linear, 2, 2))
-    torch.nn.init.eye_(tiny[0].weight)
+    linear: Any = torch.nn.utils.skip_init(torch.nn.Linear, 2, 2)
+    torch.nn.init.eye_(linear.weight)
+    tiny = torch.nn.Sequential(linear)
     convert_(tiny, PoetConfig(method=method, block_size=2))
     _Optimizer()(tiny, **settings)
 

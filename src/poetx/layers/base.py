@@ -226,8 +226,8 @@ class ConvertedLinear(nn.Module):
         frozen = getattr(weight, "frozen", False)
         yield
         if type(weight) is nn.Parameter:
-            weight.__class__ = RotatedWeight
-            weight.frozen = frozen
+            weight.__class__ = RotatedWeight  # pyright: ignore[reportAttributeAccessIssue]
+            weight.frozen = frozen  # pyright: ignore[reportAttributeAccessIssue]
 
     def checked_input(self, x: Tensor) -> Tensor:
         """x [..., in_features] in the dtype that the layer computes in: autocast's if that is on, else the weight's.
