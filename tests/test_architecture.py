@@ -35,8 +35,7 @@ ORDER = (
     ("cli",),
 )
 LEVELS = {name: level for level, names in enumerate(ORDER) for name in names}
-#: Former homes that only forward, and the two that start something.
-LEVELS |= {"stack": len(ORDER), "__main__": len(ORDER)}
+LEVELS |= {"__main__": len(ORDER)}
 
 
 def level(parts):
