@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The whole suite on one GPU in under nine minutes, with nothing installed: torch, triton, transformers and typer are
-# enough. Rows go to OUT as they come, so a part that is cut short by its time limit leaves what it has.
+# The whole suite on one GPU, with nothing installed but what the library needs and pytest. Rows go to OUT as they come,
+# so a part that is cut short by its time limit leaves what it has.
 #
-#   benchmarks/gpu.sh OUT                       every part: tests, layer, ops, step, memory
+#   benchmarks/gpu.sh OUT                       every part: tests, layer, routes, profile, step, memory, ops
 #   benchmarks/gpu.sh OUT layer ops             some of them
 #   POETX_BENCH_TINY=1 benchmarks/gpu.sh OUT    a rehearsal with tiny sizes, which a CPU can do
 set -u
-usage="usage: benchmarks/gpu.sh OUT [tests|layer|ops|step|memory ...]"
+usage="usage: benchmarks/gpu.sh OUT [tests|layer|routes|profile|step|memory|ops ...]"
 case "${1:-}" in "" | -*) echo "$usage" >&2; exit 2 ;; esac
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd); shift
@@ -33,7 +33,10 @@ bench() { # bench SECONDS NAME ARGUMENTS...: `poetx bench` into OUT/NAME.jsonl
 }
 
 part_tests() {
-    limited 90 tests "$python" -m pytest -q -p no:cacheprovider ${tiny:+--collect-only} tests/ops -m gpu
+    local workers=""
+    "$python" -c "import xdist" 2>/dev/null && workers="-n 6"
+    limited 150 tests "$python" -m pytest -q -p no:cacheprovider --no-header --durations 8 \
+        ${tiny:+--collect-only} $workers tests/ops tests/test_on_gpu.py -m gpu
 }
 
 part_layer() {
@@ -41,14 +44,26 @@ part_layer() {
         bench 60 layer layer --tokens 32 --in-features 32 --out-features 48 --block-size 16 --repeats 1
         return
     fi
-    bench 40 layer layer --tokens 2048 --in-features 4096 --out-features 4096 --block-size 256 --repeats 30 \
-        --contestants linear,original,fast,mem,single-step,single-step-free
-    bench 40 layer layer --tokens 2048 --in-features 4096 --out-features 14336 --block-size 256 --repeats 20 \
-        --contestants linear,original,fast,mem,single-step,single-step-free
-    bench 30 layer layer --tokens 2048 --in-features 14336 --out-features 4096 --block-size 256 --repeats 20 \
-        --contestants linear,fast,mem --no-parts
-    bench 30 layer layer --tokens 16384 --in-features 4096 --out-features 4096 --block-size 256 --repeats 20 \
-        --contestants linear,fast,mem
+    local tokens all=linear,original,fast,mem,single-step,single-step-free some=linear,fast,mem,single-step-free
+    for tokens in 8192 2048 16384; do
+        bench 40 layer layer --tokens $tokens --in-features 4096 --out-features 4096 --block-size 256 --contestants $all
+        bench 40 layer layer --tokens $tokens --in-features 4096 --out-features 14336 --block-size 256 \
+            --contestants $some --no-parts
+    done
+}
+
+part_routes() {
+    [ -n "$tiny" ] || limited 40 routes "$python" -m benchmarks.routes --out "$out/routes.jsonl"
+}
+
+part_profile() {
+    if [ -n "$tiny" ]; then
+        limited 100 profile "$python" -m benchmarks.profile_step demo $tiny_model --tokens 2x16 --methods mem \
+            --out "$out/profile.jsonl"
+        return
+    fi
+    limited 60 profile "$python" -m benchmarks.profile_step llama-8b model.num_layers=4 $rates --tokens 1x2048,4x2048 \
+        --methods adamw,fast,mem,single-step,int8 --out "$out/profile.jsonl"
 }
 
 part_ops() {
@@ -64,25 +79,23 @@ part_step() {
         bench 100 step step demo $tiny_model --seq-lens 16 --batch-sizes 2 --repeats 1
         return
     fi
-    bench 70 step step llama-1b --seq-lens 512,2048 --batch-sizes 1,8,24,48 \
+    bench 60 step step llama-1b $rates --seq-lens 2048 --batch-sizes 1,4,8 --methods adamw,fast,mem,single-step
+    bench 90 step step llama-8b $rates optimizer.state_dtype=same --seq-lens 2048 --batch-sizes 1,4 --repeats 3 \
         --methods adamw,fast,mem,single-step
-    bench 130 step step llama-8b --seq-lens 512,1024,2048 --batch-sizes 1,4,12 --repeats 3
 }
 
 part_memory() {
-    if [ -n "$tiny" ]; then
-        bench 100 memory step demo $tiny_model --seq-lens 16 --batch-sizes 1 --repeats 1 --methods fast,mem
-        return
-    fi
-    bench 50 memory step llama-3b --seq-lens 512,1024,2048 --batch-sizes 1 --repeats 1
+    [ -n "$tiny" ] || limited 150 memory "$python" -m benchmarks.memory measured --out "$out/memory.jsonl"
 }
 
+# Small, as there is no warm-up: the loss on a batch that is seen again has to fall from the first step on.
+rates="optimizer.lr=1e-4 optimizer.poet_lr=1e-4"
 tiny_model="model.hidden_size=32 model.intermediate_size=48 model.num_layers=1 model.num_heads=2 data.vocab_size=300
     poet.block_size=16"
-[ $# -gt 0 ] || set -- layer ops step tests memory
+[ $# -gt 0 ] || set -- tests layer routes profile step memory ops
 for part in "$@"; do
     case $part in
-        tests | layer | ops | step | memory) ;;
+        tests | layer | routes | profile | step | memory | ops) ;;
         *) echo "$part: no such part; $usage" >&2; exit 2 ;;
     esac
 done

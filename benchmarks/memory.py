@@ -1,25 +1,30 @@
 """Predicted peak memory against every published cell, the table of targets, and a sweep of the sequence length.
 
     python -m benchmarks.memory published targets batches sequences --out benchmarks/results/memory.jsonl
+    python -m benchmarks.memory measured --out benchmarks/results/memory.jsonl   (needs a GPU: real steps of some cells)
     python -m benchmarks.memory render --out benchmarks/results/memory.jsonl     (docs/memory.md and its plot)
 
-Appends one JSON line a prediction, so that an interrupted run keeps what it has; ``render`` takes the newest line of
-each cell. Nothing here needs a GPU.
+Appends one JSON line a prediction or measurement, so that an interrupted run keeps what it has; ``render`` takes the
+newest line of each cell. Only ``measured`` needs a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.record import RESULTS, append, provenance
+from poetx.bench.timing import milliseconds
 from poetx.planner import GIB, estimate_memory, largest_batch
+from poetx.recipe import load_recipe
 
 DOCS = Path(__file__).parent.parent / "docs"
 SIZES = ("llama-3b", "llama-8b", "llama-13b")
@@ -127,9 +132,13 @@ def published(done: set[str]) -> Iterator[dict[str, Any]]:
             model, seq_len = SIZES[index // 3], LENGTHS[index % 3]
             name = f"{method} {block_size or ''}".strip() + f" {model} {seq_len}"
             if name not in done:
-                more = f"poet.block_size={block_size}" if block_size else "lora.rank=160" if method == "lora" else ""
-                row = predict("published", name, model, settings(method, seq_len=seq_len, more=more))
+                row = predict("published", name, model, _published_settings(method, block_size, seq_len))
                 yield row | {"published_gib": reported, "error_percent": _error(row["predicted_gib"], reported)}
+
+
+def _published_settings(method: str, block_size: int, seq_len: int) -> list[str]:
+    more = f"poet.block_size={block_size}" if block_size else "lora.rank=160" if method == "lora" else ""
+    return settings(method, seq_len=seq_len, more=more)
 
 
 def _error(predicted: float | None, reported: float | None) -> float | None:
@@ -167,7 +176,73 @@ def sequences(done: set[str]) -> Iterator[dict[str, Any]]:
                 yield row | {"seq_len": seq_len, "line": name}
 
 
-KINDS = {"published": published, "targets": targets, "batches": batches, "sequences": sequences}
+#: Cells whose step is taken for real, in this order: (kind, cell).
+MEASURED: tuple[tuple[str, str], ...] = (
+    ("target", "the same, 8-bit state and released gradients"),
+    ("target", "8B, 1 × 1024, mem, no checkpointing"),
+    ("published", "mem 256 llama-8b 1024"),
+    ("published", "fast 256 llama-8b 1024"),
+    ("target", "8B, 1 × 1024, single-step, free spectrum, b=128, full stack"),
+    ("target", "8B, 1 × 1024, int8, full stack"),
+    ("published", "adamw llama-8b 1024"),
+    ("target", "8B, 1 × 1024, AdamW, full stack"),
+    ("target", "Llama-3.1-8B shape, 2 × 2048, full stack"),
+    ("target", "8B, 1 × 1024, single-step, full stack"),
+    ("target", "8B, 1 × 1024, int4, full stack"),
+    ("target", "the same, checkpointing and chunked loss"),
+    ("published", "lora llama-8b 1024"),
+    ("published", "mem 256 llama-8b 2048"),
+    ("published", "mem 256 llama-3b 1024"),
+    ("published", "muon llama-3b 1024"),
+)
+
+
+def _cell_settings(kind: str, cell: str) -> tuple[str, list[str]]:
+    """The recipe of a cell of :data:`MEASURED` and its settings."""
+    if kind == "target":
+        return TARGETS[cell][:2]
+    for method, block_size in PUBLISHED:
+        label = f"{method} {block_size or ''}".strip()
+        if cell.startswith(f"{label} llama-"):
+            model, seq_len = cell.removeprefix(f"{label} ").split()
+            return model, _published_settings(method, block_size, int(seq_len))
+    raise KeyError(cell)
+
+
+def measured(done: set[str]) -> Iterator[dict[str, Any]]:
+    """Peak of the allocator in a step after one that made the optimizer's state and tuned the kernels."""
+    from poetx.bench.step import build_run, from_dense
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    for kind, cell in MEASURED:
+        name = f"{kind}: {cell}"
+        if name in done:
+            continue
+        model, overrides = _cell_settings(kind, cell)
+        started = time.perf_counter()
+        recipe = from_dense(load_recipe(model, overrides, text=False))
+        row: dict[str, Any] = {"benchmark": "memory-measured", "cell": name, "model": model, "settings": overrides}
+        row |= {"of": f"memory-{kind}", "of_cell": cell, "measured_gib": None}
+        run = ids = None
+        try:
+            run = build_run(recipe, device)
+            built = time.perf_counter() - started
+            ids = torch.randint(recipe.data.vocab_size, (recipe.train.micro_batch, recipe.data.seq_len)).to(device)
+            first = run.step(ids)
+            torch.cuda.reset_peak_memory_stats(device)
+            ms = milliseconds(partial(run.step, ids), device)
+            peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+            row |= {"measured_gib": round(peak / GIB, 3), "reserved_gib": round(reserved / GIB, 3)}
+            row |= {"step_ms": round(ms, 1), "build_s": round(built, 1), "loss": [first, run.step(ids)]}
+        except torch.OutOfMemoryError:
+            pass
+        del run, ids
+        gc.collect()
+        torch.cuda.empty_cache()
+        yield row | {"seconds": round(time.perf_counter() - started, 1)} | provenance(device)
+
+
+KINDS = {"published": published, "targets": targets, "batches": batches, "sequences": sequences, "measured": measured}
 
 
 class _AllBut(set[str]):
@@ -193,8 +268,9 @@ def main() -> None:
         if args.only:
             done = _AllBut(args.only)
         for row in KINDS[what](done):
-            append(args.out, [row | origin])
+            append(args.out, [origin | row])
             shown = (
+                row.get("measured_gib"),
                 row.get("predicted_gib"),
                 row.get("published_gib") or row.get("at_most_gib"),
                 row.get("largest_batch"),

@@ -149,8 +149,9 @@ def bench_layer(
 ) -> Iterator[dict[str, Any]]:
     """One row a contestant (forward, backward and both, ms and peak memory), then one row a part.
 
-    ``ratio`` is the median of both passes over that of the first contestant. Parts are timed on their own, as the
-    operators of the *fast* layer run on activations: their sum is not its time.
+    ``ratio`` is the median of both passes over that of the first contestant. ``queued_ms`` is what a GPU alone takes,
+    its host's launches not counted (:func:`poetx.bench.timing.interleaved`); None elsewhere. Parts are timed on their
+    own, as the operators of the *fast* layer run on activations: their sum is not its time.
 
     Raises:
         UserError: an unknown contestant, or one that computes something else.
@@ -173,6 +174,8 @@ def bench_layer(
         calls[name] = lambda forward=forward, leaves=leaves: torch.autograd.grad(forward(x), leaves, g)
     times = interleaved(calls, repeats=repeats, device=shape.device)
     alone = interleaved(forwards, repeats=repeats, device=shape.device)
+    on_gpu = shape.device.type == "cuda"
+    queued = interleaved(calls, repeats=repeats, device=shape.device, queued=True) if on_gpu else None
     base = median(times[contestants[0]])
     common = shape.facts() | {"compiled": compiled, "repeats": repeats} | provenance(shape.device)
     for name in contestants:
@@ -184,9 +187,12 @@ def bench_layer(
             "forward_ms": forward_ms,
             "backward_ms": round(both - forward_ms, 4),
             "ratio": round(both / base, 3),
+            "queued_ms": queued and median(queued[name]),
+            "queued_ratio": queued and round(median(queued[name]) / median(queued[contestants[0]]), 3),
             "peak_bytes": peak_bytes(calls[name], shape.device),
         } | common
     if parts:
+        linear = median((queued or times)[contestants[0]])
         for part, (values, count) in _part_times(shape, x.detach(), g, repeats).items():
             ms = median(values)
             yield {
@@ -195,7 +201,7 @@ def bench_layer(
                 "ms_each": ms,
                 "count": count,
                 "ms": round(ms * count, 4),
-                "share_of_linear": round(ms * count / base, 3),
+                "share_of_linear": round(ms * count / linear, 3),
             } | common
 
 
@@ -224,5 +230,7 @@ def _part_times(shape: Shape, x: Tensor, g: Tensor, repeats: int) -> dict[str, t
         "  block product": (lambda: rotate(x, G_in), 4),
         "  block outer product": (lambda: add_block_outer_(total, x, x), 2),
     }
-    times = interleaved({name: call for name, (call, _) in calls.items()}, repeats=repeats, device=shape.device)
+    queued = shape.device.type == "cuda"
+    alone = {name: call for name, (call, _) in calls.items()}
+    times = interleaved(alone, repeats=repeats, device=shape.device, queued=queued)
     return {name: (times[name], count) for name, (_, count) in calls.items()}

@@ -19,8 +19,6 @@ from poetx.models import build_model, resolve_device, settled
 from poetx.recipe import Recipe, load_recipe, with_method
 from poetx.train.step import TrainingStep
 
-# Fresh weights are drawn on the CPU, minutes for 8B, and a step takes as long on any: keep the dense model's.
-_KEEP = {"poet.init": "keep", "poet.init_scale": 1.0, "poet.residual_scale": 1.0}
 _GATE_STEPS = 4
 
 
@@ -63,11 +61,11 @@ def bench_step(
     device = resolve_device(recipe.train.device)
     common = {"compiled": compiled, "repeats": repeats} | provenance(device)
     plain = recipe.with_keys({"data.seq_len": max(lengths)})
-    recipes = {name: _with(plain, name) for name in methods}
+    recipes = {name: by_method(plain, name) for name in methods}
     groups = [list(recipes)] if device.type == "cpu" else [[name] for name in recipes]
     base: dict[tuple[int, int], float] = {}
     for names in groups:
-        runs = {name: _build(recipes[name], device, compiled) for name in names}
+        runs = {name: build_run(recipes[name], device, compiled) for name in names}
         try:
             for length in lengths:
                 for batch in batches:
@@ -83,12 +81,26 @@ def bench_step(
             _release(device)
 
 
-def _with(recipe: Recipe, method: str) -> Recipe:
-    changed = with_method(recipe, method)
-    return changed if changed.poet is None else changed.with_keys(_KEEP)
+def by_method(recipe: Recipe, method: str) -> Recipe:
+    """``recipe`` by another method, its layers starting from the dense model's weights."""
+    return from_dense(with_method(recipe, method))
 
 
-def _build(recipe: Recipe, device: torch.device, compiled: bool) -> Run:
+def from_dense(recipe: Recipe) -> Recipe:
+    """``recipe`` with layers that keep the dense model's weights, in as much memory.
+
+    Fresh ones are drawn on the CPU, minutes for 8B, and a step takes as long on any.
+    """
+    if recipe.poet is None:
+        return recipe
+    kept = {"poet.init": "keep", "poet.init_scale": 1.0, "poet.residual_scale": 1.0}
+    if recipe.poet.config.method == "poet-x":
+        kept["poet.weight_extra_bits"] = recipe.poet.config.keeps_extra_bits
+    return recipe.with_keys(kept)
+
+
+def build_run(recipe: Recipe, device: torch.device, compiled: bool = False) -> Run:
+    """Model, optimizer and step of ``recipe`` on ``device``, as training makes them."""
     recipe = settled(recipe, device)
     model = build_model(recipe, vocab_size=recipe.data.vocab_size, end_of_text_id=0, device=device)
     convert_model(model, recipe, device)

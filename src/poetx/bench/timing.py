@@ -50,30 +50,42 @@ def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
             file.write(json.dumps(row) + "\n")
 
 
+#: What a GPU spins before a call whose launches are to be queued by then: 5 ms at 2 GHz, more than a host needs.
+_HEAD_START_CYCLES = 10_000_000
+
+
 def interleaved(
-    candidates: Mapping[str, Callable[[], object]], *, repeats: int, device: torch.device, warmup: int = 2
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    device: torch.device,
+    warmup: int = 2,
+    queued: bool = False,
 ) -> dict[str, list[float]]:
     """Milliseconds of every call, the candidates taking turns (A B C A B C …) so that noise hits all alike.
 
-    On a GPU between two events of the stream, after whatever came before has finished.
+    On a GPU between two events of the stream, after whatever came before has finished: what the host needs to launch
+    a call counts where the GPU would be faster. With ``queued`` it does not: the launches wait in the queue by then.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(repeats + warmup):
         for name, call in candidates.items():
-            elapsed = milliseconds(call, device)
+            elapsed = milliseconds(call, device, queued=queued)
             if turn >= warmup:
                 times[name].append(elapsed)
     return times
 
 
-def milliseconds(call: Callable[[], object], device: torch.device) -> float:
-    """Of one call: between CUDA events on a GPU, by the clock elsewhere."""
+def milliseconds(call: Callable[[], object], device: torch.device, *, queued: bool = False) -> float:
+    """Of one call: between CUDA events on a GPU (of a queue that is full, with ``queued``), by the clock elsewhere."""
     if device.type != "cuda":
         start = time.perf_counter()
         call()
         return (time.perf_counter() - start) * 1e3
     torch.cuda.synchronize(device)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    if queued:
+        torch.cuda._sleep(_HEAD_START_CYCLES)
     begin.record()
     call()
     end.record()

@@ -62,7 +62,12 @@ def layer(
     rows = bench_layer(
         shape, contestants=names_in("contestants", contestants), repeats=repeats, parts=parts, compiled=compiled
     )
-    _report(rows, out, as_json, ("contestant", "part", "ms", "ratio", "share_of_linear", "peak_bytes"))
+    _report(
+        rows,
+        out,
+        as_json,
+        ("contestant", "part", "ms", "ratio", "queued_ms", "queued_ratio", "share_of_linear", "peak_bytes"),
+    )
 
 
 @app.command(epilog="Example: poetx bench ops --out rows.jsonl")
