@@ -80,10 +80,10 @@ def test_a_broken_newer_checkpoint_does_not_push_good_ones_out(tiny: Tiny, monke
     again = tiny("train.checkpoint_every=1", "train.keep_checkpoints=1", "train.export=false")
     real = loop.train_step
 
-    def stop_after_nine(trainer, step):
-        if trainer.state.step == 9:
+    def stop_after_nine(run, step):
+        if run.state.step == 9:
             raise KeyboardInterrupt
-        return real(trainer, step)
+        return real(run, step)
 
     monkeypatch.setattr(loop, "train_step", stop_after_nine)
     with pytest.raises(KeyboardInterrupt):

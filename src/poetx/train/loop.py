@@ -43,7 +43,7 @@ class StopRequest:
 
 
 @dataclass
-class Trainer:
+class TrainingRun:
     """Everything one run needs while it trains."""
 
     recipe: Recipe
@@ -60,8 +60,8 @@ class Trainer:
     start_spectrum: dict[str, LayerSpectrum] | None = None  # of the model before its first step, where it is watched
 
 
-def fit(trainer: Trainer, *, resume_from: Path | None = None) -> StopRequest:
-    """Train from ``trainer.state.step`` to the recipe's last step, or until a signal asks to stop.
+def fit(run: TrainingRun, *, resume_from: Path | None = None) -> StopRequest:
+    """Train from ``run.state.step`` to the recipe's last step, or until a signal asks to stop.
 
     The global random generators are seeded for the duration (dropout of pretrained models draws from them) and put
     back afterwards.
@@ -72,16 +72,16 @@ def fit(trainer: Trainer, *, resume_from: Path | None = None) -> StopRequest:
     Raises:
         UserError: ``train.max_bad_steps`` non-finite steps in a row, or a checkpoint that cannot be written.
     """
-    cuda_devices = [trainer.device] if trainer.device.type == "cuda" else []
+    cuda_devices = [run.device] if run.device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices=cuda_devices),
-        _deterministic(trainer.recipe.train.deterministic),
+        _deterministic(run.recipe.train.deterministic),
         stop_signals() as stop,
     ):
-        torch.manual_seed(trainer.recipe.train.seed)
+        torch.manual_seed(run.recipe.train.seed)
         if resume_from is not None:
             load_rng(resume_from)
-        _run(trainer, stop)
+        _take_steps(run, stop)
     return stop
 
 
@@ -95,65 +95,65 @@ def _deterministic(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _run(trainer: Trainer, stop: StopRequest) -> None:
-    settings, state = trainer.recipe.train, trainer.state
-    step = TrainingStep.of(trainer.recipe, trainer.model, trainer.optimizer, compiled=settings.compile)
+def _take_steps(run: TrainingRun, stop: StopRequest) -> None:
+    settings, state = run.recipe.train, run.state
+    step = TrainingStep.of(run.recipe, run.model, run.optimizer, compiled=settings.compile)
     started = time.perf_counter()
     if state.step == 0:
-        _validate(trainer, started)
-        check_training(trainer.model, trainer.optimizer, tell=partial(_tell_training, trainer))
+        _validate(run, started)
+        check_training(run.model, run.optimizer, tell=partial(_tell_training, run))
     while state.step < settings.steps and stop.signum is None:
         step_started = time.perf_counter()
-        facts, memory = _measured_step(trainer, step)
+        facts, memory = _measured_step(run, step)
         state.step += 1
         now = time.perf_counter()
-        _record_step(trainer, facts, seconds=now - started, step_seconds=now - step_started)
+        _record_step(run, facts, seconds=now - started, step_seconds=now - step_started)
         if memory is not None:
-            trainer.metrics.write("memory", state.step, **memory)
+            run.metrics.write("memory", state.step, **memory)
         last = state.step == settings.steps
         if last or state.step % settings.eval_every == 0:
-            _validate(trainer, started)
-        if trainer.start_spectrum and settings.spectrum_every and (last or state.step % settings.spectrum_every == 0):
-            _record_spectrum(trainer)
+            _validate(run, started)
+        if run.start_spectrum and settings.spectrum_every and (last or state.step % settings.spectrum_every == 0):
+            _record_spectrum(run)
         # During a streak of bad steps there is nothing new to keep, unless this is the end.
         due = state.step % settings.checkpoint_every == 0 and state.bad_steps_in_a_row == 0
         if due or last or stop.signum is not None:
-            _save_if_finite(trainer, last=last)
+            _save_if_finite(run, last=last)
 
 
-def _tell_training(trainer: Trainer, report: TrainingReport) -> None:
+def _tell_training(run: TrainingRun, report: TrainingReport) -> None:
     """What does not learn in the first steps, as notes and a line of metrics.jsonl; nothing where all is well."""
     if report.problems:
-        trainer.reporter.note(str(report))
-        trainer.metrics.write("training_check", trainer.state.step + 1, problems=[str(p) for p in report.problems])
+        run.reporter.note(str(report))
+        run.metrics.write("training_check", run.state.step + 1, problems=[str(p) for p in report.problems])
 
 
-def _measured_step(trainer: Trainer, step: TrainingStep) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def _measured_step(run: TrainingRun, step: TrainingStep) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The step, and what it took by phase where that is due: the same numbers, on the CPU several times slower."""
-    every = trainer.recipe.train.memory_every
-    if every is None or (trainer.state.step and (trainer.state.step + 1) % every):
-        return train_step(trainer, step), None
-    with measure_memory(trainer.model, trainer.optimizer, device=trainer.device) as probe:
+    every = run.recipe.train.memory_every
+    if every is None or (run.state.step and (run.state.step + 1) % every):
+        return train_step(run, step), None
+    with measure_memory(run.model, run.optimizer, device=run.device) as probe:
         # The optimizer's own hooks tell the probe of everything after backward.
         step.phase = lambda name: probe.phase(name) if name in ("forward", "backward") else None
         try:
-            facts = train_step(trainer, step)
+            facts = train_step(run, step)
         finally:
             step.phase = no_phase
     return facts, probe.to_dict()
 
 
-def train_step(trainer: Trainer, step: TrainingStep) -> dict[str, Any]:
-    """Take the optimizer step number ``trainer.state.step``, counted from 0; returns its line of metrics.jsonl."""
-    recipe, state, optimizer = trainer.recipe, trainer.state, trainer.optimizer
-    settings, merges, train = recipe.train, trainer.merges, trainer.data.train
+def train_step(run: TrainingRun, step: TrainingStep) -> dict[str, Any]:
+    """Take the optimizer step number ``run.state.step``, counted from 0; returns its line of metrics.jsonl."""
+    recipe, state, optimizer = run.recipe, run.state, run.optimizer
+    settings, merges, train = recipe.train, run.merges, run.data.train
     factor = lr_factor(
         state.step,
         steps=settings.steps,
         warmup_steps=recipe.optimizer.warmup_steps,
         min_ratio=recipe.optimizer.min_lr_ratio,
     )
-    for group, peak in zip(optimizer.param_groups, trainer.peak_lrs, strict=True):
+    for group, peak in zip(optimizer.param_groups, run.peak_lrs, strict=True):
         group["lr"] = peak * factor
     clip = clip_value(
         recipe.optimizer,
@@ -166,11 +166,11 @@ def train_step(trainer: Trainer, step: TrainingStep) -> dict[str, Any]:
         train.batch(windows[start : start + settings.micro_batch])
         for start in range(0, settings.batch_size, settings.micro_batch)
     )
-    micro_batches = [(inputs.to(trainer.device), labels.to(trainer.device)) for inputs, labels in parts]
+    micro_batches = [(inputs.to(run.device), labels.to(run.device)) for inputs, labels in parts]
     merges_before = merges.merges if merges else 0
     result = step(micro_batches, clip=clip)
     if result.skipped:
-        _count_bad_step(trainer, result)
+        _count_bad_step(run, result)
     else:
         state.bad_steps_in_a_row = 0
     merged = merges is not None and merges.merges > merges_before
@@ -211,34 +211,34 @@ def evaluate(
     return total / (len(windows) * data.seq_len)
 
 
-def save(trainer: Trainer) -> Path:
+def save(run: TrainingRun) -> Path:
     """Write a checkpoint of the current step."""
     path = save_checkpoint(
-        trainer.run_dir,
-        model=trainer.model,
-        optimizer=trainer.optimizer,
-        state=trainer.state,
-        recipe_yaml=trainer.recipe.to_yaml(),
-        keep=trainer.recipe.train.keep_checkpoints,
+        run.run_dir,
+        model=run.model,
+        optimizer=run.optimizer,
+        state=run.state,
+        recipe_yaml=run.recipe.to_yaml(),
+        keep=run.recipe.train.keep_checkpoints,
     )
-    trainer.reporter.checkpoint(path)
+    run.reporter.checkpoint(path)
     return path
 
 
-def _last_good(trainer: Trainer) -> str:
-    saved = checkpoints(trainer.run_dir)
+def _last_good(run: TrainingRun) -> str:
+    saved = checkpoints(run.run_dir)
     return f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
 
 
-def _save_if_finite(trainer: Trainer, *, last: bool) -> None:
+def _save_if_finite(run: TrainingRun, *, last: bool) -> None:
     """A step may be finite and leave weights that are not; a checkpoint of those would replace a good one."""
-    if not not_finite(trainer.model):
-        save(trainer)
+    if not not_finite(run.model):
+        save(run)
         return
-    text = f"step {trainer.state.step}: weights are not finite, no checkpoint written; {_last_good(trainer)}"
+    text = f"step {run.state.step}: weights are not finite, no checkpoint written; {_last_good(run)}"
     if last:
         raise UserError(f"{text}; try lower learning rates (optimizer.lr, optimizer.poet_lr)")
-    trainer.reporter.note(text)
+    run.reporter.note(text)
 
 
 @contextlib.contextmanager
@@ -264,30 +264,30 @@ def stop_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler_)
 
 
-def _validate(trainer: Trainer, started: float) -> None:
-    settings, data = trainer.recipe.train, trainer.data.validation
+def _validate(run: TrainingRun, started: float) -> None:
+    settings, data = run.recipe.train, run.data.validation
     windows = evenly_spread(settings.eval_windows, len(data))
     loss = evaluate(
-        trainer.model,
+        run.model,
         data,
         windows,
         batch_size=settings.micro_batch,
-        device=trainer.device,
+        device=run.device,
         chunked=settings.chunked_loss,
         autocast=settings.autocast,
     )
-    entry = trainer.metrics.write(
+    entry = run.metrics.write(
         "validation",
-        trainer.state.step,
+        run.state.step,
         loss=loss,
         perplexity=perplexity(loss),
         tokens=len(windows) * data.seq_len,
         seconds=round(time.perf_counter() - started, 3),
     )
-    trainer.reporter.validation(entry)
+    run.reporter.validation(entry)
 
 
-def _record_spectrum(trainer: Trainer) -> None:
+def _record_spectrum(run: TrainingRun) -> None:
     """Singular values of every rotated layer against the start: ratios and drifts, one line for all layers."""
     layers = {
         name: {
@@ -296,22 +296,22 @@ def _record_spectrum(trainer: Trainer) -> None:
             "drift_max": now.drift_max,
             "entropy": now.entropy,
         }
-        for name, now in spectrum(trainer.model, trainer.start_spectrum).items()
+        for name, now in spectrum(run.model, run.start_spectrum).items()
     }
-    trainer.metrics.write("spectrum", trainer.state.step, layers=layers)
+    run.metrics.write("spectrum", run.state.step, layers=layers)
 
 
-def _record_step(trainer: Trainer, facts: dict[str, Any], *, seconds: float, step_seconds: float) -> None:
-    recipe = trainer.recipe
-    entry = trainer.metrics.write(
+def _record_step(run: TrainingRun, facts: dict[str, Any], *, seconds: float, step_seconds: float) -> None:
+    recipe = run.recipe
+    entry = run.metrics.write(
         "train",
-        trainer.state.step,
+        run.state.step,
         **facts,
         tokens_per_second=round(recipe.train.batch_size * recipe.data.seq_len / step_seconds, 1),
         seconds=round(seconds, 3),
-        peak_memory_gib=round(peak_memory_gib(trainer.device), 3),
+        peak_memory_gib=round(peak_memory_gib(run.device), 3),
     )
-    trainer.reporter.step(entry)
+    run.reporter.step(entry)
 
 
 def _merge_facts(merges: MergeHandle | None) -> dict[str, float]:
@@ -320,14 +320,14 @@ def _merge_facts(merges: MergeHandle | None) -> dict[str, float]:
     return {} if report is None else {"merge_angle": report.angle, "norm_drift": report.norm_drift}
 
 
-def _count_bad_step(trainer: Trainer, result: StepResult) -> None:
-    state, limit = trainer.state, trainer.recipe.train.max_bad_steps
+def _count_bad_step(run: TrainingRun, result: StepResult) -> None:
+    state, limit = run.state, run.recipe.train.max_bad_steps
     state.skipped_steps += 1
     state.bad_steps_in_a_row += 1
     what = f"step {state.step + 1}: loss {result.loss}, gradient norm {result.grad_norm}"
-    trainer.reporter.note(f"{what}: step skipped")
+    run.reporter.note(f"{what}: step skipped")
     if state.bad_steps_in_a_row >= limit:
         raise UserError(
-            f"{what}: {limit} non-finite steps in a row (train.max_bad_steps), stopped; {_last_good(trainer)}; "
+            f"{what}: {limit} non-finite steps in a row (train.max_bad_steps), stopped; {_last_good(run)}; "
             "try lower learning rates (optimizer.lr, optimizer.poet_lr) or a longer optimizer.warmup_steps"
         )

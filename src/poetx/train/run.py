@@ -34,7 +34,7 @@ from poetx.spectra import spectrum
 from poetx.train import checkpoint as ckpt
 from poetx.train.environment import describe, peak_memory_gib
 from poetx.train.export import TOKENIZER_DIR, TOKENIZER_SUM, export_model, save_tokenizer, tokenizer_sum
-from poetx.train.loop import Trainer, fit
+from poetx.train.loop import TrainingRun, fit
 from poetx.train.metrics import MetricsWriter, is_whole, read_metrics
 from poetx.train.progress import Reporter, RunInfo
 
@@ -132,7 +132,7 @@ def train(
         elif not overwrite:
             _check_free(run_dir, known=known)
         _write_run_files(run_dir, recipe, data, report, device, fresh=start is None)
-        trainer = Trainer(
+        run = TrainingRun(
             recipe=recipe,
             run_dir=run_dir,
             model=model,
@@ -146,7 +146,7 @@ def train(
             reporter=reporter,
             start_spectrum=start_spectrum,
         )
-        return _train_and_export(trainer, start, report)
+        return _train_and_export(run, start, report)
 
 
 def _check_one_process() -> None:
@@ -267,75 +267,75 @@ def _write_run_files(
     write_text(run_dir / "environment.json", json.dumps(facts, indent=2))
 
 
-def _train_and_export(trainer: Trainer, start: Path | None, report: ConversionReport | None) -> RunResult:
-    recipe, run_dir, reporter = trainer.recipe, trainer.run_dir, trainer.reporter
+def _train_and_export(run: TrainingRun, start: Path | None, report: ConversionReport | None) -> RunResult:
+    recipe, run_dir, reporter = run.recipe, run.run_dir, run.reporter
     reporter.start(
         RunInfo(
-            title=_title(trainer, report),
+            title=_title(run, report),
             steps=recipe.train.steps,
-            first_step=trainer.state.step,
+            first_step=run.state.step,
             log_every=recipe.train.log_every,
         )
     )
     started = time.perf_counter()
     try:
-        stop = fit(trainer, resume_from=start)
+        stop = fit(run, resume_from=start)
         entries = [entry for entry in read_metrics(run_dir / "metrics.jsonl") if is_whole(entry)]
-        audit = _audit(trainer, entries)
+        audit = _audit(run, entries)
     finally:
         reporter.stop()
-        trainer.metrics.close()
+        run.metrics.close()
     seconds = time.perf_counter() - started
-    finished = trainer.state.step == recipe.train.steps
+    finished = run.state.step == recipe.train.steps
     export_dir = run_dir / "export" if finished and recipe.train.export else None
     if export_dir is not None:
         reporter.stage("Exporting the model")
-        method_of(recipe).to_dense_(trainer.model)
-        export_model(trainer.model, run_dir / TOKENIZER_DIR, export_dir)
+        method_of(recipe).to_dense_(run.model)
+        export_model(run.model, run_dir / TOKENIZER_DIR, export_dir)
     saved = ckpt.checkpoints(run_dir)
     validation = [entry for entry in entries if entry["event"] == "validation"]
     return RunResult(
         run_dir=run_dir,
-        step=trainer.state.step,
+        step=run.state.step,
         steps=recipe.train.steps,
         signum=None if finished else stop.signum,
         first_perplexity=validation[0]["perplexity"] if validation else None,
         last_perplexity=validation[-1]["perplexity"] if validation else None,
         seconds=seconds,
-        peak_memory_gib=peak_memory_gib(trainer.device),
-        skipped_steps=trainer.state.skipped_steps,
+        peak_memory_gib=peak_memory_gib(run.device),
+        skipped_steps=run.state.skipped_steps,
         export_dir=export_dir,
         checkpoint=saved[-1] if saved else None,
-        model=trainer.model,
-        first_validation_tokens=trainer.data.validation.tokens[:16].tolist(),
+        model=run.model,
+        first_validation_tokens=run.data.validation.tokens[:16].tolist(),
         audit=audit,
     )
 
 
-def _audit(trainer: Trainer, entries: list[dict[str, Any]]) -> dict[str, Any]:
+def _audit(run: TrainingRun, entries: list[dict[str, Any]]) -> dict[str, Any]:
     """The line that sums a run up, over all the processes it took."""
     train = [entry for entry in entries if entry["event"] == "train"]
     merges = [entry for entry in train if entry["merged"] and {"merge_angle", "norm_drift"} <= entry.keys()]
-    recipe = trainer.recipe
-    return trainer.metrics.write(
+    recipe = run.recipe
+    return run.metrics.write(
         "audit",
-        trainer.state.step,
-        skipped_steps=trainer.state.skipped_steps,
+        run.state.step,
+        skipped_steps=run.state.skipped_steps,
         merges=len(merges),
         merge_angle=max((entry["merge_angle"] for entry in merges), default=None),
         norm_drift=max((entry["norm_drift"] for entry in merges), default=None),
         tokens=len(train) * recipe.train.batch_size * recipe.data.seq_len,
-        peak_memory_gib=round(peak_memory_gib(trainer.device), 3),
+        peak_memory_gib=round(peak_memory_gib(run.device), 3),
     )
 
 
-def _title(trainer: Trainer, report: ConversionReport | None) -> str:
-    recipe, data = trainer.recipe, trainer.data
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+def _title(run: TrainingRun, report: ConversionReport | None) -> str:
+    recipe, data = run.recipe, run.data
+    parameters = sum(p.numel() for p in run.model.parameters())
+    trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     method = method_of(recipe).title + (f", {len(report.converted)} layers converted" if report else "")
     return (
         f"{recipe.name}: {parameters / 1e6:.2f}M parameters ({trainable / 1e6:.2f}M trainable), {method}; "
         f"{data.meta.train_tokens / 1e6:.2f}M tokens, {recipe.train.steps} steps of "
-        f"{recipe.train.batch_size} x {recipe.data.seq_len} tokens; {trainer.device}, {recipe.train.dtype}"
+        f"{recipe.train.batch_size} x {recipe.data.seq_len} tokens; {run.device}, {recipe.train.dtype}"
     )
