@@ -5,9 +5,9 @@ import torch
 
 from helpers import TOLERANCE, random_skew, relative_error
 from poetx.ops.block_diagonal import block_outer_products
-from poetx.ops.cayley import cayley, unpack_skew
+from poetx.ops.cayley import cayley, cayley_delta, exact_delta
 from poetx.ops.reference import EXACT, block_diagonal
-from poetx.ops.single_step import fold_side, map_gradient, skew_gradient, small_cayley_delta
+from poetx.ops.single_step import fold_side, map_gradient, skew_gradient
 
 SIZES = [(12, 8, 4), (7, 13, 5), (10, 6, 16), (1, 9, 4)]
 
@@ -57,12 +57,21 @@ def test_a_fold_is_the_product_with_the_rotation(m, n, b):
         q = random_skew(size, block)
         rotation = dense_rotation(q, size, block)
         want = rotation @ W if side == "out" else W @ rotation
-        E = small_cayley_delta(unpack_skew(q, size, block), None)
+        E = cayley_delta(q, size=size, block_size=block)
         got = torch.full_like(W, torch.nan)
         scale = torch.full((E.shape[0],), 0.5, dtype=torch.float64)
         square = fold_side(W, E, side, got, scale=scale)
         assert relative_error(got, 0.5 * want) < TOLERANCE[torch.float64]
         assert square.item() == pytest.approx(0.25 * want.square().sum().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("norm", [1e-3, 0.05, 0.3, 0.59])
+def test_a_bounded_delta_is_the_exact_one(norm):
+    """The product is cut where its next factor rounds to the identity: nothing that float64 holds is missing."""
+    Q = torch.randn(2, 12, 12, dtype=torch.float64)
+    Q = Q - Q.mT
+    Q *= norm / torch.linalg.matrix_norm(Q, 2)[:, None, None]
+    assert relative_error(exact_delta(Q, norm), exact_delta(Q)) < TOLERANCE[torch.float64]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

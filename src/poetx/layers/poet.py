@@ -20,7 +20,7 @@ from poetx.ops.linear import poet_linear
 from poetx.ops.random import stream
 from poetx.ops.rebuild import kept_factors
 from poetx.ops.reference import EXACT
-from poetx.ops.side import Side, Sides
+from poetx.ops.side import Side, Sides, block_count
 from poetx.ops.transaction import swap_
 
 _ORDERS = {3: 3, 7: 7, "exact": EXACT}
@@ -118,7 +118,7 @@ class PoetLinear(ConvertedLinear):
 
     def _new_skew(self, size: int, block_size: int) -> nn.Parameter:
         dtype = torch.float64 if self.weight_dtype == torch.float64 else getattr(torch, self.config.rotation_dtype)
-        shape = (-(-size // block_size), packed_size(block_size))
+        shape = (block_count(size, block_size), packed_size(block_size))
         return nn.Parameter(torch.empty(shape, device=self._like.device, dtype=dtype))
 
     @property

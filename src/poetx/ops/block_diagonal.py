@@ -66,6 +66,19 @@ def rotate(x_NF: Tensor, G_KBB: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
+def left_rotate(W_FC: Tensor, G_KBB: Tensor, *, plus: bool = False) -> Tensor:
+    """``Diag(G_1 … G_K) · W`` along the rows of W [F, C], cut where F ends; ``plus`` W itself; differentiable."""
+    block_size = G_KBB.shape[-1]
+    full, rest = divmod(W_FC.shape[0], block_size)
+    head, tail = W_FC[: full * block_size].unflatten(0, (full, block_size)), W_FC[full * block_size :]
+    G = G_KBB[:full]
+    head = (torch.baddbmm(head, G, head) if plus else torch.bmm(G, head)).flatten(0, 1)
+    if not rest:
+        return head
+    G = G_KBB[-1, :rest, :rest]
+    return torch.cat([head, torch.addmm(tail, G, tail) if plus else G @ tail])
+
+
 def add_block_outer_(total_KBB: Tensor, x_NF: Tensor, y_NF: Tensor) -> None:
     """``total_k += x_kᵀ · y_k`` for every block k: the gradient of the blocks in ``y = x · Diag(G)``.
 

@@ -13,17 +13,17 @@ values 1 − θ⁴ or 1 − θ⁸.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from poetx.ops.block_diagonal import gather
 from poetx.ops.dispatch import use_triton
-from poetx.ops.library import device_type, fake_cache, first_derivatives_only, operator
+from poetx.ops.library import cached_tensors, device_type, first_derivatives_only, operator
 from poetx.ops.reference import EXACT
 from poetx.ops.side import Side
 
@@ -47,26 +47,14 @@ class _Triangle:
     sign: Tensor
 
 
-_TRIANGLES: dict[Any, _Triangle] = {}
-
-
+@cached_tensors
 def _triangle(block_size: int, device: torch.device) -> _Triangle:
     # One per (size, device) for the whole process: per-layer index buffers are 0.9 GB at 8B and b=1024.
-    key = (block_size, device)
-    # Under a fake mode neither may its tensors outlive it, nor may real ones be mixed into it.
-    faking = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
-    cache = fake_cache() if faking else _TRIANGLES
-    if key not in cache:
-        with torch.inference_mode(False):
-            rows, cols = torch.triu_indices(block_size, block_size, 1, device=device)
-            entry = torch.zeros(block_size, block_size, dtype=torch.int64, device=device)
-            entry[rows, cols] = entry[cols, rows] = torch.arange(rows.numel(), device=device)
-            sign = torch.ones(block_size, block_size, device=device).triu(1)
-            triangle = _Triangle(rows * block_size + cols, cols * block_size + rows, entry.flatten(), sign - sign.T)
-        if rows.is_meta and not faking:
-            return triangle
-        cache[key] = triangle
-    return cache[key]
+    rows, cols = torch.triu_indices(block_size, block_size, 1, device=device)
+    entry = torch.zeros(block_size, block_size, dtype=torch.int64, device=device)
+    entry[rows, cols] = entry[cols, rows] = torch.arange(rows.numel(), device=device)
+    sign = torch.ones(block_size, block_size, device=device).triu(1)
+    return _Triangle(rows * block_size + cols, cols * block_size + rows, entry.flatten(), sign - sign.T)
 
 
 def unpack_skew(q_KP: Tensor, size: int, block_size: int) -> Tensor:
@@ -280,10 +268,31 @@ def cayley_delta(q_KP: Tensor, *, size: int, block_size: int, order: int = EXACT
     """
     Q = unpack_skew(q_KP.to(_compute_dtype(q_KP)), size, block_size)
     if order == EXACT:
-        return torch.linalg.solve(_add_identity_(-Q), 2 * Q)
+        return exact_delta(Q)
     S = torch.bmm(Q, Q)
     E = torch.baddbmm(2 * (Q + S), S, 2 * Q + S)
     if order == 7:  # (I + E₃)(I + S²) − I
         F = torch.bmm(S, S)
         E = torch.baddbmm(E + F, E, F)
     return E
+
+
+def exact_delta(Q_KBB: Tensor, bound: float = math.inf) -> Tensor:
+    """E = G − I = 2Q(I − Q)⁻¹ to the last bits of Q's dtype, [K, B, B].
+
+    Args:
+        bound: no singular value of Q is larger. Well below 1 the inverse is the product Π (I + Q^(2^i)) cut where its
+            next factor rounds to the identity: a few products, where a solve of small blocks is slow.
+    """
+    eps = torch.finfo(Q_KBB.dtype).eps / 8
+    if bound > 0.6:
+        return torch.linalg.solve(_add_identity_(-Q_KBB), 2 * Q_KBB)
+    power = torch.bmm(Q_KBB, Q_KBB)
+    E = Q_KBB + power
+    bound *= bound
+    while bound > eps:
+        E = torch.baddbmm(E, power, E)
+        bound *= bound
+        if bound > eps:
+            power = torch.bmm(power, power)
+    return E.mul_(2)

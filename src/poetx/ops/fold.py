@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poetx.ops.block_diagonal import left_rotate
 from poetx.ops.cayley import cayley_delta, unpack_skew
 from poetx.ops.reference import EXACT
 from poetx.ops.side import Side, Sides
@@ -36,19 +37,6 @@ def full_precision_products() -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-def left_rotate(W_FC: Tensor, E_KBB: Tensor) -> Tensor:
-    """``W + Diag(E_1 … E_K)ᵀ · W`` along the rows of W [F, C]; the last block is cut where F ends."""
-    block_size = E_KBB.shape[-1]
-    full = W_FC.shape[0] // block_size
-    head = W_FC[: full * block_size].unflatten(0, (full, block_size))
-    head = torch.baddbmm(head, E_KBB[:full].transpose(1, 2), head).flatten(0, 1)
-    rest = W_FC[full * block_size :]
-    if not rest.shape[0]:
-        return head
-    E = E_KBB[-1, : rest.shape[0], : rest.shape[0]]
-    return torch.cat([head, torch.addmm(rest, E.T, rest)])
-
-
 def fold(weight: Tensor, sides: Sides, *, order: int = EXACT) -> Tensor:
     """``G_outᵀ · W' · G_inᵀ`` [m, n] in float32, or float64 if the weight or a side is; differentiable in the sides.
 
@@ -60,10 +48,8 @@ def fold(weight: Tensor, sides: Sides, *, order: int = EXACT) -> Tensor:
     side_in, side_out = sides
     dtype = torch.promote_types(torch.promote_types(weight.dtype, side_in.packed.dtype), torch.float32)
     with full_precision_products():
-        E = _delta(side_in, order, dtype)
-        W = left_rotate(weight.to(dtype).T, E.transpose(1, 2)).T
-        del E
-        return left_rotate(W, _delta(side_out, order, dtype))
+        W = left_rotate(weight.to(dtype).T, _delta(side_in, order, dtype), plus=True).T
+        return left_rotate(W, _delta(side_out, order, dtype).transpose(1, 2), plus=True)
 
 
 def _delta(side: Side, order: int, dtype: torch.dtype) -> Tensor:

@@ -59,11 +59,6 @@ def device_type(tensor: Tensor) -> str:
     return (_transparent and _transparent.device) or tensor.device.type
 
 
-def fake_cache() -> dict[Any, Any]:
-    """Where fake tensors may be kept that real ones are kept for the whole process: until transparency ends."""
-    return {} if _transparent is None else _transparent.cache
-
-
 def operator(
     fake: Callable[..., Any], *, mutates: Sequence[str] = ()
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -143,18 +138,19 @@ def no_transforms() -> None:
 def cached_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
     """``functools.cache`` for a function that makes tensors.
 
-    Under a fake mode neither may its tensors outlive it, nor may real ones be mixed into it, so nothing is kept then;
-    and what is kept is an ordinary tensor even where it is first asked for in inference mode.
+    Under a fake mode neither may its tensors outlive it, nor may real ones be mixed into it: they are kept until
+    transparency ends. What is kept is an ordinary tensor even where it is first asked for in inference mode.
     """
-    kept: dict[tuple[Any, ...], Any] = {}
+    real: dict[Any, Any] = {}
 
     @functools.wraps(function)
     def cached(*args: Any) -> Any:
-        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
-            return function(*args)
-        if args not in kept:
+        faking = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+        kept = real if not faking else {} if _transparent is None else _transparent.cache
+        key = (function, *args)
+        if key not in kept:
             with torch.inference_mode(False):
-                kept[args] = function(*args)
-        return kept[args]
+                kept[key] = function(*args)
+        return kept[key]
 
     return cached

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from poetx.ops.dispatch import SMALLEST_BLOCK, use_triton
 from poetx.ops.library import cached_tensors, device_type
+from poetx.ops.side import block_count
 
 #: Weights that are worked on at once: what float32 (or int64, where a table is searched) temporaries are bounded by.
 #: The noise of stochastic rounding is drawn slice by slice, so this is part of what a seed means.
@@ -84,7 +85,7 @@ class Packed:
         """Uninitialized storage for a weight [rows, columns]."""
         fmt = format_of(name)
         codes = torch.empty(rows, row_bytes(columns, fmt.bits), dtype=torch.uint8, device=device)
-        scale = torch.empty(rows, -(-columns // group_size), dtype=torch.bfloat16, device=device)
+        scale = torch.empty(rows, block_count(columns, group_size), dtype=torch.bfloat16, device=device)
         offset = torch.empty_like(scale) if fmt.kind == "affine" else None
         return cls(codes, scale, offset, columns, fmt, group_size)
 

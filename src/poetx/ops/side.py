@@ -8,6 +8,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+def block_count(size: int, block_size: int) -> int:
+    """Blocks that cover ``size``; the last one may reach beyond it."""
+    return -(-size // block_size)
+
+
 class Side(NamedTuple):
     """A block-diagonal rotation of ``size`` features, in the order of ``perm``.
 

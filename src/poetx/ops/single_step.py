@@ -25,12 +25,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from poetx.ops.block_diagonal import add_block_outer_, block_outer_products, rotate
+from poetx.ops.block_diagonal import add_block_outer_, block_outer_products, left_rotate, rotate
 from poetx.ops.cayley import pack_skew
 from poetx.ops.dispatch import use_triton
 from poetx.ops.fold import full_precision_products
 from poetx.ops.library import first_derivatives_only, no_transforms, operator
 from poetx.ops.random import stochastic_round_
+from poetx.ops.side import block_count
 
 
 class MomentumBuffers(NamedTuple):
@@ -59,10 +60,6 @@ def cheaper_route(out_features: int, in_features: int, block_size_out: int, bloc
     """
     m, n = out_features, in_features
     return "tokens" if block_size_out * m + block_size_in * n < m * n else "weight"
-
-
-def block_count(size: int, block_size: int) -> int:
-    return -(-size // block_size)
 
 
 def skew_gradient(W: Tensor, dW: Tensor, side: str, block_size: int) -> Tensor:
@@ -277,28 +274,6 @@ def single_step_linear(
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def small_cayley_delta(Q_KBB: Tensor, bound: float | None) -> Tensor:
-    """E = G − I = 2Q(I − Q)⁻¹ to the last bits of Q's dtype, [K, B, B].
-
-    Args:
-        bound: no singular value of Q is larger. Well below 1 the inverse is the product Π (I + Q^(2^i)) cut where its
-            next factor rounds to the identity: a few products, where a solve of small blocks is slow. None: solve.
-    """
-    eps = torch.finfo(Q_KBB.dtype).eps / 8
-    if bound is None or bound > 0.6:
-        identity = torch.eye(Q_KBB.shape[-1], dtype=Q_KBB.dtype, device=Q_KBB.device)
-        return torch.linalg.solve(identity - Q_KBB, 2 * Q_KBB)
-    power = torch.bmm(Q_KBB, Q_KBB)
-    E = Q_KBB + power
-    bound *= bound
-    while bound > eps:
-        E = torch.baddbmm(E, power, E)
-        bound *= bound
-        if bound > eps:
-            power = torch.bmm(power, power)
-    return E.mul_(2)
-
-
 #: Elements of a weight that a fold holds in float32 at a time.
 _FOLD_ELEMENTS = 1 << 22
 
@@ -327,21 +302,9 @@ def fold_side(
         E = E_KBB[first : first + step]
         piece, target = (t.narrow(dim, start, stop - start) for t in (W, out))
         wide = piece.to(E.dtype)
-        moved = rotate(wide, E) if dim else _left_product(E, wide)
+        moved = rotate(wide, E) if dim else left_rotate(wide, E)
         moved.addcmul_(wide, scale[start:stop])
         # The rows' norms first: as exact as a sum in float64 and many times faster.
         squares.append(torch.linalg.vector_norm(moved, dim=1).double().square().sum())
         stochastic_round_(target, moved, generator)
     return squares[0] if len(squares) == 1 else torch.stack(squares).sum()
-
-
-def _left_product(E_KBB: Tensor, W_FC: Tensor) -> Tensor:
-    """``Diag(E_1 … E_K) · W`` for W [F, C]; the last block is cut where F ends."""
-    out, block_size = torch.empty_like(W_FC, memory_format=torch.contiguous_format), E_KBB.shape[-1]
-    if full := W_FC.shape[0] // block_size:
-        shape = (full, block_size)
-        head = W_FC[: full * block_size].unflatten(0, shape)
-        torch.bmm(E_KBB[:full], head, out=out[: full * block_size].unflatten(0, shape))
-    if rest := W_FC.shape[0] % block_size:
-        torch.mm(E_KBB[-1, :rest, :rest], W_FC[-rest:], out=out[-rest:])
-    return out

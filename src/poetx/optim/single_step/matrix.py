@@ -17,7 +17,8 @@ from poetx.errors import UserError
 from poetx.layers.single_step import SingleStepLinear
 from poetx.ops.cayley import packed_size
 from poetx.ops.random import stochastic_round_, stream
-from poetx.ops.single_step import MomentumBuffers, add_to_, block_count, block_peaks, fold_side, map_gradient
+from poetx.ops.side import block_count
+from poetx.ops.single_step import MomentumBuffers, add_to_, block_peaks, fold_side, map_gradient
 from poetx.ops.transaction import copy_at_once_
 
 SIDES = ("in", "out")

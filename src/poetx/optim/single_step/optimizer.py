@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from poetx.distributed.ranks import on_any_rank
 from poetx.errors import UserError
-from poetx.ops.cayley import unpack_skew
+from poetx.ops.cayley import exact_delta, unpack_skew
 from poetx.ops.fold import full_precision_products
-from poetx.ops.single_step import small_cayley_delta
 from poetx.optim.gradient_release import hand_over_gradient
 from poetx.optim.orthogonalize import LARGEST_SINGULAR_VALUE, orthogonalize
 from poetx.optim.settings import check_numbers
@@ -325,7 +324,7 @@ class POETX(torch.optim.Optimizer):
         counts = [matrix.blocks(side) for matrix in batch]
         with full_precision_products():
             Q = direction.mul_(-angle)
-            E = Q.mul_(2) if free else small_cayley_delta(Q, LARGEST_SINGULAR_VALUE * angle)
+            E = Q.mul_(2) if free else exact_delta(Q, LARGEST_SINGULAR_VALUE * angle)
             parts = zip(batch, now, E.split(counts), touched.split(counts), strict=True)
             for matrix, (momenta, _), E_KBB, touched_K in parts:
                 matrix.take_step(momenta, E_KBB, touched_K, momentum)
