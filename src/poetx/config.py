@@ -16,6 +16,8 @@ Init = Literal["keep", "normalized", "uniform"]
 NeumannOrder = Literal[3, 7, "exact"]
 Method = Literal["poet-x", "single-step"]
 Update = Literal["rotation", "free"]
+#: How rotated layers run inside checkpointed decoder layers: :func:`poetx.savings.checkpoint_layers_`.
+Recompute = Literal["auto", "fast", "mem"]
 
 #: Endings of the names of layers that write to the residual stream: Llama, Mistral, Qwen, Gemma; GPT-2; OPT, GPT-J;
 #: NeoX, BLOOM, Falcon; Phi, BERT; T5, ModernBERT.

@@ -16,6 +16,7 @@ from poetx.errors import UserError
 from poetx.files import read_json, reason
 from poetx.layers.poet import PoetLinear
 from poetx.layers.walk import poet_layers
+from poetx.ops.random import seeded
 from poetx.targets import ZERO, next_to_nothing
 
 logger = logging.getLogger(__name__)
@@ -215,8 +216,7 @@ def _allocate(model: nn.Module, inside: set[int], device: torch.device) -> None:
 def _initialize(model: nn.Module, inside: set[int], seed: int, device: torch.device, *, fresh: bool) -> None:
     """What the model computes for itself: with a checkpoint only what that does not hold (rotary tables) counts."""
     initialize: Any = getattr(model, "initialize_weights", None)  # transformers
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, device):
         if initialize is not None:
             initialize()
             return

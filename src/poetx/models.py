@@ -67,10 +67,10 @@ def build_model(recipe: Recipe, *, vocab_size: int, end_of_text_id: int, device:
     """
     import torch
 
+    from poetx.ops.random import seeded
+
     dtype = getattr(torch, recipe.train.dtype)
-    cuda_devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda_devices):
-        torch.manual_seed(recipe.train.seed)
+    with seeded(recipe.train.seed, device):
         if recipe.model.pretrained and device.type != "meta":
             model = _pretrained(recipe, dtype)
         else:

@@ -9,7 +9,7 @@ from poetx import PoetConfig, PoetLinear
 from poetx.config import WEIGHT_FORMATS
 from poetx.ops.cayley import cayley, cayley_delta, packed_size
 from poetx.ops.fold import fold, largest_angle
-from poetx.ops.quantize import Packed, dequantize, quantize_
+from poetx.ops.quantize import Quantized, dequantize, quantize_
 from poetx.ops.random import join_bits, split_bits, stochastic_round_
 from poetx.ops.reference import EXACT
 from poetx.ops.side import Side
@@ -78,9 +78,9 @@ def test_the_largest_angle_grows_with_the_rotation(shape, power, dtype):
 def test_quantized_weights(weight_format, shape, power, dtype, seed):
     torch.manual_seed(0)
     W = values(shape, 3, 20, power, dtype)
-    packed = Packed.empty(3, 20, weight_format, 8, None)
-    quantize_(packed, W, noise=None if seed is None else torch.Generator().manual_seed(seed))
-    read = dequantize(packed)
+    quantized = Quantized.empty(3, 20, weight_format, 8, None)
+    quantize_(quantized, W, noise=None if seed is None else torch.Generator().manual_seed(seed))
+    read = dequantize(quantized)
     assert finite(read)
     top = float(W.abs().max())
     assert float((read - W).abs().max()) <= 1.4 * top + 1e-38  # no level lies further than a two-bit format's

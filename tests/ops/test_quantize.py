@@ -6,27 +6,27 @@ import torch
 from poetx.config import WEIGHT_FORMATS
 from poetx.ops import quantize
 from poetx.ops.library import cached_tensors
-from poetx.ops.quantize import Packed, dequantize, format_of, pack, quantize_, row_bytes, unpack
+from poetx.ops.quantize import Quantized, dequantize, format_of, pack, quantize_, row_bytes, unpack
 
 #: rows, columns, group size: whole groups, a ragged last one, one group, one column, a group longer than the row
 SHAPES = [(5, 64, 16), (3, 37, 8), (4, 10, 10), (7, 1, 4), (2, 9, 128)]
 
 
 def stored(weight, name, group_size, noise=None):
-    packed = Packed.empty(*weight.shape, name, group_size, weight.device)
-    quantize_(packed, weight, noise=noise)
-    return packed
+    quantized = Quantized.empty(*weight.shape, name, group_size, weight.device)
+    quantize_(quantized, weight, noise=noise)
+    return quantized
 
 
 def draw(rows, columns, seed=0):
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
-def levels(packed):
+def levels(quantized):
     """[rows, columns, levels] in float64 from the definition of each format, scales read from the storage."""
-    fmt = packed.format
-    column = torch.arange(packed.columns) // packed.group_size
-    scale = packed.scale.double()[:, column, None]
+    fmt = quantized.format
+    column = torch.arange(quantized.columns) // quantized.group_size
+    scale = quantized.scale.double()[:, column, None]
     if fmt.name == "fp8":
         unit = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
         unit = unit[unit.isfinite()]
@@ -38,8 +38,8 @@ def levels(packed):
         unit = torch.arange(-(2**fmt.bits) + 1, 2**fmt.bits, 2).double()
         assert (unit % 2 == 1).all()
     else:
-        assert packed.offset is not None
-        return packed.offset.double()[:, column, None] + scale * torch.arange(2**fmt.bits)
+        assert quantized.offset is not None
+        return quantized.offset.double()[:, column, None] + scale * torch.arange(2**fmt.bits)
     return scale * unit
 
 
@@ -48,8 +48,8 @@ def levels(packed):
 def test_every_weight_goes_to_its_nearest_level(name, shape):
     rows, columns, group_size = shape
     weight = draw(rows, columns)
-    packed = stored(weight, name, group_size)
-    got, grid = dequantize(packed, torch.float64), levels(packed)
+    quantized = stored(weight, name, group_size)
+    got, grid = dequantize(quantized, torch.float64), levels(quantized)
     tolerance = 1e-4 if name == "nf4" else 1e-6
     assert ((got[..., None] - grid).abs().amin(2) < tolerance * weight.abs().max()).all(), "not a level"
     best = (weight.double()[..., None] - grid).abs().amin(2)
@@ -110,29 +110,29 @@ def test_codes_take_their_bits_and_come_back(bits):
 
 def test_bits_per_weight_are_what_is_stored():
     for name in WEIGHT_FORMATS:
-        packed = stored(draw(4, 256), name, 128)
-        tensors = [packed.codes, packed.scale, packed.offset]
+        quantized = stored(draw(4, 256), name, 128)
+        tensors = [quantized.codes, quantized.scale, quantized.offset]
         size = sum(t.numel() * t.element_size() for t in tensors if t is not None)
-        assert 8 * size / 1024 == packed.format.bits_per_weight(128)
+        assert 8 * size / 1024 == quantized.format.bits_per_weight(128)
     assert format_of("int8").bits_per_weight(128) == 8.25
     assert format_of("bipolar-int3").bits_per_weight(64) == 3.25
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_reading_in_another_dtype_rounds_the_float32_value_once(dtype):
-    packed = stored(draw(5, 40), "int8", 16)
-    assert torch.equal(dequantize(packed, dtype), dequantize(packed).to(dtype))
+    quantized = stored(draw(5, 40), "int8", 16)
+    assert torch.equal(dequantize(quantized, dtype), dequantize(quantized).to(dtype))
 
 
 def test_many_slices_equal_one(monkeypatch):
     weight = draw(9, 40)
     whole = {name: stored(weight, name, 16) for name in ("int8", "nf4", "bipolar-int3")}
-    values = {name: dequantize(packed) for name, packed in whole.items()}
+    values = {name: dequantize(quantized) for name, quantized in whole.items()}
     monkeypatch.setattr(quantize, "_SLICE", 80)
     monkeypatch.setitem(quantize._READ_SLICE, "cpu", 80)
-    for name, packed in whole.items():
-        assert torch.equal(stored(weight, name, 16).codes, packed.codes)
-        assert torch.equal(dequantize(packed), values[name])
+    for name, quantized in whole.items():
+        assert torch.equal(stored(weight, name, 16).codes, quantized.codes)
+        assert torch.equal(dequantize(quantized), values[name])
 
 
 @pytest.mark.parametrize(
@@ -148,9 +148,11 @@ def test_many_slices_equal_one(monkeypatch):
 def test_a_tenth_of_a_step_survives_on_average_and_is_lost_to_nearest(name, low, high):
     weight = draw(64, 64).clamp(-3, 3) / 4
     weight[:, 0], weight[:, 1] = low, high  # of an exact scale: storing again finds the same grid
-    packed = stored(weight, name, 64)
-    start = dequantize(packed)
-    step = (levels(packed) - start[..., None]).where(levels(packed) > start[..., None] + 1e-5, 1.0).amin(2).float()
+    quantized = stored(weight, name, 64)
+    start = dequantize(quantized)
+    step = (
+        (levels(quantized) - start[..., None]).where(levels(quantized) > start[..., None] + 1e-5, 1.0).amin(2).float()
+    )
     step[:, :2] = 0
     assert torch.equal(dequantize(stored(start + step / 10, name, 64)), start)
     moved = dequantize(stored(start + step / 10, name, 64, torch.Generator().manual_seed(7))) - start
@@ -171,8 +173,8 @@ def test_levels_first_asked_for_under_a_fake_mode_are_real_afterwards():
 
 def test_every_code_of_fp8_reads_as_torch_casts_it():
     codes = torch.tensor([c for c in range(256) if c & 0x7F != 0x7F], dtype=torch.uint8)  # two are NaN
-    packed = Packed.empty(2, len(codes), "fp8", len(codes), None)
-    packed.codes.copy_(codes)
-    packed.scale.copy_(torch.tensor([[0.75], [2.0**-120]]))
-    want = codes.view(torch.float8_e4m3fn).float() * packed.scale.float()
-    assert torch.equal(dequantize(packed), want)
+    quantized = Quantized.empty(2, len(codes), "fp8", len(codes), None)
+    quantized.codes.copy_(codes)
+    quantized.scale.copy_(torch.tensor([[0.75], [2.0**-120]]))
+    want = codes.view(torch.float8_e4m3fn).float() * quantized.scale.float()
+    assert torch.equal(dequantize(quantized), want)

@@ -8,7 +8,7 @@ import torch
 from helpers import relative_error
 from poetx import UserError
 from poetx.ops.dispatch import use_kernels
-from poetx.ops.quantize import Packed, dequantize, quantize_
+from poetx.ops.quantize import Quantized, dequantize, quantize_
 
 pytest.importorskip("triton", reason="the kernels need triton, which exists for Linux only")
 from kernel_helpers import compiled_for, interpreted, nan_filled
@@ -21,19 +21,19 @@ DTYPES = {torch.float32: 1e-6, torch.bfloat16: 8e-3}  # the interpreter truncate
 
 def stored(name, rows, columns, group_size):
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-    packed = Packed.empty(rows, columns, name, group_size, None)
-    quantize_(packed, weight)
-    return packed
+    quantized = Quantized.empty(rows, columns, name, group_size, None)
+    quantize_(quantized, weight)
+    return quantized
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "columns", "group_size"), [(3, 64, 16), (2, 37, 8), (2, 1100, 128)])
 @pytest.mark.parametrize("name", FORMATS)
 def test_interpreted_equals_the_twin(name, rows, columns, group_size, dtype):
-    packed = stored(name, rows, columns, group_size)
-    want = dequantize(packed, dtype)
+    quantized = stored(name, rows, columns, group_size)
+    want = dequantize(quantized, dtype)
     with interpreted(), nan_filled():
-        got = dequantize(packed, dtype)
+        got = dequantize(quantized, dtype)
     assert got.dtype == dtype
     assert relative_error(got, want) < DTYPES[dtype]
 
@@ -60,40 +60,40 @@ def test_a_layer_computes_the_same(name):
 
 @pytest.mark.parametrize("name", ["int8", "nf4", "bipolar-int4"])
 def test_compiles_for_hopper(name):
-    packed, out = stored(name, 4, 64, 16), torch.empty(4, 64, dtype=torch.bfloat16)
-    levels = torch.zeros(2**packed.format.bits) if packed.format.kind == "table" else None
+    quantized, out = stored(name, 4, 64, 16), torch.empty(4, 64, dtype=torch.bfloat16)
+    levels = torch.zeros(2**quantized.format.bits) if quantized.format.kind == "table" else None
     with compiled_for(90) as compiled:
         kernels.dequantize(
-            packed.codes,
-            packed.scale,
-            packed.offset,
+            quantized.codes,
+            quantized.scale,
+            quantized.offset,
             levels,
             out,
             group_size=16,
-            bits=packed.format.bits,
-            top=packed.format.top,
-            kind=packed.format.kind,
+            bits=quantized.format.bits,
+            top=quantized.format.top,
+            kind=quantized.format.kind,
         )
     (kernel,) = compiled
     assert "st.global" in kernel.asm["ptx"]
 
 
 def test_what_the_kernel_does_not_take_is_said():
-    packed = stored("bipolar-int3", 4, 64, 16)
+    quantized = stored("bipolar-int3", 4, 64, 16)
     with interpreted(), pytest.raises(UserError, match="bipolar-int3; the kernel takes codes of 2, 4 and 8 bits"):
-        dequantize(packed)
+        dequantize(quantized)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FORMATS)
 def test_on_a_gpu(name, dtype):
-    packed = stored(name, 64, 1100, 128)
-    want = dequantize(packed, dtype)
-    on_gpu = Packed.empty(64, 1100, name, 128, "cuda")
+    quantized = stored(name, 64, 1100, 128)
+    want = dequantize(quantized, dtype)
+    on_gpu = Quantized.empty(64, 1100, name, 128, "cuda")
     for field in ("codes", "scale", "offset"):
-        if getattr(packed, field) is not None:
-            getattr(on_gpu, field).copy_(getattr(packed, field))
+        if getattr(quantized, field) is not None:
+            getattr(on_gpu, field).copy_(getattr(quantized, field))
     with use_kernels("triton"):
         got = dequantize(on_gpu, dtype)
     assert relative_error(got.cpu(), want) < DTYPES[dtype]

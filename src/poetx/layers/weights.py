@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from poetx.errors import UserError
-from poetx.ops.quantize import Packed, dequantize, format_of, quantize_
+from poetx.ops.quantize import Quantized, dequantize, format_of, quantize_
 from poetx.ops.random import join_bits, split_bits, stochastic_round_
 from poetx.ops.stored import Stored
 
@@ -94,16 +94,16 @@ class PackedWeight(nn.Module):
         self.rows, self.columns = rows, columns
         self.format, self.group_size = format_of(weight_format), group_size
         self.weight_format = weight_format  # torch.distributed.checkpoint looks for what the state dict names
-        empty = Packed.empty(rows, columns, weight_format, group_size, device)
+        empty = Quantized.empty(rows, columns, weight_format, group_size, device)
         for name in ("codes", "scale", "offset"):
             self.register_buffer(name, getattr(empty, name))
         settings = {"weight_format": RESIDUAL_FORMAT, "group_size": group_size, "device": device}
         self.residual = PackedWeight(rows, columns, **settings) if residual else None
 
     @property
-    def packed(self) -> Packed:
+    def quantized(self) -> Quantized:
         """The buffers as the operators take them."""
-        return Packed(self.codes, self.scale, self.offset, self.columns, self.format, self.group_size)
+        return Quantized(self.codes, self.scale, self.offset, self.columns, self.format, self.group_size)
 
     @property
     def stored(self) -> Stored:
@@ -113,7 +113,7 @@ class PackedWeight(nn.Module):
 
     def fetch(self) -> Tensor:
         """The weight [rows, columns] that forward multiplies by, float32."""
-        return dequantize(self.packed)
+        return dequantize(self.quantized)
 
     def precise(self) -> Tensor:
         """:meth:`fetch` with what the residual knows of it."""
@@ -124,13 +124,13 @@ class PackedWeight(nn.Module):
 
         With a residual the weight is rounded to nearest, and only its error by ``noise``.
         """
-        quantize_(self.packed, weight, noise=None if self.residual is not None else noise)
+        quantize_(self.quantized, weight, noise=None if self.residual is not None else noise)
         if self.residual is not None:
             self.residual.write(self.fetch().neg_().add_(weight), noise=noise)
 
     def staged(self, weight: Tensor, *, noise: torch.Generator | None) -> Pairs:
         """What :meth:`write` would change, with the new values."""
-        new = Packed.empty(self.rows, self.columns, self.format.name, self.group_size, self.codes.device)
+        new = Quantized.empty(self.rows, self.columns, self.format.name, self.group_size, self.codes.device)
         quantize_(new, weight, noise=None if self.residual is not None else noise)
         pairs = [(self.codes, new.codes), (self.scale, new.scale)]
         if self.offset is not None and new.offset is not None:

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from poetx.errors import UserError, one_line
 from poetx.methods.base import Method
+from poetx.ops.random import seeded
 from poetx.optim.build import build_optimizer
 from poetx.optim.groups import param_groups
 
@@ -32,8 +33,7 @@ class LoRA(Method):
             task_type="CAUSAL_LM",
         )
         start = next(model.parameters()).device
-        with torch.random.fork_rng(devices=[start] if start.type == "cuda" else []), torch.device(start):
-            torch.manual_seed(self.recipe.train.seed)
+        with seeded(self.recipe.train.seed, start), torch.device(start):
             try:
                 peft.inject_adapter_in_model(config, model)
             except ValueError as error:  # architectures whose layers it does not adapt

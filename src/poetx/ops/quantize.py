@@ -65,7 +65,7 @@ def format_of(name: str) -> Format:
 
 
 @dataclass(frozen=True)
-class Packed:
+class Quantized:
     """A stored weight [rows, columns].
 
     Attributes:
@@ -81,7 +81,7 @@ class Packed:
     group_size: int
 
     @classmethod
-    def empty(cls, rows: int, columns: int, name: str, group_size: int, device: torch.device | str | None) -> Packed:
+    def empty(cls, rows: int, columns: int, name: str, group_size: int, device: torch.device | str | None) -> Quantized:
         """Uninitialized storage for a weight [rows, columns]."""
         fmt = format_of(name)
         codes = torch.empty(rows, row_bytes(columns, fmt.bits), dtype=torch.uint8, device=device)
@@ -220,36 +220,36 @@ def _groups(w_RC: Tensor, group_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def quantize_(packed: Packed, weight: Tensor, *, noise: torch.Generator | None = None) -> None:
-    """Write ``weight`` [rows, columns] into ``packed``, in place.
+def quantize_(quantized: Quantized, weight: Tensor, *, noise: torch.Generator | None = None) -> None:
+    """Write ``weight`` [rows, columns] into ``quantized``, in place.
 
     Args:
         noise: round up or down at random in proportion to the distance, so that the mean of what is stored is
             ``weight``; without it, to the nearest level. A generator on the weight's device.
     """
-    fmt = packed.format
+    fmt = quantized.format
     tiny = torch.finfo(torch.float32).tiny  # 0 / tiny for a group of zeros
     for rows in _slices(weight.shape[0], weight.shape[1], _SLICE):
-        w = _groups(weight[rows].float(), min(packed.group_size, weight.shape[1]))
-        if packed.offset is not None:
+        w = _groups(weight[rows].float(), min(quantized.group_size, weight.shape[1]))
+        if quantized.offset is not None:
             low, high = w.aminmax(dim=2)
             offset = -_up(-low)
             scale = _up((high - offset.float()) / fmt.top)
-            packed.offset[rows] = offset
+            quantized.offset[rows] = offset
             t = (w - offset.float()[..., None]) / scale.float().clamp_min(tiny)[..., None]
         else:
             scale = _up(w.abs().amax(dim=2) / fmt.top)
             t = w / scale.float().clamp_min(tiny)[..., None]
             if fmt.kind == "bipolar":
                 t = (t + fmt.top) / 2
-        packed.scale[rows] = scale
+        quantized.scale[rows] = scale
         draw = None if noise is None else torch.rand(t.shape, device=t.device, generator=noise)
         if fmt.kind == "table":
             levels, codes_of = (table.to(t.device) for table in _sorted_levels(fmt.name))
             codes = codes_of[_nearest_level(t, levels) if draw is None else _random_level(t, levels, draw)]
         else:
             codes = (t.round() if draw is None else (t + draw).floor()).clamp(0, fmt.top).to(torch.uint8)
-        packed.codes[rows] = pack(codes.flatten(1)[:, : weight.shape[1]], fmt.bits)
+        quantized.codes[rows] = pack(codes.flatten(1)[:, : weight.shape[1]], fmt.bits)
 
 
 def _missing(fmt: Format) -> str | None:
@@ -258,20 +258,20 @@ def _missing(fmt: Format) -> str | None:
     return None if one_plane else f"{fmt.name}; the kernel takes codes of 2, 4 and 8 bits"
 
 
-def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """The stored weight [rows, columns] in ``dtype``; the arithmetic is float32's, rounded once."""
-    fmt, columns, group_size = packed.format, packed.columns, packed.group_size
-    out = torch.empty(packed.codes.shape[0], columns, dtype=dtype, device=packed.codes.device)
+    fmt, columns, group_size = quantized.format, quantized.columns, quantized.group_size
+    out = torch.empty(quantized.codes.shape[0], columns, dtype=dtype, device=quantized.codes.device)
     if use_triton(out, SMALLEST_BLOCK, missing=_missing(fmt)):
         from poetx.ops.triton import quantize as kernels
 
         levels = _levels_by_code(fmt.name, out.device) if fmt.kind == "table" else None
         settings = {"group_size": group_size, "bits": fmt.bits, "top": fmt.top, "kind": fmt.kind}
-        return kernels.dequantize(packed.codes, packed.scale, packed.offset, levels, out, **settings)
+        return kernels.dequantize(quantized.codes, quantized.scale, quantized.offset, levels, out, **settings)
     full = columns // group_size
     for rows in _slices(out.shape[0], columns, _READ_SLICE.get(device_type(out), _READ_SLICE_ELSEWHERE)):
-        values = _values(unpack(packed.codes[rows], columns, fmt.bits), fmt)
-        scale, offset = packed.scale[rows].float(), packed.offset
+        values = _values(unpack(quantized.codes[rows], columns, fmt.bits), fmt)
+        scale, offset = quantized.scale[rows].float(), quantized.offset
         if fmt.kind == "bipolar":
             scale, offset = 2 * scale, -fmt.top * scale
         elif fmt.name == "fp8":

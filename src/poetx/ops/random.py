@@ -7,7 +7,9 @@ rounding of weights and state (``SlicedOptimizer``; ``Matrix`` of ``POETX``).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -17,6 +19,14 @@ def stream(seed: int, name: str, count: int, purpose: str, device: torch.device 
     """A generator that depends on its arguments alone, so that every rank and every resumed run draws the same."""
     digest = hashlib.sha256(f"{seed}/{name}/{count}/{purpose}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's global generators, of the CPU and of ``device``, and put them back afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def stochastic_round_(target: Tensor, value: Tensor, generator: torch.Generator | None = None) -> Tensor:

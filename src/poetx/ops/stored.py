@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from poetx.ops.quantize import Packed, dequantize, format_of
+from poetx.ops.quantize import Quantized, dequantize, format_of
 
 
 class Stored(NamedTuple):
@@ -33,4 +33,6 @@ def fetch(tensors: Sequence[Tensor], kind: str, group_size: int, columns: int, d
     if kind == "dense":
         return tensors[0].to(dtype)
     codes, scale, *offset = tensors
-    return dequantize(Packed(codes, scale, offset[0] if offset else None, columns, format_of(kind), group_size), dtype)
+    return dequantize(
+        Quantized(codes, scale, offset[0] if offset else None, columns, format_of(kind), group_size), dtype
+    )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from poetx.errors import UserError, nearest
+from poetx.ops.side import block_count
 from poetx.optim.sliced import SLICE, SlicedOptimizer, compute_dtype, wide, write_
 
 STATE_DTYPES = ("same", "float32", "bfloat16", "int8")
@@ -108,7 +109,7 @@ def _initialize(state: dict[str, Any], moment: str, parameter: Tensor, kind: str
     if kind == "int8":
         dtype = torch.int8 if moment == "exp_avg" else torch.uint8
         state[moment] = torch.zeros(size, dtype=dtype, device=device)
-        state[f"{moment}_scale"] = torch.zeros(-(-size // BLOCK), device=device)
+        state[f"{moment}_scale"] = torch.zeros(block_count(size, BLOCK), device=device)
     else:
         dtype = torch.bfloat16 if kind == "bfloat16" else compute_dtype(parameter)
         state[moment] = torch.zeros(size, dtype=dtype, device=device)
@@ -140,7 +141,7 @@ def _store_(state: dict[str, Any], moment: str, here: slice, value: Tensor, nois
         write_(stored, value, noise)
         return
     codes, power = _CODES[moment]
-    scale = state[f"{moment}_scale"][here.start // BLOCK : -(-here.stop // BLOCK)]
+    scale = state[f"{moment}_scale"][here.start // BLOCK : block_count(here.stop, BLOCK)]
     padded = torch.nn.functional.pad(value.abs(), (0, -value.numel() % BLOCK))
     scale.copy_(padded.view(-1, BLOCK).amax(1))
     ratio = _scaled_(value.abs(), torch.where(scale > 1e-37, 1 / scale, 0.0))

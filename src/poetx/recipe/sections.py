@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
-from poetx.config import PoetConfig
+from poetx.config import PoetConfig, Recompute
 from poetx.errors import UserError
 from poetx.optim.settings import OPTIMIZERS
 
@@ -141,7 +141,7 @@ class ModelRecipe(Section):
     config: Text | None = None
     pretrained: Text | None = None
     gradient_checkpointing: Flag = False  # keep only every decoder layer's input, and compute the layer again
-    recompute: Literal["auto", "fast", "mem"] = "auto"  # of rotated layers then; poetx.savings.checkpoint_layers_
+    recompute: Recompute = "auto"  # of rotated layers then
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelRecipe:

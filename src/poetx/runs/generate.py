@@ -32,6 +32,8 @@ def generate_text(
     import torch
     from transformers import LogitsProcessorList
 
+    from poetx.ops.random import seeded
+
     if not 0 <= temperature < math.inf:
         raise UserError(f"--temperature={temperature}: must be a number from 0 on")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
@@ -49,11 +51,7 @@ def generate_text(
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > _LOWEST_TEMPERATURE:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": 1.0}
-    with (
-        torch.random.fork_rng(devices=[loaded.device] if loaded.device.type == "cuda" else []),
-        torch.no_grad(),
-    ):
-        torch.manual_seed(seed)
+    with seeded(seed, loaded.device), torch.no_grad():
         output = cast(Any, loaded.model).generate(
             inputs,
             attention_mask=torch.ones_like(inputs),

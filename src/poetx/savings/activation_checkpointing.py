@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from poetx.config import Recompute
 from poetx.errors import UserError
 from poetx.layers.walk import converted_layers
 
@@ -22,9 +23,6 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
         if isinstance(module, nn.ModuleList) and len(module) and len({type(item) for item in module}) == 1
     ]
     return max(lists, key=len, default=[])
-
-
-RECOMPUTE = ("auto", "fast", "mem")
 
 
 def checkpoint_layers_(model: nn.Module, *, recompute: str = "auto") -> nn.Module:
@@ -42,10 +40,10 @@ def checkpoint_layers_(model: nn.Module, *, recompute: str = "auto") -> nn.Modul
             a quantized weight stay in *mem*, their only mode.
 
     Raises:
-        UserError: no repeated layers to be found, or ``recompute`` none of :data:`RECOMPUTE`.
+        UserError: no repeated layers to be found, or another ``recompute``.
     """
-    if recompute not in RECOMPUTE:
-        raise UserError(f"recompute={recompute!r}: must be one of {', '.join(RECOMPUTE)}")
+    if recompute not in (choices := get_args(Recompute)):
+        raise UserError(f"recompute={recompute!r}: must be one of {', '.join(choices)}")
     layers = decoder_layers(model)
     if not layers:
         raise UserError("the model has no nn.ModuleList of repeated layers to checkpoint; use torch.utils.checkpoint")

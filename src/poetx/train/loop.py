@@ -20,6 +20,7 @@ from poetx.data.tokens import PreparedData, TokenWindows
 from poetx.errors import UserError
 from poetx.memory.measure import measure_memory
 from poetx.models import not_finite
+from poetx.ops.random import seeded
 from poetx.recipe import Recipe
 from poetx.spectra import LayerSpectrum, spectrum
 from poetx.train.checkpoint import TrainState, checkpoints, load_rng, save_checkpoint
@@ -72,13 +73,8 @@ def fit(run: TrainingRun, *, resume_from: Path | None = None) -> StopRequest:
     Raises:
         UserError: ``train.max_bad_steps`` non-finite steps in a row, or a checkpoint that cannot be written.
     """
-    cuda_devices = [run.device] if run.device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices=cuda_devices),
-        _deterministic(run.recipe.train.deterministic),
-        stop_signals() as stop,
-    ):
-        torch.manual_seed(run.recipe.train.seed)
+    settings = run.recipe.train
+    with seeded(settings.seed, run.device), _deterministic(settings.deterministic), stop_signals() as stop:
         if resume_from is not None:
             load_rng(resume_from)
         _take_steps(run, stop)
