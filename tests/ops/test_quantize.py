@@ -150,9 +150,8 @@ def test_a_tenth_of_a_step_survives_on_average_and_is_lost_to_nearest(name, low,
     weight[:, 0], weight[:, 1] = low, high  # of an exact scale: storing again finds the same grid
     quantized = stored(weight, name, 64)
     start = dequantize(quantized)
-    step = (
-        (levels(quantized) - start[..., None]).where(levels(quantized) > start[..., None] + 1e-5, 1.0).amin(2).float()
-    )
+    grid = levels(quantized)
+    step = (grid - start[..., None]).where(grid > start[..., None] + 1e-5, 1.0).amin(2).float()
     step[:, :2] = 0
     assert torch.equal(dequantize(stored(start + step / 10, name, 64)), start)
     moved = dequantize(stored(start + step / 10, name, 64, torch.Generator().manual_seed(7))) - start

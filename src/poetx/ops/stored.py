@@ -33,6 +33,5 @@ def fetch(tensors: Sequence[Tensor], kind: str, group_size: int, columns: int, d
     if kind == "dense":
         return tensors[0].to(dtype)
     codes, scale, *offset = tensors
-    return dequantize(
-        Quantized(codes, scale, offset[0] if offset else None, columns, format_of(kind), group_size), dtype
-    )
+    weight = Quantized(codes, scale, offset[0] if offset else None, columns, format_of(kind), group_size)
+    return dequantize(weight, dtype)
