@@ -4,7 +4,7 @@
 
 One JSON line a piece, way and size: ``ms`` with a full queue, and the bytes and operations that have to be moved and
 done, so that the distance from the ceilings (copy bandwidth, product rate, both measured first) can be read off. These
-rows decide between Triton kernels and cuBLAS for the block products, and give the planner its constants.
+rows decided for cuBLAS and against Triton kernels for the block products (docs/log.md).
 """
 
 from __future__ import annotations
@@ -49,9 +49,8 @@ def ceilings(device: torch.device) -> Iterator[dict[str, Any]]:
 
 
 def block_products(device: torch.device) -> Iterator[dict[str, Any]]:
-    """Rotating [N, F] by blocks, permuting it, and the blocks' gradients, by Triton and by cuBLAS on strided views."""
-    from poetx.ops import block_diagonal as plain
-    from poetx.ops.triton import block_diagonal as kernels
+    """Rotating [N, F] by blocks, permuting it, and the blocks' gradients, on strided views."""
+    from poetx.ops.triton.permute import permute
 
     blocks = FEATURES // BLOCK
     G = torch.randn(blocks, BLOCK, BLOCK, device=device, dtype=torch.bfloat16) / BLOCK**0.5
@@ -77,37 +76,17 @@ def block_products(device: torch.device) -> Iterator[dict[str, Any]]:
         pieces: dict[str, tuple[Ways, int, int]] = {
             "product with the weight": ({"cuBLAS": lambda x=x, W=W: x @ W}, 2 * x.nbytes + W.nbytes, 2 * FEATURES),
             "block product": (
-                {
-                    "Triton": lambda x=x: kernels._product(x, G),
-                    "cuBLAS, strided": strided,
-                    "einsum": lambda x=x: plain.rotate(x, G),
-                },
-                2 * x.nbytes,
-                2 * BLOCK,
-            ),
-            "gathered block product": (
-                {
-                    "Triton, read permuted": lambda x=x: kernels._product(x, G, source=perm),
-                    "Triton, permuted first": lambda x=x: kernels._product(kernels.permute(x, perm), G),
-                },
-                2 * x.nbytes,
-                2 * BLOCK,
-            ),
-            "scattered block product": (
-                {
-                    "Triton, written permuted": lambda x=x: kernels._product(x, G, target=perm, writes=True),
-                    "Triton, permuted after": lambda x=x: kernels.permute(kernels._product(x, G), perm),
-                },
+                {"strided": strided, "einsum": lambda x=x: torch.einsum("nkb,kbc->nkc", x.view(-1, blocks, BLOCK), G)},
                 2 * x.nbytes,
                 2 * BLOCK,
             ),
             "permutation": (
-                {"Triton": lambda x=x: kernels.permute(x, perm), "index_select": lambda x=x: x.index_select(1, perm)},
+                {"Triton": lambda x=x: permute(x, perm), "index_select": lambda x=x: x.index_select(1, perm)},
                 2 * x.nbytes,
                 0,
             ),
             "block outer product": (
-                {"Triton": lambda x=x, g=g: kernels.outer(x, g, BLOCK), "cuBLAS": outer_cublas, "added": outer_added},
+                {"alone": outer_cublas, "added": outer_added},
                 2 * x.nbytes,
                 2 * BLOCK,
             ),

@@ -112,7 +112,7 @@ def test_ops_rows_and_gate(monkeypatch):
     assert [row["operator"] for row in rows] == ["permutation", "cnp", "gather + block product"]
     assert all(row["ms"] > 0 and row["naive_ms"] > 0 for row in rows)
     wrong = SimpleNamespace(gather=lambda x, perm: x, inverse=lambda perm: perm)
-    monkeypatch.setattr(ops_bench, "rotations", lambda x, sizes: wrong)
+    monkeypatch.setattr(ops_bench, "block_diagonal", wrong)
     with pytest.raises(UserError, match="permutation, output is wrong"):
         list(ops_bench.bench_ops(device=CPU, dtype=torch.float32, repeats=1, **sizes))
 

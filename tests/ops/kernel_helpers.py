@@ -16,10 +16,10 @@ def interpreted() -> Iterator[None]:
     from triton.runtime.jit import JITFunction
 
     from poetx.ops.dispatch import use_kernels
-    from poetx.ops.triton import block_diagonal, cayley, quantize
+    from poetx.ops.triton import cayley, permute, quantize
 
     with pytest.MonkeyPatch.context() as patch, use_kernels("triton"):
-        for module in (cayley, quantize, block_diagonal):
+        for module in (cayley, quantize, permute):
             for name, value in vars(module).copy().items():
                 if isinstance(value, JITFunction):
                     patch.setattr(module, name, InterpretedFunction(value.fn))
@@ -62,7 +62,7 @@ def compiled_for(capability: int) -> Iterator[list]:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    from poetx.ops.triton import block_diagonal, cayley, quantize, tuning
+    from poetx.ops.triton import cayley, permute, quantize, tuning
 
     class Driver:
         def get_current_target(self):
@@ -80,8 +80,7 @@ def compiled_for(capability: int) -> Iterator[list]:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tuning, "interpreted", lambda kernel: False)
-            patch.setattr(block_diagonal, "interpreted", lambda kernel: False)
-            for module in (cayley, quantize, block_diagonal):
+            for module in (cayley, quantize, permute):
                 for name, value in vars(module).copy().items():
                     if isinstance(value, JITFunction) and name.endswith("_kernel"):
                         patch.setattr(module, name, _Compiler(value, compiled))

@@ -9,7 +9,7 @@ import torch
 
 from helpers import TOLERANCE, random_skew, relative_error
 from poetx import UserError
-from poetx.ops import block_diagonal as rotate_twin
+from poetx.ops import block_diagonal
 from poetx.ops import cayley as cayley_twin
 from poetx.ops.cayley import packed_size
 from poetx.ops.dispatch import kernel_report, use_kernels
@@ -21,9 +21,8 @@ from poetx.ops.stored import Stored
 pytest.importorskip("triton", reason="the kernels need triton, which exists for Linux only")
 from kernel_helpers import compiled_for, interpreted, nan_filled
 
-from poetx.ops.single_step import _outer
-from poetx.ops.triton import block_diagonal as rotate_kernels
 from poetx.ops.triton import cayley as cayley_kernels
+from poetx.ops.triton import permute as permute_kernels
 from poetx.ops.triton import tuning
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -108,7 +107,8 @@ def test_gradient_of_the_packed_entries(size, block_size, q_dtype, order, device
 @pytest.mark.parametrize(("size", "block_size"), SIZES)
 @pytest.mark.parametrize("layout", ["rows", "strided"])
 def test_rotations_and_their_gradients(layout, size, block_size, dtype, device):
-    tokens = 70  # more than one tile, no multiple of it
+    """Permutations by the kernel, products by PyTorch."""
+    tokens = 70
     x, g = (draw(tokens, size, dtype=dtype, device=device, seed=seed) for seed in (1, 2))
     if layout == "strided":
         x, g = strided(x), strided(g)
@@ -118,31 +118,27 @@ def test_rotations_and_their_gradients(layout, size, block_size, dtype, device):
     calls = {
         "gather_rotate": (x, perm, G),
         "rotate_scatter": (x, G, perm, bias),
-        "gather_rotate_backward": (x, perm, G, g, True),
+        "gather_rotate_backward": (x, perm, G, g.contiguous().clone(), True),
         "rotate_scatter_backward": (x, G, perm, g),
     }
     for name, args in calls.items():
+        want = exact(getattr(block_diagonal, name), *args)
         with kernels_on(device):
-            got = getattr(rotate_kernels, name)(*args)
-        want = exact(getattr(rotate_twin, name), *args)
+            got = getattr(block_diagonal, name)(*args)
         for part, truth in zip(*((v,) if isinstance(v, torch.Tensor) else v for v in (got, want)), strict=True):
             assert part.shape == truth.shape
             assert relative_error(part.cpu(), truth) < TOLERANCE[dtype], name
             assert part.dtype == (torch.float32 if part.ndim == 3 else dtype)
 
 
-@on_each
-def test_every_plan_and_tile_gives_the_same_bits(device, monkeypatch):
+@gpu
+def test_every_plan_and_tile_gives_the_same_bits(monkeypatch):
     """So that timing may choose between them: a run stays reproducible to the bit whatever is chosen."""
-    dtype = torch.bfloat16
-    size, block_size, tokens = (75, 40, 150) if device == "cpu" else (2048 + 100, 256, 1000)
-    x, g = (draw(tokens, size, dtype=dtype, device=device, seed=seed) for seed in (1, 2))
-    G = draw(-(-size // block_size), block_size, block_size, dtype=dtype, device=device, seed=3)
-    bias = draw(size, dtype=dtype, device=device, seed=4)
-    perm = torch.randperm(size).int().to(device)
+    size, block_size, device = 2048 + 100, 256, "cuda"
+    G = draw(-(-size // block_size), block_size, block_size, dtype=torch.float32, device=device, seed=3)
     q = random_skew(size, block_size, dtype=torch.float32).to(device)
 
-    def compare(key, device, candidates):
+    def compare(key, place, candidates):
         results = [candidate() for candidate in candidates]
         for other in results[1:]:
             for a, b in zip(*(r if isinstance(r, (tuple, list)) else (r,) for r in (results[0], other)), strict=True):
@@ -151,16 +147,10 @@ def test_every_plan_and_tile_gives_the_same_bits(device, monkeypatch):
         return results[0]
 
     compared = []
-    for module in (rotate_kernels, cayley_kernels):
-        monkeypatch.setattr(module, "fastest", compare)
+    monkeypatch.setattr(cayley_kernels, "fastest", compare)
     with kernels_on(device):
-        rotate_kernels.gather_rotate(x, perm, G)
-        rotate_kernels.rotate_scatter(x, G, perm, bias)
-        if device == "cuda":
-            rotate_kernels.rotate_scatter_backward(x, G, perm, g)
-            rotate_kernels.gather_rotate_backward(x, perm, G, g, True)
-            cayley_kernels.cayley([q], [size], block_size, 3, dtype)
-            cayley_kernels.cayley_backward([G.float()], [q], [size], block_size, 7, True)
+        cayley_kernels.cayley([q], [size], block_size, 3, torch.bfloat16)
+        cayley_kernels.cayley_backward([G], [q], [size], block_size, 7, True)
     assert max(compared) > 1
 
 
@@ -170,23 +160,13 @@ def test_every_plan_and_tile_gives_the_same_bits(device, monkeypatch):
 def test_whole_outer_products_are_zero_beyond_a_ragged_end(features, block_size, dtype, device):
     """The single step keeps blocks whole, so that what stands beyond the end would be written into its momentum."""
     x, y = (draw(37, features, dtype=dtype, device=device, seed=seed) for seed in (0, 1))
-    want = exact(_outer, x, y, block_size)
+    want = exact(block_diagonal.block_outer_products, x, y, block_size)
     with kernels_on(device):
-        got = _outer(x, y, block_size)
+        got = block_diagonal.block_outer_products(x, y, block_size)
     rest = features % block_size
     assert got[-1, rest:].abs().max() == 0
     assert got[-1, :, rest:].abs().max() == 0
     torch.testing.assert_close(got.cpu().double(), want, rtol=1e-5, atol=1e-4)
-
-
-@on_each
-def test_outer_products_in_chunks_are_the_same_every_time(device, monkeypatch):
-    x, y = (draw(1000, 32, dtype=torch.bfloat16, device=device, seed=seed) for seed in (1, 2))
-    monkeypatch.setattr(rotate_kernels, "_PROGRAMS", 4)
-    with kernels_on(device):
-        first, second = (rotate_kernels.outer(x, y, 32) for _ in range(2))
-    assert torch.equal(first, second)
-    assert relative_error(first.cpu(), (x.double().T @ y.double()).cpu()[None]) < TOLERANCE[torch.float32]
 
 
 @on_each
@@ -195,11 +175,20 @@ def test_permute(dtype, device):
     x = draw(9, 75, dtype=torch.float32, device=device).mul(100).to(dtype)
     perm = torch.randperm(75).int().to(device)
     with kernels_on(device):
-        assert torch.equal(rotate_kernels.permute(x, perm), x[:, perm.long()])
-        if dtype != torch.int32:
-            assert torch.equal(rotate_kernels.gather(x, perm), x[:, perm.long()])
-        assert torch.equal(rotate_kernels.permute(strided(x), perm), x[:, perm.long()])
-        assert torch.equal(rotate_kernels.inverse(perm), perm.argsort().int())
+        out = torch.empty_like(x)
+        assert permute_kernels.permute(x, perm, out) is out
+        assert torch.equal(out, x[:, perm.long()])
+        assert torch.equal(permute_kernels.permute(strided(x), perm), x[:, perm.long()])
+        assert torch.equal(permute_kernels.inverse(perm), perm.argsort().int())
+
+
+@pytest.mark.gpu
+def test_what_is_no_permutation_of_a_row_is_gathered_all_the_same():
+    x = torch.randn(5, 40, device="cuda")
+    some, wide = torch.tensor([3, 3, 39], device="cuda").int(), torch.randn(3, 20000, device="cuda")
+    assert torch.equal(block_diagonal.gather(x, some), x[:, some.long()])
+    perm = torch.randperm(20000, device="cuda").int()
+    assert torch.equal(block_diagonal.gather(wide, perm), wide[:, perm.long()])
 
 
 def layer(x, q_in, q_out, bias, weight, perm_in, perm_out, block_sizes, **settings):
@@ -256,13 +245,12 @@ def test_kernels_compile_for_hopper(dtype):
     size, block_size, tokens = 512, 128, 256
     x, G, perm = torch.zeros(tokens, size, dtype=dtype), torch.zeros(4, 128, 128, dtype=dtype), torch.arange(size).int()
     with compiled_for(90) as compiled:
-        rotate_kernels.rotate_scatter_backward(x, G, perm, x)
+        permute_kernels.permute(x, perm)
         if dtype == torch.bfloat16:  # the others see float32 alone, or move numbers only
             q = torch.zeros(4, packed_size(block_size))
             cayley_kernels.cayley([q, q], [size, size], block_size, 3, dtype)
             cayley_kernels.cayley_backward([G.float()], [q], [size], block_size, 3, narrow=True)
-            rotate_kernels.permute(x, perm)
-    assert len({kernel.metadata.name for kernel in compiled}) == (7 if dtype == torch.bfloat16 else 2)
+    assert len({kernel.metadata.name for kernel in compiled}) == (5 if dtype == torch.bfloat16 else 1)
     for kernel in compiled:
         assert kernel.metadata.shared <= 99 * 1024, (
             "more shared memory than GPUs of compute capability 8.6 and 8.9 have"
@@ -306,7 +294,7 @@ def test_report_says_what_runs_and_why():
         }
     with interpreted():
         report = dict(kernel_report())
-    assert report["rotate"].startswith("Triton ")
+    assert report["permute"].startswith("Triton ")
     assert report["fold"].startswith("PyTorch (float32")
 
 

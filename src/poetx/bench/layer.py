@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,9 @@ from poetx.config import PoetConfig
 from poetx.errors import UserError, nearest
 from poetx.layers.poet import PoetLinear
 from poetx.layers.single_step import SingleStepLinear
+from poetx.ops import block_diagonal as rotations
 from poetx.ops import reference
-from poetx.ops.block_diagonal import add_block_outer_, rotate
 from poetx.ops.cayley import cayley
-from poetx.ops.dispatch import rotations
 from poetx.ops.single_step import map_gradient, skew_gradient
 from poetx.optim.single_step.optimizer import POETX
 
@@ -169,9 +169,9 @@ def bench_layer(
         module = CONTESTANTS[name](shape)
         check(name, module, x, g)
         forward: Any = torch.compile(module) if compiled else module
-        leaves = [x, *(p for p in module.parameters() if p.requires_grad and p.numel())]
+        leaves = [x, *(p for p in module.parameters() if p.requires_grad)]
         forwards[name] = lambda forward=forward: forward(x)
-        calls[name] = lambda forward=forward, leaves=leaves: torch.autograd.grad(forward(x), leaves, g)
+        calls[name] = partial(_both_passes, forward, x, g, leaves)
     times = interleaved(calls, repeats=repeats, device=shape.device)
     alone = interleaved(forwards, repeats=repeats, device=shape.device)
     on_gpu = shape.device.type == "cuda"
@@ -205,11 +205,17 @@ def bench_layer(
             } | common
 
 
+def _both_passes(forward: Callable[[Tensor], Tensor], x: Tensor, g: Tensor, leaves: Sequence[Tensor]) -> None:
+    """As training does them: what is accumulated in backward, a gradient or a momentum, is made in it."""
+    for leaf in leaves:
+        leaf.grad = None
+    forward(x).backward(g)
+
+
 def _part_times(shape: Shape, x: Tensor, g: Tensor, repeats: int) -> dict[str, tuple[list[float], int]]:
     """Milliseconds of every part and how often one forward and backward takes it; the indented are within others."""
     layer = poet_layer(shape, "fast")
     weight, perm_in, perm_out = layer.base_weight, layer.perm_in, layer.perm_out
-    kernels = rotations(x, [side.block_size for side in layer.sides])
 
     def both_sides() -> list[Tensor]:
         return [cayley(s.packed, size=s.size, block_size=s.block_size, order=layer.order) for s in layer.sides]
@@ -217,18 +223,21 @@ def _part_times(shape: Shape, x: Tensor, g: Tensor, repeats: int) -> dict[str, t
     kept = both_sides()
     grads = [torch.randn_like(G) for G in kept]
     G_in, G_out = (G.detach().to(x.dtype) for G in kept)
-    total, scratch = torch.zeros_like(grads[0]), x.clone()  # the backward may overwrite the gradient it is given
+    scratch = x.clone()  # the backward may overwrite the gradient it is given
     calls: dict[str, tuple[Callable[[], object], int]] = {
         "products": (lambda: (x @ weight.T, g @ weight), 1),
         "cnp": (both_sides, 1),
         "cnp backward": (lambda: torch.autograd.grad(kept, layer.rotations, grads, retain_graph=True), 1),
-        "gather + rotate": (lambda: kernels.gather_rotate(x, perm_in, G_in), 1),
-        "rotate + scatter": (lambda: kernels.rotate_scatter(g, G_out, perm_out), 1),
-        "gather + rotate, backward": (lambda: kernels.gather_rotate_backward(x, perm_in, G_in, scratch, True), 1),
-        "rotate + scatter, backward": (lambda: kernels.rotate_scatter_backward(g, G_out, perm_out, g), 1),
-        "  permutation": (lambda: kernels.gather(x, perm_in), 5),
-        "  block product": (lambda: rotate(x, G_in), 4),
-        "  block outer product": (lambda: add_block_outer_(total, x, x), 2),
+        "gather + rotate": (lambda: rotations.gather_rotate(x, perm_in, G_in), 1),
+        "rotate + scatter": (lambda: rotations.rotate_scatter(g, G_out, perm_out), 1),
+        "gather + rotate, backward": (
+            lambda: rotations.gather_rotate_backward(x, perm_in, G_in, scratch, True),
+            1,
+        ),
+        "rotate + scatter, backward": (lambda: rotations.rotate_scatter_backward(g, G_out, perm_out, g), 1),
+        "  permutation": (lambda: rotations.gather(x, perm_in), 5),
+        "  block product": (lambda: rotations.rotate(x, G_in), 4),
+        "  block outer product": (lambda: rotations.block_outer_products(x, x, shape.block_size), 2),
     }
     queued = shape.device.type == "cuda"
     alone = {name: call for name, (call, _) in calls.items()}

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from poetx.bench.timing import gate, interleaved, median, provenance
-from poetx.ops import reference
+from poetx.ops import block_diagonal, reference
 from poetx.ops.cayley import cayley, packed_size
-from poetx.ops.dispatch import rotations
 
 TOKENS = (2048, 4096, 8192, 16384)
 BLOCKS = (64, 128, 192, 256, 320)
@@ -75,10 +74,9 @@ def _permutation(tokens: int, features: int, dtype: torch.dtype, device: torch.d
     x, g = draw(tokens, features).requires_grad_(), draw(tokens, features)
     perm = torch.randperm(features, generator=torch.Generator().manual_seed(0)).int().to(device)
     index, detached = perm.long(), x.detach()
-    kernels = rotations(detached, [features])
 
     def ours() -> tuple[Tensor, Tensor]:
-        return kernels.gather(detached, perm), kernels.gather(g, kernels.inverse(perm))
+        return block_diagonal.gather(detached, perm), block_diagonal.gather(g, block_diagonal.inverse(perm))
 
     def naive() -> tuple[Tensor, Tensor]:
         y = x[:, index]
@@ -113,11 +111,10 @@ def _block_product(tokens: int, features: int, block_size: int, dtype: torch.dty
     G = (draw(blocks, width, width) / width**0.5).requires_grad_()
     perm = torch.randperm(features, generator=torch.Generator().manual_seed(0)).int().to(device)
     index, x_plain, G_plain, scratch = perm.long(), x.detach(), G.detach(), g.clone()
-    kernels = rotations(x_plain, [width])
 
     def ours() -> tuple[Tensor, ...]:  # the backward may overwrite the gradient it is given
-        y = kernels.gather_rotate(x_plain, perm, G_plain)
-        return y, *kernels.gather_rotate_backward(x_plain, perm, G_plain, scratch, True)
+        y = block_diagonal.gather_rotate(x_plain, perm, G_plain)
+        return y, *block_diagonal.gather_rotate_backward(x_plain, perm, G_plain, scratch, True)
 
     def naive() -> tuple[Tensor, ...]:
         y = torch.einsum("nkb,kbc->nkc", x[:, index].unflatten(1, (blocks, width)), G).flatten(1)

@@ -1,8 +1,9 @@
 """Permutations of features and block-diagonal products: the moves on either side of the big product.
 
 Every function goes over the tokens in slices that fit a cache (or, on an accelerator, bound the temporary), so
-that no permuted copy of a whole activation exists and each slice is still near when its next use comes.
-:func:`poetx.ops.dispatch.rotations` chooses between these functions and their twins on a GPU.
+that no permuted copy of a whole activation exists and each slice is still near when its next use comes. Products are
+cuBLAS's on a GPU (strided views of the blocks, no copy: faster there than kernels of our own were), permutations a
+Triton kernel's.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from poetx.ops.dispatch import use_triton
 from poetx.ops.library import device_type
 
 #: Bytes of one slice of activations. 2 MiB is the L2 cache of one current server core.
@@ -36,11 +38,20 @@ def gather(x_NF: Tensor, perm: Tensor, out: Tensor | None = None) -> Tensor:
     if x_NF.is_cpu:
         # 4x faster than index_select in bfloat16, 15 % in float32 (2 cores, 1024 x 1024).
         return torch.gather(x_NF, 1, perm.long().expand(x_NF.shape[0], -1), out=out)
+    if use_triton(x_NF):
+        from poetx.ops.triton.permute import can_permute, permute
+
+        if can_permute(x_NF, perm):
+            return permute(x_NF, perm, out)
     return torch.index_select(x_NF, 1, perm, out=out)
 
 
 def inverse(perm: Tensor) -> Tensor:
     """The permutation that undoes ``perm``, same dtype."""
+    if perm.is_cuda and use_triton(perm, dtypes=(perm.dtype,)):
+        from poetx.ops.triton import permute
+
+        return permute.inverse(perm)
     return torch.empty_like(perm).scatter_(
         0, perm.long(), torch.arange(perm.numel(), dtype=perm.dtype, device=perm.device)
     )
@@ -102,11 +113,25 @@ def block_outer_products(x_NF: Tensor, y_NF: Tensor, block_size: int) -> Tensor:
     dtype = torch.promote_types(x_NF.dtype, torch.float32)
     # A product that need not be cut is faster than one that adds, and takes a third of the calls.
     if not rest and x_NF.dtype == y_NF.dtype == dtype and (block_size <= _SMALL_BLOCK or device_type(x_NF) != "cpu"):
-        shape = (-1, blocks, block_size)
-        return torch.bmm(x_NF.view(shape).permute(1, 2, 0), y_NF.view(shape).transpose(0, 1))
+        return torch.bmm(*_outer_factors(x_NF, y_NF, block_size))
+    if not rest and x_NF.dtype == y_NF.dtype and device_type(x_NF) == "cuda":
+        return _wide_product(*_outer_factors(x_NF, y_NF, block_size), dtype)
     total = torch.zeros(blocks + (rest > 0), block_size, block_size, dtype=dtype, device=x_NF.device)
     add_block_outer_(total, x_NF, y_NF)
     return total
+
+
+def _outer_factors(x_NF: Tensor, y_NF: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """x's blocks [K, B, N] and y's [K, N, B]."""
+    shape = (-1, x_NF.shape[1] // block_size, block_size)
+    return x_NF.unflatten(1, shape[1:]).permute(1, 2, 0), y_NF.unflatten(1, shape[1:]).transpose(0, 1)
+
+
+def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a · b of narrow factors with sums in ``dtype``, as only CUDA has them."""
+    if a.is_cuda:
+        return torch.bmm(a, b, out_dtype=dtype)
+    return torch.empty(*a.shape[:2], b.shape[2], dtype=dtype, device=a.device)  # planned on fake tensors: sizes alone
 
 
 def _add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -118,8 +143,8 @@ def _add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
             total.baddbmm_(first, second)
     elif a.dtype == total.dtype:
         total.baddbmm_(a, b)
-    elif device == "cuda":  # a float32 product of narrow factors, which only CUDA has
-        total.add_(torch.bmm(a, b, out_dtype=total.dtype) if a.is_cuda else torch.empty_like(total))
+    elif device == "cuda":
+        total.add_(_wide_product(a, b, total.dtype))
     else:
         total.baddbmm_(a.to(total.dtype), b.to(total.dtype))
 
@@ -141,6 +166,14 @@ def rotate_scatter(x_NF: Tensor, G_KBB: Tensor, perm: Tensor, bias: Tensor | Non
     return out if bias is None else out.add_(bias)
 
 
+def _plus_outer(total_KBB: Tensor | None, x_NF: Tensor, y_NF: Tensor, block_size: int) -> Tensor:
+    """``total`` with the blocks' outer products added in place; without a total, these alone."""
+    if total_KBB is None:
+        return block_outer_products(x_NF, y_NF, block_size)
+    add_block_outer_(total_KBB, x_NF, y_NF)
+    return total_KBB
+
+
 def gather_rotate_backward(
     x_NF: Tensor, perm: Tensor, G_KBB: Tensor, grad_NF: Tensor, needs_dx: bool
 ) -> tuple[Tensor, Tensor]:
@@ -148,13 +181,14 @@ def gather_rotate_backward(
 
     dG is float32 or float64; dx is empty if not needed.
     """
-    dG = zeros_like_blocks(G_KBB)
+    dG = None if device_type(x_NF) != "cpu" and x_NF.shape[0] else zeros_like_blocks(G_KBB)
     dx = grad_NF if needs_dx else x_NF.new_empty(0)
-    back, Gt = inverse(perm), G_KBB.transpose(1, 2)
+    back, Gt = inverse(perm) if needs_dx else perm, G_KBB.transpose(1, 2)
     for rows in slices(x_NF):
-        add_block_outer_(dG, gather(x_NF[rows], perm), grad_NF[rows])
+        dG = _plus_outer(dG, gather(x_NF[rows], perm), grad_NF[rows], G_KBB.shape[-1])
         if needs_dx:
             gather(rotate(grad_NF[rows], Gt), back, out=dx[rows])
+    assert dG is not None
     return dx, dG
 
 
@@ -162,13 +196,14 @@ def rotate_scatter_backward(
     x_NF: Tensor, G_KBB: Tensor, perm: Tensor, grad_NF: Tensor, *, overwrite: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Gradients (dx, dG) of :func:`rotate_scatter` from its input, where dx may go, and its output's gradient."""
-    dG = zeros_like_blocks(G_KBB)
+    dG = None if device_type(x_NF) != "cpu" and x_NF.shape[0] else zeros_like_blocks(G_KBB)
     dx = x_NF if overwrite else torch.empty_like(x_NF, memory_format=torch.contiguous_format)
     Gt = G_KBB.transpose(1, 2)
     for rows in slices(x_NF):
         grad = gather(grad_NF[rows], perm)
-        add_block_outer_(dG, x_NF[rows], grad)
+        dG = _plus_outer(dG, x_NF[rows], grad, G_KBB.shape[-1])
         rotate(grad, Gt, out=dx[rows])
+    assert dG is not None
     return dx, dG
 
 

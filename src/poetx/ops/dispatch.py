@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Iterator, Sequence
-from types import ModuleType
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -53,9 +52,9 @@ def machine_obstacle(device: torch.device) -> str | None:
         major, minor = _capability(device)
         return None if major >= 8 else f"compute capability {major}.{minor}; the kernels need 8.0"
     if device.type == "cpu":
-        from poetx.ops.triton import block_diagonal, tuning
+        from poetx.ops.triton import permute, tuning
 
-        if tuning.interpreted(block_diagonal.rotate_kernel):
+        if tuning.interpreted(permute.permute_kernel):
             return None
     return f"device {device.type}; the kernels need CUDA (or TRITON_INTERPRET=1, to try them out)"
 
@@ -102,32 +101,18 @@ def use_triton(
     return reason is None
 
 
-def rotations(x: Tensor, block_sizes: Sequence[int]) -> ModuleType:
-    """The module whose functions rotate tokens like x by blocks of these sizes: the kernels, or their plain twin.
-
-    Asked once an operator, which then calls ``gather_rotate`` and the like from it.
-    """
-    if use_triton(x, min(block_sizes)):
-        from poetx.ops.triton import block_diagonal as kernels
-
-        return kernels
-    from poetx.ops import block_diagonal
-
-    return block_diagonal
-
-
 def kernel_report() -> list[tuple[str, str]]:
     """(operator, which implementation runs on this machine and why), for ``poetx env``."""
     reason = machine_obstacle(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
     if reason is not None:
-        return [(name, f"PyTorch ({reason})") for name in ("cayley", "rotate", "outer", "dequantize", "fold")]
+        return [(name, f"PyTorch ({reason})") for name in ("cayley", "permute", "dequantize", "products", "fold")]
     import triton
 
     fits = f"Triton {triton.__version__}; PyTorch for float64 and for blocks below {SMALLEST_BLOCK}"
     return [
         ("cayley", f"{fits}, for the exact transform"),
-        ("rotate", fits),
-        ("outer", fits),
+        ("permute", f"Triton {triton.__version__}; PyTorch for float64 and for rows of more than 64 KiB"),
         ("dequantize", f"Triton {triton.__version__}; PyTorch for float64 and for codes of 3, 5, 6 and 7 bits"),
+        ("products", "cuBLAS on strided views of the blocks"),
         ("fold", "PyTorch (float32 products whatever the settings; once per merge)"),
     ]

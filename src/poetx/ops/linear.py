@@ -19,7 +19,6 @@ from torch import Tensor
 
 from poetx.ops import block_diagonal
 from poetx.ops.cayley import cayley_blocks, cayley_blocks_backward, side_blocks, side_blocks_backward
-from poetx.ops.dispatch import rotations
 from poetx.ops.library import first_derivatives_only, no_transforms, operator
 from poetx.ops.rebuild import rebuild
 from poetx.ops.side import Sides, sides
@@ -42,10 +41,9 @@ def _linear_fast(
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(y, b)."""
-    kernels = rotations(x, [G.shape[-1] for G in blocks])
     weight = fetch(stored, kind, group_size, x.shape[1], x.dtype)
-    b = kernels.gather_rotate(x, perms[0], blocks[0]) @ weight.T
-    return kernels.rotate_scatter(b, blocks[1], perms[1], bias), b
+    b = block_diagonal.gather_rotate(x, perms[0], blocks[0]) @ weight.T
+    return block_diagonal.rotate_scatter(b, blocks[1], perms[1], bias), b
 
 
 def _fake_fast_backward(g, x, b, stored, kind, group_size, blocks, perms, needs_dx):
@@ -66,11 +64,10 @@ def _linear_fast_backward(
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dG_in, dG_out); dx is empty when nobody needs it."""
-    kernels = rotations(x, [G.shape[-1] for G in blocks])
-    db, dG_out = kernels.rotate_scatter_backward(b, blocks[1], perms[1], g)
+    db, dG_out = block_diagonal.rotate_scatter_backward(b, blocks[1], perms[1], g)
     da = db @ fetch(stored, kind, group_size, x.shape[1], g.dtype)
     del db
-    dx, dG_in = kernels.gather_rotate_backward(x, perms[0], blocks[0], da, needs_dx)
+    dx, dG_in = block_diagonal.gather_rotate_backward(x, perms[0], blocks[0], da, needs_dx)
     return dx, dG_in, dG_out
 
 
@@ -90,12 +87,11 @@ def _linear_mem(
     order: int,
     bias: Tensor | None,
 ) -> Tensor:
-    kernels = rotations(x, block_sizes)
     weight = fetch(stored, kind, group_size, x.shape[1], x.dtype)
     G_in, G_out = cayley_blocks(packed, [perm.numel() for perm in perms], block_sizes, order, x.dtype)
-    b = kernels.gather_rotate(x, perms[0], G_in) @ weight.T
+    b = block_diagonal.gather_rotate(x, perms[0], G_in) @ weight.T
     del G_in, weight
-    return kernels.rotate_scatter(b, G_out, perms[1], bias)
+    return block_diagonal.rotate_scatter(b, G_out, perms[1], bias)
 
 
 def _fake_mem_backward(g, x, stored, kind, group_size, packed, perms, block_sizes, order, needs_dx):
@@ -116,16 +112,15 @@ def _linear_mem_backward(
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dq_in, dq_out)."""
-    kernels, sizes = rotations(x, block_sizes), [perm.numel() for perm in perms]
+    sizes = [perm.numel() for perm in perms]
     weight = fetch(stored, kind, group_size, x.shape[1], x.dtype)
     G_in, G_out = cayley_blocks(packed, sizes, block_sizes, order, x.dtype)
-    b = kernels.gather_rotate(x, perms[0], G_in) @ weight.T
-    # One buffer [N, m] for b and db where the twin runs, gone before dx is made.
-    overwrite = {"overwrite": True} if kernels is block_diagonal else {}
-    db, dG_out = kernels.rotate_scatter_backward(b, G_out, perms[1], g, **overwrite)
+    b = block_diagonal.gather_rotate(x, perms[0], G_in) @ weight.T
+    # One buffer [N, m] for b and db, gone before dx is made.
+    db, dG_out = block_diagonal.rotate_scatter_backward(b, G_out, perms[1], g, overwrite=True)
     da = db @ weight
     del b, db, G_out, weight
-    dx, dG_in = kernels.gather_rotate_backward(x, perms[0], G_in, da, needs_dx)
+    dx, dG_in = block_diagonal.gather_rotate_backward(x, perms[0], G_in, da, needs_dx)
     del da, G_in
     dq_in, dq_out = cayley_blocks_backward(
         [dG_in, dG_out], packed, sizes, block_sizes, order, x.dtype == torch.bfloat16

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from poetx.ops.block_diagonal import add_block_outer_, block_outer_products, left_rotate, rotate
 from poetx.ops.cayley import pack_skew
-from poetx.ops.dispatch import use_triton
 from poetx.ops.fold import full_precision_products
 from poetx.ops.library import first_derivatives_only, no_transforms, operator
 from poetx.ops.random import stochastic_round_
@@ -93,15 +92,6 @@ def _rows_outer_(M_KBB: Tensor, dW: Tensor, W: Tensor) -> None:
         blocks = (t.unflatten(0, (M_KBB.shape[0], -1)).to(M_KBB.dtype) for t in (dW, W.contiguous()))
         first, second = blocks
         torch.bmm(first, second.transpose(1, 2), out=M_KBB)
-
-
-def _outer(first_NF: Tensor, second_NF: Tensor, block_size: int) -> Tensor:
-    """``firstᵀ · second`` on the blocks, [K, B, B]."""
-    if use_triton(first_NF, block_size):
-        from poetx.ops.triton import block_diagonal as kernels
-
-        return kernels.outer(first_NF, second_NF, block_size)
-    return block_outer_products(first_NF, second_NF, block_size)
 
 
 def _subtract_bias_(M_KBB: Tensor, g_NF: Tensor, bias: Tensor) -> None:
@@ -183,12 +173,12 @@ def _single_step_backward(
         add_to_(momentum_in, peaks_in, map_gradient(W, dW, "in", block_size_in), n, noise_in)
         add_to_(momentum_out, peaks_out, map_gradient(W, dW, "out", block_size_out), m, noise_out)
         return dx
-    add_to_(momentum_in, peaks_in, _outer(dx, x, block_size_in), n, noise_in)
+    add_to_(momentum_in, peaks_in, block_outer_products(dx, x, block_size_in), n, noise_in)
     if not needs_dx:
         dx = x.new_empty(0)
     if y is None:
         y, bias = torch.mm(x, W.T), None
-    M = _outer(g, y, block_size_out)
+    M = block_outer_products(g, y, block_size_out)
     if bias is not None:
         _subtract_bias_(M, g, bias)
     add_to_(momentum_out, peaks_out, M, m, noise_out)

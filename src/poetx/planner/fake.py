@@ -34,7 +34,9 @@ def fake_(model: nn.Module, mode: FakeTensorMode) -> None:
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     if id(parameter) not in memo:
-                        fresh = torch.empty_like(parameter, device="cpu")
+                        # not empty_like: fake tensors refuse to look at what some versions take for a subclass
+                        size, stride = parameter.size(), parameter.stride()
+                        fresh = torch.empty_strided(size, stride, dtype=parameter.dtype, device="cpu")
                         memo[id(parameter)] = nn.Parameter(fresh, requires_grad=parameter.requires_grad)
                     module._parameters[name] = memo[id(parameter)]
             for name, buffer in module._buffers.items():
