@@ -151,8 +151,11 @@ class PoetConfig:
                 "method='single-step' with weight_extra_bits or weight_format: it folds the weight at every step; "
                 "use method='poet-x' for those"
             )
-        if self.weight_format is not None:
-            self._check_quantized()
+        if self.weight_format is not None and self.mode != "mem":
+            raise UserError(
+                f"mode={self.mode!r} with weight_format={self.weight_format!r}: fast keeps a product of the layer for "
+                "backward, which costs more memory than the format spares; use mode='mem'"
+            )
         for field in ("target_modules", "exclude_modules", "residual_modules"):
             value = getattr(self, field)
             if isinstance(value, list):
@@ -163,13 +166,6 @@ class PoetConfig:
                 re.compile(value if isinstance(value, str) else "")
             except re.error as error:
                 raise UserError(f"{field}={value!r}: not a regular expression ({error})") from None
-
-    def _check_quantized(self) -> None:
-        if self.mode != "mem":
-            raise UserError(
-                f"mode={self.mode!r} with weight_format={self.weight_format!r}: fast keeps a product of the layer for "
-                "backward, which costs more memory than the format spares; use mode='mem'"
-            )
 
     @property
     def keeps_extra_bits(self) -> bool:

@@ -164,15 +164,9 @@ def test_bfloat16_rotations_when_asked_for():
     assert layer.skew_in.grad.dtype == torch.bfloat16
 
 
-def test_half_precision_is_refused_in_one_line():
-    with pytest.raises(UserError, match=r"layer: float16 is not supported.*bfloat16"):
-        make().half()
-    with pytest.raises(UserError, match="float16 is not supported"):
+def test_a_layer_of_float16_is_refused_in_one_line():
+    with pytest.raises(UserError, match=r"^layer: float16 is not supported.*bfloat16"):
         make(dtype=torch.float16)
-    layer = make()
-    with pytest.raises(UserError):
-        layer.half()
-    assert layer.weight_dtype == layer.bias.dtype == torch.float32, "half of it was cast"
 
 
 def test_input_of_another_dtype_is_refused():
@@ -192,16 +186,6 @@ def test_autocast_runs_in_bfloat16_and_gives_float32_gradients(mode):
         assert relative_error(a, b) < 2 * TOLERANCE[torch.bfloat16]
 
 
-def test_activation_checkpointing_gives_the_same_gradients():
-    from torch.utils.checkpoint import checkpoint
-
-    layer, x = make("mem"), torch.randn(5, 10, requires_grad=True)
-    want = torch.autograd.grad(layer(x).square().sum(), [x, *layer.rotations])
-    got = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).square().sum(), [x, *layer.rotations])
-    for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b)
-
-
 @pytest.mark.parametrize("tokens", [3, 50])
 @pytest.mark.parametrize("settings", [{}, {"mode": "mem"}, {"mode": "mem", "weight_format": "int8"}], ids=str)
 def test_second_derivatives_are_refused_in_one_line(settings, tokens):
@@ -216,12 +200,14 @@ def test_second_derivatives_are_refused_in_one_line(settings, tokens):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("mode", ["fast", "mem"])
-def test_anomaly_mode_and_both_kinds_of_checkpointing_are_first_derivatives(mode, reentrant):
-    layer, x = make(mode), torch.randn(3, 10, requires_grad=True)
-    (want,) = torch.autograd.grad(layer(x).sum(), x)
+def test_anomaly_mode_and_both_kinds_of_checkpointing_change_no_gradient(mode, reentrant):
+    layer, x = make(mode), torch.randn(5, 10, requires_grad=True)
+    leaves = [x, layer.bias, *layer.rotations]
+    want = torch.autograd.grad(layer(x).square().sum(), leaves)
     with torch.autograd.detect_anomaly(check_nan=True):
-        torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
-    assert torch.equal(x.grad, want)
+        torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
+    for leaf, gradient in zip(leaves, want, strict=True):
+        assert torch.equal(leaf.grad, gradient)
 
 
 def test_meta_then_to_empty_then_reset_equals_built_on_the_device():

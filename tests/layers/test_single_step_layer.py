@@ -370,11 +370,9 @@ def test_a_copy_belongs_to_no_optimizer():
 
 
 def test_refusals():
-    layer, optimizer = attached(12, 8, 4, bias=True)
+    _, optimizer = attached(12, 8, 4, bias=True)
     with pytest.raises(UserError, match="save its state_dict"):
         copy.deepcopy(optimizer)
-    with pytest.raises(UserError, match="is not supported"):
-        layer.half()
     model = mlp()
     convert_(model, CONFIG)
     with pytest.raises(UserError, match="already converted"):
@@ -446,14 +444,3 @@ def test_second_derivatives_are_refused_before_anything_is_fed():
     momenta = [value for state in optimizer.state.values() for key, value in state.items() if "momentum" in key]
     assert momenta
     assert not any(value.any() for value in momenta)
-
-
-def test_dense_again_a_frozen_layer_is_still_frozen():
-    model = mlp()
-    convert_(model, CONFIG)
-    next(m for m in model.modules() if isinstance(m, SingleStepLinear)).requires_grad_(False)
-    to_dense_(model)
-    first, *others = (m.weight.requires_grad for m in model.modules() if isinstance(m, nn.Linear))
-    assert not first
-    assert others
-    assert all(others)

@@ -6,7 +6,7 @@ import torch
 from poetx.config import WEIGHT_FORMATS
 from poetx.ops import quantize
 from poetx.ops.library import cached_tensors
-from poetx.ops.quantize import Quantized, dequantize, format_of, pack, quantize_, row_bytes, unpack
+from poetx.ops.quantize import Quantized, dequantize, pack, quantize_, row_bytes, unpack
 
 #: rows, columns, group size: whole groups, a ragged last one, one group, one column, a group longer than the row
 SHAPES = [(5, 64, 16), (3, 37, 8), (4, 10, 10), (7, 1, 4), (2, 9, 128)]
@@ -113,9 +113,8 @@ def test_bits_per_weight_are_what_is_stored():
         quantized = stored(draw(4, 256), name, 128)
         tensors = [quantized.codes, quantized.scale, quantized.offset]
         size = sum(t.numel() * t.element_size() for t in tensors if t is not None)
-        assert 8 * size / 1024 == quantized.format.bits_per_weight(128)
-    assert format_of("int8").bits_per_weight(128) == 8.25
-    assert format_of("bipolar-int3").bits_per_weight(64) == 3.25
+        scales = 2 if quantized.format.kind == "affine" else 1
+        assert 8 * size / 1024 == quantized.format.bits + 16 * scales / 128
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

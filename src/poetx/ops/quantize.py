@@ -49,10 +49,6 @@ class Format:
         """The largest level before scaling."""
         return {"nf4": 1.0, "fp8": 448.0}.get(self.name, float(2**self.bits - 1))
 
-    def bits_per_weight(self, group_size: int) -> float:
-        """Bits a weight takes, scales included (rows that fill their bytes and groups)."""
-        return self.bits + 16 * (2 if self.kind == "affine" else 1) / group_size
-
 
 @functools.cache
 def format_of(name: str) -> Format:
