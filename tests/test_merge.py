@@ -234,11 +234,14 @@ def test_removed_handle_merges_no_more():
     model = converted()
     optimizer = optimizer_for(model)
     handle = merge_every(optimizer, model, steps=1)
-    for copied in (copy.deepcopy, pickle.dumps):  # torch would leave the handle out of the copy
-        with pytest.raises(UserError, match="cannot be copied or pickled"):
-            copied((model, optimizer))
+    other = build_optimizer(param_groups(model, lr=1e-3, poet_lr=1e-3), dense_optimizer="smmf")
+    merge_every(other, model)
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):  # torch would leave the handle out of the copy
+        for merging in (optimizer, other):
+            with pytest.raises(UserError, match="cannot be copied or pickled"):
+                copied(merging)
     handle.remove()
-    copy.deepcopy(optimizer)
+    copy.copy(copy.deepcopy(optimizer))
     step(model, optimizer)
     assert model[0].merge_count.item() == 0
     assert all("merges" not in group for group in optimizer.param_groups)

@@ -131,7 +131,7 @@ class MergeHandle:
         self._rotations = rotation_ids(model)
         self._set(0, 0)
         self.restart = GroupRestart([] if optimizer.state else self._counter_groups())
-        vars(optimizer)["__reduce_ex__"] = _refuse_copies
+        vars(optimizer)["__getstate__"] = _refuse_copies
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -150,7 +150,7 @@ class MergeHandle:
         """Stop merging; the counters leave the optimizer's groups."""
         for hook in self._hooks:
             hook.remove()
-        vars(self._optimizer).pop("__reduce_ex__", None)
+        vars(self._optimizer).pop("__getstate__", None)
         for group in self._counter_groups():
             for key in COUNTERS:
                 group.pop(key, None)
@@ -203,8 +203,8 @@ class MergeHandle:
         return {**{key: value for key, value in state_dict.items() if key != "poetx"}, "param_groups": groups}
 
 
-def _refuse_copies(protocol: Any) -> Any:
-    """``optimizer.__reduce_ex__``: torch leaves hooks out of a copy or pickle, which would then never merge."""
+def _refuse_copies() -> Any:
+    """``optimizer.__getstate__``: torch leaves hooks out of a copy or pickle, which would then never merge."""
     raise UserError(
         "an optimizer with poetx.merge_every cannot be copied or pickled: the copy would not merge; save its "
         "state_dict(), and load that after merge_every of a new one"

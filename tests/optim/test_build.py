@@ -25,6 +25,10 @@ def groups_of(model):
     return poetx.param_groups(model, lr=1e-2, poet_lr=1e-2)
 
 
+def momentum(kinds):
+    return {"momentum": 0.9} if "sgd" in kinds else {}
+
+
 def backward(model, step):
     ids = torch.randint(0, 30, (4, 6), generator=torch.Generator().manual_seed(step))
     model(ids).float().square().mean().backward()
@@ -115,6 +119,52 @@ def test_wide_parameters_keep_torchs_own_optimizer():
     assert type(build_optimizer(groups_of(model_of(torch.bfloat16)), state_dtype="same")) is torch.optim.AdamW
 
 
+def test_a_groups_own_state_dtype_counts():
+    groups = poetx.param_groups(model_of(), lr=1e-2, poet_lr=1e-2, state_dtype="float32")
+    combined = build_optimizer(groups, dense_optimizer="smmf")
+    assert type(combined.optimizers[0]) is AdamW
+    assert combined.param_groups[0]["state_dtype"] == "float32"
+
+
+STATES = [("adamw", None), ("sgd", None), ("adafactor", None), ("adamw", "smmf"), ("adamw", "sgd"), ("hfac", "adamw")]
+
+
+@pytest.mark.parametrize("there", STATES, ids=str)
+@pytest.mark.parametrize("here", STATES, ids=str)
+@pytest.mark.parametrize("stepped", [False, True])
+def test_the_state_of_other_optimizers_is_refused_when_it_is_loaded(here, there, stepped):
+    model = model_of()
+    one, other = (build_optimizer(groups_of(model), name, dense_optimizer=dense) for name, dense in (there, here))
+    train(model, [one] * stepped, 1)
+    if here == there:
+        other.load_state_dict(one.state_dict())
+        train(model, [other], 1)
+        return
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(UserError, match="this state was (not )?saved by .*start") as error:
+        other.load_state_dict(one.state_dict())
+    assert "\n" not in str(error.value)
+    assert str(other.state_dict()) == str(before)
+    train(model, [other], 1)
+
+
+@pytest.mark.parametrize("kinds", [*STATES, ("smmf", "adafactor")], ids=str)
+def test_a_state_of_other_shapes_is_refused_with_the_parameter(kinds):
+    model = model_of()
+    one, other = (
+        build_optimizer(groups_of(model), kinds[0], dense_optimizer=kinds[1], **momentum(kinds)) for _ in "ab"
+    )
+    train(model, [one], 1)
+    for number in range(len(list(model.parameters()))):
+        saved = copy.deepcopy(one.state_dict())
+        for name, value in saved["state"].get(number, {}).items():
+            if isinstance(value, torch.Tensor) and value.ndim:
+                state = {**saved["state"], number: saved["state"][number] | {name: torch.cat([value, value])}}
+                with pytest.raises(UserError, match=rf"the {name} of parameter \d+ of '\w+', which is .* was saved as"):
+                    other.load_state_dict(saved | {"state": state})
+    other.load_state_dict(one.state_dict())
+
+
 def test_mistakes_are_named():
     model = nn.Linear(4, 4)
     with pytest.raises(UserError, match="did you mean 'adamw'"):
@@ -122,6 +172,14 @@ def test_mistakes_are_named():
     with pytest.raises(UserError, match="the model has no rotations"):
         build_optimizer([{"params": model.parameters()}], dense_optimizer="smmf")
     optimizer = build_optimizer(groups_of(model_of()), dense_optimizer="smmf")
+    for idle in ({"state_dtype": "int8"}, {"betas": (0.5, 0.9)}, {"eps_mode": "uncorrected"}):
+        with pytest.raises(UserError, match=f"{next(iter(idle))}=.* is adamw's, and would have no effect"):
+            build_optimizer(groups_of(model_of()), "sgd", dense_optimizer="hfac", **idle)
+    with pytest.raises(UserError, match=r"momentum=0\.5 is sgd's"):
+        build_optimizer(groups_of(model_of()), dense_optimizer="hfac", momentum=0.5)
+    groups = poetx.param_groups(model_of(), lr=1e-2, poet_lr=1e-2, betas=(0.5, 0.9))
+    with pytest.raises(UserError, match="betas=.* in the group 'rotations' is no setting of sgd"):
+        build_optimizer(groups, "sgd", dense_optimizer="adamw")
     with pytest.raises(UserError, match="before they are combined"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
 
@@ -130,7 +188,7 @@ def test_mistakes_are_named():
 @pytest.mark.parametrize("scheduler", ["OneCycleLR", "CyclicLR"])
 def test_schedulers_that_cycle_momentum_reach_every_group(kinds, scheduler):
     model = model_of(torch.bfloat16)
-    optimizer = build_optimizer(groups_of(model), kinds[0], dense_optimizer=kinds[1], momentum=0.9)
+    optimizer = build_optimizer(groups_of(model), kinds[0], dense_optimizer=kinds[1], **momentum(kinds))
     optimizer.load_state_dict(optimizer.state_dict())
     rates = [group["lr"] for group in optimizer.param_groups]
     if scheduler == "OneCycleLR":

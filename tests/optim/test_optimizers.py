@@ -214,7 +214,7 @@ def test_the_state_of_another_optimizer_is_refused(kind, settings):
     for other in (other([parameter], lr=1e-3) for other in others if other is not kind):
         run(other, parameter, gradients)
         mine = kind([parameter], lr=1e-3, **settings)
-        with pytest.raises(UserError, match=f"{kind.__name__}: this state was saved by another optimizer"):
+        with pytest.raises(UserError, match=f"^{kind.kind.name}: this state was saved by .*(it holds|start)"):
             mine.load_state_dict(other.state_dict())
         run(mine, parameter, gradients)
 

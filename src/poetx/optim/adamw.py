@@ -9,6 +9,7 @@ from torch import Tensor
 
 from poetx.errors import UserError, nearest
 from poetx.ops.side import block_count
+from poetx.optim.saved_kinds import Kind, Shapes
 from poetx.optim.sliced import SLICE, SlicedOptimizer, compute_dtype, wide, write_
 
 STATE_DTYPES = ("same", "float32", "bfloat16", "int8")
@@ -42,8 +43,7 @@ class AdamW(SlicedOptimizer):
         UserError: a value outside its range.
     """
 
-    _state_names = frozenset({"exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale"})
-    _own_setting = "state_dtype"
+    kind = Kind("AdamW of poetx", "state_dtype", lambda p: _shapes(p.numel()))
 
     def __init__(
         self,
@@ -82,6 +82,11 @@ class AdamW(SlicedOptimizer):
             _update_slice(flat[here], grad[here], state, here, group, noise)
         if not parameter.is_contiguous():
             parameter.copy_(flat.view(parameter.shape))
+
+
+def _shapes(size: int) -> Shapes:
+    scales = dict.fromkeys((f"{moment}_scale" for moment in _CODES), ((block_count(size, BLOCK),),))
+    return dict.fromkeys(_CODES, ((size,),)) | scales
 
 
 def _update_slice(

@@ -12,8 +12,18 @@ from poetx.errors import UserError, nearest
 from poetx.optim.adamw import AdamW
 from poetx.optim.combined import CombinedOptimizer
 from poetx.optim.hfac import HFac
+from poetx.optim.saved_kinds import check_own
 from poetx.optim.settings import OPTIMIZERS, check_group, check_numbers
 from poetx.optim.smmf import SMMF
+
+#: Settings of one optimizer, where none are given.
+_USUAL: dict[str, Any] = {
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "eps_mode": "corrected",
+    "state_dtype": "auto",
+    "momentum": 0.0,
+}
 
 
 def build_optimizer(
@@ -43,19 +53,31 @@ def build_optimizer(
 
     Raises:
         UserError: a name that does not exist, a number outside its range, ``dense_optimizer`` for groups without
-            rotations, sharded parameters.
+            rotations, settings of an optimizer that is not built, sharded parameters. The optimizer refuses to load
+            the state of another one.
     """
 
     def ours(chosen: Sequence[dict[str, Any]]) -> bool:
         """Whether AdamW over these groups takes what torch's does not have."""
-        if any(group.get("eps_mode", eps_mode) != "corrected" for group in chosen):
+        if any(group.get("eps_mode", eps_mode) != "corrected" or "state_dtype" in group for group in chosen):
             return True
         narrow = any(p.dtype == torch.bfloat16 for group in chosen for p in group["params"])
         return state_dtype != "same" and (narrow or state_dtype not in ("auto", "float32"))
 
     def make(kind: str, chosen: Sequence[dict[str, Any]], seed: int) -> torch.optim.Optimizer:
-        if kind not in OPTIMIZERS:
-            raise UserError(f"optimizer {kind!r}: must be one of {', '.join(OPTIMIZERS)}{nearest(kind, OPTIMIZERS)}")
+        optimizer = make_kind(kind, chosen, seed)
+        for group in chosen:
+            for key in sorted(_USUAL.keys() & group.keys() - optimizer.defaults.keys()):
+                if group[key] != _USUAL[key]:
+                    raise UserError(
+                        f"build_optimizer: {key}={group[key]!r} in the group {group.get('name', '')!r} is no setting "
+                        f"of {kind}, which steps it, and would have no effect; leave it out"
+                    )
+        if type(optimizer).__module__.startswith("torch.optim"):
+            optimizer.register_load_state_dict_pre_hook(check_own)
+        return optimizer
+
+    def make_kind(kind: str, chosen: Sequence[dict[str, Any]], seed: int) -> torch.optim.Optimizer:
         if kind == "adamw" and not ours(chosen):
             return torch.optim.AdamW(chosen, lr=lr, betas=betas, eps=eps, foreach=foreach)
         if kind == "adamw":
@@ -67,7 +89,15 @@ def build_optimizer(
             return torch.optim.Adafactor(chosen, lr=lr)
         return SMMF(chosen, lr=lr, seed=seed) if kind == "smmf" else HFac(chosen, lr=lr, seed=seed)
 
+    for kind in (name, dense_optimizer or name):
+        if kind not in OPTIMIZERS:
+            raise UserError(f"optimizer {kind!r}: must be one of {', '.join(OPTIMIZERS)}{nearest(kind, OPTIMIZERS)}")
     check_numbers({"lr": lr, "betas": betas, "eps": eps, "momentum": momentum})
+    given = {"betas": betas, "eps": eps, "eps_mode": eps_mode, "state_dtype": state_dtype, "momentum": momentum}
+    for key, value in given.items():
+        owner = "sgd" if key == "momentum" else "adamw"
+        if owner not in (name, dense_optimizer) and value != _USUAL[key]:
+            raise UserError(f"build_optimizer: {key}={value!r} is {owner}'s, and would have no effect; leave it out")
     for group in groups:  # the very groups, not copies: POETX hands out its own
         group["params"] = list(group["params"])
         check_group(group, "build_optimizer")

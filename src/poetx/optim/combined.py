@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from poetx.errors import UserError
+from poetx.optim.saved_kinds import check_saved, kind_of
 
 
 class CombinedOptimizer(torch.optim.Optimizer):
@@ -62,7 +63,19 @@ class CombinedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
-        """As in torch, but every tensor keeps its dtype: torch would cast 8-bit codes to the parameter's."""
+        """As in torch, but every tensor keeps its dtype: torch would cast 8-bit codes to the parameter's.
+
+        Raises:
+            UserError: the state of other optimizers or of parameters of other shapes.
+        """
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            if saved.get("optimizer") != group["optimizer"]:
+                kinds = " and ".join(type(optimizer).__name__ for optimizer in self.optimizers)
+                raise UserError(
+                    f"CombinedOptimizer: this state was not saved by {kinds} combined in this order; build what saved "
+                    "it, or start anew"
+                )
+        check_saved(state_dict, [(kind_of(self.optimizers[g["optimizer"]]), g) for g in self.param_groups])
         super().load_state_dict(dict(state_dict))
         keep_dtypes(self, state_dict)
         self._hand_out()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poetx.optim.saved_kinds import Kind, Shapes
 from poetx.optim.sliced import SlicedOptimizer, compute_dtype, row_slices, wide, write_
 
 
@@ -33,8 +34,7 @@ class HFac(SlicedOptimizer):
         UserError: a value outside its range.
     """
 
-    _state_names = frozenset({"u", "v", "r", "s", "variance"})
-    _own_setting = "clip"
+    kind = Kind("HFac", "clip", lambda p: _shapes(p))
 
     def __init__(
         self,
@@ -59,6 +59,11 @@ class HFac(SlicedOptimizer):
         _update_matrix(weight.view(weight.shape[0], -1), grad.reshape(weight.shape[0], -1), state, group, noise)
         if weight is not parameter:
             parameter.copy_(weight)
+
+
+def _shapes(p: Tensor) -> Shapes:
+    m, n = (p.shape[0], p[0].numel() if len(p) else 0) if p.ndim >= 2 else (0, 0)
+    return {"u": ((m,),), "v": ((n,),), "r": ((m,),), "s": ((n,),), "variance": (tuple(p.shape),)}
 
 
 def _corrected(beta: float, step: int) -> float:

@@ -13,6 +13,7 @@ from poetx.errors import UserError
 from poetx.layers.base import DTYPES
 from poetx.ops.random import stochastic_round_, stream
 from poetx.optim.combined import keep_dtypes
+from poetx.optim.saved_kinds import Kind, check_own
 from poetx.optim.settings import check_group, check_numbers
 
 #: Elements worked on at a time, so that the temporaries of a step do not depend on the largest parameter.
@@ -33,9 +34,7 @@ class SlicedOptimizer(torch.optim.Optimizer):
     #: Zeros are the state of a parameter that was not stepped yet: how a merge resets it.
     fresh_is_zero = True
     _beta_count = 2
-    #: Keys of a parameter's state beside ``step``, and the setting by which a group is known as this optimizer's.
-    _state_names: ClassVar[frozenset[str]]
-    _own_setting: ClassVar[str]
+    kind: ClassVar[Kind]
 
     def __init__(self, params: Any, defaults: dict[str, Any], *, seed: int = 0) -> None:
         check_numbers(defaults | {"seed": seed})
@@ -98,15 +97,9 @@ class SlicedOptimizer(torch.optim.Optimizer):
         """As in torch, but every tensor keeps its dtype: torch would cast all of them to the parameter's.
 
         Raises:
-            UserError: the state of another optimizer, which torch would take and fail on at the next step.
+            UserError: the state of another optimizer or of parameters of other shapes.
         """
-        names = {name for state in state_dict["state"].values() for name in state} - {"step"}
-        if names - self._state_names or any(self._own_setting not in group for group in state_dict["param_groups"]):
-            found = f" (it holds {', '.join(sorted(names))})" if names else ""
-            raise UserError(
-                f"{type(self).__name__}: this state was saved by another optimizer{found}; build that one, or start "
-                "this one anew"
-            )
+        check_own(self, state_dict)
         super().load_state_dict(dict(state_dict))
         keep_dtypes(self, state_dict)
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poetx.optim.saved_kinds import Kind, Shapes
 from poetx.optim.settings import check_numbers
 from poetx.optim.sliced import SlicedOptimizer, compute_dtype, row_slices, wide, write_
 
@@ -41,8 +42,7 @@ class SMMF(SlicedOptimizer):
 
     _beta_count = 1
 
-    _state_names = frozenset({"momentum_row", "momentum_column", "variance_row", "variance_column", "signs"})
-    _own_setting = "growth"
+    kind = Kind("SMMF", "growth", lambda p: _shapes(p.numel()))
 
     def __init__(
         self,
@@ -114,6 +114,15 @@ class SMMF(SlicedOptimizer):
             total.div_(torch.where(size > 0, size, 1.0))
         if not parameter.is_contiguous():
             parameter.copy_(flat.view(parameter.shape))
+
+
+def _shapes(numel: int) -> Shapes:
+    """Of both ways to reshape: see the warning in ``_update``."""
+    ways = square_shape(numel), square_shape(numel)[::-1]
+    vectors = ("momentum_row", "momentum_column", "variance_row", "variance_column")
+    return dict.fromkeys(vectors, tuple((size,) for size in ways[0])) | {
+        "signs": tuple((n, -(-m // 8)) for n, m in ways)
+    }
 
 
 @functools.cache

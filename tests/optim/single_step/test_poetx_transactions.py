@@ -9,6 +9,7 @@ from torch import nn
 
 from builders import mlp
 from poetx import POETX, PoetConfig, UserError, convert_
+from poetx.optim import SMMF
 
 OWN = ("/poetx/optim/single_step/", "/poetx/ops/transaction")  # the optimizer's files
 FORMS = {
@@ -79,6 +80,26 @@ def test_the_state_of_another_update_is_refused_by_its_name(there, block_size):
     with pytest.raises(UserError, match=f"saved with update='{there}', and this one has update='{here}'"):
         optimizer.load_state_dict(saved)
     torch.testing.assert_close(optimizer.plain_state_dict()["state"], before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("build", ["model", "groups"])
+def test_the_state_of_other_optimizers_is_refused_when_it_is_loaded(build):
+    def poetx(dense=None):
+        model = mlp() if build == "model" else [{"params": [p], "rotate": p.ndim == 2} for p in mlp().parameters()]
+        return POETX(model, block_size=4, dense_optimizer=dense)
+
+    dense = {"SGD": lambda groups: torch.optim.SGD(groups, lr=0.1), "SMMF": SMMF, "AdamW of torch": None}
+    for here, one in dense.items():
+        optimizer = poetx(one)
+        for there, other in dense.items():
+            if there == here:
+                optimizer.load_state_dict(poetx(other).state_dict())
+                continue
+            with pytest.raises(UserError, match=f"^POETX: this state was saved by {there}.* here {here} steps"):
+                optimizer.load_state_dict(poetx(other).state_dict())
+        plain = torch.optim.AdamW([{"params": group["params"]} for group in optimizer.param_groups])
+        with pytest.raises(UserError, match="saved by another optimizer, or with other matrices"):
+            optimizer.load_state_dict(plain.state_dict())
 
 
 def test_without_a_snapshot_nothing_is_taken_back_in_silence():

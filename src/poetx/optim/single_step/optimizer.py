@@ -22,6 +22,7 @@ from poetx.ops.cayley import exact_delta, unpack_skew
 from poetx.ops.fold import full_precision_products
 from poetx.optim.gradient_release import hand_over_gradient
 from poetx.optim.orthogonalize import LARGEST_SINGULAR_VALUE, orthogonalize
+from poetx.optim.saved_kinds import check_saved, kind_of
 from poetx.optim.settings import check_numbers
 from poetx.optim.single_step.given import check_groups, read_model
 from poetx.optim.single_step.matrix import Matrix, touched_blocks
@@ -51,6 +52,7 @@ class POETX(torch.optim.Optimizer):
         update: ``"free"``, any map near the identity, with ‖W‖ held, unless the layers say; or ``"rotation"``, with
             half the momentum, which keeps the singular values.
         norm_growth: g lets ‖W‖² grow by g times its first value a step, as it does under additive optimizers. 0: held.
+            With ``"rotation"`` all singular values grow by the same factor.
         momentum, nesterov: of the rotated matrices, by group. momentum_dtype: ``"float32"`` or ``"bfloat16"``, which is
             rounded stochastically.
         release_gradients: of an ordinary model: drop each matrix's gradient as soon as backward has it; clipping does
@@ -221,10 +223,19 @@ class POETX(torch.optim.Optimizer):
         """As in torch; every tensor keeps its dtype, where torch would cast it to the weight's.
 
         Raises:
-            UserError: it was saved with momenta of other shapes or another dtype, or lacks what was saved.
+            UserError: it was saved by another optimizer or dense optimizer, with momenta of other shapes or another
+                dtype, or lacks what was saved.
         """
         assert self._matrices is not None
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            if group["rotate"] != saved.get("rotate"):
+                raise UserError(
+                    "POETX: this state was saved by another optimizer, or with other matrices rotated; build the one "
+                    "that saved it, or start anew"
+                )
         state_dict = state_from_groups(state_dict, self._names())
+        dense = kind_of(self._dense)
+        check_saved(state_dict, [(None if g["rotate"] else dense, g) for g in self.param_groups], "POETX")
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         index_of = dict(zip((p for group in self.param_groups for p in group["params"]), saved, strict=False))
         # Before anything is replaced: a state that does not fit must leave this one as it was.
