@@ -19,8 +19,15 @@ _USUAL_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, end_of_text: str = END_OF_TEXT) -> Tokenizer:
-    """A byte-level BPE of at most ``vocab_size`` tokens, the same for the same texts and size."""
+    """A byte-level BPE of at most ``vocab_size`` tokens, the same for the same texts and size.
+
+    Raises:
+        UserError: ``end_of_text`` is a word, which text has as well.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if not end_of_text.strip() or end_of_text.isalnum():
+        raise UserError(f"data.end_of_text={end_of_text}: must be what no text has, such as {END_OF_TEXT}")
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
@@ -76,6 +83,11 @@ def find_end_of_text(tokenizer: Tokenizer, wanted: str | None, *, file: Path) ->
     if wanted is not None:
         if wanted not in vocab:
             raise UserError(f"data.end_of_text={wanted}: not a token of {file}{nearest(wanted, _USUAL_ENDS)}")
+        added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        if wanted not in added and tokenizer.encode(wanted, add_special_tokens=False).ids == [vocab[wanted]]:
+            raise UserError(
+                f"data.end_of_text={wanted}: an ordinary token of {file}, which text has as well; name a special one"
+            )
         return wanted
     for candidate in (*_declared_end(file.parent / "tokenizer_config.json"), *_USUAL_ENDS):
         if candidate in vocab:

@@ -19,6 +19,7 @@ from pydantic import ValidationError, model_validator
 
 from poetx.errors import UserError, nearest, one_line
 from poetx.recipe.former import drop_without_effect, modern_override, modernize, without_effect
+from poetx.recipe.idle import idle
 from poetx.recipe.sections import (
     SIZES,
     DataRecipe,
@@ -32,6 +33,7 @@ from poetx.recipe.sections import (
     Text,
     TrainRecipe,
     belongs,
+    default_of,
     every_key,
     section_types,
 )
@@ -66,6 +68,7 @@ FREE_ON_RESUME = (
 
 _PATHS = ("data.train", "data.validation", "data.tokenizer", "data.cache_dir", "model.config", "model.pretrained")
 _SECTIONS = ("model", "data", "poet", "lora", "optimizer", "train")
+_WRITTEN_OUT = {"run_dir", "model", "data", "poet", "optimizer", "train"}  # all of them only in what to_yaml() wrote
 
 
 class Recipe(Section):
@@ -171,8 +174,10 @@ def load_recipe(source: str | None = None, overrides: Sequence[str] = (), *, tex
     values.pop("method", None)
     for section, key, value in without_effect(values):
         raise _without_effect(values, section, key, value)
+    if not values.keys() >= _WRITTEN_OUT:  # else every key is there because it was written out, not because it is meant
+        _refuse_idle(values, {key: value for key, value in _flat(values) if value != default_of(*_split_key(key))})
     given: set[str] = set()
-    pairs = [modern_override(*_parse(override)) for override in overrides]
+    pairs = [modern_override(*pair) for override in overrides for pair in _pairs(*_parse(override))]
     for key, value in pairs:
         if key == "method":
             put_method(values, value)
@@ -189,9 +194,7 @@ def load_recipe(source: str | None = None, overrides: Sequence[str] = (), *, tex
     put_shape(values)
     _share_seed(values)
     recipe = _build(values)
-    for key in given:
-        if dict(pairs)[key] and (reason := _idle(recipe, key)):  # what switches a thing off has no effect and is right
-            raise UserError(f"{key}={_shown(dict(pairs)[key])}: has no effect {reason}; leave it out")
+    _refuse_idle(values, {key: value for key, value in pairs if key in given})
     if text and not recipe.data.train:
         raise UserError(
             "data.train is missing; give it on the command line: data.train=PATH "
@@ -200,21 +203,11 @@ def load_recipe(source: str | None = None, overrides: Sequence[str] = (), *, tex
     return recipe
 
 
-def _idle(recipe: Recipe, key: str) -> str:
-    """Why ``key``, which the types allow, is read by nothing in this recipe; empty where it is read."""
-    data, optimizer = recipe.data, recipe.optimizer
-    tokenizer = "data.tokenizer" if data.tokenizer else "model.pretrained" if recipe.model.pretrained else None
-    reasons = {"data.vocab_size": f"with the tokenizer of {tokenizer}"} if tokenizer else {}
-    if data.validation:
-        reasons["data.validation_fraction"] = "with data.validation"
-    if recipe.poet is None:
-        reasons["train.spectrum_every"] = "where no layer is rotated"
-    if key.startswith("optimizer.clip_ramp") and not (optimizer.clip and recipe.merge_every):
-        return "without optimizer.clip and poet.merge_every"
-    dense = getattr(optimizer, "dense_optimizer", None)
-    if dense not in (None, "adamw") and key in ("optimizer.betas", "optimizer.eps"):
-        return f"with optimizer.dense_optimizer={dense} (of rotations: optimizer.poet_{key.rpartition('.')[2]})"
-    return reasons.get(key, "")
+def _refuse_idle(values: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raise for a setting that nothing reads; one that switches a thing off has no effect and is right."""
+    for key, value in settings.items():
+        if value and (reason := idle(values, key)):
+            raise UserError(f"{key}={_shown(value)}: has no effect {reason}; leave it out")
 
 
 def with_method(recipe: Recipe, name: str) -> Recipe:
@@ -302,6 +295,18 @@ def _parse(override: str) -> tuple[str, Any]:
         raise UserError(f"{_shown(override)}: the value is not valid YAML: {one_line(error)}") from None
 
 
+def _pairs(key: str, value: Any) -> list[tuple[str, Any]]:
+    """A section as an override, ``train={seed: 2}``, as its keys one by one: the others stay as the file has them."""
+    if key in _SECTIONS and isinstance(value, dict) and value:
+        return [(f"{key}.{name}", item) for name, item in value.items()]
+    return [(key, value)]
+
+
+def _split_key(dotted: str) -> tuple[str, str]:
+    section, _, key = dotted.partition(".")
+    return section, key
+
+
 def _refuse_contradictions(pairs: Sequence[tuple[str, Any]]) -> None:
     """Raise where one override undoes another: a whole section and its keys, or a method and what it is made of.
 
@@ -336,7 +341,8 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(child, dict):
             raise UserError(f"{key}: {'.'.join(parents[: depth + 1])} is a single value, it has no keys")
         node = child
-    node[last] = value
+    if value != {} or not isinstance(node.get(last), dict):
+        node[last] = value
 
 
 def _drop_other_sources(values: dict[str, Any], given: set[str]) -> None:
@@ -421,7 +427,10 @@ def _checked(kind: type[Any], values: Mapping[str, Any], section: str) -> Any:
         raise cause
     key = str(first["loc"][0])
     value = values.get(key)
-    raise UserError(f"{section}{'.' if section else ''}{key}={_shown(value)}: {_wanted(first, kind, key, value)}")
+    dotted, wanted = f"{section}{'.' if section else ''}{key}", _wanted(first, kind, key, value)
+    if dotted in (*_PATHS, "run_dir") and not isinstance(value, list | dict | str):
+        wanted += f"; for a place of that name write {dotted}=./{_shown(value)}"
+    raise UserError(f"{dotted}={_shown(value)}: {wanted}")
 
 
 def _wanted(error: Any, kind: type[Section], key: str, value: Any) -> str:

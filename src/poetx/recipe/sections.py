@@ -429,7 +429,7 @@ def belongs(section: str, key: str) -> str:
 
 
 def default_of(section: str, key: str) -> Any:
-    """The default of a key of ``optimizer`` or ``poet``, whatever type it belongs to."""
+    """The default of a section's key, whatever type it belongs to; None for a key that no type has."""
     for types in _all_types(section):
         if key in types.model_fields:
             return types.model_fields[key].default
@@ -442,7 +442,8 @@ def _all_types(section: str) -> Iterator[type[Section]]:
     elif section == "optimizer":
         yield from (OptimizerRecipe, AdamWKeys, SgdKeys, MuonKeys, PoetXKeys, RotationAdamWKeys, SingleStepKeys)
     else:
-        yield from {"model": [ModelRecipe], "data": [DataRecipe], "train": [TrainRecipe], "lora": [LoraRecipe]}[section]
+        plain = {"model": [ModelRecipe], "data": [DataRecipe], "train": [TrainRecipe], "lora": [LoraRecipe]}
+        yield from plain.get(section, [])
 
 
 def every_key() -> dict[str, list[str]]:

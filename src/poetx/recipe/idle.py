@@ -1,0 +1,34 @@
+"""Keys that a section's type has and that nothing in the recipe at hand reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from poetx.recipe.sections import default_of
+
+
+def idle(values: Mapping[str, Any], key: str) -> str:
+    """Why ``key``, which the types allow, is read by nothing in nested recipe ``values``; empty where it is read."""
+
+    def chosen(dotted: str) -> Any:
+        section, _, name = dotted.partition(".")
+        part = values.get(section)
+        part = part if isinstance(part, Mapping) else {}
+        return part[name] if name in part else default_of(section, name)
+
+    source = next((name for name in ("data.tokenizer", "model.pretrained") if chosen(name)), None)
+    if key == "data.vocab_size" and source:
+        return f"with the tokenizer of {source}"
+    if key == "data.validation_fraction" and chosen("data.validation"):
+        return "with data.validation"
+    rotated = values.get("poet", None if values.get("lora") is not None else {}) is not None
+    if key == "train.spectrum_every" and not rotated:
+        return "where no layer is rotated"
+    merges = rotated and chosen("poet.method") != "single-step" and chosen("poet.merge_every")
+    if key.startswith("optimizer.clip_ramp") and not (chosen("optimizer.clip") and merges):
+        return "without optimizer.clip and poet.merge_every"
+    dense = chosen("optimizer.dense_optimizer")
+    if dense not in (None, "adamw") and key in ("optimizer.betas", "optimizer.eps"):
+        return f"with optimizer.dense_optimizer={dense} (of rotations: optimizer.poet_{key.rpartition('.')[2]})"
+    return ""
