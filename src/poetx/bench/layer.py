@@ -52,7 +52,7 @@ class OriginalPoet(nn.Module):
     def __init__(self, layer: PoetLinear) -> None:
         super().__init__()
         self.skew_in, self.skew_out = self.rotations = tuple(nn.Parameter(q.detach().clone()) for q in layer.rotations)
-        self.undo_in, self.undo_out = (side.perm.long().argsort() for side in layer.sides)
+        self.undo_in, self.undo_out = (rotations.inverse(side.perm).long() for side in layer.sides)
         self.weight0 = layer.base_weight.detach()[self.undo_out][:, self.undo_in]
         self.block_sizes = tuple(side.block_size for side in layer.sides)
 

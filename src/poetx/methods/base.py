@@ -58,12 +58,17 @@ class Method(ABC):
         return "released gradients (optimizer.release_gradients)"
 
     def apply_(self, model: nn.Module) -> ConversionReport | None:
-        """Change the dense ``model`` in place to what is trained; it may be on the meta device.
+        """Change the dense ``model`` in place to what is trained, by the recipe's ``poet`` section if it has one.
+
+        Args:
+            model: may be on the meta device.
 
         Returns:
             What was converted, or None for a method that converts nothing.
         """
-        return None
+        from poetx.convert import convert_
+
+        return None if self.recipe.poet is None else convert_(model, self.recipe.poet.config)
 
     def to_dense_(self, model: nn.Module) -> None:
         """Turn the trained ``model`` back into plain layers, in place: the inverse of :meth:`apply_`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -13,9 +13,6 @@ from poetx.optim.build import build_optimizer
 from poetx.optim.groups import param_groups
 from poetx.recipe.sections import PoetXKeys, RotationAdamWKeys
 
-if TYPE_CHECKING:
-    from poetx.conversion_report import ConversionReport
-
 
 class MergedRotations(Method):
     """Rotations by ``optimizer.name``, everything else by ``optimizer.dense_optimizer`` (the same one unless given)."""
@@ -25,12 +22,6 @@ class MergedRotations(Method):
         assert self.recipe.poet is not None
         config = self.recipe.poet.config
         return f"POET-X {config.weight_format or config.mode} b={config.block_size}"
-
-    def apply_(self, model: nn.Module) -> ConversionReport | None:
-        from poetx.convert import convert_
-
-        assert self.recipe.poet is not None
-        return convert_(model, self.recipe.poet.config)
 
     def _optimizer(self, model: nn.Module, steps: int, options: dict[str, Any]) -> Optimizer:
         own = self.recipe.optimizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -11,9 +11,6 @@ from poetx.methods.base import Method
 from poetx.optim.build import build_optimizer
 from poetx.optim.single_step.optimizer import POETX
 from poetx.recipe.sections import SingleStepKeys
-
-if TYPE_CHECKING:
-    from poetx.conversion_report import ConversionReport
 
 
 class SingleStep(Method):
@@ -32,12 +29,6 @@ class SingleStep(Method):
     @property
     def without_norm(self) -> str:
         return "rotated matrices, whose step does not depend on the size of their gradient (poet.method=single-step)"
-
-    def apply_(self, model: nn.Module) -> ConversionReport | None:
-        from poetx.convert import convert_
-
-        assert self.recipe.poet is not None
-        return convert_(model, self.recipe.poet.config)
 
     def _optimizer(self, model: nn.Module, steps: int, options: dict[str, Any]) -> Optimizer:
         own = self.recipe.optimizer
