@@ -176,3 +176,14 @@ def test_a_run_that_trains_on_is_read_at_its_newer_checkpoint(
     shutil.rmtree(newer)
     with pytest.raises(UserError, match="no checkpoints yet"):
         load_run(str(run_dir), device="cpu")
+
+
+@pytest.mark.parametrize("change", ["poet.block_size=4", "train.seed=5", "optimizer.lr=1e-3"])
+def test_a_checkpoint_of_another_run_is_refused(change: str, tiny: Tiny, tmp_path: Path) -> None:
+    runs = [train(tiny("train.steps=1", "train.export=false", f"run_dir={tmp_path / name}", *more)).run_dir
+            for name, more in (("a", ()), ("b", (change,)))]  # fmt: skip
+    shutil.rmtree(runs[0] / "checkpoints")
+    shutil.copytree(runs[1] / "checkpoints", runs[0] / "checkpoints")
+    with pytest.raises(UserError, match=rf"^{runs[0]}.*: is another run's, trained with "):
+        load_run(str(runs[0]))
+    assert load_run(str(runs[1]))

@@ -17,6 +17,7 @@ from poetx.recipe import Recipe, load_recipe
 from poetx.runs.evaluate import evaluate_run
 from poetx.train import loop
 from poetx.train.checkpoint import checkpoints, step_of
+from poetx.train.progress import Reporter
 from poetx.train.run import train
 
 Tiny = Callable[..., Recipe]
@@ -100,9 +101,34 @@ def test_a_directory_in_use_is_left_alone(tiny: Tiny) -> None:
     live.mkdir()
     with (run / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process is training there"):
-            train(recipe, resume=True)
+        for damaged in (None, *checkpoints(run)):  # which the other process may be removing
+            if damaged:
+                (damaged / "state.json").unlink()
+            with pytest.raises(UserError, match="another process is training there"):
+                train(recipe, resume=True)
     assert live.is_dir()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="only Linux tells where an open file is")
+@pytest.mark.parametrize("removed", [False, True])
+def test_a_run_whose_directory_is_moved_stops_and_loses_nothing(removed: bool, tiny: Tiny, tmp_path: Path) -> None:
+    recipe, there = tiny("train.checkpoint_every=100"), tmp_path / "elsewhere"
+
+    class Mover(Reporter):
+        def step(self, entry: dict) -> None:
+            if entry["step"] == 5:
+                shutil.rmtree(recipe.directory) if removed else recipe.directory.rename(there)
+
+    words = (
+        r"has been moved or removed.* step 6$"
+        if removed
+        else r"is at .*elsewhere now.*step-00000006; continue with: poetx"
+    )
+    with pytest.raises(UserError, match=words):
+        train(recipe, reporter=Mover())
+    assert not recipe.directory.exists()
+    if not removed:
+        assert train(load_recipe(str(there)), resume=True).step == 12
 
 
 def test_a_last_step_that_is_skipped_still_leaves_a_checkpoint(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from poetx.errors import UserError, one_line
 from poetx.files import read_json
 from poetx.methods.base import convert_model, method_of
 from poetx.models import build_model, load_checkpoint, resolve_device, settled
-from poetx.recipe import Recipe, load_recipe
+from poetx.recipe import Recipe, differing_keys, load_recipe, settled_as
 from poetx.train.checkpoint import checkpoints, find_checkpoint, load_model, read_state, tensor_shapes
 from poetx.train.export import TOKENIZER_DIR, TOKENIZER_SUM, stop_at_, tokenizer_sum
 
@@ -97,7 +97,14 @@ def rebuild_run(run_dir: Path, device: torch.device) -> RebuiltRun:
     if not (run_dir / "recipe.yaml").is_file():
         raise UserError(f"{run_dir}: not a run directory (no recipe.yaml in it)")
     checkpoint, notes = find_checkpoint(run_dir)
-    recipe = load_recipe(str(checkpoint)).with_keys({"run_dir": str(run_dir)})
+    recipe = load_recipe(str(checkpoint))
+    if other := differing_keys(settled_as(recipe, load_recipe(str(run_dir))), recipe):
+        key, (own, its) = next(iter(other.items()))
+        raise UserError(
+            f"{checkpoint}: is another run's, trained with {key}={its}, and {run_dir}/recipe.yaml says {own}; "
+            "bring this run's own checkpoint back"
+        )
+    recipe = recipe.with_keys({"run_dir": str(run_dir)})
     tokenizer = _run_tokenizer(run_dir)
     model = build_model(
         settled(recipe, device),

@@ -102,6 +102,7 @@ def _take_steps(run: TrainingRun, stop: StopRequest) -> None:
         step_started = time.perf_counter()
         facts, memory = _measured_step(run, step)
         state.step += 1
+        _check_in_place(run)
         now = time.perf_counter()
         _record_step(run, facts, seconds=now - started, step_seconds=now - step_started)
         if memory is not None:
@@ -115,6 +116,22 @@ def _take_steps(run: TrainingRun, stop: StopRequest) -> None:
         due = state.step % settings.checkpoint_every == 0 and state.bad_steps_in_a_row == 0
         if due or last or stop.signum is not None:
             _save_if_finite(run, last=last)
+
+
+def _check_in_place(run: TrainingRun) -> None:
+    """Stop where the run's directory has been moved or removed; saved where the system tells the new place."""
+    if run.metrics.in_place():
+        return
+    now = run.metrics.place()
+    found = now is not None and now.is_dir() and now != run.run_dir.resolve()
+    there = f"is at {now} now" if found else "has been moved or removed"
+    text = f"{run.run_dir}: {there}, which training does not follow; stopped after step {run.state.step}"
+    if found:
+        assert now is not None
+        run.run_dir = now
+        _save_if_finite(run, last=False)
+        text += f"; {_last_good(run)}; continue with: poetx train {now} --resume"
+    raise UserError(text)
 
 
 def _tell_training(run: TrainingRun, report: TrainingReport) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,6 +37,7 @@ class MetricsWriter:
             [line for line in read_metrics(path) if line["step"] <= step and line["event"] != "audit"] if step else []
         )
         write_text(path, "".join(_line(entry) for entry in kept))
+        self._path, self._directory = path, path.parent.stat()
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def write(self, event: str, step: int, **values: Any) -> dict[str, Any]:
@@ -44,6 +46,20 @@ class MetricsWriter:
         self._file.write(_line(entry))
         self._file.flush()
         return entry
+
+    def in_place(self) -> bool:
+        """Whether the directory is still the one that it was, neither moved nor removed."""
+        try:
+            return os.path.samestat(self._path.parent.stat(), self._directory)
+        except FileNotFoundError:
+            return False
+
+    def place(self) -> Path | None:
+        """The directory that the open file is in by now; None where the system does not tell (Linux does)."""
+        try:
+            return Path(f"/proc/self/fd/{self._file.fileno()}").readlink().parent
+        except OSError:
+            return None
 
     def close(self) -> None:
         self._file.close()

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -95,9 +96,26 @@ def train(
     reporter = reporter or Reporter()
     _check_one_process()
     run_dir = recipe.directory
-    device = resolve_device(recipe.train.device)
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"run_dir={run_dir}: is a file")
+    with contextlib.ExitStack() as stack:
+        lock = locked(run_dir / _LOCK, busy=f"{run_dir}: another process is training there")
+        if resume and (run_dir / _LOCK).exists():  # before a checkpoint is read that the other process may remove
+            stack.enter_context(lock)
+            return _train(recipe, contextlib.nullcontext(), resume=True, overwrite=False, reporter=reporter)
+        return _train(recipe, lock, resume=resume, overwrite=overwrite, reporter=reporter)
+
+
+def _train(
+    recipe: Recipe,
+    lock: contextlib.AbstractContextManager[Any],
+    *,
+    resume: bool,
+    overwrite: bool,
+    reporter: Reporter,
+) -> RunResult:
+    run_dir = recipe.directory
+    device = resolve_device(recipe.train.device)
     start: Path | None = None
     if resume:
         start, recipe = _resume_point(recipe, reporter)
@@ -125,7 +143,7 @@ def train(
 
     run_dir.mkdir(parents=True, exist_ok=True)
     known = (run_dir / _LOCK).exists()
-    with locked(run_dir / _LOCK, busy=f"{run_dir}: another process is training there"):
+    with lock:
         # Again, now that nobody else can write here: preparing the data may have taken long.
         if start is not None:
             _set_aside_newer(run_dir, start)
