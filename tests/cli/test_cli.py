@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -114,6 +115,25 @@ def test_a_finished_run_without_a_sample_is_no_failure(
     words = re.search(r"poetx generate runs/small --prompt '(.*)'", out)
     assert words
     assert words[1] in (place / "text.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("after", "code", "said"), [(None, 3, "not finite at the end"), (9e3, 3, "9,000.0 after"), (301.0, 0, "")]
+)
+def test_a_run_that_diverged_has_an_exit_code_of_its_own(
+    after: float | None, code: int, said: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    from poetx.train import run
+
+    original = run.RunResult
+    monkeypatch.setattr(
+        run, "RunResult", lambda **facts: original(**facts | {"first_perplexity": 300.0, "last_perplexity": after})
+    )
+    assert main(["train", "small.yaml", "data.train=text.txt", "train.steps=1"]) == code
+    error = capsys.readouterr().err
+    assert ("error: the run diverged: " in error) == bool(said)
+    assert said in error
+    assert (place / "runs/small/export/config.json").is_file()
 
 
 def test_a_fault_of_ours_keeps_its_traceback_and_says_what_is_saved(
