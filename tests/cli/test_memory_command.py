@@ -78,5 +78,16 @@ def test_mistakes_are_one_line(app, args, words):
     assert "\n" not in str(result.exception)
 
 
+def test_a_setting_is_taken_where_one_method_has_it_and_said_for_the_others(app, caplog):
+    words = [*TINY, "poet.group_size=16", "optimizer.angle=0.02", "--methods", "adamw,int8,single-step", "--json"]
+    estimates = json.loads(runner.invoke(app, words).stdout)["estimates"]
+    assert estimates["int8"]["recipe"]["poet"]["group_size"] == 16
+    assert estimates["single-step"]["recipe"]["optimizer"]["angle"] == 0.02
+    assert "poet.group_size=16: has no effect with adamw, single-step" in caplog.text
+    assert "optimizer.angle=0.02: has no effect with adamw, int8" in caplog.text
+    none = runner.invoke(app, [*TINY, "poet.group_size=16", "--methods", "adamw,mem"])
+    assert "poet.group_size=16: has no effect with any of adamw, mem" in str(none.exception)
+
+
 def test_bar_is_as_long_as_its_sum():
     assert bar({"frozen": 10, "trainable": 1, "gradient": 1, "optimizer": 0}, 1 / 3).count("█") == 4

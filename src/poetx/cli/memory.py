@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,25 +62,18 @@ def memory(
     if gpu is not None and not 0 < gpu < math.inf:
         raise UserError(f"gpu={gpu}: must be a positive, finite number of GB")
     names = None if methods is None else names_in("methods", methods)
-    _run(dict(_planned(recipe, settings, names)), gpu=gpu, device=device, plot=plot, as_json=as_json)
+    _run(_planned(recipe, settings, names), gpu=gpu, device=device, plot=plot, as_json=as_json)
 
 
-def _planned(source: str, overrides: Sequence[str], methods: Sequence[str] | None) -> Iterator[tuple[str, Recipe]]:
-    """Recipes by a name for the table. What a method has no use for is left out instead of refused."""
-    from poetx.recipe import load_recipe, with_method
-    from poetx.recipe.shorthands import METHODS
+def _planned(source: str, overrides: Sequence[str], methods: Sequence[str] | None) -> dict[str, Recipe]:
+    """Recipes by a name for the table."""
+    from poetx.recipe import load_recipe
+    from poetx.recipe.several import load_methods
 
+    if methods is not None:
+        return load_methods(source, overrides, methods)
     plain = load_recipe(source, overrides, text=False)
-    if methods is not None and any(text.startswith("method=") for text in overrides):
-        raise UserError("--methods and method= are both given; --methods alone says which")
-    if methods is None:
-        yield plain.name, plain
-        return
-    given: dict[str, Any] = {key: value for key, _, value in (text.partition("=") for text in overrides)}
-    for name in methods:
-        found = with_method(plain, name)
-        wanted = {key: given[key] for key, value in METHODS[name].items() if value == "auto" and key in given}
-        yield name, found.with_keys(wanted)
+    return {plain.name: plain}
 
 
 def _run(recipes: dict[str, Recipe], *, gpu: float | None, device: str, plot: Path | None, as_json: bool) -> None:
