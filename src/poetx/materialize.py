@@ -234,7 +234,7 @@ def _initialize(model: nn.Module, inside: set[int], seed: int, device: torch.dev
 def _load_layer(layer: PoetLinear, name: str, source: SafetensorsCheckpoint) -> None:
     weight = source.read(f"{name}.weight")
     weight = weight.T if layer.transposed else weight
-    _check_tensor(f"{name}.weight", weight, (layer.out_features, layer.in_features), source)
+    _check_tensor(f"{name}.weight", weight, (layer.out_features, layer.in_features), source, floating=True)
     layer.load_dense_(weight.to(device=layer.skew_in.device, dtype=layer.weight_dtype))
 
 
@@ -243,11 +243,18 @@ def _load_rest(model: nn.Module, inside: set[int], source: SafetensorsCheckpoint
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         if name in source.names and id(tensor) not in rotations:
             value = source.read(name)
-            _check_tensor(name, value, tuple(tensor.shape), source)
+            _check_tensor(name, value, tuple(tensor.shape), source, floating=tensor.is_floating_point())
             tensor.copy_(value)
 
 
-def _check_tensor(name: str, got: Tensor, want: tuple[int, ...], source: SafetensorsCheckpoint) -> None:
+def _check_tensor(
+    name: str, got: Tensor, want: tuple[int, ...], source: SafetensorsCheckpoint, *, floating: bool
+) -> None:
+    if floating and not got.is_floating_point():
+        raise UserError(
+            f"{source.directory}: {name} is {str(got.dtype).removeprefix('torch.')}: codes of a quantized weight; load "
+            "it with from_pretrained and the library that made it, then call poetx.convert_"
+        )
     if tuple(got.shape) != want:
         raise UserError(f"{source.directory}: {name} is {tuple(got.shape)}, the model's is {want}")
     if got.dtype.is_floating_point and got.dtype.itemsize > 1 and not got.isfinite().all():

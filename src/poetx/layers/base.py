@@ -66,6 +66,8 @@ class ConvertedLinear(nn.Module):
 
     weight_name: ClassVar[str]
     bias: nn.Parameter | None
+    #: Whether the tensors left the meta device without values; see :meth:`check_filled`.
+    _hollow: bool = False
 
     def __init__(
         self,
@@ -129,6 +131,21 @@ class ConvertedLinear(nn.Module):
         if not all(map(is_finite, tensors)):
             raise UserError(f"{self.label}: inf or NaN in {NOT_FINITE}")
 
+    @property
+    def _essential(self) -> tuple[Tensor, ...]:
+        """The tensors without which the layer computes nonsense."""
+        raise NotImplementedError
+
+    def check_filled(self) -> None:
+        """Raise :class:`UserError` where ``to_empty`` gave the layer memory and nobody has written values since."""
+        if self._hollow and not self._probe().is_meta:
+            self._hollow = any(t._version == 0 for t in self._essential if t.numel() and not t.is_inference())
+            if self._hollow:
+                raise UserError(
+                    f"{self.label}: it has memory but no values since it left the meta device; load a state dict, or "
+                    "call poetx.materialize_ or the layer's reset_parameters()"
+                )
+
     def fresh_weight(self) -> Tensor:
         """:func:`fresh_weight` of this layer."""
         return fresh_weight(self.config, self.out_features, self.in_features, self.name)
@@ -173,6 +190,8 @@ class ConvertedLinear(nn.Module):
 
         Of a nested tensor, as ``nn.TransformerEncoder`` makes of a padding mask, each part.
         """
+        if self._hollow:
+            self.check_filled()
         if x.is_nested:
             return torch.nested.as_nested_tensor([self._product(part) for part in x.unbind()], layout=x.layout)
         return self._product(x)
@@ -206,6 +225,7 @@ class ConvertedLinear(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ConvertedLinear:
         """``.to()``, ``.bfloat16()`` and the like, refused before anything changes."""
         self.check_cast(fn)
+        was_meta = self._probe().is_meta
         former = self._parameters[self.weight_name]
         with self._weight_stays_rotated():
             super()._apply(fn, recurse)
@@ -213,11 +233,20 @@ class ConvertedLinear(nn.Module):
         if weight is not former and weight is not None:  # put in its place, as by to_empty
             self._parameters[self.weight_name] = former
             self.register_parameter(self.weight_name, weight)
+        self._hollow = self._hollow or (was_meta and not self._probe().is_meta)
         return self
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        weight = state_dict.get(f"{prefix}{self.weight_name}")
+        if isinstance(weight, Tensor) and not weight.is_floating_point():
+            raise UserError(
+                f"{self.label}: the weight in the state is {str(weight.dtype).removeprefix('torch.')}: codes of a "
+                "quantized weight, whose scales this layer does not know; dequantize it first"
+            )
         with self._weight_stays_rotated():
-            super()._load_from_state_dict(*args)
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        if self._hollow and all(f"{prefix}{name}" in state_dict for name, _ in self.named_parameters()):
+            self._hollow = False  # assigned tensors have no history
 
     @contextlib.contextmanager
     def _weight_stays_rotated(self) -> Iterator[None]:

@@ -150,6 +150,10 @@ class PoetLinear(ConvertedLinear):
         return self.skew_in, self.skew_out
 
     @property
+    def _essential(self) -> tuple[Tensor, ...]:
+        return *self.frozen_weight.stored.tensors, *self.rotations, self.perm_in, self.perm_out
+
+    @property
     def frozen(self) -> bool:
         """Whether neither rotation trains."""
         return not any(skew.requires_grad for skew in self.rotations)
@@ -187,6 +191,7 @@ class PoetLinear(ConvertedLinear):
             UserError: it holds inf or NaN. Nothing has changed then.
         """
         self.check_finite(weight)
+        self._hollow = False
         self.skew_in.zero_()
         self.skew_out.zero_()
         self.merge_count.zero_()
@@ -213,6 +218,7 @@ class PoetLinear(ConvertedLinear):
 
         Differentiable in the rotations. Costs 2mn(b_in + b_out) multiply-adds: for export, not for the step.
         """
+        self.check_filled()
         weight = fold(self.frozen_weight.fetch(), self.sides, order=self.order)
         return _permuted(weight, inverse(self.perm_out), inverse(self.perm_in))
 
@@ -293,6 +299,13 @@ class PoetLinear(ConvertedLinear):
                 f"{self.label}: the state was trained with {setting}={theirs!r}, the layer has {ours!r}; convert the "
                 f"model with {setting}={theirs!r} to load it"
             )
+        for side in ("perm_in", "perm_out"):
+            perm = state_dict.get(f"{prefix}{side}")
+            if perm is not None and perm.shape == getattr(self, side).shape and not _is_permutation(perm):
+                raise UserError(
+                    f"{self.label}: {side} in the state is no permutation (indices twice or out of range); its file is "
+                    "damaged: load another one"
+                )
         if self.residual is not None and (weight := state_dict.get(f"{prefix}base_weight")) is not None:
             state_dict.setdefault(f"{prefix}residual", torch.zeros_like(weight, dtype=torch.int8))
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -330,6 +343,11 @@ class PoetLinear(ConvertedLinear):
                 skew.data = value.to(skew.device)
                 skew.grad = None if grad is None else grad.to(skew.dtype)
         return self
+
+
+def _is_permutation(perm: Tensor) -> bool:
+    """Whether every index comes once; on the meta device, True."""
+    return perm.is_meta or torch.equal(perm.long().sort().values, torch.arange(len(perm), device=perm.device))
 
 
 def _permuted(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -1,0 +1,69 @@
+"""Layers that got memory without values, and states with values that no layer can have."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from poetx import POETX, PoetConfig, UserError, convert_
+
+FORMS = {
+    "poet-x": {},
+    "int8": {"mode": "mem", "weight_format": "int8", "group_size": 5},
+    "single-step": {"method": "single-step"},
+}
+
+
+def model_of(form, device="cpu"):
+    with torch.device(device):
+        model = nn.Sequential(nn.Linear(11, 20), nn.Tanh(), nn.Linear(20, 13))
+    convert_(model, PoetConfig(block_size=4, **FORMS[form]))
+    return model.eval()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_to_empty_alone_is_refused_and_every_way_to_give_values_is_taken(form):
+    x, whole = torch.randn(3, 11), model_of(form)
+    state = whole.state_dict()
+    model = model_of(form, "meta").to_empty(device="cpu")
+    for attempt in (model, copy.deepcopy(model), copy.deepcopy(model).to(torch.float64)):
+        with pytest.raises(UserError, match="^0: it has memory but no values since it left the meta device"):
+            attempt(x.to(next(attempt.parameters()).dtype))
+    ways = {
+        "load": lambda m: m.load_state_dict(state),
+        "assign": lambda m: m.load_state_dict(copy.deepcopy(state), assign=True),
+        "in place": lambda m: [own.detach().copy_(state[key]) for key, own in m.state_dict().items()],
+    }
+    for fill in ways.values():
+        filled = copy.deepcopy(model)
+        fill(filled)
+        assert torch.equal(filled(x), whole(x))
+        copy.deepcopy(filled)(x)
+    for layer in (model[0], model[2]):
+        layer.reset_parameters()
+        copy.deepcopy(layer)(torch.randn(2, layer.in_features))
+    part = model_of(form, "meta").to_empty(device="cpu")
+    part.load_state_dict({key: value for key, value in state.items() if key.startswith("0.")}, strict=False)
+    with pytest.raises(UserError, match="^2: it has memory but no values"):
+        part(x)
+
+
+@pytest.mark.parametrize("side", ["perm_in", "perm_out"])
+@pytest.mark.parametrize("damage", [lambda p: p * 0, lambda p: p.clamp(max=5), lambda p: p + 1, lambda p: -p], ids=str)
+def test_a_permutation_that_is_none_is_refused(damage, side):
+    model = model_of("int8")
+    state = model.state_dict()
+    with pytest.raises(UserError, match=f"^2: {side} in the state is no permutation"):
+        model.load_state_dict(state | {f"2.{side}": damage(state[f"2.{side}"])})
+    model.load_state_dict(state)
+
+
+@pytest.mark.parametrize(("form", "key"), [("poet-x", "base_weight"), ("single-step", "weight")])
+def test_integers_are_not_read_as_a_weight(form, key):
+    model = model_of(form)
+    if form == "single-step":
+        POETX(model)
+    state = model.state_dict()
+    with pytest.raises(UserError, match="^0: the weight in the state is int8: codes of a quantized weight"):
+        model.load_state_dict(state | {f"0.{key}": torch.ones(20, 11, dtype=torch.int8)})
