@@ -131,20 +131,33 @@ class ConvertedLinear(nn.Module):
         if not all(map(is_finite, tensors)):
             raise UserError(f"{self.label}: inf or NaN in {NOT_FINITE}")
 
-    @property
-    def _essential(self) -> tuple[Tensor, ...]:
-        """The tensors without which the layer computes nonsense."""
-        raise NotImplementedError
+    def check_floating(self, weight: Tensor) -> None:
+        """Raise :class:`UserError` where a weight that is to be loaded is made of integers."""
+        if not weight.is_floating_point():
+            raise UserError(
+                f"{self.label}: the weight in the state is {str(weight.dtype).removeprefix('torch.')}: codes of a "
+                "quantized weight, whose scales this layer does not know; dequantize it first"
+            )
 
     def check_filled(self) -> None:
         """Raise :class:`UserError` where ``to_empty`` gave the layer memory and nobody has written values since."""
-        if self._hollow and not self._probe().is_meta:
-            self._hollow = any(t._version == 0 for t in self._essential if t.numel() and not t.is_inference())
-            if self._hollow:
-                raise UserError(
-                    f"{self.label}: it has memory but no values since it left the meta device; load a state dict, or "
-                    "call poetx.materialize_ or the layer's reset_parameters()"
-                )
+        if not self._hollow or torch.compiler.is_compiling():
+            return
+        marks = self._marks()
+        if any(mark.is_meta or isinstance(mark, FakeTensor) for mark, _ in marks):
+            return
+        if any(bool(mark.isnan() if mark.is_floating_point() else mark == value) for mark, value in marks):
+            raise UserError(
+                f"{self.label}: it has memory but no values since it left the meta device; load a state dict, or "
+                "call poetx.materialize_ or the layer's reset_parameters()"
+            )
+        self._hollow = False
+
+    def _marks(self) -> list[tuple[Tensor, float]]:
+        """The first element of each tensor, and what it is without values; not of codes, whose scales show it."""
+        tensors = [t.detach() for t in (*self.parameters(), *self.buffers()) if t.numel() and t.dtype.itemsize > 1]
+        nowhere = (math.nan if t.is_floating_point() else torch.iinfo(t.dtype).min for t in tensors)
+        return [(t[(0,) * t.ndim], value) for t, value in zip(tensors, nowhere, strict=True)]
 
     def fresh_weight(self) -> Tensor:
         """:func:`fresh_weight` of this layer."""
@@ -190,8 +203,7 @@ class ConvertedLinear(nn.Module):
 
         Of a nested tensor, as ``nn.TransformerEncoder`` makes of a padding mask, each part.
         """
-        if self._hollow:
-            self.check_filled()
+        self.check_filled()
         if x.is_nested:
             return torch.nested.as_nested_tensor([self._product(part) for part in x.unbind()], layout=x.layout)
         return self._product(x)
@@ -233,20 +245,17 @@ class ConvertedLinear(nn.Module):
         if weight is not former and weight is not None:  # put in its place, as by to_empty
             self._parameters[self.weight_name] = former
             self.register_parameter(self.weight_name, weight)
-        self._hollow = self._hollow or (was_meta and not self._probe().is_meta)
+        if was_meta and not self._probe().is_meta:
+            self._hollow = True
+            for mark, value in self._marks():
+                mark.fill_(value)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        weight = state_dict.get(f"{prefix}{self.weight_name}")
-        if isinstance(weight, Tensor) and not weight.is_floating_point():
-            raise UserError(
-                f"{self.label}: the weight in the state is {str(weight.dtype).removeprefix('torch.')}: codes of a "
-                "quantized weight, whose scales this layer does not know; dequantize it first"
-            )
+        if (weight := state_dict.get(f"{prefix}{self.weight_name}")) is not None:
+            self.check_floating(weight)
         with self._weight_stays_rotated():
             super()._load_from_state_dict(state_dict, prefix, *args)
-        if self._hollow and all(f"{prefix}{name}" in state_dict for name, _ in self.named_parameters()):
-            self._hollow = False  # assigned tensors have no history
 
     @contextlib.contextmanager
     def _weight_stays_rotated(self) -> Iterator[None]:

@@ -150,10 +150,6 @@ class PoetLinear(ConvertedLinear):
         return self.skew_in, self.skew_out
 
     @property
-    def _essential(self) -> tuple[Tensor, ...]:
-        return *self.frozen_weight.stored.tensors, *self.rotations, self.perm_in, self.perm_out
-
-    @property
     def frozen(self) -> bool:
         """Whether neither rotation trains."""
         return not any(skew.requires_grad for skew in self.rotations)
@@ -313,6 +309,7 @@ class PoetLinear(ConvertedLinear):
 
     def _take_plain(self, plain: Tensor, state_dict: dict[str, Any], prefix: str, errors: list[str]) -> None:
         """Load the ``weight`` of a plain layer and put what came of it into ``state_dict``, for the rest to find."""
+        self.check_floating(plain)
         native = plain.T if self.transposed else plain
         if self.skew_in.is_meta or native.is_meta:
             raise UserError(f"{self.label}: a plain weight into a layer on the meta device; use poetx.materialize_")

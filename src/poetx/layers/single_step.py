@@ -69,13 +69,8 @@ class SingleStepLinear(ConvertedLinear):
         if self.weight.is_meta:
             return
         self.weight.copy_(self.fresh_weight())
-        self._hollow = False
         if self.bias is not None:
             self.bias.zero_()
-
-    @property
-    def _essential(self) -> tuple[Tensor, ...]:
-        return (self.weight,)
 
     def _adopt(self, native: Tensor) -> None:
         self.check_finite(native)
