@@ -73,6 +73,7 @@ MISFITS: dict[str, tuple[Change, str]] = {
         r"the model has no model\.layers\.2",
     ),
     "bias": (lambda t: t.update({UP_BIAS: torch.zeros(104)}), rf"the model has no {UP_BIAS}"),
+    "codes": (lambda tensors: tensors.update({UP: (9 * tensors[UP]).char()}), rf"{UP}.*codes of a quantized weight"),
     "infinity": (lambda tensors: tensors[UP][3].fill_(float("-inf")), rf"{UP}.*NaN or infinity"),
 }
 

@@ -56,6 +56,11 @@ class SafetensorsCheckpoint:
         with _opened(self.directory / self._file_of[name]) as file:
             return file.get_tensor(name)
 
+    def is_integer(self, name: str) -> bool:
+        """Whether a tensor is of integers or booleans, by the file's header."""
+        with _opened(self.directory / self._file_of[name]) as file:
+            return file.get_slice(name).get_dtype().rstrip("0123456789") in ("I", "U", "BOOL")
+
     def missing(self, model: nn.Module) -> list[str]:
         """Parameters of ``model``, dense or converted, that have no tensor here under any of their names."""
         return [names[0] for names in _wanted(model) if not any(name in self._file_of for name in names)]

@@ -218,6 +218,8 @@ def load_checkpoint(path: Path, dtype: torch.dtype | str, name: str) -> PreTrain
     if not getattr(model, "is_quantized", False):  # packed weights have tensors and dtypes of their own
         extra = _weights_among(found["unexpected_keys"], path)
         problems += [f"the model has no {_some(extra)}"] if extra else []
+        codes = _integers_among(dict(model.named_parameters()), path)
+        problems += [f"{_some(codes)}: integers, codes of a quantized weight without their scales"] if codes else []
         broken = not_finite(model)
         problems += [f"{_some(broken)}: NaN or infinity in it"] if broken else []
     if problems:
@@ -257,6 +259,15 @@ def _weights_among(names: Collection[str], path: Path) -> list[str]:
         if tensor is None or (tensor.ndim and tensor.is_floating_point()):
             weights.append(name)
     return weights
+
+
+def _integers_among(names: Collection[str], path: Path) -> list[str]:
+    """Those that the file holds as integers, under the model's own name or that of the model inside it."""
+    from poetx.materialize import SafetensorsCheckpoint
+
+    source = SafetensorsCheckpoint(path)
+    stored = {name: source.names & {name, name.partition(".")[2]} for name in names}
+    return [name for name, there in stored.items() if any(source.is_integer(one) for one in there)]
 
 
 def _on_meta(path: Path, dtype: torch.dtype) -> PreTrainedModel | None:

@@ -68,7 +68,6 @@ def test_integers_are_not_read_as_a_weight(form, key):
     model = model_of(form)
     if form == "single-step":
         POETX(model)
-    state = model.state_dict()
+    state = ({} if key == "weight" else model.state_dict()) | {f"0.{key}": torch.ones(20, 11, dtype=torch.int8)}
     with pytest.raises(UserError, match="^0: the weight in the state is int8: codes of a quantized weight"):
-        plain = {} if key == "weight" else state
-        model.load_state_dict(plain | {f"0.{key}": torch.ones(20, 11, dtype=torch.int8)}, strict=False)
+        model.load_state_dict(state, strict=False)
