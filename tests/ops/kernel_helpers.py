@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 
 import pytest
@@ -16,14 +17,33 @@ def interpreted() -> Iterator[None]:
     from triton.runtime.jit import JITFunction
 
     from poetx.ops.dispatch import use_kernels
-    from poetx.ops.triton import cayley, permute, quantize
+    from poetx.ops.triton import adamw, cayley, permute, quantize
 
+    with contextlib.suppress(ImportError):  # takes functions of the language when it is first imported
+        importlib.import_module("triton.experimental.gluon")
+    language = [importlib.import_module(f"triton.language{part}") for part in ("", ".random", ".standard")]
     with pytest.MonkeyPatch.context() as patch, use_kernels("triton"):
-        for module in (cayley, quantize, permute):
+        for module in (adamw, cayley, quantize, permute, *language):
             for name, value in vars(module).copy().items():
                 if isinstance(value, JITFunction):
                     patch.setattr(module, name, InterpretedFunction(value.fn))
+        with _language_kept():
+            yield
+
+
+@contextlib.contextmanager
+def _language_kept() -> Iterator[None]:
+    """A function of the language that a kernel calls leaves the language as the interpreter patched it: undo that."""
+    import triton.language as tl
+
+    kept = [(place, dict(vars(place))) for place in (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base)]
+    try:
         yield
+    finally:
+        for place, values in kept:
+            for name, value in values.items():
+                if vars(place)[name] is not value:
+                    setattr(place, name, value)
 
 
 @contextlib.contextmanager
@@ -62,7 +82,7 @@ def compiled_for(capability: int) -> Iterator[list]:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    from poetx.ops.triton import cayley, permute, quantize, tuning
+    from poetx.ops.triton import adamw, cayley, permute, quantize, tuning
 
     class Driver:
         def get_current_target(self):
@@ -80,7 +100,7 @@ def compiled_for(capability: int) -> Iterator[list]:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tuning, "interpreted", lambda kernel: False)
-            for module in (cayley, quantize, permute):
+            for module in (adamw, cayley, quantize, permute):
                 for name, value in vars(module).copy().items():
                     if isinstance(value, JITFunction) and name.endswith("_kernel"):
                         patch.setattr(module, name, _Compiler(value, compiled))

@@ -97,11 +97,16 @@ def _compute_dtype(q: Tensor) -> torch.dtype:
     return torch.promote_types(q.dtype, torch.float32)
 
 
+def _inverse(X_KBB: Tensor) -> Tensor:
+    """Without a look at whether there is one, for which a GPU's host would wait: I − Q has one where Q is finite."""
+    return torch.linalg.inv_ex(X_KBB)[0]
+
+
 def cayley_forward(q_KP: Tensor, size: int, block_size: int, order: int) -> Tensor:
     """G [K, B, B] from q [K, P], computed and returned in float32 (float64 for float64 q)."""
     Q = unpack_skew(q_KP.to(_compute_dtype(q_KP)), size, block_size)
     if order == EXACT:
-        G = torch.linalg.inv(_add_identity_(-Q)).mul_(2)
+        G = _inverse(_add_identity_(-Q)).mul_(2)
         G.diagonal(dim1=1, dim2=2).sub_(1)
         return G
     S = torch.bmm(Q, Q)
@@ -118,7 +123,7 @@ def cayley_backward(grad_G_KBB: Tensor, q_KP: Tensor, size: int, block_size: int
     dtype = _compute_dtype(q_KP)
     Gamma, Q = grad_G_KBB.to(dtype), unpack_skew(q_KP.to(dtype), size, block_size)
     if order == EXACT:
-        Xt = torch.linalg.inv(_add_identity_(-Q)).transpose(1, 2)
+        Xt = _inverse(_add_identity_(-Q)).transpose(1, 2)
         return pack_skew(torch.bmm(Xt, torch.bmm(Gamma, Xt)).mul_(2), size).to(q_KP.dtype)
     S = torch.bmm(Q, Q)
     A = _add_identity_(S.clone())

@@ -17,8 +17,13 @@ from torch import Tensor
 
 def stream(seed: int, name: str, count: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator that depends on its arguments alone, so that every rank and every resumed run draws the same."""
+    return torch.Generator(device).manual_seed(stream_seed(seed, name, count, purpose))
+
+
+def stream_seed(seed: int, name: str, count: int, purpose: str) -> int:
+    """What :func:`stream` seeds its generator with: 56 bits."""
     digest = hashlib.sha256(f"{seed}/{name}/{count}/{purpose}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+    return int.from_bytes(digest[:7], "little")
 
 
 @contextlib.contextmanager

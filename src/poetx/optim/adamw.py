@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from poetx.errors import UserError, nearest
+from poetx.ops.dispatch import use_triton
 from poetx.ops.side import block_count
 from poetx.optim.saved_kinds import Kind, Shapes
-from poetx.optim.sliced import SLICE, SlicedOptimizer, compute_dtype, wide, write_
+from poetx.optim.sliced import LARGEST, SLICE, SlicedOptimizer, compute_dtype, wide, write_
 
 STATE_DTYPES = ("same", "float32", "bfloat16", "int8")
 EPS_MODES = ("corrected", "uncorrected")
@@ -74,12 +75,22 @@ class AdamW(SlicedOptimizer):
         if "exp_avg" not in state:
             for moment in _CODES:
                 _initialize(state, moment, parameter, kind)
+        numbers = _numbers(group, state["step"])
+        if use_triton(parameter):
+            from poetx.ops.triton import adamw as kernel
+
+            if kernel.can_step(parameter):
+                moments = (state["exp_avg"], state["exp_avg_sq"])
+                scales = (state["exp_avg_scale"], state["exp_avg_sq_scale"]) if "exp_avg_scale" in state else None
+                seed = self._noise_seed(parameter, state["step"])
+                kernel.step_(parameter, grad, moments, scales, numbers, bound=LARGEST, seed=seed)
+                return
         noise = self._noise(parameter, state["step"])
         flat = parameter.view(-1) if parameter.is_contiguous() else parameter.reshape(-1)
         grad = grad.reshape(-1)
         for start in range(0, flat.numel(), SLICE):
             here = slice(start, min(flat.numel(), start + SLICE))
-            _update_slice(flat[here], grad[here], state, here, group, noise)
+            _update_slice(flat[here], grad[here], state, here, numbers, noise)
         if not parameter.is_contiguous():
             parameter.copy_(flat.view(parameter.shape))
 
@@ -89,23 +100,43 @@ def _shapes(size: int) -> Shapes:
     return dict.fromkeys(_CODES, ((size,),)) | scales
 
 
-def _update_slice(
-    weight: Tensor, grad: Tensor, state: dict[str, Any], here: slice, group: dict[str, Any], noise: torch.Generator
-) -> None:
+class Numbers(NamedTuple):
+    """What step t multiplies by: the ``rests`` are 1 − β, ``correction2`` is 1 − β₂ᵗ, ``decay`` 1 − lr·λ.
+
+    ``rate`` is lr / (1 − β₁ᵗ); ``eps`` is added to √(v / correction2).
+    """
+
+    rest1: float
+    beta2: float
+    rest2: float
+    correction2: float
+    eps: float
+    decay: float
+    rate: float
+
+
+def _numbers(group: dict[str, Any], step: int) -> Numbers:
     beta1, beta2 = group["betas"]
-    dtype, step = compute_dtype(weight), state["step"]
+    eps, correction2 = group["eps"], 1 - beta2**step
+    if group.get("eps_mode") == "uncorrected":
+        eps /= correction2**0.5
+    decay, rate = 1 - group["lr"] * group["weight_decay"], group["lr"] / (1 - beta1**step)
+    return Numbers(1 - beta1, beta2, 1 - beta2, correction2, eps, decay, rate)
+
+
+def _update_slice(
+    weight: Tensor, grad: Tensor, state: dict[str, Any], here: slice, by: Numbers, noise: torch.Generator
+) -> None:
+    dtype = compute_dtype(weight)
     grad = wide(grad, dtype)
-    m = _load(state, "exp_avg", here, dtype).lerp_(grad, 1 - beta1)
+    m = _load(state, "exp_avg", here, dtype).lerp_(grad, by.rest1)
     _store_(state, "exp_avg", here, m, noise)
-    v = _load(state, "exp_avg_sq", here, dtype).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    v = _load(state, "exp_avg_sq", here, dtype).mul_(by.beta2).addcmul_(grad, grad, value=by.rest2)
     _store_(state, "exp_avg_sq", here, v, noise)
     del grad
-    eps = group["eps"]
-    if group.get("eps_mode") == "uncorrected":
-        eps /= (1 - beta2**step) ** 0.5
-    denominator = v.div_(1 - beta2**step).sqrt_().add_(eps)
-    value = weight.to(dtype, copy=True).mul_(1 - group["lr"] * group["weight_decay"])
-    value.addcdiv_(m, denominator, value=-group["lr"] / (1 - beta1**step))
+    denominator = v.div_(by.correction2).sqrt_().add_(by.eps)
+    value = weight.to(dtype, copy=True).mul_(by.decay)
+    value.addcdiv_(m, denominator, value=-by.rate)
     write_(weight, value, noise)
 
 

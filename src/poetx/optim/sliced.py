@@ -11,13 +11,15 @@ from torch import Tensor
 from poetx.distributed.sharded import refuse_sharded
 from poetx.errors import UserError
 from poetx.layers.base import DTYPES
-from poetx.ops.random import stochastic_round_, stream
+from poetx.ops.random import stochastic_round_, stream_seed
 from poetx.optim.combined import keep_dtypes
 from poetx.optim.saved_kinds import Kind, check_own
 from poetx.optim.settings import check_group, check_numbers
 
 #: Elements worked on at a time, so that the temporaries of a step do not depend on the largest parameter.
 SLICE = 1 << 23
+#: Magnitude of a gradient's entry whose square, summed, is finite in float32.
+LARGEST = torch.finfo(torch.float32).max ** 0.375
 
 
 class SlicedOptimizer(torch.optim.Optimizer):
@@ -91,7 +93,10 @@ class SlicedOptimizer(torch.optim.Optimizer):
 
     def _noise(self, parameter: Tensor, step: int) -> torch.Generator:
         """Of this parameter at this step: by its number among all parameters, whatever group is stepped alone."""
-        return stream(self._seed, str(self._numbers[id(parameter)]), step, "optimizer", parameter.device)
+        return torch.Generator(parameter.device).manual_seed(self._noise_seed(parameter, step))
+
+    def _noise_seed(self, parameter: Tensor, step: int) -> int:
+        return stream_seed(self._seed, str(self._numbers[id(parameter)]), step, "optimizer")
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
         """As in torch, but every tensor keeps its dtype: torch would cast all of them to the parameter's.
@@ -111,11 +116,11 @@ def compute_dtype(parameter: Tensor) -> torch.dtype:
 def wide(grad: Tensor, dtype: torch.dtype) -> Tensor:
     """A slice of a gradient in ``dtype``, a copy, and so small that sums of its squares are finite.
 
-    What is past ±2.8e14 becomes that; infinities become NaN, so they are not hidden.
+    What is past :data:`LARGEST`, 2.8e14, becomes that (state may be narrower than ``dtype``); infinities become NaN, so
+    they are not hidden.
     """
     grad = grad.to(dtype)
-    bound = torch.finfo(torch.float32).max ** 0.375  # state may be narrower than ``dtype``
-    return grad.clamp(-bound, bound).add_(grad - grad)
+    return grad.clamp(-LARGEST, LARGEST).add_(grad - grad)
 
 
 def row_slices(rows: int, columns: int) -> Iterator[slice]:

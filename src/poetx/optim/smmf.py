@@ -144,4 +144,6 @@ def _with_signs(M: Tensor, signs: Tensor) -> Tensor:
 
 
 def _powers(like: Tensor) -> Tensor:
-    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=like.device)
+    return torch.bitwise_left_shift(
+        torch.ones(8, dtype=torch.uint8, device=like.device), torch.arange(8, device=like.device)
+    )

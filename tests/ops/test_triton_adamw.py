@@ -1,0 +1,109 @@
+"""The kernel of AdamW's step against its plain twin, in the interpreter and on a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+
+from helpers import relative_error
+from poetx.ops.dispatch import use_kernels
+from poetx.optim import AdamW
+
+pytest.importorskip("triton", reason="the kernels need triton, which exists for Linux only")
+from kernel_helpers import compiled_for, interpreted
+
+on_each = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+#: No multiple of a block of 256 nor of a program's 1024 elements.
+SHAPE = (71, 97)
+
+
+def kernels_on(device: str):
+    return interpreted() if device == "cpu" else use_kernels("triton")
+
+
+def steps(device: str, kernels: contextlib.AbstractContextManager, count: int = 5, **settings):
+    dtype = settings.pop("dtype", torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    parameter = nn.Parameter(torch.randn(SHAPE, generator=generator).to(device, dtype))
+    optimizer = AdamW([parameter], lr=1e-2, **settings)
+    with kernels:
+        for number in range(count):
+            gradient = torch.randn(SHAPE, generator=generator) * 4.0**-number
+            parameter.grad = gradient.to(device, dtype)
+            optimizer.step()
+    return parameter.detach().cpu(), {k: v.cpu() for k, v in optimizer.state[parameter].items() if k != "step"}
+
+
+@on_each
+@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.3, "eps": 1e-3, "eps_mode": "uncorrected"}])
+def test_what_is_not_rounded_is_the_same(settings, device):
+    kernel, own = steps(device, kernels_on(device), state_dtype="float32", **settings)
+    twin, theirs = steps(device, use_kernels("torch"), state_dtype="float32", **settings)
+    assert relative_error(kernel, twin) < 1e-6
+    for name in theirs:
+        assert relative_error(own[name], theirs[name]) < 1e-6
+
+
+@on_each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state", ["bfloat16", "int8"])
+def test_what_is_rounded_is_one_of_two_neighbours_and_the_same_every_time(state, dtype, device):
+    first = steps(device, kernels_on(device), 1, state_dtype=state, dtype=dtype)
+    again = steps(device, kernels_on(device), 1, state_dtype=state, dtype=dtype)
+    twin = steps(device, use_kernels("torch"), 1, state_dtype=state, dtype=dtype)
+    assert torch.equal(first[0], again[0])
+    for name, value in twin[1].items():
+        assert torch.equal(first[1][name], again[1][name])
+        assert first[1][name].dtype == value.dtype
+        if "scale" in name:
+            torch.testing.assert_close(first[1][name], value, rtol=1e-5, atol=0)
+        elif state == "int8":  # codes that are neighbours
+            assert (first[1][name].int() - value.int()).abs().max() <= 1
+            assert (first[1][name] == value).float().mean() > 0.4
+        else:
+            torch.testing.assert_close(first[1][name], value, rtol=2**-7, atol=0)
+    torch.testing.assert_close(first[0], twin[0], rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+@on_each
+@pytest.mark.parametrize(("state", "close"), [("bfloat16", 0.002), ("int8", 0.01)])
+def test_rounding_has_no_bias(state, close, device):
+    """The mean of a moment over a thousand small moves, each less than half a step of the state."""
+    count = 120 if device == "cpu" else 1000
+    parameter = nn.Parameter(torch.zeros(SHAPE, device=device))
+    optimizer = AdamW([parameter], lr=0.0, betas=(0.9, 0.999), state_dtype=state)
+    with kernels_on(device):
+        for _ in range(count):
+            parameter.grad = torch.ones(SHAPE, device=device)
+            optimizer.step()
+    moment = optimizer.state[parameter]["exp_avg_sq"].float()
+    if state == "int8":
+        moment = (moment / 255) ** 4 * optimizer.state[parameter]["exp_avg_sq_scale"].repeat_interleave(256)[
+            : moment.numel()
+        ]
+    assert float(moment.mean()) == pytest.approx(1 - 0.999**count, rel=close)
+
+
+@on_each
+def test_a_gradient_that_is_not_finite_is_seen_and_a_huge_one_is_bounded(device):
+    for bad, finite in ((float("nan"), False), (float("inf"), False), (1e30, True)):
+        parameter = nn.Parameter(torch.ones(SHAPE, device=device))
+        parameter.grad = torch.zeros(SHAPE, device=device)
+        parameter.grad[3, 5] = bad
+        with kernels_on(device):
+            AdamW([parameter], lr=1e-2, weight_decay=0.0, state_dtype="float32").step()
+        assert bool(parameter[3, 5].isfinite()) == finite
+        assert parameter.isfinite().sum() == parameter.numel() - (not finite)
+
+
+@pytest.mark.parametrize("state", ["float32", "bfloat16", "int8"])
+def test_it_compiles_for_hopper(state):
+    parameter = nn.Parameter(torch.zeros(SHAPE, dtype=torch.bfloat16))
+    parameter.grad = torch.zeros(SHAPE, dtype=torch.bfloat16)
+    with use_kernels("auto"), compiled_for(90) as compiled, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("poetx.optim.adamw.use_triton", lambda tensor: True)
+        AdamW([parameter], state_dtype=state).step()
+    assert [kernel.metadata.name for kernel in compiled] == ["adamw_kernel"]
