@@ -108,6 +108,44 @@ def test_copies_pickles_parts_and_arguments_by_place(tmp_path):
     assert "save_pretrained" not in vars(model)
 
 
+@pytest.mark.parametrize("form", ["fast", "int8"])
+def test_a_given_state_dict_is_what_is_saved(form, tmp_path):
+    model, averaged = turned(form, model=gpt2()), turned(form, model=gpt2())
+    turn(averaged, 0.6)
+    before = copy.deepcopy(model.state_dict())
+    tied_once = {key: value for key, value in averaged.state_dict().items() if key != "lm_head.weight"}
+    for number, state in enumerate((averaged.state_dict(), tied_once, plain_state_dict(averaged))):
+        model.save_pretrained(tmp_path / str(number), state_dict=state)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(number))
+        assert same(loaded.state_dict(), to_dense_(copy.deepcopy(averaged)).state_dict())
+    assert same(model.state_dict(), before)
+
+
+WRONG = {
+    "another model's": (lambda state: {"0.weight": torch.ones(2, 2)}, "transformer.wte.weight is missing"),
+    "prefix": (lambda state: {f"model.{key}": value for key, value in state.items()}, "is missing"),
+    "no norm": (lambda state: state.pop("transformer.ln_f.bias"), "transformer.ln_f.bias is missing"),
+    "no rotation": (lambda state: state.pop("transformer.h.1.attn.c_proj.skew_out"), "c_proj: .*skew_out"),
+    "no layer": (
+        lambda state: [state.pop(key) for key in list(state) if "h.0.mlp.c_fc." in key and "bias" not in key],
+        "transformer.h.0.mlp.c_fc.weight is missing",
+    ),
+    "more": (lambda state: state.update({"head.weight": torch.ones(2)}), "head.weight is unknown"),
+    "shape": (lambda state: state.update({"transformer.h.0.mlp.c_fc.perm_in": torch.arange(3)}), "c_fc: .*perm_in"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_state_dict_that_is_not_the_models_is_not_saved(wrong, tmp_path):
+    model = turned(model=gpt2())
+    state, (change, message) = model.state_dict(), WRONG[wrong]
+    changed = change(state)
+    with pytest.raises(UserError, match=f"state_dict is not this model's: .*{message}") as caught:
+        model.save_pretrained(tmp_path, state_dict=changed if isinstance(changed, dict) else state)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("form", ["fast", "int8"])
 def test_a_plain_state_is_taken_by_a_converted_model(form, strict):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from poetx.errors import UserError
+from poetx.errors import UserError, one_line
 from poetx.layers.poet import PoetLinear
 
 
@@ -22,7 +24,8 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **setti
 
     A converted model's own ``model.save_pretrained``, which the Trainer calls for its checkpoints, writes the layers'
     state beside the plain weights. ``from_pretrained`` reads the same model from there, and training goes on from it
-    to the bit; but the files are larger, and other programs may not like tensors that they do not know.
+    to the bit; but the files are larger, and other programs may not like tensors that they do not know. A
+    ``state_dict`` that is given to it (of averaged weights, say) is checked to be whole, and makes the plain weights.
 
     Args:
         directory: made where it is missing.
@@ -74,10 +77,43 @@ def _save_both(model: nn.Module, *args: Any, **settings: Any) -> Any:
     save = kind.save_pretrained
     call = inspect.signature(save).bind(model, *args, **settings)
     if call.arguments.get("is_main_process", True):
-        given = call.arguments.get("state_dict")
-        state: Mapping[str, Tensor] = model.state_dict() if given is None else given
-        call.arguments["state_dict"] = {**state, **_plain_weights(dict(_places(model)), state)}
+        given: Mapping[str, Tensor] | None = call.arguments.get("state_dict")
+        layers = dict(_places(model))
+        if given is not None:
+            _check_whole(model, layers, given)
+        state = model.state_dict() if given is None else given
+        call.arguments["state_dict"] = {**state, **_plain_weights(layers, state, read=given is not None)}
     return save(*call.args, **call.kwargs)
+
+
+def _check_whole(model: nn.Module, layers: Mapping[str, PoetLinear], given: Mapping[str, Tensor]) -> None:
+    """Raise :class:`UserError` where ``given`` is not of this model, or not all of it, tied tensors once."""
+    plain = {f"{name}.weight" for name in layers}
+    names: dict[int, list[str]] = defaultdict(list)
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        names[id(tensor)].append(key)
+    own = {key for several in names.values() for key in several}
+    inside = {f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict() if key != "bias"}
+    missing = [several[0] for several in names.values() if not inside.union(given).intersection(several)]
+    missing += sorted(name for name in plain if name not in given and f"{name[:-6]}skew_in" not in given)
+    if wrong := missing or sorted(given.keys() - own - plain):
+        raise UserError(
+            f"save_pretrained: state_dict is not this model's: {wrong[0]} is {'missing' if missing else 'unknown'}"
+            f"{f' ({len(wrong)} are)' if len(wrong) > 1 else ''}; give model.state_dict(), or leave it out"
+        )
+
+
+def _as_in(given: Mapping[str, Tensor], name: str, layer: PoetLinear) -> PoetLinear:
+    """A copy of the layer ``name`` with its state in ``given``."""
+    prefix = f"{name}."
+    own = {key.removeprefix(prefix): value for key, value in given.items() if key.startswith(prefix)}
+    own.pop("weight", None)
+    copied = copy.deepcopy(layer)
+    try:
+        copied.load_state_dict(own)
+    except RuntimeError as error:
+        raise UserError(f"save_pretrained: state_dict is not this model's: {name}: {one_line(error)}") from None
+    return copied
 
 
 def _has_save_pretrained(module: nn.Module) -> bool:
@@ -100,8 +136,13 @@ def _check_not_quantized(model: nn.Module) -> None:
         )
 
 
-def _plain_weights(layers: Mapping[str, PoetLinear], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``name.weight`` of every layer that ``state`` has, as a plain layer holds it; of a shared layer one tensor."""
+def _plain_weights(
+    layers: Mapping[str, PoetLinear], state: Mapping[str, Tensor], *, read: bool = False
+) -> dict[str, Tensor]:
+    """``name.weight`` of every layer that ``state`` has, as a plain layer holds it; of a shared layer one tensor.
+
+    The layers' own weights, or (``read``) those that ``state`` gives them.
+    """
     made: dict[PoetLinear, Tensor] = {}
     found = {}
     for name, layer in layers.items():
@@ -110,6 +151,6 @@ def _plain_weights(layers: Mapping[str, PoetLinear], state: Mapping[str, Tensor]
         if layer.skew_in.is_meta:
             raise UserError(f"save_pretrained: {layer.label} is on the meta device and has no weight; materialize_ it")
         if layer not in made:
-            made[layer] = layer.plain_weight().cpu()
+            made[layer] = (_as_in(state, name, layer) if read else layer).plain_weight().cpu()
         found[f"{name}.weight"] = made[layer]
     return found
