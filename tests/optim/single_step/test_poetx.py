@@ -55,18 +55,24 @@ def test_it_learns_and_the_singular_values_stay_or_move(settings, update):
 
 
 @pytest.mark.parametrize("growth", [0.0, 0.01])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_free_spectrum_holds_the_norm_or_lets_it_grow_as_told(dtype, growth):
+@pytest.mark.parametrize(
+    ("update", "dtype"), [("free", torch.float32), ("free", torch.bfloat16), ("rotation", torch.float32)]
+)
+def test_the_norm_is_held_or_grows_as_told(update, dtype, growth):
     """Steps along random gradients multiply ‖W‖ by more than e in 100 steps if it is not held."""
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(48, 32).to(dtype))
     start = weight.detach().float().norm()
+    before = torch.linalg.svdvals(weight.detach().float())
     groups = [{"params": [weight], "lr": 0.05, "rotate": True}]
-    optimizer = POETX(groups, block_size=16, update="free", norm_growth=growth)
+    optimizer = POETX(groups, block_size=16, update=update, norm_growth=growth)
     for _ in range(300):
         weight.grad = torch.randn_like(weight)
         optimizer.step()
     assert abs(weight.detach().float().norm() / start / (1 + 300 * growth) ** 0.5 - 1) < 0.05
+    if update == "rotation":  # every singular value alike
+        ratios = torch.linalg.svdvals(weight.detach()) / before
+        assert torch.allclose(ratios, ratios.mean().expand_as(ratios), rtol=1e-3)
 
 
 def test_bfloat16_weights_keep_their_spectrum():
