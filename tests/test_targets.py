@@ -239,6 +239,7 @@ def test_an_ordinary_model_may_read_its_weights_since_their_full_gradient_is_the
     [
         ({"method": "single-step", "neumann_order": 7}, "neumann_order=7 is without effect"),
         ({"update": "rotation"}, "update=.rotation. is without effect"),
+        ({"weight_extra_bits": True}, "weight_extra_bits=True is without effect"),
         ({"group_size": 32}, "group_size=32 is without effect"),
         ({"residual_modules": ("2",)}, "residual_modules=.* is without effect"),
         ({"exclude_modules": ("lm_haed",)}, "exclude_modules: 'lm_haed' matches no module$"),
@@ -250,6 +251,7 @@ def test_settings_without_effect_are_said_first(settings, words):
     assert len(report.remarks) == 1
     assert re.search(words, str(report).splitlines()[0])
     assert not convert_(mlp(), config()).remarks
+    assert not convert_(mlp().bfloat16(), config(weight_extra_bits=True)).remarks
 
 
 def test_names_in_one_string_are_shown_as_a_list():

@@ -93,7 +93,7 @@ class PoetConfig:
         weight_extra_bits: keep 8 more bits of a bfloat16 weight in an int8 tensor (3 bytes a weight in all), which
             only merging reads and writes; with a ``weight_format`` 4 more bits of it. Without them, rounding noise of
             merges drowns small singular values, of which a pretrained weight has many. None: with ``init="keep"``, not
-            with fresh weights. Nothing changes for a float32 weight.
+            with fresh weights. Nothing changes for a float32 weight; true where all are is in the conversion report.
         weight_format: store the frozen weight as ``"int8"`` or ``"int4"`` (affine), ``"nf4"``, ``"fp8"`` (e4m3) or
             ``"bipolar-int2"`` … ``"bipolar-int8"``, dequantized on the fly (POET-XQ). None: in the model's dtype.
             Needs ``mode="mem"``: what *fast* saves for backward would cost more than the format spares.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from poetx.config import PoetConfig, list_hint, name_matches
 from poetx.conversion_report import ConversionReport, ConvertedLayer, skipped
 from poetx.errors import UserError, nearest
+from poetx.layers.attributes import carry_attributes
 from poetx.layers.base import DTYPES, ConvertedLinear, is_finite
 from poetx.layers.merge_reminder import MergeReminder, remind_of_merging
 from poetx.layers.poet import PoetLinear
@@ -62,16 +63,19 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
     remarks = tuple(_remarks(config, (name for names in found.places.values() for name in names)))
     others = (p.dtype for p in model.parameters() if p.dtype in DTYPES and not p.is_meta)
     dtype = next(others, torch.get_default_dtype())
-    converted = []
+    converted, dtypes = [], set()
     for name in list(found.layers):
-        layer, was = _convert_layer(model, name, config, found, dtype)
+        layer, change = _convert_layer(model, name, config, found, dtype)
         if isinstance(layer, PoetLinear) and not converted:
             remind_of_merging(layer)
         if layer is not None:
-            converted.append(_described(layer, name, config, was))
+            converted.append(_described(layer, name, config, change))
+            dtypes.add(layer.weight_dtype)
     if not converted:
         name, reason = next((places[0], found.reasons[m]) for m, places in found.places.items() if m in found.reasons)
         raise UserError(f"no layer could be converted: {name}: {reason}")
+    if config.weight_extra_bits and config.weight_format is None and torch.bfloat16 not in dtypes:
+        remarks += ("weight_extra_bits=True is without effect here: no converted weight is bfloat16",)
     drop_quantizers_(model)
     save_plain_weights_too_(model)
     vars(model)["_apply"] = MethodType(_apply, model)
@@ -110,7 +114,7 @@ def _take_older_layout(model: nn.Module, state_dict: dict[str, Tensor], prefix: 
 def _convert_layer(
     model: nn.Module, name: str, config: PoetConfig, found: Targets, dtype: torch.dtype
 ) -> tuple[ConvertedLinear | None, str | None]:
-    """Put the layer's successor in all its places, None where its library cannot undo its format; and that format."""
+    """Put the layer's successor in all its places, None where its library cannot undo its format; and what changed."""
     module = found.layers.pop(name)  # so that nothing here keeps the old weight alive
     weight = was = None
     if is_foreign(module):
@@ -125,7 +129,10 @@ def _convert_layer(
             return None, was
     layer = _LAYERS[config.method].from_linear(module, config=config, name=name, weight=weight)
     _put(model, found.places.pop(module), layer)
-    return layer, was
+    if was is not None:
+        return layer, f"was {was}"
+    lost = carry_attributes(module, layer)
+    return layer, f"without its {', '.join(lost)}, which the new layer cannot have" if lost else None
 
 
 def _put(model: nn.Module, places: Iterable[str], module: nn.Module) -> None:
@@ -134,12 +141,11 @@ def _put(model: nn.Module, places: Iterable[str], module: nn.Module) -> None:
         setattr(model.get_submodule(parent), child, module)
 
 
-def _described(layer: ConvertedLinear, name: str, config: PoetConfig, was: str | None) -> ConvertedLayer:
+def _described(layer: ConvertedLinear, name: str, config: PoetConfig, change: str | None) -> ConvertedLayer:
     notes = ["one matrix holding several: its output blocks mix them"] if _FUSED.search(name) else []
     if config.residual_scale != 1 and config.writes_to_residual(name):
         notes.append(f"starts {config.residual_scale:g} times as large: it writes to the residual stream")
-    if was is not None:
-        notes.append(f"was {was}")
+    notes += [change] if change else []
     if layer.rotation_count > layer.in_features * layer.out_features:
         notes.append("its blocks hold more numbers than its weight: a smaller block_size saves memory")
     return ConvertedLayer(
@@ -181,9 +187,9 @@ def _trainable_base(model: nn.Module) -> Iterator[nn.Parameter]:
 def to_dense_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
     """Replace converted layers, all or those of ``names``, by the plain layers they came from, in place.
 
-    The function stays, and so do hooks; ``nn.Linear``, or ``Conv1D`` where the layer came from one. The weight is
-    rounded to the stored dtype once; it requires a gradient again, unless its layer was frozen. Returns ``model``,
-    unchanged if nothing is converted.
+    The function stays, and so do hooks and attributes; ``nn.Linear``, or ``Conv1D`` where the layer came from one. The
+    weight is rounded to the stored dtype once; it requires a gradient again, unless its layer was frozen. Returns
+    ``model``, unchanged if nothing is converted.
 
     Raises:
         UserError: ``model`` itself is a layer, which cannot be replaced in place; a name that no converted layer has.
@@ -221,6 +227,7 @@ def _dense_layer(layer: ConvertedLinear) -> nn.Module:
         dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     dense.weight = nn.Parameter(layer.plain_weight(), requires_grad=not layer.frozen)
     dense.bias = layer.bias
+    carry_attributes(layer, dense)
     for kind in [key for key in vars(dense) if key.startswith(("_forward_", "_backward_", "_is_full_backward_"))]:
         setattr(dense, kind, getattr(layer, kind))  # the very dictionaries, from which their handles remove them
     for key, hook in list(dense._forward_pre_hooks.items()):

@@ -53,9 +53,9 @@ def find_targets(model: nn.Module, config: PoetConfig, *, foreign: bool = False,
     """Which layers of ``model`` to rotate: ``nn.Linear`` and ``Conv1D`` within the config's patterns, and with
     ``foreign`` linear layers that bitsandbytes or torchao have quantized.
 
-    Not those with hooks or another forward of their own, or whose weight the model multiplies by without calling them,
-    if they are to be ``replaced``; not adapters of PEFT, task heads (unless ``target_modules`` names them) and, where
-    the weight is kept, matrices of zeros.
+    Not those with hooks, other tensors or another forward of their own, or whose weight the model multiplies by without
+    calling them, if they are to be ``replaced``; not adapters of PEFT, task heads (unless ``target_modules`` names
+    them) and, where the weight is kept, matrices of zeros.
 
     Raises:
         UserError: none is left; one of them is float16, or holds inf or NaN where its weight is kept.
@@ -145,7 +145,12 @@ def _refusal(module: nn.Module, shared: set[int], *, foreign: bool, replaced: bo
         return "parametrized; remove the parametrization first"
     if not replaced:
         return None
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    hooks = [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]
+    if not (foreign and is_foreign(module)):
+        hooks += [value for key, value in vars(module).items() if key.endswith("_hooks")]
+        hooks += [weight._backward_hooks, getattr(weight, "_post_accumulate_grad_hooks", None)]
+        if module._buffers or module._modules or module._parameters.keys() - {"weight", "bias"}:
+            return "it holds parameters, buffers or modules beside its weight, which conversion would lose"
     if "forward" in vars(module) or hasattr(module, "_hf_hook"):
         return "its forward has been replaced, which conversion would lose; convert before that"
     if any(hooks):

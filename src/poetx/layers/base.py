@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from poetx.config import PoetConfig
 from poetx.errors import UserError
+from poetx.layers.attributes import carry_attributes
 from poetx.ops.cayley import packed_size
 from poetx.ops.random import stream
 
@@ -169,6 +170,7 @@ class ConvertedLinear(nn.Module):
     ) -> Layer:
         """Convert an ``nn.Linear`` or ``transformers`` ``Conv1D``; ``init="keep"`` preserves its function.
 
+        Attributes that somebody set on the layer or its weight go along (:mod:`poetx.layers.attributes`), hooks do not.
         The bias keeps its ``nn.Parameter`` object, so an optimizer that already holds it stays right; a single-step
         layer keeps the memory of an ``nn.Linear``'s weight, too. ``weight`` [m, n] stands for a weight that another
         library has quantized.
@@ -188,6 +190,8 @@ class ConvertedLinear(nn.Module):
             native = layer.fresh_weight().to(native.device)
         layer._adopt(native)
         layer.bias = linear.bias  # type: ignore[assignment]
+        if weight is None:  # else what is there is the other library's
+            carry_attributes(linear, layer)
         return layer.train(linear.training)
 
     def _adopt(self, native: Tensor) -> None:
