@@ -16,8 +16,18 @@ from poetx.recipe import load_recipe
     [
         ("data", "tokenizer: x, vocab_size: 500", r"^data\.vocab_size=500: has no effect with the tokenizer of data"),
         ("data", "validation: x, validation_fraction: 0.2", r"^data\.validation_fraction=0\.2: has no effect with"),
-        ("optimizer", "clip: null, clip_ramp_steps: 4", r"^optimizer\.clip_ramp_steps=4: has no effect without"),
+        ("optimizer", "clip: null, clip_ramp_steps: 4", r"^optimizer\.clip_ramp_steps=4: has no effect without poet.m"),
         ("optimizer", "dense_optimizer: sgd, eps: 1.0e-4", r"^optimizer\.eps=0\.0001: has no effect with optimizer\.d"),
+        (
+            "optimizer",
+            "clip_ramp_steps: 0, clip_ramp_start: 0.3",
+            r"^optimizer\.clip_ramp_start=0\.3: has no effect with",
+        ),
+        (
+            "poet",
+            "residual_modules: [out]",
+            r"^poet\.residual_modules=\['out'\]: has no effect without poet\.residual_s",
+        ),
         ("train", "spectrum_every: 5", r"^train\.spectrum_every=5: has no effect where no layer"),
     ],
 )

@@ -16,7 +16,8 @@ from poetx.errors import UserError
 from poetx.merge import merge_
 from poetx.methods.base import convert_model, method_of
 from poetx.models import build_model, resolve_device, settled
-from poetx.recipe import Recipe, load_recipe, with_method
+from poetx.recipe import Recipe, with_method
+from poetx.recipe.several import load_methods
 from poetx.train.step import TrainingStep
 
 _GATE_STEPS = 4
@@ -53,15 +54,13 @@ def bench_step(
     Raises:
         UserError: an unknown method, a bad recipe, or a model that does not learn a batch it sees four times.
     """
-    if any(text.startswith("method=") for text in overrides):
-        raise UserError("method= would have no effect; --methods says which")
-    recipe = load_recipe(source, overrides, text=False)  # tokens are drawn at random, no text is read
+    loaded = load_methods(source, overrides, methods)  # tokens are drawn at random, no text is read
+    recipe = loaded[methods[0]]
     lengths = tuple(seq_lens) or (recipe.data.seq_len,)
     batches = tuple(batch_sizes) or (recipe.train.micro_batch,)
     device = resolve_device(recipe.train.device)
     common = {"compiled": compiled, "repeats": repeats} | provenance(device)
-    plain = recipe.with_keys({"data.seq_len": max(lengths)})
-    recipes = {name: by_method(plain, name) for name in methods}
+    recipes = {name: from_dense(by.with_keys({"data.seq_len": max(lengths)})) for name, by in loaded.items()}
     groups = [list(recipes)] if device.type == "cpu" else [[name] for name in recipes]
     base: dict[tuple[int, int], float] = {}
     for names in groups:

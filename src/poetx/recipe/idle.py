@@ -23,11 +23,14 @@ def idle(values: Mapping[str, Any], key: str) -> str:
     if key == "data.validation_fraction" and chosen("data.validation"):
         return "with data.validation"
     rotated = values.get("poet", None if values.get("lora") is not None else {}) is not None
-    if key == "train.spectrum_every" and not rotated:
+    if key in ("train.spectrum_every", "model.recompute") and not rotated:
         return "where no layer is rotated"
+    if key == "poet.residual_modules" and chosen("poet.residual_scale") == 1:
+        return "without poet.residual_scale"
     merges = rotated and chosen("poet.method") != "single-step" and chosen("poet.merge_every")
-    if key.startswith("optimizer.clip_ramp") and not (chosen("optimizer.clip") and merges):
-        return "without optimizer.clip and poet.merge_every"
+    ramp = ("optimizer.clip", "optimizer.clip_ramp_steps", "optimizer.clip_ramp_until")
+    if key.startswith("optimizer.clip_ramp") and not (merges and all(map(chosen, ramp))):
+        return f"without poet.merge_every and {', '.join(ramp)}"
     dense = chosen("optimizer.dense_optimizer")
     if dense not in (None, "adamw") and key in ("optimizer.betas", "optimizer.eps"):
         return f"with optimizer.dense_optimizer={dense} (of rotations: optimizer.poet_{key.rpartition('.')[2]})"

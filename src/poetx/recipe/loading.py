@@ -164,7 +164,16 @@ def load_recipe(source: str | None = None, overrides: Sequence[str] = (), *, tex
     Raises:
         UserError: on anything wrong, with the full dotted path of the key.
     """
-    source = source or DEMOS[0]
+    return recipe_with(source or DEMOS[0], parsed(overrides), text=text)
+
+
+def parsed(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    """Today's dotted keys and values of ``key=value`` overrides, a section's keys one by one."""
+    return [modern_override(*pair) for override in overrides for pair in _pairs(*_parse(override))]
+
+
+def recipe_with(source: str, pairs: Sequence[tuple[str, Any]], *, text: bool = True) -> Recipe:
+    """:func:`load_recipe` of overrides that are :func:`parsed`."""
     values, of_a_run = _read(source)
     for note in modernize(values, of_a_run=of_a_run):
         logger.warning("%s: %s", source, note)
@@ -175,9 +184,8 @@ def load_recipe(source: str | None = None, overrides: Sequence[str] = (), *, tex
     for section, key, value in without_effect(values):
         raise _without_effect(values, section, key, value)
     if not values.keys() >= _WRITTEN_OUT:  # else every key is there because it was written out, not because it is meant
-        _refuse_idle(values, {key: value for key, value in _flat(values) if value != default_of(*_split_key(key))})
+        _refuse_idle(values, {key: value for key, value in _flat(values) if value != default_of(*split_key(key))})
     given: set[str] = set()
-    pairs = [modern_override(*pair) for override in overrides for pair in _pairs(*_parse(override))]
     for key, value in pairs:
         if key == "method":
             put_method(values, value)
@@ -207,7 +215,7 @@ def _refuse_idle(values: Mapping[str, Any], settings: Mapping[str, Any]) -> None
     """Raise for a setting that nothing reads; one that switches a thing off has no effect and is right."""
     for key, value in settings.items():
         if value and (reason := idle(values, key)):
-            raise UserError(f"{key}={_shown(value)}: has no effect {reason}; leave it out")
+            raise UserError(f"{key}={shown(value)}: has no effect {reason}; leave it out")
 
 
 def with_method(recipe: Recipe, name: str) -> Recipe:
@@ -218,6 +226,8 @@ def with_method(recipe: Recipe, name: str) -> Recipe:
     values = recipe.to_dict()
     put_method(values, name)
     drop_without_effect(values)
+    if values["poet"] is None:
+        del values["model"]["recompute"]
     _share_seed(values)
     return _build(values)
 
@@ -292,7 +302,7 @@ def _parse(override: str) -> tuple[str, Any]:
     try:
         return key, read_yaml(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{_shown(override)}: the value is not valid YAML: {one_line(error)}") from None
+        raise UserError(f"{shown(override)}: the value is not valid YAML: {one_line(error)}") from None
 
 
 def _pairs(key: str, value: Any) -> list[tuple[str, Any]]:
@@ -302,7 +312,7 @@ def _pairs(key: str, value: Any) -> list[tuple[str, Any]]:
     return [(key, value)]
 
 
-def _split_key(dotted: str) -> tuple[str, str]:
+def split_key(dotted: str) -> tuple[str, str]:
     section, _, key = dotted.partition(".")
     return section, key
 
@@ -328,7 +338,7 @@ def _refuse_contradictions(pairs: Sequence[tuple[str, Any]]) -> None:
             raise UserError(f"{section} and {key} are both given, and one would undo the other; give one of them")
         made = [own for own in fixed if own in (key, section) or own.startswith(f"{key}.")]
         if any(own != key or fixed[own] != value for own in made):
-            raise UserError(f"{key}={_shown(value)}: method={name} means another {made[0]}; give one of the two")
+            raise UserError(f"{key}={shown(value)}: method={name} means another {made[0]}; give one of the two")
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
@@ -396,7 +406,7 @@ def _share_seed(values: dict[str, Any]) -> None:
 
 def _build(values: Mapping[str, Any]) -> Recipe:
     if not isinstance(values, Mapping):
-        raise UserError(f"recipe: expected keys and values, got {_shown(values)}")
+        raise UserError(f"recipe: expected keys and values, got {shown(values)}")
     for key in values:
         if key not in Recipe.model_fields:
             raise _unknown(str(key), [*Recipe.model_fields, "method"])
@@ -409,7 +419,7 @@ def _build(values: Mapping[str, Any]) -> Recipe:
             parts[name] = None
             continue
         if not isinstance(part, Mapping):
-            raise UserError(f"{name}: expected keys and values, got {_shown(part)}")
+            raise UserError(f"{name}: expected keys and values, got {shown(part)}")
         for key, value in part.items():
             if key not in types[name].model_fields:
                 raise _without_effect(values, name, str(key), value)
@@ -429,8 +439,8 @@ def _checked(kind: type[Any], values: Mapping[str, Any], section: str) -> Any:
     value = values.get(key)
     dotted, wanted = f"{section}{'.' if section else ''}{key}", _wanted(first, kind, key, value)
     if dotted in (*_PATHS, "run_dir") and not isinstance(value, list | dict | str):
-        wanted += f"; for a place of that name write {dotted}=./{_shown(value)}"
-    raise UserError(f"{dotted}={_shown(value)}: {wanted}")
+        wanted += f"; for a place of that name write {dotted}=./{shown(value)}"
+    raise UserError(f"{dotted}={shown(value)}: {wanted}")
 
 
 def _wanted(error: Any, kind: type[Section], key: str, value: Any) -> str:
@@ -439,7 +449,7 @@ def _wanted(error: Any, kind: type[Section], key: str, value: Any) -> str:
         return error["ctx"]["message"]
     if error["type"] == "literal_error":
         choices = [str(choice) for choice in _choices(kind.model_fields[key].annotation)]
-        return f"must be one of {', '.join(choices)}{nearest(_shown(value), choices)}"
+        return f"must be one of {', '.join(choices)}{nearest(shown(value), choices)}"
     if error["type"] in ("missing", "too_long"):
         return "must be a list of 2 values"
     return "must be text" if error["type"] == "string_type" else str(error["msg"])
@@ -460,17 +470,17 @@ def _without_effect(values: Mapping[str, Any], section: str, key: str, value: An
     poet, optimizer = values.get("poet", {}), values.get("optimizer") or {}
     method = f"poet.method={poet.get('method', 'poet-x')}" if isinstance(poet, Mapping) else "poet=null"
     here = f"{method}, optimizer.name={optimizer.get('name', 'adamw')}"
-    return UserError(f"{section}.{key}={_shown(value)}: is {owner} and has no effect with {here}; leave it out")
+    return UserError(f"{section}.{key}={shown(value)}: is {owner} and has no effect with {here}; leave it out")
 
 
 def _unknown(dotted: str, known: Sequence[str]) -> UserError:
     section, _, key = dotted.rpartition(".")
     elsewhere = [f"{name}.{key}" for name, keys in every_key().items() if key in keys and name != section]
     hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else nearest(key, known)
-    return UserError(f"{_shown(dotted)}: unknown key{hint}")
+    return UserError(f"{shown(dotted)}: unknown key{hint}")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value in an error message: one line, not endless."""
     try:
         plain = (isinstance(value, str) and value.isprintable()) or isinstance(value, datetime.date)

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 
 from poetx.errors import UserError
-from poetx.recipe.former import modern_override
-from poetx.recipe.loading import Recipe, _pairs, _parse, _shown, _split_key, load_recipe, with_method
+from poetx.recipe.idle import idle
+from poetx.recipe.loading import Recipe, parsed, recipe_with, shown, split_key, with_method
 from poetx.recipe.sections import belongs
 from poetx.recipe.shorthands import METHODS
 
@@ -18,26 +18,32 @@ def load_methods(source: str, overrides: Sequence[str], methods: Sequence[str]) 
     """``source`` by each of ``methods``; what an override has no effect for is logged, refused where that is all.
 
     Raises:
-        UserError: as :func:`load_recipe`, or an override that none of the methods has a use for.
+        UserError: as :func:`poetx.recipe.load_recipe`, or an override that none of the methods has a use for.
     """
-    if any(text.partition("=")[0].strip() == "method" for text in overrides):
+    pairs = parsed(overrides)
+    if "method" in dict(pairs):
         raise UserError("--methods and method= are both given; --methods alone says which")
-    pairs = {t: [modern_override(*pair) for pair in _pairs(*_parse(t))] for t in overrides}
-    own = {t: of for t, of in pairs.items() if all(belongs(*_split_key(key)) for key, _ in of)}
-    plain = load_recipe(source, [t for t in overrides if t not in own], text=False)
+    own = [key for key, _ in pairs if key == "model.recompute" or key.startswith("lora") or belongs(*split_key(key))]
+    plain = recipe_with(source, [pair for pair in pairs if pair[0] not in own], text=False)
     recipes = {name: with_method(plain, name) for name in methods}
-    for text, settings in own.items():
-        idle = []
-        for name, recipe in recipes.items():
-            fixed = {key for key, value in METHODS[name].items() if value != "auto"}
-            parts = {key: getattr(recipe, _split_key(key)[0]) for key, _ in settings}
-            if all(key not in fixed and _split_key(key)[1] in type(part).model_fields for key, part in parts.items()
-                   if part is not None) and None not in parts.values():  # fmt: skip
-                recipes[name] = recipe.with_keys(dict(settings))
-            else:
-                idle.append(name)
-        if len(idle) == len(recipes):
-            raise UserError(f"{_shown(text)}: has no effect with any of {', '.join(methods)}; leave it out")
-        if idle:
-            logger.warning("%s: has no effect with %s", _shown(text), ", ".join(idle))
+    for key, value in pairs:
+        having = [name for name, recipe in recipes.items() if _has_effect(recipe, name, key)]
+        if not having:
+            raise UserError(f"{key}={shown(value)}: has no effect with any of {', '.join(methods)}; leave it out")
+        if without := ", ".join(name for name in recipes if name not in having):
+            logger.warning("%s=%s: has no effect with %s", key, shown(value), without)
+        if key in own:
+            recipes |= {name: recipes[name].with_keys({key: value}) for name in having}
     return recipes
+
+
+def _has_effect(recipe: Recipe, method: str, key: str) -> bool:
+    """Whether ``recipe``, by ``method``, reads ``key``, and the method does not settle it."""
+    section, name = split_key(key)
+    fixed = [own for own, value in METHODS[method].items() if value not in ("auto", {})]
+    if any(own in (key, section) or own.startswith(f"{key}.") for own in fixed):
+        return False
+    known = (
+        type(getattr(recipe, section)).model_fields if section in ("poet", "lora", "optimizer") and name else (name,)
+    )
+    return name in known and not idle(recipe.to_dict(), key)
