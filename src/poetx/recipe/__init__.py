@@ -15,11 +15,10 @@ if TYPE_CHECKING:
         RECIPE_DIR,
         Recipe,
         builtin_recipes,
-        differing_keys,
         load_recipe,
-        settled_as,
         with_method,
     )
+    from poetx.recipe.resuming import differing_keys, settled_as
 
 __all__ = [
     "DEMOS",
@@ -32,4 +31,6 @@ __all__ = [
     "with_method",
 ]
 
-__getattr__ = lazy_names(__name__, {"poetx.recipe.loading": tuple(__all__)})
+_RESUMING = ("differing_keys", "settled_as")
+_LOADING = tuple(name for name in __all__ if name not in _RESUMING)
+__getattr__ = lazy_names(__name__, {"poetx.recipe.loading": _LOADING, "poetx.recipe.resuming": _RESUMING})

@@ -33,7 +33,6 @@ from poetx.recipe.sections import (
     Text,
     TrainRecipe,
     belongs,
-    default_of,
     every_key,
     section_types,
 )
@@ -43,28 +42,6 @@ logger = logging.getLogger(__name__)
 
 RECIPE_DIR = Path(__file__).resolve().parent.parent / "recipes"
 DEMOS = ("demo-single-step", "demo")  # the first is what `poetx train` runs
-
-# A resumed run may differ from its checkpoint in these, and in nothing else: none of them changes a weight.
-# The device is here because a checkpoint is portable; bitwise equality is only promised on one kind of device. Text may
-# have moved: the fingerprint of its tokens is compared.
-FREE_ON_RESUME = (
-    "name",
-    "run_dir",
-    "data.train",
-    "data.validation",
-    "data.tokenizer",
-    "data.cache_dir",
-    "train.device",
-    "train.eval_every",
-    "train.spectrum_every",
-    "train.eval_windows",
-    "train.memory_every",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.max_bad_steps",
-    "train.export",
-)
 
 _PATHS = ("data.train", "data.validation", "data.tokenizer", "data.cache_dir", "model.config", "model.pretrained")
 _SECTIONS = ("model", "data", "poet", "lora", "optimizer", "train")
@@ -178,13 +155,13 @@ def recipe_with(source: str, pairs: Sequence[tuple[str, Any]], *, text: bool = T
     for note in modernize(values, of_a_run=of_a_run):
         logger.warning("%s: %s", source, note)
     if (method := values.get("method")) is not None:
-        _refuse_contradictions([*_flat(values)])
+        _refuse_contradictions([*flat(values)])
         put_method(values, method)
     values.pop("method", None)
     for section, key, value in without_effect(values):
         raise _without_effect(values, section, key, value)
     if not values.keys() >= _WRITTEN_OUT:  # else every key is there because it was written out, not because it is meant
-        _refuse_idle(values, {key: value for key, value in _flat(values) if value != default_of(*split_key(key))})
+        _refuse_idle(values, dict(flat(values)))
     given: set[str] = set()
     for key, value in pairs:
         if key == "method":
@@ -248,23 +225,6 @@ def recipe_path(source: str) -> Path:
         known = ", ".join(builtin_recipes())
         raise UserError(f"{source}: no such recipe{nearest(source, builtin_recipes())} (built in: {known}; or a path)")
     return path
-
-
-def differing_keys(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys in which two recipes train differently, cadence and places (:data:`FREE_ON_RESUME`) left out."""
-    before, after = dict(_flat(old.to_dict())), dict(_flat(new.to_dict()))
-    keys = [key for key in before | after if key not in FREE_ON_RESUME and before.get(key) != after.get(key)]
-    return {key: (before.get(key), after.get(key)) for key in keys}
-
-
-def settled_as(old: Recipe, new: Recipe) -> Recipe:
-    """``new`` with what it leaves open, its dtype and whether to keep extra bits, as it was settled in ``old``."""
-    settled: dict[str, Any] = {}
-    if new.train.dtype == "auto":
-        settled["train.dtype"] = old.train.dtype
-    if getattr(new.poet, "weight_extra_bits", False) is None:
-        settled["poet.weight_extra_bits"] = getattr(old.poet, "weight_extra_bits", None)
-    return new.with_keys(settled) if settled else new
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -497,9 +457,9 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
