@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.record import LATER, RESULTS, by_setting, mean_loss, setting
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/log.md", "docs/single-step.md", "docs/speed.md")
+PAGES = ("README.md", "docs/log.md", "docs/memory.md", "docs/single-step.md", "docs/speed.md")
 
 
 def _rows(name: str) -> list[dict[str, Any]]:
@@ -114,6 +114,68 @@ def step() -> str:
         lambda row: f"{row['ms']:.0f} ms, {row['tokens_per_second']:.0f} tokens/s",
         lambda row: f"{1 / row['speed_ratio']:.2f}",
     )
+
+
+def gpu_layer() -> str:
+    """Layers on a GPU: milliseconds of ``nn.Linear`` and multiples of it, each with the host's launches and without."""
+    rows = [row for row in _rows("gpu/layer") if "contestant" in row]
+
+    def title(row: dict[str, Any]) -> str:
+        return f"{row['tokens']} tokens, {row['out_features']}×{row['in_features']}, commit {row['commit']}"
+
+    oldest = rows[0]["commit"]
+    rows.sort(key=lambda row: (row["commit"] != oldest, row["out_features"], row["tokens"]))
+    return _beside(
+        f"forward + backward, b={rows[0]['block_size']}, {rows[0]['dtype']}",
+        rows,
+        title,
+        "linear",
+        lambda row: f"{row['ms']:.2f}, {row['queued_ms']:.2f} ms",
+        lambda row: f"{row['ratio']:.2f}, {row['queued_ratio']:.2f}",
+    )
+
+
+def gpu_step() -> str:
+    """Whole steps of a recipe on a GPU, merges included: tokens a second and the allocator's peak."""
+    rows = _rows("gpu/step")
+    body = [
+        [
+            f"{row['recipe']}, {row['batch_size']} × {row['seq_len']}",
+            row["contestant"],
+            f"{row['ms']:.0f}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['speed_ratio']:.2f}",
+            f"{row['merge_ms']:.0f}",
+            f"{row['peak_bytes'] / 2**30:.1f}",
+        ]
+        for row in rows
+    ]
+    return _markdown(["step", "method", "ms", "tokens/s", "of AdamW's", "ms a merge", "peak, GB"], body)
+
+
+def gpu_routes() -> str:
+    """Pieces of a layer at 8192 tokens, every way of computing them, beside the card's ceilings."""
+    rows = [row for row in _rows("gpu/routes") if row["piece"] == "ceiling" or row.get("tokens") == 8192]
+    body = [
+        [row["piece"], row["way"], f"{row['ms']:.3f}", f"{row['tb_per_s']:.2f}", f"{row['tflop_per_s'] or 0:.0f}"]
+        for row in rows
+    ]
+    return _markdown(["piece", "way", "ms", "TB/s", "TFLOP/s"], body)
+
+
+def memory_measured() -> str:
+    """The allocator's peak in a real step beside what was predicted of it."""
+    predicted = {(row["benchmark"], row["cell"]): row["predicted_gib"] for row in _rows("memory")}
+    body = []
+    for row in _rows("gpu/memory"):
+        said, found = predicted[row["of"], row["of_cell"]], row["measured_gib"]
+        where = row["cell"].partition(": ")[2]
+        if where == "the same, 8-bit state and released gradients":
+            where = "8B, 1 × 1024, mem, full stack"
+        body.append(
+            [where, f"{said:.2f}", f"{found:.2f}", f"{100 * (said / found - 1):+.1f} %", f"{row['reserved_gib']:.2f}"]
+        )
+    return _markdown(["setting", "predicted", "allocated", "error", "reserved"], body)
 
 
 def _beside(
@@ -408,6 +470,10 @@ _TABLES = (
     merges_spectra,
     layer,
     step,
+    gpu_layer,
+    gpu_step,
+    gpu_routes,
+    memory_measured,
     continuity,
     stability,
     permutations,
