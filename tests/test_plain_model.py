@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -92,6 +93,18 @@ def test_a_single_step_conv1d_has_the_plain_state_and_takes_the_older_layout(old
     )
     assert same(copied.state_dict(), changed)
     assert all(layer.weight.is_contiguous() for _, layer in converted_layers(copied))
+
+
+def test_square_conv1d_weights_alone_do_not_show_their_layout_and_it_is_said(caplog):
+    plain = gpt2()
+    model = copy.deepcopy(plain)
+    convert_(model, PoetConfig(method="single-step", block_size=16, target_modules=("attn.c_proj",)))
+    model.load_state_dict(model.state_dict())  # today's
+    assert not caplog.records
+    model.load_state_dict(plain.state_dict())
+    (record,) = caplog.records
+    assert re.search(r"h\.0\.attn\.c_proj\.weight: taken as Conv1D holds it, \[in, out\]", record.getMessage())
+    assert same(model.state_dict(), plain.state_dict())
 
 
 def test_copies_pickles_parts_and_arguments_by_place(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +25,8 @@ from poetx.layers.single_step import SingleStepLinear
 from poetx.layers.walk import converted_layers, rotation_ids
 from poetx.plain_model import save_as_before_, save_plain_weights_too_
 from poetx.targets import Targets, find_targets, is_conv1d
+
+logger = logging.getLogger(__name__)
 
 #: Names that checkpoints in the wild give to several matrices held as one.
 _FUSED = re.compile(r"(^|\.)(c_attn|qkv|qkv_proj|query_key_value|Wqkv|in_proj|gate_up_proj|kv_proj|q_attn)$")
@@ -100,7 +103,11 @@ def _apply(model: nn.Module, fn: Callable[..., Any], recurse: bool = True) -> nn
 
 
 def _take_older_layout(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Turn square weights that single-step layers in place of a ``Conv1D`` once saved as [out, in]; others show it."""
+    """Turn square weights that single-step layers in place of a ``Conv1D`` once saved as [out, in]; others show it.
+
+    Where there are no others, they are taken as the plain model has them, and a warning says so unless the state is
+    known as one of today's.
+    """
     layers = {
         f"{prefix}{name}.weight": layer
         for name, layer in model.named_modules(remove_duplicate=False)
@@ -109,6 +116,15 @@ def _take_older_layout(model: nn.Module, state_dict: dict[str, Tensor], prefix: 
     shapes = {key: (layer.out_features, layer.in_features) for key, layer in layers.items() if key in state_dict}
     if any(m != n and state_dict[key].shape == (m, n) for key, (m, n) in shapes.items()):
         state_dict |= {key: state_dict[key].T for key, (m, n) in shapes.items() if m == n}
+    elif shapes and all(m == n for m, n in shapes.values()):
+        key = next(iter(shapes))
+        known = getattr(state_dict, "_metadata", {}).get(key.removesuffix(".weight"), {})
+        if known.get("version", 1) < SingleStepLinear._version:
+            logger.warning(
+                "%s: taken as Conv1D holds it, [in, out]; an earlier poetx saved it transposed, and a square weight "
+                "does not show which it is",
+                key,
+            )
 
 
 def _convert_layer(

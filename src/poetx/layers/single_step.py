@@ -41,6 +41,7 @@ class SingleStepLinear(ConvertedLinear):
     """
 
     weight_name = "weight"
+    _version = 2  # of its state dict; 1, which plain layers have, too: a Conv1D's weight perhaps transposed
 
     def __init__(
         self,
