@@ -6,7 +6,9 @@ import json
 import math
 from pathlib import Path
 
-from poetx.train.metrics import MetricsWriter, is_whole, perplexity, read_metrics
+import pytest
+
+from poetx.train.metrics import MetricsWriter, divergence, is_whole, perplexity, read_metrics
 
 
 def test_resuming_cuts_what_comes_after_the_checkpoint_and_a_torn_line(tmp_path: Path) -> None:
@@ -84,3 +86,23 @@ def test_damaged_lines_are_told_from_whole_ones(tmp_path: Path) -> None:
     found = read_metrics(tmp_path / "metrics.jsonl")
     assert [is_whole(entry) for entry in found] == [True] * 5 + [False] * (len(found) - 5)
     assert len(found) >= 5 + 14
+
+
+@pytest.mark.parametrize(
+    ("validation", "training", "said"),
+    [
+        ({0: 6.0, 40: 3.0, 80: None}, [3.0], "not finite at the end"),
+        ({0: 6.0, 40: 3.0, 80: 4.5}, [5.0, 3.0, 3.0, 4.5], "perplexity 20.1 at step 40, 90.0 at the end"),
+        ({0: 6.0, 40: 3.0, 80: 4.5}, [5.0, 3.0, 2.0, 1.0], ""),  # overfits
+        ({0: 6.0, 40: 3.0, 80: 3.5}, [5.0, 3.0, 3.0, 4.5], ""),
+        ({0: 3.0, 80: 4.5}, [3.0, 2.0], "at step 0, 90.0"),
+        ({0: None, 80: 900.0}, [3.0], "not finite at the end"),
+        ({}, [3.0], ""),
+    ],
+)
+def test_divergence_is_told_from_overfitting(validation: dict, training: list, said: str) -> None:
+    entries: list[dict] = [{"event": "validation", "step": step, "loss": loss} for step, loss in validation.items()]
+    for step in range(1, 81):
+        entries.append({"event": "train", "step": step, "loss": training[(step - 1) * len(training) // 80]})
+    assert said in divergence(entries)
+    assert bool(divergence(entries)) == bool(said)

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from poetx.train.run import RunResult
 
 DIVERGED = 3  # exit code of a run that reached its last step with a model that is worse than none
-_WORSE = 2.0  # so many times the perplexity of before training
 
 _EPILOG = (
     "Examples: poetx train | poetx train llama-60m data.train=corpus.jsonl run_dir=runs/mine | "
@@ -51,7 +50,10 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in the same place.")] = False,
 ) -> None:
-    """Train a model from a recipe. With no recipe: a demo of a few minutes, with nothing to download."""
+    """Train a model from a recipe. With no recipe: a demo of a few minutes, with nothing to download.
+
+    Exits with 3 where the last step was reached but the run diverged; 128 and the signal's number where one stopped it.
+    """
     overrides = list(overrides or [])
     if recipe is not None and "=" in recipe and not Path(recipe).exists():
         overrides.insert(0, recipe)
@@ -92,8 +94,9 @@ def train(
         console.print(_stopped_text(result), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(128 + result.signum)
     _show_result(console, loaded, result)
-    if text := _diverged_text(result):
-        print(f"error: {text}", file=sys.stderr)
+    if result.diverged:
+        remedy = "try lower learning rates (optimizer.lr, optimizer.poet_lr) or a longer optimizer.warmup_steps"
+        print(f"error: {result.diverged}; {remedy}", file=sys.stderr)
         raise typer.Exit(DIVERGED)
 
 
@@ -114,17 +117,6 @@ def _stopped_text(result: RunResult) -> str:
     if result.checkpoint is None:
         return f"{stopped}; there was nothing to save yet"
     return f"{stopped}; saved {result.checkpoint}\ncontinue with: poetx train {result.run_dir} --resume"
-
-
-def _diverged_text(result: RunResult) -> str:
-    """What a script must know of a run that reached its last step and is worth nothing; empty for any other."""
-    first, last = result.first_perplexity, result.last_perplexity
-    remedy = "; try lower learning rates (optimizer.lr, optimizer.poet_lr) or a longer optimizer.warmup_steps"
-    if last is None:
-        return f"the run diverged: its validation loss is not finite at the end{remedy}"
-    if first and last > _WORSE * first:
-        return f"the run diverged: validation perplexity {first:,.1f} before, {last:,.1f} after{remedy}"
-    return ""
 
 
 def _failed_text(run_dir: Path, error: Exception) -> str:

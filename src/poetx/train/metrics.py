@@ -27,6 +27,7 @@ _NO_NUMBERS = ("event", "merged", "skipped", "grad_norm_of")
 _SPECTRUM = ("norm_ratio", "drift_median", "drift_max", "entropy")
 _LARGEST = 1e300
 TIMING_KEYS = ("seconds", "tokens_per_second", "peak_memory_gib")  # differ from run to run
+_NEAR = 10  # training losses of so many steps around a validation are compared
 
 
 class MetricsWriter:
@@ -110,6 +111,31 @@ def _are_numbers(values: Any, *needed: str) -> bool:
 def perplexity(loss: float) -> float:
     """exp(loss), infinite where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
+
+
+def divergence(entries: list[dict[str, Any]]) -> str:
+    """What a run's whole lines say against its end; empty for a run that did not diverge.
+
+    It did where the last validation loss is not finite, or the perplexity is more than twice its best and training
+    rose, too: where that falls meanwhile, the model overfits. Twice that before training is divergence in any case.
+    """
+    losses = {e["step"]: e["loss"] for e in entries if e["event"] == "validation"}
+    if not losses:
+        return ""
+    last = max(losses)
+    if losses[last] is None or math.isinf(perplexity(losses[last])):
+        return "the run diverged: its validation perplexity is not finite at the end"
+    best = min((step for step in losses if losses[step] is not None), key=lambda step: losses[step])
+
+    def training(step: int) -> float:
+        near = [e["loss"] for e in entries if e["event"] == "train" and abs(e["step"] - step) < _NEAR]
+        near = [loss for loss in near if loss is not None]
+        return sum(near) / len(near) if near else math.inf
+
+    if losses[last] - losses[best] <= math.log(2) or (best and training(last) <= training(best)):
+        return ""
+    before, after = perplexity(losses[best]), perplexity(losses[last])
+    return f"the run diverged: validation perplexity {before:,.1f} at step {best}, {after:,.1f} at the end"
 
 
 def _finite(value: Any) -> Any:

@@ -36,7 +36,7 @@ from poetx.train import checkpoint as ckpt
 from poetx.train.environment import describe, peak_memory_gib
 from poetx.train.export import TOKENIZER_DIR, TOKENIZER_SUM, export_model, save_tokenizer, tokenizer_sum
 from poetx.train.loop import TrainingRun, fit
-from poetx.train.metrics import MetricsWriter, is_whole, read_metrics
+from poetx.train.metrics import MetricsWriter, divergence, is_whole, read_metrics
 from poetx.train.progress import Reporter, RunInfo
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class RunResult:
         model: dense after an export, else still converted.
         first_validation_tokens: a prompt from the validation text.
         audit: the ``audit`` line of metrics.jsonl.
+        diverged: what says so, where the run did; else empty.
     """
 
     run_dir: Path
@@ -77,6 +78,7 @@ class RunResult:
     model: PreTrainedModel
     first_validation_tokens: list[int]
     audit: dict[str, Any]
+    diverged: str
 
 
 def train(
@@ -327,6 +329,7 @@ def _train_and_export(run: TrainingRun, start: Path | None, report: ConversionRe
         model=run.model,
         first_validation_tokens=run.data.validation.tokens[:16].tolist(),
         audit=audit,
+        diverged=divergence(entries),
     )
 
 
