@@ -78,7 +78,7 @@ def adamw_kernel(
         v = v * v * v * v * tl.load(second_scale + row, mask=scales, other=0.0)[:, None]
     m = m + (g - m) * beta1_rest
     v = v * beta2 + g * g * beta2_rest
-    noise, noise1, noise2, _ = tl.randint4x(seed, number)
+    noise, noise1, noise2, _ = tl.randint4x(seed, number)  # pyright: ignore[reportGeneralTypeIssues]
     if NARROW:
         size = tl.abs(m)
         scale1, scale2 = tl.max(size, 1), tl.max(v, 1)
