@@ -15,7 +15,7 @@ from poetx.data.prepare import prepare_data
 from poetx.errors import UserError
 from poetx.recipe import Recipe, load_recipe
 from poetx.runs.evaluate import evaluate_run
-from poetx.train import loop
+from poetx.train import checkpoint, loop
 from poetx.train.checkpoint import checkpoints, step_of
 from poetx.train.progress import Reporter
 from poetx.train.run import train
@@ -110,25 +110,43 @@ def test_a_directory_in_use_is_left_alone(tiny: Tiny) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="only Linux tells where an open file is")
-@pytest.mark.parametrize("removed", [False, True])
-def test_a_run_whose_directory_is_moved_stops_and_loses_nothing(removed: bool, tiny: Tiny, tmp_path: Path) -> None:
-    recipe, there = tiny("train.checkpoint_every=100"), tmp_path / "elsewhere"
+@pytest.mark.parametrize(
+    ("event", "at", "to", "words"),
+    [
+        ("step", 5, "elsewhere", r"is at .*elsewhere now.*step-00000006; continue with: poetx"),
+        ("step", 5, None, r"has been moved or removed.* step 6$"),
+        ("validation", 12, "elsewhere", r"is at .*elsewhere now.*step-00000012; continue with: poetx"),
+        ("write", 12, "elsewhere", r"is at .*elsewhere now.*step-00000012; continue with: poetx"),
+    ],
+)
+def test_a_run_whose_directory_is_moved_stops_and_loses_nothing(
+    event: str, at: int, to: str | None, words: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny("train.checkpoint_every=100")
+
+    def move(step: int) -> None:
+        if step == at and recipe.directory.exists():
+            recipe.directory.rename(tmp_path / to) if to else shutil.rmtree(recipe.directory)
 
     class Mover(Reporter):
         def step(self, entry: dict) -> None:
-            if entry["step"] == 5:
-                shutil.rmtree(recipe.directory) if removed else recipe.directory.rename(there)
+            if event == "step":
+                move(entry["step"])
 
-    words = (
-        r"has been moved or removed.* step 6$"
-        if removed
-        else r"is at .*elsewhere now.*step-00000006; continue with: poetx"
-    )
+        def validation(self, entry: dict) -> None:
+            if event == "validation":
+                move(entry["step"])
+
+    if event == "write":
+        original = checkpoint._write_files
+        monkeypatch.setattr(
+            checkpoint, "_write_files", lambda place, *rest: (move(rest[2].step), original(place, *rest))
+        )
     with pytest.raises(UserError, match=words):
         train(recipe, reporter=Mover())
     assert not recipe.directory.exists()
-    if not removed:
-        assert train(load_recipe(str(there)), resume=True).step == 12
+    if to:
+        assert train(load_recipe(str(tmp_path / to)), resume=True).step == 12
 
 
 def test_a_last_step_that_is_skipped_still_leaves_a_checkpoint(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,12 @@ def _take_steps(run: TrainingRun, stop: StopRequest) -> None:
         # During a streak of bad steps there is nothing new to keep, unless this is the end.
         due = state.step % settings.checkpoint_every == 0 and state.bad_steps_in_a_row == 0
         if due or last or stop.signum is not None:
-            _save_if_finite(run, last=last)
+            _check_in_place(run)  # again: validation may have taken long
+            try:
+                _save_if_finite(run, last=last)
+            except UserError:
+                _check_in_place(run)
+                raise
 
 
 def _check_in_place(run: TrainingRun) -> None:
