@@ -113,6 +113,17 @@ def single(angle: float = 0.012, **settings: Any) -> Run:
     return Run(matrix_lr=angle, options=options, **fields)
 
 
+def _current(options: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer's arguments: rows that are there name one partition, which is all there is, and a ``spectrum``."""
+    given = {name: value for name, value in options.items() if name not in ("partitions", "spectrum")}
+    if options.get("partitions", 1) != 1:
+        raise ValueError(
+            f"partitions={options['partitions']}: this run cannot be made again; there is one partition now"
+        )
+    spectrum = options.get("spectrum", "fixed")
+    return {"update": "rotation" if spectrum == "fixed" else spectrum} | given
+
+
 def recommended(angle: float = 0.012, **changes: Any) -> Run:
     """The recommended short run, with ``changes``: any map of one contiguous partition, from small residual layers."""
     return single(angle, **({"lr": 0.012, "partitions": 1, "spectrum": "free"} | START | changes))
@@ -258,7 +269,7 @@ def optimizer_for(model: Any, run: Run) -> tuple[Any, list[Tensor], list[nn.Para
             dense_optimizer=functools.partial(torch.optim.AdamW, betas=betas, weight_decay=0.0),
             weight_decay=run.weight_decay,
             seed=run.seed,
-            **({"update": "rotation"} | run.options),
+            **_current(run.options),
         )
         return optimizer, matrices, rest
     decay = [p for p in rest if p.ndim >= 2]
