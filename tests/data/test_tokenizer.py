@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,15 @@ from poetx.data.tokenizer import find_end_of_text, train_tokenizer
 from poetx.errors import UserError
 
 
-@pytest.mark.parametrize("word", ["gamma", " ", "42"])
-def test_an_end_of_text_that_text_has_as_well_is_refused(word: str, tmp_path: Path) -> None:
-    own = train_tokenizer(["gamma 42 gamma 42 gamma 42"] * 9, vocab_size=300)
-    own.save(str(tmp_path / "tokenizer.json"))
-    for use in (
-        lambda: find_end_of_text(own, word, file=tmp_path / "tokenizer.json"),
-        lambda: train_tokenizer(["a"], vocab_size=300, end_of_text=word),
-    ):
-        with pytest.raises(UserError, match=rf"^data\.end_of_text={word}: "):
-            use()
+@pytest.mark.parametrize("word", ["gamma", " ", "42", ".", "the end", "..."])
+def test_an_end_of_text_that_text_has_as_well_is_refused_for_a_new_tokenizer(word: str) -> None:
+    with pytest.raises(UserError, match=rf"^data\.end_of_text={re.escape(word)}: must be what no text has"):
+        train_tokenizer(["a"], vocab_size=300, end_of_text=word)
+
+
+@pytest.mark.parametrize("word", ["gamma", "42", "Ġgamma", "Ġ"])
+def test_an_ordinary_token_of_a_tokenizer_is_refused_as_end_of_text(word: str, tmp_path: Path) -> None:
+    own, file = train_tokenizer(["gamma 42 gamma 42 gamma 42"] * 9, vocab_size=300), tmp_path / "tokenizer.json"
+    with pytest.raises(UserError, match=rf"^data\.end_of_text={word}: an ordinary token"):
+        find_end_of_text(own, word, file=file)
+    assert find_end_of_text(own, "<|endoftext|>", file=file) == "<|endoftext|>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,11 +23,11 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, end_of_text: str =
     """A byte-level BPE of at most ``vocab_size`` tokens, the same for the same texts and size.
 
     Raises:
-        UserError: ``end_of_text`` is a word, which text has as well.
+        UserError: ``end_of_text`` is words and punctuation, which text has as well.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if not end_of_text.strip() or end_of_text.isalnum():
+    if re.fullmatch(r"[\w\s.,:;!?'\"()-]*", end_of_text):
         raise UserError(f"data.end_of_text={end_of_text}: must be what no text has, such as {END_OF_TEXT}")
 
     tokenizer = Tokenizer(models.BPE())
@@ -84,7 +85,9 @@ def find_end_of_text(tokenizer: Tokenizer, wanted: str | None, *, file: Path) ->
         if wanted not in vocab:
             raise UserError(f"data.end_of_text={wanted}: not a token of {file}{nearest(wanted, _USUAL_ENDS)}")
         added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-        if wanted not in added and tokenizer.encode(wanted, add_special_tokens=False).ids == [vocab[wanted]]:
+        written = (wanted, tokenizer.decode([vocab[wanted]], skip_special_tokens=False))  # "Ġfox" is written " fox"
+        ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in written]
+        if wanted not in added and [vocab[wanted]] in ids:
             raise UserError(
                 f"data.end_of_text={wanted}: an ordinary token of {file}, which text has as well; name a special one"
             )
