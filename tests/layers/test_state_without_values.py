@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from poetx import POETX, PoetConfig, UserError, convert_
+from poetx import POETX, PoetConfig, UserError, convert_, to_dense_
 
 FORMS = {
     "poet-x": {},
@@ -30,6 +30,11 @@ def test_to_empty_alone_is_refused_and_every_way_to_give_values_is_taken(form):
     for attempt in (model, copy.deepcopy(model), copy.deepcopy(model).to(torch.float64)):
         with pytest.raises(UserError, match="^0: it has memory but no values since it left the meta device"):
             attempt(x.to(next(attempt.parameters()).dtype))
+    with pytest.raises(UserError, match="it has memory but no values"):
+        to_dense_(copy.deepcopy(model))
+    if form != "single-step":
+        with pytest.raises(UserError, match="it has memory but no values"):
+            model[0].merge_()
     ways = {
         "load": lambda m: m.load_state_dict(state),
         "assign": lambda m: m.load_state_dict(copy.deepcopy(state), assign=True),

@@ -244,6 +244,7 @@ class PoetLinear(ConvertedLinear):
         Computed beside what is there, which takes the stored weight's memory once more, then written in place, all of
         it: whatever interrupts or fails, the layer is as before or merged (:func:`poetx.ops.transaction.swap_`).
         """
+        self.check_filled()
         count = int(self.merge_count) + 1
         weight = fold(self.frozen_weight.precise(), self.sides)
         norm = torch.linalg.vector_norm(weight, dtype=torch.float64)

@@ -116,6 +116,7 @@ class SingleStepLinear(ConvertedLinear):
 
     def dense_weight(self) -> Tensor:
         """The weight [out_features, in_features]: itself."""
+        self.check_filled()
         return self.weight.detach()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
