@@ -35,7 +35,8 @@ ORDER = (
     ("cli",),
 )
 LEVELS = {name: level for level, names in enumerate(ORDER) for name in names}
-LEVELS |= {"__main__": len(ORDER)}
+#: Former homes that only forward, and the two that start something.
+LEVELS |= {"stack": len(ORDER), "__main__": len(ORDER)}
 
 
 def level(parts):

@@ -40,3 +40,18 @@ def test_json_round_trip():
 def test_bad_values(values, message):
     with pytest.raises(UserError, match="(?s)" + __import__("re").escape(message)):
         PoetConfig.from_dict(values)
+
+
+def test_the_former_name_of_the_extra_bits_is_taken_and_said(tmp_path):
+    import dataclasses
+
+    from poetx.recipe import load_recipe
+
+    with pytest.warns(DeprecationWarning, match="weight_extra_bits=True"):
+        config = PoetConfig(weight_residual=True)
+    assert config == PoetConfig(weight_extra_bits=True) == PoetConfig.from_dict({"weight_residual": True})
+    assert "weight_residual" not in config.to_dict()
+    assert dataclasses.replace(config, seed=1).weight_extra_bits
+    text = load_recipe("demo").to_yaml().replace("weight_extra_bits: null", "weight_residual: true")
+    (tmp_path / "old.yaml").write_text(text)
+    assert load_recipe(str(tmp_path / "old.yaml")).poet.config.weight_extra_bits

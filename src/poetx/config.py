@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
+import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import InitVar, dataclass
+from typing import Any, Literal, TypeVar, get_args
 
 from poetx.errors import UserError, nearest
 
+T = TypeVar("T")
 Mode = Literal["fast", "mem"]
 Init = Literal["keep", "normalized", "uniform"]
 NeumannOrder = Literal[3, 7, "exact"]
@@ -40,6 +43,10 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
+#: Former names of settings.
+RENAMED = {"weight_residual": "weight_extra_bits"}
+
+
 def name_matches(name: str, patterns: str | tuple[str, ...]) -> bool:
     """PEFT's rule: one string is a regular expression for the whole name, several are names or endings."""
     if isinstance(patterns, str):
@@ -58,6 +65,44 @@ def list_hint(key: str, patterns: str | tuple[str, ...], names: Iterable[str]) -
     )
 
 
+def current_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of :class:`PoetConfig` as older versions wrote them, under the names of this one.
+
+    Raises:
+        UserError: a single-step config with several partitions, or random ones.
+    """
+    gone = ("partitions", "partition_kind", "spectrum")
+    new = {RENAMED.get(key, key): value for key, value in values.items() if key not in gone}
+    if new.get("method", "poet-x") == "single-step":
+        for key, kept in (("partitions", 1), ("partition_kind", "structured")):
+            if values.get(key, kept) != kept:
+                raise UserError(
+                    f"{key}={values[key]!r}: one contiguous partition is all there is now, because larger "
+                    f"blocks did better at equal state; leave {key} out and start anew, with a larger block_size"
+                )
+    if "update" not in values and values.keys() & {"spectrum", "partitions"}:  # what they left out meant rotations
+        spectrum = values.get("spectrum", "fixed")
+        new["update"] = {"fixed": "rotation"}.get(spectrum, spectrum)
+    return new
+
+
+def _with_older_names(cls: type[T]) -> type[T]:
+    """Let a config be made with ``spectrum`` and ``partitions=1``, too."""
+    made: Any = cls.__init__
+
+    @functools.wraps(made)
+    def __init__(self: T, **settings: Any) -> None:
+        if "spectrum" in settings:
+            text = "spectrum is called update now: 'rotation' for 'fixed', or 'free'"
+            warnings.warn(text, DeprecationWarning, stacklevel=2)
+        residual = {key: settings.pop(key) for key in RENAMED if key in settings}
+        made(self, **current_keys(settings), **residual)
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    return cls
+
+
+@_with_older_names
 @dataclass(frozen=True, kw_only=True)
 class PoetConfig:
     """Settings of :func:`poetx.convert_`.
@@ -94,6 +139,7 @@ class PoetConfig:
             only merging reads and writes; with a ``weight_format`` 4 more bits of it. Without them, rounding noise of
             merges drowns small singular values, of which a pretrained weight has many. None: with ``init="keep"``, not
             with fresh weights. Nothing changes for a float32 weight; true where all are is in the conversion report.
+            Formerly ``weight_residual``, still taken.
         weight_format: store the frozen weight as ``"int8"`` or ``"int4"`` (affine), ``"nf4"``, ``"fp8"`` (e4m3) or
             ``"bipolar-int2"`` … ``"bipolar-int8"``, dequantized on the fly (POET-XQ). None: in the model's dtype.
             Needs ``mode="mem"``: what *fast* saves for backward would cost more than the format spares.
@@ -119,8 +165,12 @@ class PoetConfig:
     weight_extra_bits: bool | None = None
     weight_format: str | None = None
     group_size: int = 128
+    weight_residual: InitVar[bool | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, weight_residual: bool | None) -> None:
+        if weight_residual is not None:
+            warnings.warn(f"weight_residual is now weight_extra_bits={weight_residual}", DeprecationWarning, 3)
+            object.__setattr__(self, "weight_extra_bits", weight_residual)
         if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 2:
             raise UserError(
                 f"block_size={self.block_size!r}: must be a whole number of at least 2 (256 or 512 are usual)"
@@ -184,8 +234,8 @@ class PoetConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PoetConfig:
-        """The inverse of :meth:`to_dict`. Raises :class:`UserError` on an unknown key."""
-        known = [field.name for field in dataclasses.fields(cls)]
+        """The inverse of :meth:`to_dict`, older versions' included. Raises :class:`UserError` on an unknown key."""
+        known, values = [field.name for field in dataclasses.fields(cls)], current_keys(values)
         for key in values:
             if key not in known:
                 raise UserError(f"PoetConfig: unknown key {key!r}{nearest(key, known)}")

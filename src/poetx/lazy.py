@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,3 +21,20 @@ def lazy_names(module: str, homes: Mapping[str, tuple[str, ...]]) -> Callable[[s
         return value
 
     return look_up
+
+
+def moved_names(module: str, homes: Mapping[str, tuple[str, ...]]) -> Callable[[str], Any]:
+    """As :func:`lazy_names`, for names that have moved: each warns once where it is now."""
+    look_up = lazy_names(module, homes)
+    home = {name: place for place, names in homes.items() for name in names}
+
+    def look_up_and_warn(name: str) -> Any:
+        value = look_up(name)
+        warnings.warn(
+            f"{module}.{name} has moved to {home[name]}.{name} and goes from here with the next release",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+        return value
+
+    return look_up_and_warn

@@ -184,6 +184,12 @@ def test_mistakes_are_named():
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
 
 
+def test_the_former_name_still_works_and_says_so():
+    with pytest.warns(DeprecationWarning, match="dense_optimizer="):
+        optimizer = build_optimizer(groups_of(model_of()), base="smmf")
+    assert [type(each).__name__ for each in optimizer.optimizers] == ["AdamW", "SMMF"]
+
+
 @pytest.mark.parametrize("kinds", [("adamw", "adamw"), ("adamw", "smmf"), ("adamw", "hfac"), ("sgd", "adafactor")])
 @pytest.mark.parametrize("scheduler", ["OneCycleLR", "CyclicLR"])
 def test_schedulers_that_cycle_momentum_reach_every_group(kinds, scheduler):

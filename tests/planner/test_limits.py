@@ -176,6 +176,13 @@ def test_a_budget_is_a_number_of_gb(budget):
         largest_batch("llama-60m", budget)
 
 
+def test_former_names_of_the_planner_warn_once_where_they_are_now():
+    import poetx.memory
+
+    with pytest.warns(DeprecationWarning, match=r"has moved to poetx\.planner\.batch_limit"):
+        assert poetx.memory.largest_batch is largest_batch
+
+
 def test_measuring_sees_merges_and_leaves_nothing_behind():
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, num_hidden_layers=1)).train()
     poetx.convert_(model, poetx.PoetConfig(block_size=32))

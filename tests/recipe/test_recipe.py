@@ -9,6 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from poetx.config import PoetConfig
 from poetx.errors import UserError
 from poetx.recipe import RECIPE_DIR, Recipe, builtin_recipes, differing_keys, load_recipe, settled_as
 from poetx.recipe.sections import PoetXKeys
@@ -111,6 +112,7 @@ def test_single_steps_keep_the_update_they_were_written_with(
     recipe = load_recipe(str(tmp_path if of_a_run else path))
     assert recipe.poet is not None
     assert recipe.poet.config.update == update
+    assert PoetConfig.from_dict({"method": "single-step"} | written).update == (update if written else "free")
     assert load_recipe(str(path), ["poet.update=rotation"]).poet.config.update == "rotation"  # type: ignore[union-attr]
 
 

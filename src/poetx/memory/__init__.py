@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from poetx.lazy import lazy_names
+from poetx.lazy import lazy_names, moved_names
 
 if TYPE_CHECKING:
     from poetx.memory.measure import MemoryProbe, measure_memory
@@ -12,7 +12,16 @@ if TYPE_CHECKING:
 
 __all__ = ["MemoryProbe", "PhasePeak", "measure_memory"]
 
-__getattr__ = lazy_names(
+_OWN = {"poetx.memory.measure": ("MemoryProbe", "measure_memory"), "poetx.memory.tracker": ("PhasePeak",)}
+_own = lazy_names(__name__, _OWN)
+_moved = moved_names(
     __name__,
-    {"poetx.memory.measure": ("MemoryProbe", "measure_memory"), "poetx.memory.tracker": ("PhasePeak",)},
+    {
+        "poetx.planner.estimate": ("GIB", "MemoryEstimate", "estimate_memory"),
+        "poetx.planner.batch_limit": ("BatchLimit", "largest_batch"),
+    },
 )
+
+
+def __getattr__(name: str) -> Any:
+    return _own(name) if name in __all__ else _moved(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,7 @@ def build_optimizer(
     momentum: float = 0.0,
     state_dtype: str = "auto",
     foreach: bool | None = None,
+    base: str | None = None,
 ) -> torch.optim.Optimizer:
     """Build the optimizer ``name`` over ``groups``; if ``dense_optimizer`` is given, that one takes all but rotations.
 
@@ -50,12 +52,17 @@ def build_optimizer(
             rounded stochastically (:class:`poetx.optim.AdamW`): ``torch.optim.AdamW`` rounds to nearest and loses
             every step below half a unit in the last place, so at a rate of 1e-3 a norm's weight never leaves 1.
             ``"same"``: the parameter's, by torch's own AdamW. ``"float32"``, ``"bfloat16"``, ``"int8"``.
+        base: the former name of ``dense_optimizer``.
 
     Raises:
         UserError: a name that does not exist, a number outside its range, ``dense_optimizer`` for groups without
             rotations, settings of an optimizer that is not built, sharded parameters. The optimizer refuses to load
             the state of another one.
     """
+    if base is not None:
+        text = "base= is called dense_optimizer= now and goes with the next release"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        dense_optimizer = dense_optimizer or base
 
     def ours(chosen: Sequence[dict[str, Any]]) -> bool:
         """Whether AdamW over these groups takes what torch's does not have."""

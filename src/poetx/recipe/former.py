@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 from typing import Any
 
+from poetx.config import RENAMED as RENAMED_SETTINGS
 from poetx.errors import UserError
 from poetx.recipe.sections import belongs, default_of, section_types
 
 #: Former dotted keys.
-RENAMED = {
-    "optimizer.base": "optimizer.dense_optimizer",
-    "poet.weight_residual": "poet.weight_extra_bits",
+RENAMED = {"optimizer.base": "optimizer.dense_optimizer"} | {
+    f"poet.{old}": f"poet.{new}" for old, new in RENAMED_SETTINGS.items()
 }
 #: Defaults that runs of former versions were started with, where today's is another.
 DEFAULTS = {"poet.weight_extra_bits": False, "poet.update": "rotation"}

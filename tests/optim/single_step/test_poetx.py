@@ -168,6 +168,8 @@ def test_momentum_is_a_small_part_of_adamws_state(shapes, update, block_size, sh
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"partitions": 2}, "partitions=2 is gone: one contiguous partition"),
+        ({"rule": "adam"}, "rule='adam' is gone"),
         ({"block_size": 1}, "block_size=1"),
         ({"update": "any"}, "update='any': must be one of 'rotation', 'free'"),
         ({"target_modules": ("nothing",)}, "matches no linear layer"),
@@ -187,6 +189,16 @@ def test_more_refusals():
         POETX(mlp(), block_size=4).add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
     with pytest.raises(UserError, match="give a model, its parameters"):
         POETX([1, 2])
+
+
+def test_names_of_older_versions_are_taken_with_a_warning():
+    with pytest.warns(DeprecationWarning, match="spectrum is update now"):
+        optimizer = POETX(mlp(), block_size=4, spectrum="free", partitions=1)
+    assert optimizer.state[optimizer.param_groups[0]["params"][0]]["momentum_in"].shape[1:] == (4, 4)
+    with pytest.warns(DeprecationWarning, match="base is dense_optimizer now"):
+        assert isinstance(POETX(mlp(), base=torch.optim.Adagrad).base, torch.optim.Adagrad)
+    with pytest.warns(DeprecationWarning, match="betas is dense_optimizer now"):
+        assert POETX(mlp(), betas=(0.9, 0.95)).param_groups[1]["betas"] == (0.9, 0.95)
 
 
 def test_a_closure_is_called_once_and_its_loss_returned():

@@ -10,6 +10,8 @@ sections 4 and 7). Maps I + E that need not be rotations, the default, have the 
 from __future__ import annotations
 
 import functools
+import inspect
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from poetx.distributed.ranks import on_any_rank
-from poetx.errors import UserError
+from poetx.errors import UserError, nearest
 from poetx.ops.cayley import exact_delta, unpack_skew
 from poetx.ops.fold import full_precision_products
 from poetx.optim.gradient_release import hand_over_gradient
@@ -99,7 +101,9 @@ class POETX(torch.optim.Optimizer):
         target_modules: str | tuple[str, ...] = "all-linear",
         exclude_modules: str | tuple[str, ...] = ("lm_head",),
         seed: int | None = None,
+        **older: Any,
     ) -> None:
+        update, dense_optimizer = _older_arguments(older, update, dense_optimizer)
         numbers = {"lr": lr, "angle": angle, "momentum": momentum, "norm_growth": norm_growth}
         check_numbers(numbers | {"weight_decay": weight_decay})
         settings = {"block_size": block_size, "update": update, "rotation_dtype": momentum_dtype, "seed": seed}
@@ -161,6 +165,11 @@ class POETX(torch.optim.Optimizer):
     @property
     def dense_optimizer(self) -> torch.optim.Optimizer | None:
         """The optimizer of what is not rotated, for hooks; :meth:`step` steps it."""
+        return self._dense
+
+    @property
+    def base(self) -> torch.optim.Optimizer | None:
+        """Older name of :attr:`dense_optimizer`."""
         return self._dense
 
     def close(self) -> None:
@@ -339,6 +348,36 @@ class POETX(torch.optim.Optimizer):
             parts = zip(batch, now, E.split(counts), touched.split(counts), strict=True)
             for matrix, (momenta, _), E_KBB, touched_K in parts:
                 matrix.take_step(momenta, E_KBB, touched_K, momentum)
+
+
+def _older_arguments(older: dict[str, Any], update: str | None, dense_optimizer: Any) -> tuple[str | None, Any]:
+    """Arguments under the names of older versions."""
+    if "spectrum" in older:
+        update = {"fixed": "rotation"}.get(older["spectrum"], older["spectrum"])
+    if "base" in older:
+        dense_optimizer = older["base"]
+    elif "betas" in older or "eps" in older:
+        options = {name: older[name] for name in ("betas", "eps") if name in older}
+        dense_optimizer = dense_optimizer or functools.partial(torch.optim.AdamW, weight_decay=0.0, **options)
+    renamed = {"spectrum": "update", "base": "dense_optimizer", "betas": "dense_optimizer", "eps": "dense_optimizer"}
+    for old, new in renamed.items():
+        if older.pop(old, None) is not None:
+            warnings.warn(f"POETX: {old} is {new} now", DeprecationWarning, stacklevel=3)
+    if older.get("partitions") == 1:
+        del older["partitions"]
+    gone = {
+        "partitions": "one contiguous partition is all there is; a larger block_size did better at equal state",
+        "partition_kind": "one contiguous partition is all there is",
+        "resample_every": "one contiguous partition is all there is",
+        "rule": "the orthogonalized momentum is all there is",
+        "alternate": "sides are written in turn",
+    }
+    for name, value in older.items():
+        if name not in gone:
+            guess = nearest(name, inspect.signature(POETX).parameters)
+            raise TypeError(f"POETX() got an unexpected keyword argument {name!r}{guess}")
+        raise UserError(f"POETX: {name}={value!r} is gone: {gone[name]}; leave it out")
+    return update, dense_optimizer
 
 
 def _batches(matrices: Iterable[Matrix], elements: int) -> Iterable[list[Matrix]]:
