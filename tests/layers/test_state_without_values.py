@@ -59,7 +59,11 @@ def test_to_empty_alone_is_refused_and_every_way_to_give_values_is_taken(form):
 
 
 @pytest.mark.parametrize("side", ["perm_in", "perm_out"])
-@pytest.mark.parametrize("damage", [lambda p: p * 0, lambda p: p.clamp(max=5), lambda p: p + 1, lambda p: -p], ids=str)
+@pytest.mark.parametrize(
+    "damage",
+    [lambda p: p * 0, lambda p: p.clamp(max=5), lambda p: p + 1, lambda p: -p],
+    ids=["zeros", "doubled", "out", "negative"],
+)
 def test_a_permutation_that_is_none_is_refused(damage, side):
     model = model_of("int8")
     state = model.state_dict()
