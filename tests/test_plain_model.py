@@ -131,7 +131,17 @@ def test_a_given_state_dict_is_what_is_saved(form, tmp_path):
         model.save_pretrained(tmp_path / str(number), state_dict=state)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(number))
         assert same(loaded.state_dict(), to_dense_(copy.deepcopy(averaged)).state_dict())
+        poetx.save_pretrained(model, tmp_path / f"plain {number}", state_dict=state)
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / f"plain {number}")
+        assert same(plain.state_dict(), loaded.state_dict())
     assert same(model.state_dict(), before)
+
+
+def test_a_file_where_the_directory_should_be_is_refused(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(UserError, match="file is a file; name a directory"):
+        poetx.save_pretrained(turned("fast"), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 WRONG = {

@@ -244,6 +244,7 @@ def _dense_layer(layer: ConvertedLinear) -> nn.Module:
     dense.weight = nn.Parameter(layer.plain_weight(), requires_grad=not layer.frozen)
     dense.bias = layer.bias
     carry_attributes(layer, dense)
+    layer.made_dense = True
     for kind in [key for key in vars(dense) if key.startswith(("_forward_", "_backward_", "_is_full_backward_"))]:
         setattr(dense, kind, getattr(layer, kind))  # the very dictionaries, from which their handles remove them
     for key, hook in list(dense._forward_pre_hooks.items()):

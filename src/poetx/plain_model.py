@@ -33,7 +33,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **setti
 
     Raises:
         UserError: ``model`` has no ``save_pretrained``, is on the meta device, or holds layers that another library has
-            quantized.
+            quantized; ``directory`` is a file; a ``state_dict`` that is given is not this model's or not whole.
     """
     kind: Any = type(model)
     if not _has_save_pretrained(model):
@@ -42,18 +42,29 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **setti
             "otherwise save poetx.to_dense_(copy.deepcopy(model)).state_dict()"
         )
     _check_not_quantized(model)
-    kind.save_pretrained(model, directory, state_dict=plain_state_dict(model), **settings)
+    if os.path.isfile(directory):  # noqa: PTH113 - transformers would only log it
+        raise UserError(f"save_pretrained: {os.fspath(directory)} is a file; name a directory")
+    state = plain_state_dict(model, settings.pop("state_dict", None))
+    kind.save_pretrained(model, directory, state_dict=state, **settings)
 
 
-def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def plain_state_dict(model: nn.Module, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The state dict of ``to_dense_(model)``: rotated layers' weights on the CPU, everything else as it is, not copied.
 
+    Args:
+        given: a state of the model to take the values from; None: as it is now.
+
     Raises:
-        UserError: a layer on the meta device.
+        UserError: a layer on the meta device; ``given`` is not this model's or not whole.
     """
-    state, layers = model.state_dict(), dict(_places(model))
+    layers = dict(_places(model))
+    if given is not None:
+        _check_whole(model, layers, given)
+    state = model.state_dict() if given is None else given
     rotations = {f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict() if key != "bias"}
-    return {key: value for key, value in state.items() if key not in rotations} | _plain_weights(layers, state)
+    return {key: value for key, value in state.items() if key not in rotations} | _plain_weights(
+        layers, state, read=given is not None
+    )
 
 
 def save_plain_weights_too_(model: nn.Module) -> None:

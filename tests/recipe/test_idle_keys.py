@@ -67,3 +67,30 @@ def test_a_section_given_on_the_command_line_changes_its_keys_only(override: str
     if section == "train":
         assert load_recipe("demo", [override]).poet.config.seed == 2  # type: ignore[union-attr]
     assert load_recipe("demo", [override]).to_dict()[section] == before
+
+
+def _file(tmp_path, text: str) -> str:
+    path = tmp_path / "mine.yaml"
+    sizes = "model: {hidden_size: 32, intermediate_size: 64, num_layers: 1, num_heads: 2}\n"
+    path.write_text(f"{sizes}data: {{train: builtin, vocab_size: 300, seq_len: 16}}\n{text}")
+    return str(path)
+
+
+def test_a_method_keeps_what_the_file_says_of_it(tmp_path):
+    assert load_recipe(_file(tmp_path, "method: lora\nlora: {rank: 3}\n")).lora.rank == 3
+    assert load_recipe(_file(tmp_path, "poet: null\nlora: {rank: 3}\n"), ["method=lora"]).lora.rank == 3
+
+
+@pytest.mark.parametrize("method", ["adamw", "mem", "single-step"])
+def test_a_method_given_beside_the_files_takes_its_place_whole(method, tmp_path):
+    train = load_recipe(_file(tmp_path, "method: adamw-mixed\n"), [f"method={method}"]).train
+    assert (train.autocast, train.dtype) == (False, "auto")
+    assert load_recipe(_file(tmp_path, "method: adamw-mixed\n")).train.autocast is True
+    with pytest.raises(UserError, match="method=meem: no such method"):
+        load_recipe(_file(tmp_path, "method: meem\n"), [f"method={method}"])
+
+
+def test_a_file_with_every_section_is_still_one_that_somebody_wrote(tmp_path):
+    text = "run_dir: runs/x\npoet: null\noptimizer: {lr: 1.0e-3}\ntrain: {steps: 3, spectrum_every: 2}\n"
+    with pytest.raises(UserError, match="spectrum_every"):
+        load_recipe(_file(tmp_path, text))

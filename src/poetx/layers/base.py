@@ -69,6 +69,7 @@ class ConvertedLinear(nn.Module):
     bias: nn.Parameter | None
     #: Whether the tensors left the meta device without values; see :meth:`check_filled`.
     _hollow: bool = False
+    made_dense: bool = False  # by to_dense_: an optimizer that still holds this layer trains nothing
 
     def __init__(
         self,

@@ -36,7 +36,7 @@ from poetx.recipe.sections import (
     every_key,
     section_types,
 )
-from poetx.recipe.shorthands import METHODS, SIZED_RECIPES, put_method, put_shape
+from poetx.recipe.shorthands import METHODS, SIZED_RECIPES, check_method, put_method, put_shape
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,9 @@ DEMOS = ("demo-single-step", "demo")  # the first is what `poetx train` runs
 
 _PATHS = ("data.train", "data.validation", "data.tokenizer", "data.cache_dir", "model.config", "model.pretrained")
 _SECTIONS = ("model", "data", "poet", "lora", "optimizer", "train")
-_WRITTEN_OUT = {"run_dir", "model", "data", "poet", "optimizer", "train"}  # all of them only in what to_yaml() wrote
+# All of them only in what to_yaml() wrote, of any version.
+_WRITTEN_OUT = {"run_dir", "model", "data", "poet", "optimizer", "train"}
+_WRITTEN_OUT_TRAIN = {"seed", "steps", "batch_size", "device", "dtype", "log_every", "eval_every", "eval_windows"}
 
 
 class Recipe(Section):
@@ -156,11 +158,14 @@ def recipe_with(source: str, pairs: Sequence[tuple[str, Any]], *, text: bool = T
         logger.warning("%s: %s", source, note)
     if (method := values.get("method")) is not None:
         _refuse_contradictions([*flat(values)])
-        put_method(values, method)
+        if any(key == "method" for key, _ in pairs):
+            check_method(method)  # another takes its place, with all that it would set
+        else:
+            put_method(values, method)
     values.pop("method", None)
     for section, key, value in without_effect(values):
         raise _without_effect(values, section, key, value)
-    if not values.keys() >= _WRITTEN_OUT:  # else every key is there because it was written out, not because it is meant
+    if not _is_written_out(values):  # else every key is there because it was written out, not because it is meant
         _refuse_idle(values, dict(flat(values)))
     given: set[str] = set()
     for key, value in pairs:
@@ -193,6 +198,11 @@ def _refuse_idle(values: Mapping[str, Any], settings: Mapping[str, Any]) -> None
     for key, value in settings.items():
         if value and (reason := idle(values, key)):
             raise UserError(f"{key}={shown(value)}: has no effect {reason}; leave it out")
+
+
+def _is_written_out(values: Mapping[str, Any]) -> bool:
+    train = values.get("train")
+    return values.keys() >= _WRITTEN_OUT and isinstance(train, Mapping) and train.keys() >= _WRITTEN_OUT_TRAIN
 
 
 def with_method(recipe: Recipe, name: str) -> Recipe:

@@ -69,19 +69,25 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+def check_method(name: Any) -> None:
+    """Raise :class:`UserError` where there is no such method."""
+    if not isinstance(name, str) or name not in METHODS:
+        known = ", ".join(METHODS)
+        raise UserError(f"method={name}: no such method{nearest(str(name), METHODS)} (there are {known})")
+
+
 def put_method(values: dict[str, Any], name: str) -> None:
     """Set the keys of the method ``name`` in nested recipe ``values``, in place; what it has not stays to be dropped.
 
     Raises:
         UserError: no such method.
     """
-    if not isinstance(name, str) or name not in METHODS:
-        known = ", ".join(METHODS)
-        raise UserError(f"method={name}: no such method{nearest(str(name), METHODS)} (there are {known})")
+    check_method(name)
     for key, value in METHODS[name].items():
         section, _, last = key.partition(".")
         if not last:
-            values[section] = dict(value) if isinstance(value, dict) else value
+            if value != {} or not isinstance(values.get(section), dict):  # {}: the section, whatever it says
+                values[section] = dict(value) if isinstance(value, dict) else value
             continue
         if not isinstance(values.get(section), dict):
             values[section] = {}

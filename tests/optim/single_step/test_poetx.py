@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from builders import gpt2, llama, mlp
-from poetx import POETX, PoetConfig, UserError, convert_
+from poetx import POETX, PoetConfig, UserError, convert_, to_dense_
 
 
 def problem(dtype=torch.float32, seed=0):
@@ -380,3 +380,28 @@ def test_one_optimizer_at_a_time_trains_a_converted_model():
     assert model[0].momentum is not None
     del second  # nobody else could close it
     POETX(model)
+
+
+def test_older_arguments_beside_their_new_names_are_refused():
+    def sgd(groups):
+        return torch.optim.SGD(groups, lr=0.1)
+
+    for older in ({"base": sgd, "dense_optimizer": sgd}, {"betas": (0.5, 0.6), "dense_optimizer": sgd}):
+        with pytest.raises(UserError, match="are both given"):
+            POETX(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), **older)
+    with pytest.raises(UserError, match="are both given"):
+        POETX(nn.Linear(8, 8), spectrum="fixed", update="free")
+    with pytest.raises(UserError, match="dense_optimizer='adamw': must be a function"):
+        POETX(nn.Linear(8, 8), dense_optimizer="adamw")
+
+
+def test_a_layer_that_went_dense_is_not_trained_in_silence():
+    model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16))
+    convert_(model, PoetConfig(method="single-step", block_size=8))
+    optimizer = POETX(model, lr=1e-2)
+    to_dense_(model)
+    model(torch.randn(4, 16)).square().sum().backward()
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(UserError, match=r"0\.weight was made dense by to_dense_; build"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))

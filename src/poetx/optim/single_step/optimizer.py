@@ -104,6 +104,11 @@ class POETX(torch.optim.Optimizer):
         **older: Any,
     ) -> None:
         update, dense_optimizer = _older_arguments(older, update, dense_optimizer)
+        if not (dense_optimizer is None or callable(dense_optimizer)):
+            raise UserError(
+                f"POETX: dense_optimizer={dense_optimizer!r}: must be a function that makes an optimizer of parameter "
+                "groups, such as torch.optim.AdamW"
+            )
         numbers = {"lr": lr, "angle": angle, "momentum": momentum, "norm_growth": norm_growth}
         check_numbers(numbers | {"weight_decay": weight_decay})
         settings = {"block_size": block_size, "update": update, "rotation_dtype": momentum_dtype, "seed": seed}
@@ -299,6 +304,11 @@ class POETX(torch.optim.Optimizer):
         """One step. A closure is called once, before it, and its loss returned. Gradient scalers are refused."""
         if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
             raise UserError("POETX does not work with a gradient scaler; train in bfloat16, which needs none")
+        for matrix in self._matrices or ():
+            if matrix.layer is not None and matrix.layer.made_dense:
+                raise UserError(
+                    f"POETX: {matrix.name} was made dense by to_dense_; build a new optimizer for the model"
+                )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -351,18 +361,23 @@ class POETX(torch.optim.Optimizer):
 
 
 def _older_arguments(older: dict[str, Any], update: str | None, dense_optimizer: Any) -> tuple[str | None, Any]:
-    """Arguments under the names of older versions."""
+    """Arguments under the names of older versions. Raises :class:`UserError` where one is given under two names."""
+    older = {name: value for name, value in older.items() if value is not None}
+    new = {"update": update, "dense_optimizer": dense_optimizer}
+    renamed = {"spectrum": "update", "base": "dense_optimizer", "betas": "dense_optimizer", "eps": "dense_optimizer"}
+    for old, name in renamed.items():
+        if old in older and (new[name] is not None or (old in ("betas", "eps") and "base" in older)):
+            raise UserError(f"POETX: {old} and {name} are both given, and one would undo the other; give {name} alone")
     if "spectrum" in older:
         update = {"fixed": "rotation"}.get(older["spectrum"], older["spectrum"])
     if "base" in older:
         dense_optimizer = older["base"]
     elif "betas" in older or "eps" in older:
         options = {name: older[name] for name in ("betas", "eps") if name in older}
-        dense_optimizer = dense_optimizer or functools.partial(torch.optim.AdamW, weight_decay=0.0, **options)
-    renamed = {"spectrum": "update", "base": "dense_optimizer", "betas": "dense_optimizer", "eps": "dense_optimizer"}
-    for old, new in renamed.items():
+        dense_optimizer = functools.partial(torch.optim.AdamW, weight_decay=0.0, **options)
+    for old, name in renamed.items():
         if older.pop(old, None) is not None:
-            warnings.warn(f"POETX: {old} is {new} now", DeprecationWarning, stacklevel=3)
+            warnings.warn(f"POETX: {old} is {name} now", DeprecationWarning, stacklevel=3)
     if older.get("partitions") == 1:
         del older["partitions"]
     gone = {
