@@ -16,15 +16,15 @@ pytest.importorskip("triton", reason="the kernels need triton, which exists for 
 from kernel_helpers import compiled_for, interpreted
 
 on_each = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-#: No multiple of a block of 256 nor of a program's 1024 elements.
-SHAPE = (71, 97)
+#: No multiple of a block of 256 nor of a program's 1024 elements; 4096 and more have narrow state.
+SHAPE = (43, 97)
 
 
 def kernels_on(device: str):
     return interpreted() if device == "cpu" else use_kernels("triton")
 
 
-def steps(device: str, kernels: contextlib.AbstractContextManager, count: int = 5, **settings):
+def steps(device: str, kernels: contextlib.AbstractContextManager, count: int = 3, **settings):
     dtype = settings.pop("dtype", torch.float32)
     generator = torch.Generator().manual_seed(1)
     parameter = nn.Parameter(torch.randn(SHAPE, generator=generator).to(device, dtype))
@@ -72,7 +72,7 @@ def test_what_is_rounded_is_one_of_two_neighbours_and_the_same_every_time(state,
 @pytest.mark.parametrize(("state", "close"), [("bfloat16", 0.002), ("int8", 0.01)])
 def test_rounding_has_no_bias(state, close, device):
     """The mean of a moment over a thousand small moves, each less than half a step of the state."""
-    count = 120 if device == "cpu" else 1000
+    count = 30 if device == "cpu" else 1000
     parameter = nn.Parameter(torch.zeros(SHAPE, device=device))
     optimizer = AdamW([parameter], lr=0.0, betas=(0.9, 0.999), state_dtype=state)
     with kernels_on(device):
