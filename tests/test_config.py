@@ -55,3 +55,62 @@ def test_the_former_name_of_the_extra_bits_is_taken_and_said(tmp_path):
     text = load_recipe("demo").to_yaml().replace("weight_extra_bits: null", "weight_residual: true")
     (tmp_path / "old.yaml").write_text(text)
     assert load_recipe(str(tmp_path / "old.yaml")).poet.config.weight_extra_bits
+
+
+OLD_AND_NEW = [
+    ({"spectrum": "fixed", "update": "free"}, "spectrum='fixed' with .*update='free'"),
+    ({"spectrum": "free", "update": "rotation"}, "spectrum='free' with .*update='rotation'"),
+    ({"weight_residual": True, "weight_extra_bits": False}, "weight_residual=True with .*weight_extra_bits=False"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), OLD_AND_NEW)
+def test_an_old_and_a_new_name_with_different_values_are_refused(settings, message, tmp_path):
+    from poetx.recipe import load_recipe
+
+    method = {"method": "single-step"} if "update" in settings else {}
+    for make in (lambda: PoetConfig(**method, **settings), lambda: PoetConfig.from_dict(method | settings)):
+        with pytest.raises(UserError, match=f"{message}.*leave .* out"):
+            make()
+    text = f"model: {{shape: llama-60m}}\ndata: {{train: builtin}}\npoet: {method | settings}\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UserError, match=f"poet.{message}"):
+        load_recipe(str(tmp_path / "mine.yaml"))
+    source = "demo-single-step" if method else "demo"
+    with pytest.raises(UserError, match="is given as well, the same key by another name"):
+        load_recipe(source, [f"poet.{key}={str(value).lower()}" for key, value in settings.items()])
+    same = {"spectrum": "fixed", "update": "rotation"} if method else {"weight_residual": 1, "weight_extra_bits": 1}
+    load_recipe(source, [f"poet.{key}={'true' if value == 1 else value}" for key, value in same.items()])
+
+
+@pytest.mark.parametrize(
+    ("settings", "update", "words"),
+    [
+        ({"partitions": 1, "method": "single-step"}, "rotation", "gone, and still means update='rotation'"),
+        ({"partitions": 1, "method": "single-step", "update": "free"}, "free", "gone, and has no effect"),
+        ({"partitions": 7}, "free", "gone, and has no effect"),
+        ({"partition_kind": "random"}, "free", "gone, and has no effect"),
+        ({"spectrum": "free", "method": "single-step"}, "free", "is update='free' now"),
+    ],
+)
+def test_settings_that_are_gone_are_said(settings, update, words, recwarn):
+    assert PoetConfig(**settings).update == update
+    (warning,) = recwarn
+    assert warning.category is DeprecationWarning
+    assert words in str(warning.message)
+    assert warning.filename == __file__
+    assert PoetConfig.from_dict(settings).update == update  # what a version before saved
+    assert len(recwarn) == 1
+
+
+@pytest.mark.parametrize("key", ["partitions", "partition_kind"])
+def test_settings_that_are_gone_are_refused_where_they_would_do_nothing(key, tmp_path):
+    from poetx.recipe import load_recipe
+
+    for source in ("demo", "demo-single-step"):
+        with pytest.raises(UserError, match=f"^poet.{key}=7: is gone"):
+            load_recipe(source, [f"poet.{key}=7"])
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"model: {{shape: llama-60m}}\ndata: {{train: builtin}}\npoet: {{{key}: 7}}\n")
+    with pytest.raises(UserError, match=f"^poet.{key}=7: has had no effect with method=poet-x and is gone"):
+        load_recipe(str(path))

@@ -8,7 +8,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 from poetx.errors import UserError, nearest
@@ -43,8 +43,11 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
-#: Former names of settings.
-RENAMED = {"weight_residual": "weight_extra_bits"}
+#: Former names of settings, and former values where they have others now.
+RENAMED = {"weight_residual": "weight_extra_bits", "spectrum": "update"}
+_FORMER_VALUES = {"spectrum": {"fixed": "rotation"}}
+#: Former settings of single steps that are gone, with what they did as all that is left.
+GONE = {"partitions": (1, "one partition"), "partition_kind": ("structured", "contiguous blocks")}
 
 
 def name_matches(name: str, patterns: str | tuple[str, ...]) -> bool:
@@ -65,38 +68,56 @@ def list_hint(key: str, patterns: str | tuple[str, ...], names: Iterable[str]) -
     )
 
 
-def current_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+def current_name(key: str, value: Any) -> tuple[str, Any]:
+    """Name and value of today for a setting that an older version may have written."""
+    former = _FORMER_VALUES.get(key, {})
+    return RENAMED.get(key, key), former.get(value, value) if isinstance(value, str) else value
+
+
+def current_keys(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Settings of :class:`PoetConfig` as older versions wrote them, under the names of this one.
 
+    Args:
+        prefix: of the settings' names in messages.
+
     Raises:
-        UserError: a single-step config with several partitions, or random ones.
+        UserError: an old and a new name with different values; a setting that is gone and would train otherwise.
     """
-    gone = ("partitions", "partition_kind", "spectrum")
-    new = {RENAMED.get(key, key): value for key, value in values.items() if key not in gone}
+    new = {key: value for key, value in values.items() if key not in RENAMED and key not in GONE}
+    for key, value in values.items():
+        name, now = current_name(key, value)
+        if key in RENAMED and new.setdefault(name, now) != now:
+            raise UserError(
+                f"{prefix}{key}={value!r} with {prefix}{name}={new[name]!r}: {key} is the former name of {name}, and "
+                f"the two differ; leave {prefix}{key} out"
+            )
     if new.get("method", "poet-x") == "single-step":
-        for key, kept in (("partitions", 1), ("partition_kind", "structured")):
-            if values.get(key, kept) != kept:
+        for key, (left, words) in GONE.items():
+            if (value := values.get(key, left)) != left:
                 raise UserError(
-                    f"{key}={values[key]!r}: one contiguous partition is all there is now, because larger "
-                    f"blocks did better at equal state; leave {key} out and start anew, with a larger block_size"
+                    f"{prefix}{key}={value}: of a version before; single steps have {words} on a side since then, "
+                    "because larger blocks did better at equal state. Leave it out and start anew, with a larger "
+                    "block_size, or use the version the run was started with"
                 )
-    if "update" not in values and values.keys() & {"spectrum", "partitions"}:  # what they left out meant rotations
-        spectrum = values.get("spectrum", "fixed")
-        new["update"] = {"fixed": "rotation"}.get(spectrum, spectrum)
+        if values.keys() & GONE.keys():  # what these left out meant rotations
+            new.setdefault("update", "rotation")
     return new
 
 
 def _with_older_names(cls: type[T]) -> type[T]:
-    """Let a config be made with ``spectrum`` and ``partitions=1``, too."""
+    """Let a config be made with settings of older versions, too, and say so."""
     made: Any = cls.__init__
 
     @functools.wraps(made)
     def __init__(self: T, **settings: Any) -> None:
-        if "spectrum" in settings:
-            text = "spectrum is called update now: 'rotation' for 'fixed', or 'free'"
-            warnings.warn(text, DeprecationWarning, stacklevel=2)
-        residual = {key: settings.pop(key) for key in RENAMED if key in settings}
-        made(self, **current_keys(settings), **residual)
+        new = current_keys(settings)
+        for key in settings.keys() & (RENAMED.keys() | GONE.keys()):
+            now, effect = RENAMED.get(key), ""
+            if now is None and "update" in new.keys() - settings.keys():
+                effect = f", and still means update={new['update']!r}; give update"
+            text = f"is {now}={new[now]!r} now" if now else f"is gone{effect or ', and has no effect'}"
+            warnings.warn(f"PoetConfig: {key}={settings[key]!r} {text}", DeprecationWarning, stacklevel=2)
+        made(self, **new)
 
     cls.__init__ = __init__  # type: ignore[method-assign]
     return cls
@@ -165,12 +186,8 @@ class PoetConfig:
     weight_extra_bits: bool | None = None
     weight_format: str | None = None
     group_size: int = 128
-    weight_residual: InitVar[bool | None] = None
 
-    def __post_init__(self, weight_residual: bool | None) -> None:
-        if weight_residual is not None:
-            warnings.warn(f"weight_residual is now weight_extra_bits={weight_residual}", DeprecationWarning, 3)
-            object.__setattr__(self, "weight_extra_bits", weight_residual)
+    def __post_init__(self) -> None:
         if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 2:
             raise UserError(
                 f"block_size={self.block_size!r}: must be a whole number of at least 2 (256 or 512 are usual)"

@@ -383,7 +383,7 @@ def test_refusals():
         merge_every(torch.optim.SGD(model.parameters(), lr=0.1), model, steps=5)
     with pytest.raises(UserError, match="method='single-step' with weight_extra_bits"):
         PoetConfig(method="single-step", weight_extra_bits=True)
-    with pytest.raises(UserError, match="partitions=2: one contiguous partition"):
+    with pytest.raises(UserError, match="partitions=2: of a version before; single steps have one partition on a side"):
         PoetConfig(method="single-step", partitions=2)
     saved = POETX(model).state_dict()
     other = mlp()

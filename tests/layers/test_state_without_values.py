@@ -28,7 +28,7 @@ def test_to_empty_alone_is_refused_and_every_way_to_give_values_is_taken(form):
     state = whole.state_dict()
     model = model_of(form, "meta").to_empty(device="cpu")
     for attempt in (model, copy.deepcopy(model), copy.deepcopy(model).to(torch.float64)):
-        with pytest.raises(UserError, match="^0: it has memory but no values since it left the meta device"):
+        with pytest.raises(UserError, match="^0: it has memory but no values since to_empty or the meta device"):
             attempt(x.to(next(attempt.parameters()).dtype))
     with pytest.raises(UserError, match="it has memory but no values"):
         to_dense_(copy.deepcopy(model))
@@ -52,10 +52,27 @@ def test_to_empty_alone_is_refused_and_every_way_to_give_values_is_taken(form):
     for layer in (model[0], model[2]):
         layer.reset_parameters()
         copy.deepcopy(layer)(torch.randn(2, layer.in_features))
+    for emptied in (model_of(form).to_empty(device="cpu"), nn.Sequential(model_of(form)).to_empty(device="cpu")):
+        with pytest.raises(UserError, match="0: it has memory but no values"):  # also of a model that had values
+            emptied(x)
+        emptied.load_state_dict({f"0.{key}": state[key] for key in state} if len(emptied) == 1 else state)
+        assert torch.equal(emptied(x), whole(x))
     part = model_of(form, "meta").to_empty(device="cpu")
     part.load_state_dict({key: value for key, value in state.items() if key.startswith("0.")}, strict=False)
     with pytest.raises(UserError, match="^2: it has memory but no values"):
         part(x)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "move",
+    [lambda m: m.to("cpu"), lambda m: m.double().float(), lambda m: m.share_memory()],
+    ids=["to", "cast", "share"],
+)
+def test_a_move_is_no_loss_of_values(form, move):
+    x, model = torch.randn(3, 11), model_of(form)
+    y = model(x)
+    assert torch.equal(move(model)(x), y)
 
 
 @pytest.mark.parametrize("side", ["perm_in", "perm_out"])

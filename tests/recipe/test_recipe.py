@@ -91,6 +91,16 @@ def test_of_a_former_run_what_has_changed_is_said(
     assert recipe.optimizer.dense_optimizer == changes.get("optimizer.base")
 
 
+def test_the_former_name_of_the_dense_optimizer_beside_the_new_one_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    text = "model: {shape: llama-60m}\ndata: {train: builtin}\noptimizer: {base: sgd, dense_optimizer: adamw}\n"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"^optimizer\.base=sgd with optimizer\.dense_optimizer=adamw: .*leave .* out"):
+        load_recipe(str(path))
+    with pytest.raises(UserError, match=r"^optimizer\.dense_optimizer=adamw: optimizer\.base is given as well"):
+        load_recipe("demo", ["optimizer.base=sgd", "optimizer.dense_optimizer=adamw"])
+
+
 @pytest.mark.parametrize(
     ("written", "of_a_run", "update"),
     [

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from poetx.config import PoetConfig
 from poetx.errors import UserError
@@ -59,6 +60,18 @@ class RotatedWeight(nn.Parameter):
         return RotatedWeight.of, (self.data, self.frozen)
 
 
+class _Operators(TorchDispatchMode):
+    """Which operators run inside: only so does a layer know ``to_empty`` from a move."""
+
+    def __enter__(self) -> _Operators:
+        self.operators: set[Any] = set()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators.add(func)
+        return func(*args, **(kwargs or {}))
+
+
 class ConvertedLinear(nn.Module):
     """A layer in place of ``nn.Linear`` (or of a ``Conv1D``, if ``transposed``), known by its dotted name.
 
@@ -67,7 +80,7 @@ class ConvertedLinear(nn.Module):
 
     weight_name: ClassVar[str]
     bias: nn.Parameter | None
-    #: Whether the tensors left the meta device without values; see :meth:`check_filled`.
+    #: Whether the tensors got memory without values; see :meth:`check_filled`.
     _hollow: bool = False
     made_dense: bool = False  # by to_dense_: an optimizer that still holds this layer trains nothing
 
@@ -150,8 +163,8 @@ class ConvertedLinear(nn.Module):
             return
         if any(bool(mark.isnan() if mark.is_floating_point() else mark == value) for mark, value in marks):
             raise UserError(
-                f"{self.label}: it has memory but no values since it left the meta device; load a state dict, or "
-                "call poetx.materialize_ or the layer's reset_parameters()"
+                f"{self.label}: it has memory but no values since to_empty or the meta device; load a state dict, "
+                "or call poetx.materialize_ on a model of the meta device, or the layer's reset_parameters()"
             )
         self._hollow = False
 
@@ -241,8 +254,9 @@ class ConvertedLinear(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ConvertedLinear:
         """``.to()``, ``.bfloat16()`` and the like, refused before anything changes."""
-        self.check_cast(fn)
         was_meta = self._probe().is_meta
+        with _Operators() as used:
+            self.check_cast(fn)
         former = self._parameters[self.weight_name]
         with self._weight_stays_rotated():
             super()._apply(fn, recurse)
@@ -250,7 +264,7 @@ class ConvertedLinear(nn.Module):
         if weight is not former and weight is not None:  # put in its place, as by to_empty
             self._parameters[self.weight_name] = former
             self.register_parameter(self.weight_name, weight)
-        if was_meta and not self._probe().is_meta:
+        if (was_meta or torch.ops.aten.empty_like.default in used.operators) and not self._probe().is_meta:
             self._hollow = True
             for mark, value in self._marks():
                 mark.fill_(value)

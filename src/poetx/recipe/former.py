@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 from typing import Any
 
+from poetx.config import GONE, current_keys, current_name
 from poetx.config import RENAMED as RENAMED_SETTINGS
 from poetx.errors import UserError
 from poetx.recipe.sections import belongs, default_of, section_types
 
-#: Former dotted keys.
-RENAMED = {"optimizer.base": "optimizer.dense_optimizer"} | {
-    f"poet.{old}": f"poet.{new}" for old, new in RENAMED_SETTINGS.items()
-}
 #: Defaults that runs of former versions were started with, where today's is another.
 DEFAULTS = {"poet.weight_extra_bits": False, "poet.update": "rotation"}
-#: Settings of single-step runs that are gone: all that is left is what these values gave.
-_ONLY = {"partitions": (1, "one partition"), "partition_kind": ("structured", "contiguous blocks")}
+_GONE_DEFAULTS = {"partitions": 2, "partition_kind": "structured"}
 
 
 def modernize(values: dict[str, Any], *, of_a_run: bool = False, keep: Container[str] = ()) -> list[str]:
@@ -28,21 +24,23 @@ def modernize(values: dict[str, Any], *, of_a_run: bool = False, keep: Container
     Raises:
         UserError: a setting that would train otherwise today.
     """
-    notes = _rename(values)
+    notes = _rename_base(values)
     poet = values.get("poet")
     if isinstance(poet, dict):
-        former = bool(poet.keys() & {"spectrum", *_ONLY})
-        if "spectrum" in poet:
-            poet["update"] = _update(poet.pop("spectrum"))
-        for key, (left, words) in _ONLY.items():
-            value = poet.pop(key, left)
-            if value != left and poet.get("method") == "single-step":
+        single_step = poet.get("method") == "single-step"
+        for key in () if single_step or of_a_run else GONE:
+            if poet.get(key, _GONE_DEFAULTS[key]) not in (_GONE_DEFAULTS[key], GONE[key][0]):
                 raise UserError(
-                    f"poet.{key}={value}: of a version before; single steps have {words} on a side since then. Leave "
-                    "it out and start anew, or use the version the run was started with"
+                    f"poet.{key}={poet[key]!r}: has had no effect with method=poet-x and is gone; leave it out"
                 )
-        key = "update" if poet.get("method") == "single-step" else "weight_extra_bits"
-        if of_a_run or (key == "update" and former):
+        new = current_keys(poet, "poet.")
+        for old, name in RENAMED_SETTINGS.items():
+            if old in poet and name != "update" and not _usual("poet", name, new[name]):
+                notes.append(f"poet.{old} is called poet.{name} now")
+        poet.clear()
+        poet.update(new)
+        if of_a_run:
+            key = "update" if single_step else "weight_extra_bits"
             poet.setdefault(key, DEFAULTS[f"poet.{key}"])
     for section, key, value in list(without_effect(values)):
         ramp = key.startswith("clip_ramp")  # built-in single-step recipes had it
@@ -57,32 +55,33 @@ def modernize(values: dict[str, Any], *, of_a_run: bool = False, keep: Container
 
 
 def modern_override(key: str, value: Any) -> tuple[str, Any]:
-    """Today's dotted key and value of an override."""
-    if key == "poet.spectrum":
-        return "poet.update", _update(value)
-    return RENAMED.get(key, key), value
+    """Today's dotted key and value of an override. Raises :class:`UserError` where there is none."""
+    section, _, name = key.partition(".")
+    if section == "poet" and name in GONE:
+        raise UserError(f"{key}={value!r}: is gone; single steps have {GONE[name][1]} on a side; leave it out")
+    if section == "poet" and name:
+        name, value = current_name(name, value)
+        return f"{section}.{name}", value
+    return ("optimizer.dense_optimizer" if key == "optimizer.base" else key), value
 
 
-def _update(spectrum: Any) -> Any:
-    return "rotation" if spectrum == "fixed" else spectrum
-
-
-def _rename(values: dict[str, Any]) -> list[str]:
-    notes = []
-    for old, new in RENAMED.items():
-        (section, _, key), name = old.partition("."), new.rpartition(".")[2]
-        part = values.get(section)
-        if not isinstance(part, dict) or key not in part:
-            continue
-        value = part.pop(key)
-        poet = values.get("poet")
-        if key == "base" and value is not None and isinstance(poet, dict) and poet.get("method") == "single-step":
-            name = "name"  # there one optimizer steps all that is not rotated
-        if name == "name" or not _same(value, default_of(section, name)):
-            part[name] = value
-        if name == "name" or not _usual(section, name, value):
-            notes.append(f"{old} is called {section}.{name} now")
-    return notes
+def _rename_base(values: dict[str, Any]) -> list[str]:
+    """Put ``optimizer.base`` under the name that it has today."""
+    part, poet = values.get("optimizer"), values.get("poet")
+    if not isinstance(part, dict) or "base" not in part:
+        return []
+    value, name = part.pop("base"), "dense_optimizer"
+    if value is not None and isinstance(poet, dict) and poet.get("method") == "single-step":
+        name = "name"  # there one optimizer steps all that is not rotated
+    if value is not None and part.get(name, value) != value:
+        raise UserError(
+            f"optimizer.base={value} with optimizer.{name}={part[name]}: base is the former name of {name}, and the "
+            "two differ; leave optimizer.base out"
+        )
+    if value is None:
+        return []
+    part[name] = value
+    return [f"optimizer.base is called optimizer.{name} now"]
 
 
 def without_effect(values: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:

@@ -147,8 +147,22 @@ def load_recipe(source: str | None = None, overrides: Sequence[str] = (), *, tex
 
 
 def parsed(overrides: Sequence[str]) -> list[tuple[str, Any]]:
-    """Today's dotted keys and values of ``key=value`` overrides, a section's keys one by one."""
-    return [modern_override(*pair) for override in overrides for pair in _pairs(*_parse(override))]
+    """Today's dotted keys and values of ``key=value`` overrides, a section's keys one by one.
+
+    Raises:
+        UserError: what is no override; an old name and a new one of the same key, with different values.
+    """
+    pairs: dict[str, tuple[str, Any]] = {}
+    given: list[tuple[str, Any]] = []
+    for written, value in (pair for override in overrides for pair in _pairs(*_parse(override))):
+        key, now = modern_override(written, value)
+        other, before = pairs.setdefault(key, (written, now))
+        if other != written and before != now:
+            raise UserError(
+                f"{written}={shown(value)}: {other} is given as well, the same key by another name; give one of the two"
+            )
+        given.append((key, now))
+    return given
 
 
 def recipe_with(source: str, pairs: Sequence[tuple[str, Any]], *, text: bool = True) -> Recipe:
