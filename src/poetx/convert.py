@@ -204,8 +204,8 @@ def to_dense_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module
     """Replace converted layers, all or those of ``names``, by the plain layers they came from, in place.
 
     The function stays, and so do hooks and attributes; ``nn.Linear``, or ``Conv1D`` where the layer came from one. The
-    weight is rounded to the stored dtype once; it requires a gradient again, unless its layer was frozen. Returns
-    ``model``, unchanged if nothing is converted.
+    weight is rounded to the stored dtype once; it requires a gradient again, unless its layer was frozen. An optimizer
+    built before does not hold it: build another to train on. Returns ``model``, unchanged if nothing is converted.
 
     Raises:
         UserError: ``model`` itself is a layer, which cannot be replaced in place; a name that no converted layer has.

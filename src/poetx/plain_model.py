@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from poetx.errors import UserError, one_line
 from poetx.layers.poet import PoetLinear
+from poetx.layers.walk import converted_layers
 
 
 def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **settings: Any) -> None:
@@ -55,11 +56,14 @@ def plain_state_dict(model: nn.Module, given: Mapping[str, Tensor] | None = None
         given: a state of the model to take the values from; None: as it is now.
 
     Raises:
-        UserError: a layer on the meta device; ``given`` is not this model's or not whole.
+        UserError: a layer on the meta device, or without values since; ``given`` is not this model's or not whole.
     """
     layers = dict(_places(model))
     if given is not None:
         _check_whole(model, layers, given)
+    else:
+        for _, layer in converted_layers(model):
+            layer.check_filled()
     state = model.state_dict() if given is None else given
     rotations = {f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict() if key != "bias"}
     return {key: value for key, value in state.items() if key not in rotations} | _plain_weights(

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from poetx import POETX, PoetConfig, UserError, convert_, to_dense_
+from builders import llama
+from poetx import POETX, PoetConfig, UserError, convert_, save_pretrained, to_dense_
 
 FORMS = {
     "poet-x": {},
@@ -97,3 +98,12 @@ def test_integers_are_not_read_as_a_weight(form, key):
     state = ({} if key == "weight" else model.state_dict()) | {f"0.{key}": torch.ones(20, 11, dtype=torch.int8)}
     with pytest.raises(UserError, match="^0: the weight in the state is int8: codes of a quantized weight"):
         model.load_state_dict(state, strict=False)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_model_without_values_is_not_saved(form, tmp_path):
+    model = llama(num_hidden_layers=1)
+    convert_(model, PoetConfig(block_size=4, **FORMS[form]))
+    with pytest.raises(UserError, match="it has memory but no values"):
+        save_pretrained(model.to_empty(device="cpu"), tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
