@@ -1,6 +1,7 @@
 # `make demo` and `make test` need nothing but a clone, Python >= 3.10 and make.
 # Every path is relative and every tool a module of the environment's Python: the clone's own path may have spaces.
 PYTHON ?= python3
+EXTRAS ?= dev
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 PIP := pip install --quiet --disable-pip-version-check
@@ -16,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "poetx needs Python >= 3.10; $$("$(PYTHON)" --version) is $$(command -v "$(PYTHON)"). Try: make install PYTHON=python3.11" >&2; exit 1; }
 	test -x $(VENV)/bin/python || "$(PYTHON)" -m venv $(VENV)
-	$(RUN) $(PIP) -c constraints.txt -e '.[dev]'
+	$(RUN) $(PIP) -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 
 install: $(STAMP)  ## make .venv with the project and its development extras

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.record import LATER, RESULTS, by_setting, mean_loss, setting
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/log.md", "docs/memory.md", "docs/single-step.md", "docs/speed.md")
+PAGES = ("README.md", "docs/integrations.md", "docs/log.md", "docs/memory.md", "docs/single-step.md", "docs/speed.md")
 
 
 def _rows(name: str) -> list[dict[str, Any]]:
@@ -30,6 +30,20 @@ def _rows(name: str) -> list[dict[str, Any]]:
 def _markdown(head: list[str], body: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def integrations() -> str:
+    """What holds in every loop and form, of the newest run of each."""
+    from benchmarks.integrations import CHECKS, FORMS, LOOPS
+
+    newest = {(row["loop"], row["form"]): row for row in _rows("integrations")}
+    body = []
+    for loop, (libraries, title) in LOOPS.items():
+        rows = [newest[loop, form] for form in FORMS]
+        cells = [", ".join(name if row[name] else f"**not: {name}**" for name in CHECKS) for row in rows]
+        versions = rows[0]["versions"]
+        body.append([title, *cells, ", ".join(f"{name} {versions[name]}" for name in libraries) or "torch"])
+    return _markdown(["loop", *FORMS, "with"], body)
 
 
 def merges() -> str:
@@ -466,6 +480,7 @@ def quantised_build() -> str:
 
 
 _TABLES = (
+    integrations,
     merges,
     merges_spectra,
     layer,
