@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-
 from benchmarks.integrations import CHECKS, EXAMPLES, FORMS, LOOPS, check, check_on_ranks
 
 PAGE = (EXAMPLES.parent / "docs/integrations.md").read_text(encoding="utf-8")
