@@ -243,7 +243,7 @@ def train(recipe: Any, data: Any, name: str, kind: str, interval: int, seed: int
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * factor
         windows = batch_windows(step, batch_size=recipe.train.batch_size, windows=len(data.train), seed=seed)
-        _loss(model, *data.train.batch(windows)).backward()
+        _loss(model, *data.train.batch(windows)[:2]).backward()
         nn.utils.clip_grad_norm_(model.parameters(), rates.clip)
         optimizer.step()
         optimizer.zero_grad()

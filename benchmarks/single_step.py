@@ -334,7 +334,7 @@ def train(run: Run, *, text: str, cache: Path) -> dict[str, Any]:
 
     def loss_of(windows: list[int], split: Any) -> Tensor:
         call = compiled if torch.is_grad_enabled() else forward
-        return call(*(t.to(device) for t in split.batch(windows)))
+        return call(*split.batch(windows).to(device)[:2])
 
     state_bytes: dict[Any, int] = {}
     curve, seconds, chunk, recent = [], [], scale.micro_batch or scale.batch, 0.0

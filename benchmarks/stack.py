@@ -92,7 +92,7 @@ def train(recipe: Any, data: Any, variant: dict[str, Any], *, steps: int, seed: 
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
         windows = batch_windows(step, batch_size=recipe.train.batch_size, windows=len(data.train), seed=seed)
-        inputs, labels = data.train.batch(windows)
+        inputs, labels, _ = data.train.batch(windows)
         _loss(model, inputs, labels).backward()
         _clip(model, large, settings.clip)
         for optimizer in optimizers:
@@ -131,7 +131,7 @@ def _loss(model: Any, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
 def validate(model: Any, data: Any, recipe: Any) -> float:
     model.eval()
     windows = evenly_spread(recipe.train.eval_windows, len(data.validation))
-    losses = [float(_loss(model, *data.validation.batch(windows[i : i + 8]))) for i in range(0, len(windows), 8)]
+    losses = [float(_loss(model, *data.validation.batch(windows[i : i + 8])[:2])) for i in range(0, len(windows), 8)]
     return sum(losses) / len(losses)
 
 

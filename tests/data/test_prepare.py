@@ -291,7 +291,7 @@ def test_windows_cover_every_label_once() -> None:
     tokens = np.arange(23, dtype=np.uint16)
     windows = TokenWindows(tokens, seq_len=5)
     assert len(windows) == window_count(23, 5) == 4
-    inputs, labels = windows.batch([0, 1, 2, 3])
+    inputs, labels, _ = windows.batch([0, 1, 2, 3])
     assert inputs.flatten().tolist() == list(range(20))
     assert labels.flatten().tolist() == list(range(1, 21))
     assert window_count(5, 5) == 0

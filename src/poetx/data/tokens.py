@@ -11,7 +11,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 FORMAT = 2
 PARTS = ("train", "validation")
 META, TOKENIZER = "meta.json", "tokenizer.json"
+IGNORED = -100  # a label that counts for nothing, as torch has it
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,32 @@ class DataMeta:
         return hashlib.sha256((json.dumps(asdict(self)) + sha256(tokenizer)).encode()).hexdigest()
 
 
+class Batch(NamedTuple):
+    """Sequences side by side, int64 ``[sequences, tokens]`` each. Rows are independent: cut it along dimension 0.
+
+    Attributes:
+        labels: the token after each input, or ``IGNORED``.
+        position_ids: begin at 0 with every document, where documents do not see each other; None: 0 to tokens − 1.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor | None = None
+
+    @property
+    def counted(self) -> int:
+        """Labels that count."""
+        return int((self.labels != IGNORED).sum())
+
+    def rows(self, start: int, end: int) -> Batch:
+        """Sequences ``start`` to ``end``."""
+        return Batch(*(None if part is None else part[start:end] for part in self))  # pyright: ignore[reportArgumentType]
+
+    def to(self, device: torch.device) -> Batch:
+        """A copy on ``device``."""
+        return Batch(*(None if part is None else part.to(device) for part in self))  # pyright: ignore[reportArgumentType]
+
+
 class TokenWindows:
     """Windows of ``seq_len`` tokens from a row of tokens (memory-mapped), each token a label exactly once.
 
@@ -57,14 +84,14 @@ class TokenWindows:
     def __len__(self) -> int:
         return window_count(len(self.tokens), self.seq_len)
 
-    def batch(self, windows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and labels of these windows, int64 ``[len(windows), seq_len]`` each, on the CPU."""
+    def batch(self, windows: list[int]) -> Batch:
+        """These windows, on the CPU."""
         import torch
 
         length = self.seq_len
         rows = np.stack([self.tokens[i * length : i * length + length + 1] for i in windows]).astype(np.int64)
         both = torch.from_numpy(rows)
-        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+        return Batch(both[:, :-1].contiguous(), both[:, 1:].contiguous())
 
 
 @dataclass(frozen=True)

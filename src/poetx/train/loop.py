@@ -180,13 +180,10 @@ def train_step(run: TrainingRun, step: TrainingStep) -> dict[str, Any]:
         steps_since_merge=merges.steps_since_merge if merges else 0,
     )
     windows = batch_windows(state.step, batch_size=settings.batch_size, windows=len(train), seed=settings.seed)
-    parts = (
-        train.batch(windows[start : start + settings.micro_batch])
-        for start in range(0, settings.batch_size, settings.micro_batch)
-    )
-    micro_batches = [(inputs.to(run.device), labels.to(run.device)) for inputs, labels in parts]
+    batch, size = train.batch(windows), settings.micro_batch
+    micro_batches = [batch.rows(first, first + size).to(run.device) for first in range(0, settings.batch_size, size)]
     merges_before = merges.merges if merges else 0
-    result = step(micro_batches, clip=clip)
+    result = step(micro_batches, clip=clip, tokens=batch.counted)
     if result.skipped:
         _count_bad_step(run, result)
     else:
@@ -212,21 +209,21 @@ def evaluate(
     chunked: bool = False,
     autocast: bool = False,
 ) -> float:
-    """Mean loss in nats a token over these windows, the model in eval mode for the duration.
+    """Mean loss in nats a label over these windows, the model in eval mode for the duration.
 
     ``chunked``: without the logits, as :func:`chunked_loss`. ``autocast``: compute in bfloat16.
     """
     was_training = model.training
     model.eval()
-    total = 0.0
+    total, tokens = 0.0, 0
     for start in range(0, len(windows), batch_size):
-        inputs, labels = data.batch(windows[start : start + batch_size])
-        inputs, labels = inputs.to(device), labels.to(device)
+        batch = data.batch(windows[start : start + batch_size])
+        tokens += batch.counted
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
             body = model.base_model if chunked else model
-            total += float(language_loss(model, body, inputs, labels, chunked=chunked)[0])
+            total += float(language_loss(model, body, *batch.to(device), chunked=chunked)[0])
     model.train(was_training)
-    return total / (len(windows) * data.seq_len)
+    return total / max(1, tokens)
 
 
 def save(run: TrainingRun) -> Path:

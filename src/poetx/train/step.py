@@ -18,6 +18,8 @@ from poetx.methods.base import method_of, release_handle
 from poetx.recipe import Recipe
 from poetx.savings.chunked_loss import chunked_cross_entropy
 
+#: Inputs and labels, and positions where documents are packed: a pair, or :class:`poetx.data.tokens.Batch`.
+MicroBatch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
 #: Names under which a mixture of experts keeps the weight of its routers' load-balancing loss.
 _ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
 
@@ -86,15 +88,18 @@ class TrainingStep:
             phase=phase,
         )
 
-    def __call__(self, micro_batches: Sequence[tuple[Tensor, Tensor]], *, clip: float | None = None) -> StepResult:
-        """One optimizer step on pairs of inputs and labels [sequences, tokens]; skipped if it is not finite.
+    def __call__(
+        self, micro_batches: Sequence[MicroBatch], *, clip: float | None = None, tokens: int | None = None
+    ) -> StepResult:
+        """One optimizer step on inputs, labels and perhaps positions [sequences, tokens]; skipped if it is not finite.
 
-        The gradient is that of the mean loss over all tokens, however they are cut into micro-batches.
+        The gradient is that of the mean loss over all labels that count, however they are cut into micro-batches.
 
         Args:
             clip: largest norm over all gradients; None or 0: no clipping.
+            tokens: how many labels count (are not −100) in all micro-batches; None: every one.
         """
-        total, router = self._accumulate(micro_batches, reads=True)
+        total, router = self._accumulate(micro_batches, tokens, reads=True)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters() if p.grad is not None])
         numbers = [total.double(), grad_norm.to(total.device).double(), *([] if router is None else [router.double()])]
         loss, norm, *rest = torch.stack(numbers).cpu().tolist()
@@ -107,9 +112,9 @@ class TrainingStep:
             self._step()
         return StepResult(loss, rest[0] if rest else None, norm, skipped)
 
-    def take(self, micro_batches: Sequence[tuple[Tensor, Tensor]], *, clip: float | None = None) -> Tensor:
+    def take(self, micro_batches: Sequence[MicroBatch], *, clip: float | None = None) -> Tensor:
         """The same step without looking at any number: for fake tensors, which have none; the loss, a scalar."""
-        total, _ = self._accumulate(micro_batches, reads=False)
+        total, _ = self._accumulate(micro_batches, None, reads=False)
         if clip:
             torch.nn.utils.clip_grad_norm_(self._parameters(), clip)
         self._step()
@@ -131,23 +136,24 @@ class TrainingStep:
             release.reset()
 
     def _accumulate(
-        self, micro_batches: Sequence[tuple[Tensor, Tensor]], *, reads: bool
+        self, micro_batches: Sequence[MicroBatch], tokens: int | None, *, reads: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Backward over the micro-batches; their mean losses over all tokens, scalars."""
+        """Backward over the micro-batches; their mean losses, over the labels that count and over all, scalars."""
         if (snapshot := getattr(self.optimizer, "snapshot", None)) is not None:
             snapshot()  # backward feeds a momentum, and only the norm of all gradients says whether the step is taken
-        tokens = sum(labels.numel() for _, labels in micro_batches)
+        everything = sum(batch[1].numel() for batch in micro_batches)
+        tokens = everything if tokens is None else max(1, tokens)
         self.model.train()
         total = torch.zeros((), dtype=torch.float32, device=micro_batches[0][0].device)
         routers: Tensor | None = None
         with shared_blocks(self.model) if len(micro_batches) > 1 else contextlib.nullcontext():
-            for inputs, labels in micro_batches:
+            for inputs, labels, *position_ids in micro_batches:
                 self.phase("forward")
-                loss, router = self.losses(inputs, labels)
+                loss, router = self.losses(inputs, labels, *position_ids)
                 loss = loss / tokens
                 whole = loss
                 if router is not None:
-                    router = router * (labels.numel() / tokens)
+                    router = router * (labels.numel() / everything)
                     whole = loss + router
                     routers = router.detach() + (0 if routers is None else routers)
                 if reads and self.acts_in_backward and not whole.isfinite():
@@ -157,25 +163,29 @@ class TrainingStep:
                 total += loss.detach()
         return total, routers
 
-    def losses(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Cross entropy in nats summed over all tokens, and the routers' loss of a mixture of experts or None."""
+    def losses(
+        self, inputs: Tensor, labels: Tensor, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Cross entropy in nats summed over the labels, and the routers' loss of a mixture of experts or None."""
         with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            return language_loss(self.model, self.forward, inputs, labels, chunked=self.chunked_loss)
+            return language_loss(self.model, self.forward, inputs, labels, position_ids, chunked=self.chunked_loss)
 
 
 def language_loss(
-    model: Any, forward: Any, inputs: Tensor, labels: Tensor, *, chunked: bool
+    model: Any, forward: Any, inputs: Tensor, labels: Tensor, position_ids: Tensor | None = None, *, chunked: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Cross entropy in nats summed over all tokens, in float32; inputs and labels are [sequences, tokens].
+    """Cross entropy in nats summed over all labels but −100, in float32; all tensors are [sequences, tokens].
 
     And the routers' load-balancing loss with its weight, where the model computes one (``output_router_logits`` in
     its config), else None.
 
     Args:
         forward: the model, perhaps compiled; its body for ``chunked``.
+        position_ids: where they begin anew, so does attention: transformers takes them for packed documents.
         chunked: through the last hidden state, so that the logits never exist as a whole; no routers' loss.
     """
-    out = forward(input_ids=inputs, use_cache=False)
+    packed = {} if position_ids is None else {"position_ids": position_ids}
+    out = forward(input_ids=inputs, use_cache=False, **packed)
     if chunked:
         head = model.get_output_embeddings()
         hidden = out.last_hidden_state
