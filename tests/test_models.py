@@ -10,14 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from builders import gpt2, llama
+from builders import Tiny, gpt2, llama
 from poetx.errors import UserError
 from poetx.methods.base import convert_model
 from poetx.models import build_model, resolve_device, resolve_dtype
 from poetx.recipe import Recipe
 from poetx.runs.load import load_run
 
-Tiny = Callable[..., Recipe]
 CPU = torch.device("cpu")
 NO_SIZES = [f"model.{key}=null" for key in ("hidden_size", "intermediate_size", "num_layers", "num_heads")]
 

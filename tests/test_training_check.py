@@ -57,8 +57,8 @@ def built(model, method, lr=1e-2):
     return optimizer
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["poet-x", "single-step"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_everything_that_trains_in_a_family_of_models_moves(family, method):
     shape = FAMILIES[family]
     shape = shape if "vocab_size" in shape else COMMON | shape

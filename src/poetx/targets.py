@@ -310,21 +310,23 @@ _FACTS = ("dtype", "device", "shape", "ndim", "size", "is_meta", "requires_grad"
 _SETUP = ("__init__", "_init_weights", "init_weights", "reset_parameters", "initialize_weights", "extra_repr")
 
 
+def _weights_read(kind: type) -> list[str]:
+    """Names x for which a method of the class, its own or inherited, reads the values of ``self.x.weight``."""
+    return sorted({name for base in kind.__mro__ for name in _weights_read_in(base)})
+
+
 @functools.cache
-def _weights_read(kind: type) -> tuple[str, ...]:
-    """Names x for which a method of the class reads the values of ``self.x.weight``."""
-    names: set[str] = set()
-    for base in kind.__mro__:
-        if base.__module__.partition(".")[0] in ("torch", "builtins", "poetx", "peft") or base is object:
-            continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):  # a class without source: seen when it trains, not before
-            continue
-        body = next((node.body for node in tree.body if isinstance(node, ast.ClassDef)), [])
-        methods = [node for node in body if isinstance(node, ast.FunctionDef) and node.name not in _SETUP]
-        names.update(name for method in methods for name in _reads(method))
-    return tuple(sorted(names))
+def _weights_read_in(kind: type) -> tuple[str, ...]:
+    """The same for a class without what it inherits: finding and parsing the source of a large base takes long."""
+    if kind.__module__.partition(".")[0] in ("torch", "builtins", "poetx", "peft"):
+        return ()
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except (OSError, TypeError, SyntaxError):  # a class without source: seen when it trains, not before
+        return ()
+    body = next((node.body for node in tree.body if isinstance(node, ast.ClassDef)), [])
+    methods = [node for node in body if isinstance(node, ast.FunctionDef) and node.name not in _SETUP]
+    return tuple(name for method in methods for name in _reads(method))
 
 
 def _reads(method: ast.FunctionDef) -> Iterable[str]:

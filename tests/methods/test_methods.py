@@ -2,54 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, FalconMambaConfig, OlmoeConfig, PreTrainedConfig, Qwen2MoeConfig
+from transformers import FalconMambaConfig, OlmoeConfig, PreTrainedConfig, Qwen2MoeConfig
 
-from builders import At, interrupt, train_losses
+from builders import Tiny
 from poetx.errors import UserError
 from poetx.methods import convert_model, merge_handle, method_of, release_handle
 from poetx.models import build_model
 from poetx.recipe import Recipe, load_recipe, with_method
 from poetx.recipe.shorthands import METHODS
-from poetx.train.metrics import is_whole, read_metrics
-from poetx.train.run import train
 from poetx.train.step import TrainingStep
 
-Tiny = Callable[..., Recipe]
 CPU = torch.device("cpu")
-#: One of each kind; the weight formats are one method on one weight object.
-KINDS = [name for name in METHODS if name not in ("int4", "nf4", "fp8") and not name.startswith("bipolar")]
 
 
 def built(recipe: Recipe) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     model = build_model(recipe, vocab_size=320, end_of_text_id=0, device=CPU)
     convert_model(model, recipe, CPU)
     return model, method_of(recipe).build_optimizer(model, recipe.train.steps)
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_every_method_trains_resumes_and_exports_a_plain_model(name: str, tiny: Tiny) -> None:
-    if name == "lora":
-        pytest.importorskip("peft")
-    settings = (f"method={name}", "train.dtype=float32", "train.checkpoint_every=5", "optimizer.clip=1")
-    whole = train(tiny(*settings, run_dir="whole"))
-    assert min(train_losses(whole.run_dir)[-3:]) < train_losses(whole.run_dir)[0]
-    lines = read_metrics(whole.run_dir / "metrics.jsonl")
-    assert all(map(is_whole, lines))  # the report leaves out what is not
-    assert lines[-1]["tokens"] == whole.steps * 4 * 16
-    exported = AutoModelForCausalLM.from_pretrained(whole.run_dir / "export")
-    trained = dict(whole.model.named_parameters())
-    assert {n: p.shape for n, p in exported.named_parameters()} == {n: p.shape for n, p in trained.items()}
-    assert all(torch.equal(p, trained[n]) for n, p in exported.named_parameters())
-
-    parts = tiny(*settings, run_dir="parts")
-    assert train(parts, reporter=At(7, interrupt)).step == 7
-    train(parts, resume=True)
-    assert train_losses(parts.directory) == train_losses(whole.run_dir)
 
 
 def of_config(tiny: Tiny, tmp_path: Path, config: PreTrainedConfig, *settings: str) -> Recipe:

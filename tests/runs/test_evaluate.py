@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
 
+from builders import Tiny
 from poetx.errors import UserError
-from poetx.recipe import Recipe
 from poetx.runs.evaluate import evaluate_run
 from poetx.train.run import train
-
-Tiny = Callable[..., Recipe]
 
 
 def test_other_text_is_read_whole_whatever_the_tokenizer_file_asks_for(tiny: Tiny, corpus: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,16 +10,15 @@ import transformers
 from safetensors import SafetensorError
 
 import builders
+from builders import Tiny
 from poetx.data.tokenizer import END_OF_TEXT, fast_tokenizer, train_tokenizer
 from poetx.errors import UserError
-from poetx.recipe import Recipe
 from poetx.runs.evaluate import evaluate_run
 from poetx.runs.generate import generate_text
 from poetx.runs.load import load_run
 from poetx.train.export import export_model
 from poetx.train.run import train
 
-Tiny = Callable[..., Recipe]
 CONFIGS = {
     "none": None,
     "no class": {"tokenizer_class": "PreTrainedTokenizerFast"},

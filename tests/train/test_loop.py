@@ -16,38 +16,6 @@ from poetx.train import checkpoint as ckpt
 from poetx.train.run import train
 
 SINGLE = ("poet.method=single-step", "optimizer.angle=0.02")
-KINDS = {
-    "fast": ("poet.mode=fast",),
-    "mem": ("poet.mode=mem",),
-    "dense": ("poet=null",),
-    "sgd": ("optimizer.name=sgd", "optimizer.momentum=0.9"),
-    "adafactor": ("optimizer.name=adafactor",),
-    "single-step": SINGLE,
-    "single-step-mem": (*(*SINGLE, "poet.mode=mem", "train.micro_batch_size=2", "model.gradient_checkpointing=true"),),
-    "single-step-bfloat16": (
-        *(*SINGLE, "poet.rotation_dtype=bfloat16", "train.dtype=bfloat16", "optimizer.state_dtype=int8"),
-    ),
-    "single-step-smmf": (
-        *(*SINGLE, "optimizer.name=smmf", "optimizer.release_gradients=true", "optimizer.clip=null"),
-        "train.chunked_loss=true",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_stopping_and_resuming_changes_not_one_bit(tiny: Tiny, kind: str) -> None:
-    """Merges fall at 5 and 10, the stop at 7, the checkpoints at 6 and 7; step 12 is the last."""
-    straight = train(tiny(*KINDS[kind], run_dir="straight"))
-    recipe = tiny(*KINDS[kind], run_dir="stopped")
-    stopped = train(recipe, reporter=At(7, interrupt))
-    assert (stopped.step, stopped.signum) == (7, signal.SIGINT)
-    assert stopped.checkpoint == recipe.directory / "checkpoints" / "step-00000007"
-    resumed = train(recipe, resume=True)
-    assert resumed.signum is None
-    assert curve(resumed.run_dir) == curve(straight.run_dir)
-    assert same(weights(resumed), weights(straight))
-    merged = [entry["step"] for entry in curve(straight.run_dir) if entry.get("merged")]
-    assert merged == ([] if kind == "dense" or kind.startswith("single-step") else [5, 10])
 
 
 def test_resuming_from_an_older_checkpoint_repeats_the_lost_steps_exactly(tiny: Tiny) -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from builders import train_losses
+from builders import Tiny, train_losses
 from poetx.errors import UserError
 from poetx.recipe import Recipe, load_recipe
 from poetx.runs.report import write_report
 from poetx.train.metrics import read_metrics
 from poetx.train.run import train
 
-Tiny = Callable[..., Recipe]
 SHORT = ("train.export=false", "optimizer.clip=null", "optimizer.clip_ramp_until=0")
 
 
@@ -37,30 +35,6 @@ def test_exact_switches_leave_the_curve_as_it_was(tiny: Tiny, switch: str, mode:
     chosen = switches if switch == "all" else [switch]
     plain = losses(tiny(*SHORT, f"poet.mode={mode}", run_dir="plain"))
     assert losses(tiny(*SHORT, f"poet.mode={mode}", *chosen)) == pytest.approx(plain, rel=2e-4)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        ("optimizer.state_dtype=bfloat16",),
-        ("optimizer.state_dtype=int8",),
-        ("optimizer.name=smmf",),
-        ("optimizer.name=hfac",),
-        ("optimizer.dense_optimizer=adafactor",),
-        ("optimizer.dense_optimizer=smmf", "optimizer.state_dtype=int8", "optimizer.release_gradients=true"),
-        ("optimizer.state_dtype=int8", "optimizer.release_gradients=true", "train.chunked_loss=true"),
-        ("train.dtype=bfloat16",),
-        ("train.dtype=bfloat16", "optimizer.state_dtype=same"),
-        ("train.dtype=bfloat16", "poet.method=single-step", "optimizer.clip_ramp_until=null"),
-    ],
-)
-def test_small_state_learns_and_resumes_bitwise(tiny: Tiny, settings: tuple[str, ...]) -> None:
-    whole = losses(tiny(*SHORT, *settings, run_dir="whole"))
-    assert whole[-1] < whole[0] - 0.05
-    parts = tiny(*SHORT, *settings, "train.checkpoint_every=4", run_dir="parts")
-    train(parts)
-    (parts.directory / "checkpoints" / "step-00000012" / "manifest.json").unlink()
-    assert losses(parts, resume=True) == whole
 
 
 @pytest.mark.parametrize(

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from builders import poison, train_losses
+from builders import Tiny, poison, train_losses
 from poetx.data.prepare import prepare_data
 from poetx.errors import UserError
-from poetx.recipe import Recipe, load_recipe
+from poetx.recipe import load_recipe
 from poetx.runs.evaluate import evaluate_run
 from poetx.train import checkpoint, loop
 from poetx.train.checkpoint import checkpoints, step_of
 from poetx.train.progress import Reporter
 from poetx.train.run import train
-
-Tiny = Callable[..., Recipe]
 
 
 @pytest.mark.parametrize("name", ["export/weights", "tokenizer/t", "checkpoints/hf.bin", "recipe.yaml"])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from builders import At, interrupt, train_losses
+from builders import At, Tiny, interrupt, train_losses
 from poetx import files
 from poetx.errors import UserError
 from poetx.recipe import Recipe, load_recipe
@@ -18,8 +17,6 @@ from poetx.runs.load import load_run
 from poetx.train import checkpoint as ckpt
 from poetx.train.metrics import read_metrics
 from poetx.train.run import train
-
-Tiny = Callable[..., Recipe]
 
 
 def test_everything_that_belongs_to_a_run_is_there(tiny: Tiny) -> None:
