@@ -21,7 +21,9 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    poetx ")]
 TARGETS = re.findall(r"^    make (\w+)", README, re.M)
 #: What makes a command small; everything else in it stays as it is written.
+SIZES = ("model.hidden_size=32", "model.intermediate_size=48", "model.num_layers=1", "model.num_heads=2")
 SMALL = (
+    *SIZES,
     *("train.batch_size=2", "train.eval_every=2", "train.eval_windows=2", "train.device=cpu"),
     *("data.train=corpus.jsonl", "data.seq_len=16", "data.vocab_size=400", "optimizer.warmup_steps=0"),
 )
@@ -76,7 +78,7 @@ def test_the_commands_run_one_after_the_other(place: Path, monkeypatch: pytest.M
         if words[0] == "train" and "--resume" not in words:
             words += [*(word for word in SMALL if word.split("=")[0] not in command), "train.steps=2"]
         if words[0] == "memory":
-            words[1] = "demo"  # a large model takes longer, and nothing else
+            words[1:2] = ["demo", *SIZES]  # a large model takes longer, and nothing else
         if words[0] == "generate":
             words += ["--max-new-tokens", "2"]
         assert main(words) == 0, f"{command}\n{capsys.readouterr()}"

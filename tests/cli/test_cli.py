@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,22 +26,37 @@ train: {steps: 3, batch_size: 2, eval_every: 2, eval_windows: 2, checkpoint_ever
 """
 
 
+def prepare(directory: Path) -> None:
+    lines = "".join(f"{number} little words in a row\n" for number in range(3000))
+    (directory / "text.txt").write_text(lines, encoding="utf-8")
+    (directory / "small.yaml").write_text(RECIPE, encoding="utf-8")
+
+
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a recipe, ``small.yaml``, and its text."""
     monkeypatch.chdir(tmp_path)
-    lines = "".join(f"{number} little words in a row\n" for number in range(3000))
-    (tmp_path / "text.txt").write_text(lines, encoding="utf-8")
-    (tmp_path / "small.yaml").write_text(RECIPE, encoding="utf-8")
+    prepare(tmp_path)
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that a training leaves behind, the cache of its text and its recipe included."""
+    directory = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        prepare(directory)
+        assert main(["train", "small.yaml", "data.train=text.txt"]) == 0
+    return directory
+
+
 @pytest.fixture
-def trained(place: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+def trained(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A finished run in ``runs/small``."""
-    assert main(["train", "small.yaml", "data.train=text.txt"]) == 0
-    capsys.readouterr()
-    return place / "runs" / "small"
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "runs" / "small"
 
 
 @pytest.fixture
@@ -157,30 +174,21 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says(place: Path) -> None:
     assert (place / "runs/small/export/config.json").is_file()
 
 
-@pytest.mark.parametrize("name", ["recipe.yaml", "metrics.jsonl", "checkpoints/step-00000003/model.safetensors"])
-def test_a_report_replaces_pages_only(name: str, trained: Path, fails: Callable[..., str]) -> None:
-    before = (trained / name).read_bytes()
-    assert "no HTML page" in fails("report", "runs/small", "-o", str(trained / name))
-    assert (trained / name).read_bytes() == before
+def test_a_report_replaces_pages_only(trained: Path, fails: Callable[..., str]) -> None:
+    for name in ("recipe.yaml", "metrics.jsonl", "checkpoints/step-00000003/model.safetensors"):
+        before = (trained / name).read_bytes()
+        assert "no HTML page" in fails("report", "runs/small", "-o", str(trained / name))
+        assert (trained / name).read_bytes() == before
     for _ in range(2):
         assert main(["report", "runs/small", "-o", "page"]) == 0
 
 
-def test_characters_that_the_terminal_lacks_are_replaced(trained: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "poetx",
-        "generate",
-        "runs/small",
-        "--prompt",
-        "日本",
-        "--max-new-tokens",
-        "2",
-    ]
-    environment = {**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
-    done = subprocess.run(command, capture_output=True, env=environment, check=False)
-    assert (done.returncode, done.stdout[:2]) == (0, b"??"), done.stderr
+def test_characters_that_the_terminal_lacks_are_replaced(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert main(["generate", "runs/small", "--prompt", "日本", "--max-new-tokens", "2"]) == 0
+    terminal.flush()
+    assert terminal.buffer.getvalue()[:2] == b"??"  # type: ignore[attr-defined]
 
 
 def test_resume_and_overwrite(trained: Path, fails: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:

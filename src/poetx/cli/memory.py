@@ -59,7 +59,7 @@ def memory(
             raise UserError(f"{option}: no such option; what a run is like are keys of the recipe (data.seq_len=512)")
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"plot={plot}: must end in .png, .svg or .pdf")
-    if gpu is not None and not 0 < gpu < math.inf:
+    if gpu is not None and not 0 < gpu * 2**30 < math.inf:
         raise UserError(f"gpu={gpu}: must be a positive, finite number of GB")
     names = None if methods is None else names_in("methods", methods)
     _run(_planned(recipe, settings, names), gpu=gpu, device=device, plot=plot, as_json=as_json)
