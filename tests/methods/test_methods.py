@@ -116,7 +116,7 @@ def test_epsilon_is_added_as_published_where_the_recipe_says_so(tiny: Tiny) -> N
 
 
 def test_muon_steps_the_matrices_between_the_ends_at_its_own_rate(tiny: Tiny) -> None:
-    recipe = tiny("method=muon", "train.dtype=float32", "optimizer.lr=0.01", "optimizer.muon_lr=0.02")
+    recipe = tiny("method=muon", "train.dtype=float32", "optimizer.lr=0.01", "optimizer.matrix_lr=0.02")
     model, optimizer = built(recipe)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():

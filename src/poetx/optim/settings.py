@@ -12,6 +12,9 @@ from poetx.errors import UserError, nearest
 
 #: Optimizers that :func:`poetx.optim.build_optimizer` knows by name.
 OPTIMIZERS = ("adamw", "sgd", "adafactor", "smmf", "hfac")
+#: Optimizers of dense matrices, beside AdamW on the rest: :mod:`poetx.optim.baselines.rules`.
+LOW_RANK = ("galore", "fira", "apollo")
+MATRIX_OPTIMIZERS = ("muon", "muon-hyperball", "rmnp", "scale", "sinkgd", "racs", *LOW_RANK, "apollo-mini")
 
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "lr": (lambda v: v >= 0, "must be a finite number of at least 0"),
@@ -27,6 +30,16 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "decay": (lambda v: -1 <= v <= 0, "must be between -1 and 0 (-0.8 for transformers, else -0.5)"),
     "angle": (lambda v: 0 < v < 0.5, "radians a step, between 0 and 0.5 (0.012 is usual)"),
     "norm_growth": (lambda v: 0 <= v < 1, "must be at least 0 and below 1 (8 / steps is usual)"),
+    "row_momentum": (lambda v: 0 <= v < 1, "must be at least 0 and below 1"),
+    "ball_momentum": (lambda v: 0 <= v < 1, "must be at least 0 and below 1"),
+    "racs_beta": (lambda v: 0 <= v < 1, "must be at least 0 and below 1"),
+    "rank": (lambda v: v >= 1 and v == int(v), "must be a whole number of at least 1"),
+    "scale": (lambda v: v > 0, "must be positive and finite"),
+    "limit": (lambda v: v >= 1, "must be at least 1 (1.01 is usual)"),
+    "over": (lambda v: v in (0, 1), "must be 1, for rows, or 0, for columns"),
+    "iterations": (lambda v: v >= 1 and v == int(v), "must be a whole number of at least 1"),
+    "subspace_gap": (lambda v: v >= 1 and v == int(v), "must be a whole number of at least 1 (200 is usual)"),
+    "sketch_gap": (lambda v: v >= 1 and v == int(v), "must be a whole number of at least 1 (200 is usual)"),
     "seed": (lambda v: v == int(v), "must be a whole number"),
 }
 _SEVERAL = ("betas", "eps")  # Adafactor's eps is a pair

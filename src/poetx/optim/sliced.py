@@ -11,10 +11,10 @@ from torch import Tensor
 from poetx.distributed.sharded import refuse_sharded
 from poetx.errors import UserError
 from poetx.layers.base import DTYPES
-from poetx.ops.random import stochastic_round_, stream_seed
+from poetx.ops.random import stochastic_round_, stream, stream_seed
 from poetx.optim.combined import keep_dtypes
 from poetx.optim.saved_kinds import Kind, check_own
-from poetx.optim.settings import check_group, check_numbers
+from poetx.optim.settings import check_group, check_numbers, known_settings
 
 #: Elements worked on at a time, so that the temporaries of a step do not depend on the largest parameter.
 SLICE = 1 << 23
@@ -35,7 +35,7 @@ class SlicedOptimizer(torch.optim.Optimizer):
 
     #: Zeros are the state of a parameter that was not stepped yet: how a merge resets it.
     fresh_is_zero = True
-    _beta_count = 2
+    _beta_count: ClassVar[int | None] = 2  # None: an optimizer without them
     kind: ClassVar[Kind]
 
     def __init__(self, params: Any, defaults: dict[str, Any], *, seed: int = 0) -> None:
@@ -68,8 +68,8 @@ class SlicedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         name = type(self).__name__
-        check_group(param_group, name)
-        if len(param_group["betas"]) != self._beta_count:
+        check_group(param_group, name, (*known_settings(), *self.defaults))
+        if self._beta_count is not None and len(param_group["betas"]) != self._beta_count:
             raise UserError(f"betas={param_group['betas']!r}: {name} takes {self._beta_count}")
         refuse_sharded(param_group["params"], name)
         for parameter in param_group["params"]:
@@ -94,6 +94,10 @@ class SlicedOptimizer(torch.optim.Optimizer):
     def _noise(self, parameter: Tensor, step: int) -> torch.Generator:
         """Of this parameter at this step: by its number among all parameters, whatever group is stepped alone."""
         return torch.Generator(parameter.device).manual_seed(self._noise_seed(parameter, step))
+
+    def _stream(self, parameter: Tensor, count: int, purpose: str) -> torch.Generator:
+        """Of this parameter, for what is drawn more rarely than at every step."""
+        return stream(self._seed, str(self._numbers[id(parameter)]), count, purpose, parameter.device)
 
     def _noise_seed(self, parameter: Tensor, step: int) -> int:
         return stream_seed(self._seed, str(self._numbers[id(parameter)]), step, "optimizer")

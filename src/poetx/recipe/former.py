@@ -10,6 +10,10 @@ from poetx.config import RENAMED as RENAMED_SETTINGS
 from poetx.errors import UserError
 from poetx.recipe.sections import belongs, default_of, section_types
 
+_OPTIMIZER_RENAMED = {
+    "optimizer.base": "optimizer.dense_optimizer",
+    "optimizer.muon_lr": "optimizer.matrix_lr",
+}
 #: Defaults that runs of former versions were started with, where today's is another.
 DEFAULTS = {"poet.weight_extra_bits": False, "poet.update": "rotation"}
 _GONE_DEFAULTS = {"partitions": 2, "partition_kind": "structured"}
@@ -24,7 +28,7 @@ def modernize(values: dict[str, Any], *, of_a_run: bool = False, keep: Container
     Raises:
         UserError: a setting that would train otherwise today.
     """
-    notes = _rename_base(values)
+    notes = _rename_of_optimizer(values)
     poet = values.get("poet")
     if isinstance(poet, dict):
         single_step = poet.get("method") == "single-step"
@@ -62,26 +66,26 @@ def modern_override(key: str, value: Any) -> tuple[str, Any]:
     if section == "poet" and name:
         name, value = current_name(name, value)
         return f"{section}.{name}", value
-    return ("optimizer.dense_optimizer" if key == "optimizer.base" else key), value
+    return _OPTIMIZER_RENAMED.get(key, key), value
 
 
-def _rename_base(values: dict[str, Any]) -> list[str]:
-    """Put ``optimizer.base`` under the name that it has today."""
+def _rename_of_optimizer(values: dict[str, Any]) -> list[str]:
+    """Put settings of the optimizer under the names that they have today."""
     part, poet = values.get("optimizer"), values.get("poet")
-    if not isinstance(part, dict) or "base" not in part:
-        return []
-    value, name = part.pop("base"), "dense_optimizer"
-    if value is not None and isinstance(poet, dict) and poet.get("method") == "single-step":
-        name = "name"  # there one optimizer steps all that is not rotated
-    if value is not None and part.get(name, value) != value:
-        raise UserError(
-            f"optimizer.base={value} with optimizer.{name}={part[name]}: base is the former name of {name}, and the "
-            "two differ; leave optimizer.base out"
-        )
-    if value is None:
-        return []
-    part[name] = value
-    return [f"optimizer.base is called optimizer.{name} now"]
+    notes = []
+    for old, new in _OPTIMIZER_RENAMED.items():
+        key, name = old.rpartition(".")[2], new.rpartition(".")[2]
+        if not isinstance(part, dict) or (value := part.pop(key, None)) is None:
+            continue
+        if key == "base" and isinstance(poet, dict) and poet.get("method") == "single-step":
+            name = "name"  # there one optimizer steps all that is not rotated
+        if part.setdefault(name, value) != value:
+            raise UserError(
+                f"{old}={value} with optimizer.{name}={part[name]}: {key} is the former name of {name}, and the two "
+                f"differ; leave {old} out"
+            )
+        notes.append(f"{old} is called optimizer.{name} now")
+    return notes
 
 
 def without_effect(values: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:

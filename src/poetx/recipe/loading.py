@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import ValidationError, model_validator
 
 from poetx.errors import UserError, nearest, one_line
+from poetx.optim.settings import MATRIX_OPTIMIZERS
 from poetx.recipe.former import drop_without_effect, modern_override, modernize, without_effect
 from poetx.recipe.idle import idle
 from poetx.recipe.sections import (
@@ -82,8 +83,9 @@ class Recipe(Section):
             raise UserError("name is empty")
         if self.lora is not None and self.poet is not None:
             raise UserError("lora and poet are both set; set one of them to null")
-        if self.optimizer.name == "muon" and (self.poet is not None or self.lora is not None):
-            raise UserError("optimizer.name=muon trains dense matrices; use it with poet=null and lora=null")
+        name = self.optimizer.name
+        if name in MATRIX_OPTIMIZERS and (self.poet is not None or self.lora is not None):
+            raise UserError(f"optimizer.name={name} trains dense matrices; use it with poet=null and lora=null")
         if self.poet is None and self.model.recompute != "auto":
             raise UserError(f"model.recompute={self.model.recompute}: is for rotated layers; leave it out")
         growth = self.optimizer.norm_growth if isinstance(self.optimizer, SingleStepKeys) else 0

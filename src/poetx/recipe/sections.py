@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from poetx.config import PoetConfig, Recompute
 from poetx.errors import UserError
-from poetx.optim.settings import OPTIMIZERS
+from poetx.optim.settings import LOW_RANK, MATRIX_OPTIMIZERS, OPTIMIZERS
 
 
 def _refuse(message: str) -> PydanticCustomError:
@@ -114,7 +114,7 @@ MaybeAmount = Annotated[Amount | None, BeforeValidator(_off)]
 Names = Text | tuple[Text, ...]
 
 Dense: Any = Literal[OPTIMIZERS]
-DenseOrMuon: Any = Literal[(*OPTIMIZERS, "muon")]
+DenseOrMatrix: Any = Literal[(*OPTIMIZERS, *MATRIX_OPTIMIZERS)]
 
 
 class Section(BaseModel):
@@ -243,7 +243,7 @@ class LoraRecipe(Section):
 class OptimizerRecipe(Section):
     """What every optimizer has. ``lr`` is that of all that is not a rotation. Defaults: docs/method.md, at its end."""
 
-    name: DenseOrMuon = "adamw"  # pyright: ignore[reportInvalidTypeForm]
+    name: DenseOrMatrix = "adamw"  # pyright: ignore[reportInvalidTypeForm]
     lr: Rate = 1e-3
     weight_decay: Amount = 0.0  # never applied to rotations
     clip: MaybeAmount = 0.1  # global gradient norm; null or 0: off
@@ -273,9 +273,15 @@ class SgdKeys(Section):
     momentum: Beta = 0.0
 
 
-class MuonKeys(Section):
-    belongs: ClassVar[str] = "Muon's"
-    muon_lr: MaybeRate = None  # of the matrices that Muon steps; None: lr
+class MatrixKeys(Section):
+    belongs: ClassVar[str] = f"for optimizers of matrices ({', '.join(MATRIX_OPTIMIZERS)})"
+    matrix_lr: MaybeRate = None  # of the matrices; None: the rule's published one, lr for muon and rmnp
+
+
+class LowRankKeys(Section):
+    belongs: ClassVar[str] = f"for {', '.join(LOW_RANK)}"
+    rank: MaybeCount = None  # of the subspace; None: a quarter of each matrix's smaller side
+    subspace_gap: Count = 200  # steps that it stays
 
 
 class PoetXKeys(Section):
@@ -302,6 +308,9 @@ class SingleStepKeys(Section):
         _must(lambda value: 0 < value < 0.5, "radians a step, between 0 and 0.5 (0.012 is usual)"),
     ] = 0.012
     norm_growth: Amount = 0.0  # ‖W‖² grows by so many times its first value over all train.steps
+
+
+_OPTIMIZER_KEYS = (AdamWKeys, SgdKeys, MatrixKeys, LowRankKeys, PoetXKeys, RotationAdamWKeys, SingleStepKeys)
 
 
 class TrainRecipe(Section):
@@ -377,9 +386,10 @@ def poet_type(method: str, quantized: bool) -> type[PoetRecipe]:
 def optimizer_type(method: str | None, names: frozenset[str], rotations_by_adamw: bool) -> type[OptimizerRecipe]:
     """The type of the ``optimizer`` section: what every one has, and what these optimizers and this method have."""
     parts: list[type[Section]] = []
-    if names & {"adamw", "muon"}:
+    if names & {"adamw", *MATRIX_OPTIMIZERS}:
         parts.append(AdamWKeys)
-    parts += [keys for name, keys in (("sgd", SgdKeys), ("muon", MuonKeys)) if name in names]
+    kinds = ((("sgd",), SgdKeys), (MATRIX_OPTIMIZERS, MatrixKeys), (LOW_RANK, LowRankKeys))
+    parts += [keys for kind, keys in kinds if names.intersection(kind)]
     if method == "poet-x":
         parts += [PoetXKeys, *([RotationAdamWKeys] if rotations_by_adamw else [])]
     elif method == "single-step":
@@ -419,8 +429,7 @@ _KNOWN = frozenset(typing.get_args(OptimizerRecipe.model_fields["name"].annotati
 def belongs(section: str, key: str) -> str:
     """Whose a key of ``optimizer`` or ``poet`` is, in a few words; empty for a key that no type has."""
     if section == "optimizer":
-        parts = (AdamWKeys, SgdKeys, MuonKeys, PoetXKeys, RotationAdamWKeys, SingleStepKeys)
-        return next((part.belongs for part in parts if key in part.model_fields), "")
+        return next((part.belongs for part in _OPTIMIZER_KEYS if key in part.model_fields), "")
     if section == "poet":
         owners = {"for poet.method=single-step": _OF_SINGLE_STEP, "for poet.weight_format": _OF_FORMATS}
         owners["for poet.method=poet-x"] = (*_OF_POET_X, "merge_every")
@@ -440,7 +449,7 @@ def _all_types(section: str) -> Iterator[type[Section]]:
     if section == "poet":
         yield from (poet_type("poet-x", True), poet_type("single-step", False))
     elif section == "optimizer":
-        yield from (OptimizerRecipe, AdamWKeys, SgdKeys, MuonKeys, PoetXKeys, RotationAdamWKeys, SingleStepKeys)
+        yield from (OptimizerRecipe, *_OPTIMIZER_KEYS)
     else:
         plain = {"model": [ModelRecipe], "data": [DataRecipe], "train": [TrainRecipe], "lora": [LoraRecipe]}
         yield from plain.get(section, [])

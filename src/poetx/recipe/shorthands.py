@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from poetx.config import WEIGHT_FORMATS
 from poetx.errors import UserError, nearest
-from poetx.optim.settings import OPTIMIZERS
+from poetx.optim.settings import MATRIX_OPTIMIZERS, OPTIMIZERS
 
 
 class Shape(NamedTuple):
@@ -64,7 +64,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "adamw-mixed": _dense("adamw")
     | {"optimizer.state_dtype": "auto", "train.autocast": True, "train.dtype": "float32"},
     "adamw-8bit": _dense("adamw") | {"optimizer.state_dtype": "int8"},
-    **{name: _dense(name) for name in ("muon", *OPTIMIZERS[1:])},
+    **{name: _dense(name) for name in (*MATRIX_OPTIMIZERS, *OPTIMIZERS[1:])},
     "lora": {"poet": None, "lora": {}, "optimizer.name": "adamw"},
 }
 
@@ -92,8 +92,8 @@ def put_method(values: dict[str, Any], name: str) -> None:
         if not isinstance(values.get(section), dict):
             values[section] = {}
         values[section][last] = value
-    if values["poet"] is not None and (values.get("optimizer") or {}).get("name") == "muon":
-        values["optimizer"]["name"] = "adamw"  # Muon is for dense matrices
+    if values["poet"] is not None and (values.get("optimizer") or {}).get("name") in MATRIX_OPTIMIZERS:
+        values["optimizer"]["name"] = "adamw"  # those are for dense matrices
 
 
 def put_shape(values: dict[str, Any]) -> None:

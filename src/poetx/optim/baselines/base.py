@@ -1,0 +1,70 @@
+"""What the rivals' optimizers share: a direction of a whole matrix, and a step along it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poetx.errors import UserError
+from poetx.optim.sliced import SlicedOptimizer, compute_dtype, wide, write_
+
+
+class MatrixOptimizer(SlicedOptimizer):
+    """W ← (1 − lr·λ) W − lr·U, with U from :meth:`_direction`, in float32 (float64 for float64) a matrix at a time.
+
+    bfloat16 weights and momenta are rounded stochastically, as in :class:`~poetx.optim.sliced.SlicedOptimizer`.
+
+    Raises:
+        UserError: a parameter that is no matrix, and whatever SlicedOptimizer refuses.
+    """
+
+    _beta_count = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        for parameter in param_group["params"]:
+            if parameter.ndim != 2:
+                raise UserError(
+                    f"{type(self).__name__}: a parameter of shape {tuple(parameter.shape)} is no matrix; give it to "
+                    "another optimizer"
+                )
+
+    def _update(self, parameter: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        noise = self._noise(parameter, state["step"])
+        dtype = compute_dtype(parameter)
+        U = self._direction(wide(grad, dtype), state, group, parameter, noise)
+        value = parameter.to(dtype, copy=True).mul_(1 - group["lr"] * group["weight_decay"])
+        write_(parameter, value.add_(U, alpha=-group["lr"]), noise)
+
+    def _direction(
+        self, G: Tensor, state: dict[str, Any], group: dict[str, Any], parameter: Tensor, noise: torch.Generator
+    ) -> Tensor:
+        """U [m, n]. ``G`` is the gradient, a copy that may be written to; ``state`` has the step's number already."""
+        raise NotImplementedError
+
+
+def moving_average(
+    state: dict[str, Any], name: str, value: Tensor, beta: float, dtype: torch.dtype, noise: torch.Generator
+) -> Tensor:
+    """``state[name]`` ← β·state[name] + (1 − β)·value, kept in ``dtype``; returns it in the dtype of ``value``."""
+    if name not in state:
+        state[name] = torch.zeros_like(value, dtype=dtype)
+    average = state[name].to(value.dtype, copy=True).lerp_(value, 1 - beta)
+    write_(state[name], average, noise)
+    return average
+
+
+def limited_(U: Tensor, state: dict[str, Any], growth: float) -> Tensor:
+    """``U`` scaled down, in place, where its norm is more than ``growth`` times that of the step before."""
+    norm = torch.linalg.vector_norm(U)
+    if "norm" in state:
+        limit = state["norm"] * growth
+        factor = torch.where((norm > limit) & (limit > 0), limit / norm, 1.0)
+        U.mul_(factor)
+        norm = norm * factor
+        state["norm"].copy_(norm)
+    else:
+        state["norm"] = norm
+    return U

@@ -1,0 +1,55 @@
+"""Muon that holds every matrix's norm: the rival that the single step's fixed norm asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poetx.errors import UserError
+from poetx.optim.baselines.base import MatrixOptimizer, moving_average
+from poetx.optim.orthogonalize import orthogonalize
+from poetx.optim.saved_kinds import Kind
+from poetx.optim.sliced import compute_dtype, wide, write_
+
+
+class MuonHyperball(MatrixOptimizer):
+    """Muon on the sphere ‖W‖ = ‖W₀‖ (arXiv 2606.16899): the rate is an angle.
+
+    M ← β M + (1 − β) G, with Nesterov's look-ahead as in Muon; U = Newton–Schulz of it; with c = ‖W₀‖:
+    V = W − lr·c·U/‖U‖, W ← c·V/‖V‖. Matrices of zeros stay where they are.
+
+    Raises:
+        UserError: a weight decay, which a held norm leaves without effect.
+    """
+
+    kind = Kind("MuonHyperball", "ball_momentum", lambda p: {"momentum": (tuple(p.shape),), "norm": ((),)})
+
+    def __init__(
+        self, params: Any, lr: float = 0.012, weight_decay: float = 0.0, *, ball_momentum: float = 0.95, seed: int = 0
+    ) -> None:
+        defaults = {"lr": lr, "weight_decay": weight_decay, "ball_momentum": ball_momentum}
+        super().__init__(params, defaults, seed=seed)
+        for group in self.param_groups:
+            if group["weight_decay"]:
+                raise UserError(
+                    f"MuonHyperball: weight_decay={group['weight_decay']}: has no effect where the norm is held; set 0"
+                )
+
+    def _update(self, parameter: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        noise, beta = self._noise(parameter, state["step"]), group["ball_momentum"]
+        W = parameter.to(compute_dtype(parameter), copy=True)
+        if "norm" not in state:
+            state["norm"] = torch.linalg.vector_norm(W)
+        G = wide(grad, W.dtype)
+        M = moving_average(state, "momentum", G, beta, parameter.dtype, noise)
+        U = G.lerp_(M, beta)
+        tall = U.shape[0] > U.shape[1]
+        U = orthogonalize((U.T if tall else U)[None], skew=False)[0]
+        U = U.T if tall else U
+        size = torch.linalg.vector_norm(U)
+        c = state["norm"]
+        W.sub_(U * torch.where(size > 0, group["lr"] * c / size, 0.0))
+        length = torch.linalg.vector_norm(W)
+        write_(parameter, W.mul_(torch.where(length > 0, c / length, 1.0)), noise)

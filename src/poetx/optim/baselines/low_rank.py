@@ -1,0 +1,177 @@
+"""Adam in a subspace of the gradient: GaLore, Fira, APOLLO and APOLLO-Mini."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poetx.optim.baselines.base import MatrixOptimizer, limited_
+from poetx.optim.saved_kinds import Kind, Shapes
+from poetx.optim.sliced import write_
+
+_TINY = 1e-8
+#: How much an update may grow from one step to the next.
+_GROWTH = 1.01
+
+
+class _LowRank(MatrixOptimizer):
+    """What all keep: Adam's moments of R = Pᵀ·G, where G is seen with its smaller side as rows."""
+
+    _beta_count = 2
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        *,
+        rank: int,
+        scale: float,
+        seed: int,
+        **settings: Any,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rank": rank, "scale": scale}
+        super().__init__(params, defaults | settings, seed=seed)
+
+    def _direction(
+        self, G: Tensor, state: dict[str, Any], group: dict[str, Any], parameter: Tensor, noise: torch.Generator
+    ) -> Tensor:
+        tall = G.shape[0] > G.shape[1]
+        U = self._along_rows(G.T if tall else G, state, group, parameter, noise)
+        return U.T if tall else U
+
+    def _along_rows(
+        self, G: Tensor, state: dict[str, Any], group: dict[str, Any], parameter: Tensor, noise: torch.Generator
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def _adam(
+        self, R: Tensor, state: dict[str, Any], group: dict[str, Any], dtype: torch.dtype, noise: torch.Generator
+    ) -> Tensor:
+        """Adam's direction of R [r, k], moments kept in ``dtype``."""
+        (beta1, beta2), step = group["betas"], state["step"]
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name not in state:
+                state[name] = torch.zeros_like(R, dtype=dtype)
+        m = state["exp_avg"].to(R.dtype, copy=True).lerp_(R, 1 - beta1)
+        v = state["exp_avg_sq"].to(R.dtype, copy=True).mul_(beta2).addcmul_(R, R, value=1 - beta2)
+        write_(state["exp_avg"], m, noise)
+        write_(state["exp_avg_sq"], v, noise)
+        return m.div_(1 - beta1**step).div_(v.div_(1 - beta2**step).sqrt_().add_(group["eps"]))
+
+
+def _sizes(p: Tensor) -> tuple[int, int]:
+    """Smaller and larger side of a matrix."""
+    return min(p.shape), max(p.shape)
+
+
+class GaLore(_LowRank):
+    """GaLore (arXiv 2403.03507), and Fira (arXiv 2410.01623) with ``residual=True``.
+
+    Every ``subspace_gap`` steps P [r columns] holds the largest singular vectors of G on its smaller side;
+    N = Adam(Pᵀ·G),
+    whose moments stay when P changes; U = scale·P·N. Fira adds scale·φ⊙(G − P·Pᵀ·G), φ_j = ‖N_:j‖ / ‖R_:j‖, which may
+    grow by 1 % from one step to the next.
+
+    Args:
+        rank: r, at most the smaller side. P is kept in the weight's dtype.
+    """
+
+    kind = Kind("GaLore", "subspace_gap", lambda p: _galore_shapes(p))
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        rank: int = 128,
+        subspace_gap: int = 200,
+        scale: float = 0.25,
+        residual: bool = False,
+        seed: int = 0,
+    ) -> None:
+        settings = {"subspace_gap": subspace_gap, "residual": residual}
+        super().__init__(params, lr, betas, eps, weight_decay, rank=rank, scale=scale, seed=seed, **settings)
+
+    def _along_rows(
+        self, G: Tensor, state: dict[str, Any], group: dict[str, Any], parameter: Tensor, noise: torch.Generator
+    ) -> Tensor:
+        rank = min(group["rank"], G.shape[0])
+        if (state["step"] - 1) % group["subspace_gap"] == 0 or "subspace" not in state:
+            # Eigenvectors of the small Gram matrix: the same subspace as by an SVD, in m × m memory.
+            vectors = torch.linalg.eigh(G @ G.T)[1][:, -rank:].flip(1)
+            state["subspace"] = vectors.to(parameter.dtype).contiguous()
+        P = state["subspace"].to(G.dtype)
+        R = P.T @ G
+        N = self._adam(R, state, group, parameter.dtype, noise)
+        U = P @ N
+        if group["residual"]:
+            phi = torch.linalg.vector_norm(N, dim=0) / torch.linalg.vector_norm(R, dim=0).add_(_TINY)
+            U = U + limited_(torch.addmm(G, P, R, alpha=-1).mul_(phi), state, _GROWTH)
+        return U.mul_(group["scale"])
+
+
+def _galore_shapes(p: Tensor) -> Shapes:
+    small, large = _sizes(p)
+    ranks = range(1, small + 1)
+    moments = tuple((r, large) for r in ranks)
+    return {
+        "exp_avg": moments,
+        "exp_avg_sq": moments,
+        "subspace": tuple((small, r) for r in ranks),
+        "norm": ((),),
+    }
+
+
+class Apollo(_LowRank):
+    """APOLLO (arXiv 2412.05270); with ``rank=1, by_channel=False`` APOLLO-Mini.
+
+    P [r rows] ~ N(0, 1/r), drawn anew every ``sketch_gap`` steps from the seed and never stored; R = P·G, Ñ = Adam(R);
+    U = √scale · G·diag(‖Ñ_:j‖ / ‖R_:j‖), or one factor ‖Ñ‖ / ‖R‖ for the matrix; it may grow by 1 % from one step to
+    the next.
+    """
+
+    kind = Kind("APOLLO", "sketch_gap", lambda p: _apollo_shapes(p))
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int = 256,
+        sketch_gap: int = 200,
+        scale: float = 1.0,
+        by_channel: bool = True,
+        seed: int = 0,
+    ) -> None:
+        settings = {"sketch_gap": sketch_gap, "by_channel": by_channel}
+        super().__init__(params, lr, betas, eps, weight_decay, rank=rank, scale=scale, seed=seed, **settings)
+
+    def _along_rows(
+        self, G: Tensor, state: dict[str, Any], group: dict[str, Any], parameter: Tensor, noise: torch.Generator
+    ) -> Tensor:
+        rank = min(group["rank"], G.shape[0])
+        drawn = (state["step"] - 1) // group["sketch_gap"]
+        draw = self._stream(parameter, drawn, "sketch")
+        P = torch.randn(rank, G.shape[0], generator=draw, device=G.device, dtype=G.dtype).div_(rank**0.5)
+        R = P @ G
+        N = self._adam(R, state, group, parameter.dtype, noise)
+        over = 0 if group["by_channel"] else None
+        factor = torch.linalg.vector_norm(N, dim=over) / torch.linalg.vector_norm(R, dim=over).add_(_TINY)
+        return limited_(G * factor, state, _GROWTH).mul_(group["scale"] ** 0.5)
+
+
+def _apollo_shapes(p: Tensor) -> Shapes:
+    small, large = _sizes(p)
+    moments = tuple((r, large) for r in range(1, small + 1))
+    return {"exp_avg": moments, "exp_avg_sq": moments, "norm": ((),)}

@@ -1,0 +1,107 @@
+"""On which matrices of a model each rival runs, with which settings; AdamW takes the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from poetx.optim.baselines.hyperball import MuonHyperball
+from poetx.optim.baselines.low_rank import Apollo, GaLore
+from poetx.optim.baselines.normalized import RACS, RMNP, Scale, SinkGD
+from poetx.optim.build import build_optimizer
+from poetx.optim.combined import CombinedOptimizer
+from poetx.optim.settings import LOW_RANK
+
+Groups = list[dict[str, Any]]
+
+
+class Rule(NamedTuple):
+    """A rival: its name for people, what makes it of parameter groups, its published rate, and which ends it takes.
+
+    Attributes:
+        lr: None: that of everything else, whose size its steps have.
+        ends: of embedding and head, which it steps, too; AdamW steps the others.
+        decays: whether weight decay acts on the matrices.
+    """
+
+    title: str
+    make: Callable[[Groups], torch.optim.Optimizer]
+    lr: float | None = None
+    ends: tuple[str, ...] = ()
+    decays: bool = True
+
+
+RULES: dict[str, Rule] = {
+    "muon": Rule("Muon", lambda groups: torch.optim.Muon(groups, adjust_lr_fn="match_rms_adamw")),
+    "muon-hyperball": Rule("Muon on the hyperball", MuonHyperball, lr=0.012, decays=False),
+    "rmnp": Rule("RMNP", RMNP),
+    "scale": Rule("SCALE", Scale, lr=1e-3, ends=("embedding", "head")),
+    "sinkgd": Rule("SinkGD", SinkGD, lr=0.02),
+    "racs": Rule("RACS", RACS, lr=0.02, ends=("embedding",)),
+    "galore": Rule("GaLore", GaLore, lr=0.01),
+    "fira": Rule("Fira", lambda groups: GaLore(groups, residual=True), lr=0.01),
+    "apollo": Rule("APOLLO", Apollo, lr=0.01),
+    "apollo-mini": Rule("APOLLO-Mini", lambda groups: Apollo(groups, rank=1, scale=128.0, by_channel=False), lr=0.01),
+}
+#: Settings of a group for an end of the model.
+_OF_ENDS: dict[tuple[str, str], dict[str, Any]] = {
+    ("scale", "embedding"): {"over": 0},
+    ("scale", "head"): {"momentum": 0.9},
+}
+
+
+def matrices_and_rest(
+    model: nn.Module,
+    groups: Groups,
+    name: str,
+    *,
+    lr: float,
+    matrix_lr: float | None,
+    weight_decay: float,
+    rest: dict[str, Any],
+    rank: int | None = None,
+    gap: int | None = None,
+) -> torch.optim.Optimizer:
+    """The rule ``name`` of :data:`RULES` on the matrices between embedding and head, AdamW on everything else.
+
+    Args:
+        groups: of :func:`poetx.param_groups`. lr: of AdamW. matrix_lr: of the rule; None: what is usual.
+        rest: further settings of AdamW, for :func:`poetx.optim.build_optimizer`.
+        rank, gap: of the low-rank rules; None: a quarter of each matrix's smaller side, as published, and 200 steps.
+    """
+    rule = RULES[name]
+    matrix_lr = matrix_lr or rule.lr or lr
+    ends = _ends(model)
+    usual = {"lr": matrix_lr, "weight_decay": weight_decay if rule.decays else 0.0}
+    own: dict[Any, dict[str, Any]] = {}
+    for parameter in (p for group in groups for p in group["params"] if p.ndim == 2):
+        end = ends.get(id(parameter))
+        if end is not None and end not in rule.ends:
+            continue
+        settings = _OF_ENDS.get((name, end), {}) if end else {}
+        if name in LOW_RANK:
+            settings = {"rank": rank or max(1, min(parameter.shape) // 4)}
+            settings |= {} if gap is None else {"sketch_gap" if name == "apollo" else "subspace_gap": gap}
+        label = end if settings and end else "matrices"
+        key = (label, *settings.items())
+        own.setdefault(key, {"name": label, "params": [], **usual, **settings})["params"].append(parameter)
+    taken = {id(p) for group in own.values() for p in group["params"]}
+    left = [group | {"params": [p for p in group["params"] if id(p) not in taken]} for group in groups]
+    left = [group for group in left if group["params"]]
+    if not own:
+        return build_optimizer(left, "adamw", **rest)
+    first = rule.make(list(own.values()))
+    return CombinedOptimizer(first, build_optimizer(left, "adamw", **rest)) if left else first
+
+
+def _ends(model: nn.Module) -> dict[int, str]:
+    """Embedding and head by the identity of their weights; a tied one is the head."""
+    found = {}
+    for name, getter in (("embedding", "get_input_embeddings"), ("head", "get_output_embeddings")):
+        end: Any = getattr(model, getter, lambda: None)()
+        if end is not None:
+            found[id(end.weight)] = name
+    return found
