@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -75,7 +76,7 @@ class ReleaseHandle:
         self._released.add(id(parameter))
         assert parameter.grad is not None
         # Nobody can skip this step later: numbers that are not finite would stay in weight and state.
-        finite = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).isfinite()
+        finite = torch.linalg.vector_norm(parameter.grad, math.inf).isfinite()
         parameter.grad.masked_fill_(~finite, 0)
         if self._max_norm is not None:
             torch.nn.utils.clip_grad_norm_([parameter], self._max_norm)

@@ -11,7 +11,6 @@ from poetx.optim.baselines.base import MatrixOptimizer, limited_
 from poetx.optim.saved_kinds import Kind, Shapes
 from poetx.optim.sliced import write_
 
-_TINY = 1e-8
 #: How much an update may grow from one step to the next.
 _GROWTH = 1.01
 
@@ -64,6 +63,11 @@ class _LowRank(MatrixOptimizer):
         return m.div_(1 - beta1**step).div_(v.div_(1 - beta2**step).sqrt_().add_(group["eps"]))
 
 
+def _positive(norm: Tensor) -> Tensor:
+    """Norms to divide by."""
+    return norm.clamp_min_(torch.finfo(norm.dtype).tiny)
+
+
 def _sizes(p: Tensor) -> tuple[int, int]:
     """Smaller and larger side of a matrix."""
     return min(p.shape), max(p.shape)
@@ -72,10 +76,9 @@ def _sizes(p: Tensor) -> tuple[int, int]:
 class GaLore(_LowRank):
     """GaLore (arXiv 2403.03507), and Fira (arXiv 2410.01623) with ``residual=True``.
 
-    Every ``subspace_gap`` steps P [r columns] holds the largest singular vectors of G on its smaller side;
-    N = Adam(Pᵀ·G),
-    whose moments stay when P changes; U = scale·P·N. Fira adds scale·φ⊙(G − P·Pᵀ·G), φ_j = ‖N_:j‖ / ‖R_:j‖, which may
-    grow by 1 % from one step to the next.
+    P [r columns] holds the largest singular vectors of G on its smaller side, anew every ``subspace_gap`` steps. With
+    R = Pᵀ·G and N = Adam(R), whose moments stay when P changes, U = scale·P·N. Fira adds scale·φ⊙(G − P·R),
+    φ_j = ‖N_:j‖ / ‖R_:j‖, which may grow by 1 % from one step to the next.
 
     Args:
         rank: r, at most the smaller side. P is kept in the weight's dtype.
@@ -106,14 +109,16 @@ class GaLore(_LowRank):
         rank = min(group["rank"], G.shape[0])
         if (state["step"] - 1) % group["subspace_gap"] == 0 or "subspace" not in state:
             # Eigenvectors of the small Gram matrix: the same subspace as by an SVD, in m × m memory.
+            # Their signs are arbitrary, and moments outlive them: the largest entry of each is positive here.
             vectors = torch.linalg.eigh(G @ G.T)[1][:, -rank:].flip(1)
-            state["subspace"] = vectors.to(parameter.dtype).contiguous()
+            signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+            state["subspace"] = (vectors * signs).to(parameter.dtype).contiguous()
         P = state["subspace"].to(G.dtype)
         R = P.T @ G
         N = self._adam(R, state, group, parameter.dtype, noise)
         U = P @ N
         if group["residual"]:
-            phi = torch.linalg.vector_norm(N, dim=0) / torch.linalg.vector_norm(R, dim=0).add_(_TINY)
+            phi = torch.linalg.vector_norm(N, dim=0) / _positive(torch.linalg.vector_norm(R, dim=0))
             U = U + limited_(torch.addmm(G, P, R, alpha=-1).mul_(phi), state, _GROWTH)
         return U.mul_(group["scale"])
 
@@ -167,7 +172,7 @@ class Apollo(_LowRank):
         R = P @ G
         N = self._adam(R, state, group, parameter.dtype, noise)
         over = 0 if group["by_channel"] else None
-        factor = torch.linalg.vector_norm(N, dim=over) / torch.linalg.vector_norm(R, dim=over).add_(_TINY)
+        factor = torch.linalg.vector_norm(N, dim=over) / _positive(torch.linalg.vector_norm(R, dim=over))
         return limited_(G * factor, state, _GROWTH).mul_(group["scale"] ** 0.5)
 
 

@@ -105,12 +105,13 @@ class RACS(MatrixOptimizer):
     def _direction(
         self, G: Tensor, state: dict[str, Any], group: dict[str, Any], parameter: Tensor, noise: torch.Generator
     ) -> Tensor:
-        square = G.square()
-        q = torch.ones_like(square[0])
-        s = torch.ones_like(square[:, 0])
+        peak = G.abs().amax().clamp_min_(torch.finfo(G.dtype).tiny)
+        square = (G / peak).square_()
+        s, q = torch.ones_like(square[:, 0]), torch.ones_like(square[0])
         for _ in range(5):
             s = square @ q / q.square().sum().clamp_min(_LEAST)
             q = square.T @ s / s.square().sum().clamp_min(_LEAST)
+        s.mul_(peak).mul_(peak)
         beta, dtype = group["racs_beta"], G.dtype
         s = moving_average(state, "s", s, beta, dtype, noise) / (1 - beta ** state["step"])
         q = moving_average(state, "q", q, beta, dtype, noise) / (1 - beta ** state["step"])
