@@ -14,6 +14,10 @@ class UserError(ValueError):
     """
 
 
+class AgreedError(UserError):
+    """An error that every rank of a process group raises, so that one of them may tell it for all."""
+
+
 def nearest(word: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str:
     """``"; did you mean 'x'?"`` for the choice closest to ``word``; empty where none is as alike as ``cutoff``."""
     match = difflib.get_close_matches(word, list(choices), n=1, cutoff=cutoff)

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from poetx.distributed.launch import local_device, started_ranks
 from poetx.errors import UserError, one_line
 from poetx.recipe import Recipe
 
@@ -18,11 +19,15 @@ if TYPE_CHECKING:
 
 
 def resolve_device(device: str) -> torch.device:
-    """``"auto"`` is cuda where there is one, else the CPU. Raises :class:`UserError` on a device not there."""
+    """``"auto"`` is cuda where there is one, else the CPU; under ``torchrun`` the GPU of this process.
+
+    Raises:
+        UserError: a device that is not there, or one GPU for several processes.
+    """
     import torch
 
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
@@ -31,6 +36,12 @@ def resolve_device(device: str) -> torch.device:
         raise UserError(f"train.device={device}: not supported; use cpu, cuda or auto")
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"train.device={device}: this torch ({torch.__version__}) sees no CUDA device; use cpu or auto")
+    if resolved.type == "cuda" and started_ranks() > 1:
+        if resolved.index is not None:
+            raise UserError(
+                f"train.device={device}: one GPU for {started_ranks()} processes; use cuda, each has its own"
+            )
+        return torch.device("cuda", local_device())
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise UserError(f"train.device={device}: there are only {torch.cuda.device_count()} CUDA devices")
     return resolved

@@ -51,7 +51,7 @@ def test_builtin_recipes_train_what_they_trained_before(name: str) -> None:
     """Every key that is left has the value it had; every key that is gone had no effect."""
     before, now = former(name), flat(load_recipe(name, ["data.train=builtin"]).to_dict())
     assert {key: value for key, value in before.items() if key in now and now[key] != value} == {}
-    new = {"lora": None, "model.recompute": "auto", "train.autocast": False}
+    new = {"lora": None, "model.recompute": "auto", "train.autocast": False, "parallel": "ddp"}
     new |= {"optimizer.dense_optimizer": None, "poet.weight_extra_bits": None}
     new |= {"optimizer.poet_eps_mode": "uncorrected" if name in SIZED_RECIPES else "corrected"}
     new["poet.update"] = {"fixed": "rotation"}.get(before["poet.spectrum"], before["poet.spectrum"])

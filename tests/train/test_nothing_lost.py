@@ -110,8 +110,8 @@ def test_a_directory_in_use_is_left_alone(tiny: Tiny) -> None:
 @pytest.mark.parametrize(
     ("event", "at", "to", "words"),
     [
-        ("step", 5, "elsewhere", r"is at .*elsewhere now.*step-00000006; continue with: poetx"),
-        ("step", 5, None, r"has been moved or removed.* step 6$"),
+        ("step", 5, "elsewhere", r"is at .*elsewhere now.*step-00000005; continue with: poetx"),
+        ("step", 5, None, r"has been moved or removed.* step 5$"),
         ("validation", 12, "elsewhere", r"is at .*elsewhere now.*step-00000012; continue with: poetx"),
         ("write", 12, "elsewhere", r"is at .*elsewhere now.*step-00000012; continue with: poetx"),
     ],

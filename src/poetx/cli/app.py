@@ -11,9 +11,11 @@ import typer
 from poetx.cli import env, runs, train
 from poetx.cli.bench import app as bench_app
 from poetx.cli.memory import register as register_memory
+from poetx.distributed.launch import started_ranks
 from poetx.errors import UserError, one_line
 
 SIGINT, SIGPIPE = 2, 13  # Windows has no SIGPIPE
+_ON_RANKS = ("train", "eval")
 
 app = typer.Typer(
     name="poetx",
@@ -53,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 @app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
 ) -> None:
     if version:
@@ -60,3 +63,8 @@ def _root(
 
         print(f"poetx {metadata.version('poetx')}")
         raise typer.Exit
+    if context.invoked_subcommand not in _ON_RANKS and started_ranks() > 1:
+        raise UserError(
+            f"poetx {context.invoked_subcommand} is one process, and this is one of {started_ranks()} (WORLD_SIZE); "
+            f"start it without torchrun, which is for {' and '.join(_ON_RANKS)}"
+        )

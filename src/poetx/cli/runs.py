@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ from typing import Annotated
 import typer
 
 from poetx.cli.quiet import quiet_transformers
+from poetx.cli.voices import one_voice
 from poetx.errors import UserError
 
 _DEVICE = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -76,16 +78,17 @@ def evaluate(
     ] = None,
     device: _DEVICE = "auto",
 ) -> None:
-    """Loss and perplexity on validation text."""
+    """Loss and perplexity on validation text. Under torchrun each process takes a part of it."""
     from poetx.runs.evaluate import evaluate_run
 
     quiet_transformers()
-    result = evaluate_run(run, data=data, batch_size=batch_size, seq_len=seq_len, device=device)
-    _show_notes(result.notes)
-    print(
-        f"loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.2f} "
-        f"({result.tokens:,} tokens of {result.source}, windows of {result.seq_len})"
-    )
+    with one_voice():
+        result = evaluate_run(run, data=data, batch_size=batch_size, seq_len=seq_len, device=device)
+        _show_notes(result.notes)
+        print(
+            f"loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.2f} "
+            f"({result.tokens:,} tokens of {result.source}, windows of {result.seq_len})"
+        )
 
 
 def spectrum(
@@ -126,5 +129,7 @@ def report(
 
 
 def _show_notes(notes: list[str]) -> None:
+    if os.environ.get("RANK", "0") not in ("", "0"):
+        return
     for note in notes:
         print(f"note: broken checkpoint passed over: {note}", file=sys.stderr)

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from poetx.cli.quiet import quiet_transformers
+from poetx.cli.voices import end, on_every_rank, one_voice
+from poetx.distributed.launch import LostRankError, was_restarted
 from poetx.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,15 +62,19 @@ def train(
         recipe = None
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
+    with one_voice():
+        code = _train(recipe, overrides, resume=resume, overwrite=overwrite)
+    if code:
+        raise typer.Exit(code)
 
+
+def _train(source: str | None, overrides: list[str], *, resume: bool, overwrite: bool) -> int:
+    """The exit code of a run, alike on all ranks."""
     from rich.console import Console
 
-    from poetx.recipe import DEMOS, load_recipe
+    recipe, resume, overwrite = on_every_rank(lambda: _asked(source, overrides, resume=resume, overwrite=overwrite))
 
-    loaded = load_recipe(recipe, overrides)  # before torch is imported: a typing mistake is answered at once
-    if recipe in (None, *DEMOS) and loaded.run_dir is None and not overwrite:
-        loaded = _place_demo(loaded, resume=resume)
-
+    from poetx.distributed.ranks import rank
     from poetx.train.progress import LiveReporter, PlainReporter
     from poetx.train.run import train as run_training
 
@@ -83,21 +89,37 @@ def train(
     reporter = LiveReporter(console) if console.is_terminal else PlainReporter(console)
     try:
         with _library_warnings_to(reporter):
-            result = run_training(loaded, resume=resume, overwrite=overwrite, reporter=reporter)
-    except (UserError, OSError):
+            result = run_training(recipe, resume=resume, overwrite=overwrite, reporter=reporter)
+    except (UserError, OSError, LostRankError):
         raise
     except Exception as error:  # ours, or a library's: whoever reports it needs the traceback
         traceback.print_exc()
-        console.print(_failed_text(loaded.directory, error), markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
-    if result.signum is not None:
+        console.print(_failed_text(recipe.directory, error), markup=False, highlight=False, soft_wrap=True)
+        return end(1)
+    if rank() == 0 and result.signum is not None:
         console.print(_stopped_text(result), markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(128 + result.signum)
-    _show_result(console, loaded, result)
-    if result.diverged:
+    elif rank() == 0:
+        _show_result(console, recipe, result)
+    if result.signum is not None:
+        return 128 + result.signum
+    if result.diverged and rank() == 0:
         remedy = "try lower learning rates (optimizer.lr, optimizer.poet_lr) or a longer optimizer.warmup_steps"
         print(f"error: {result.diverged}; {remedy}", file=sys.stderr)
-        raise typer.Exit(DIVERGED)
+    return DIVERGED if result.diverged else 0
+
+
+def _asked(source: str | None, overrides: list[str], *, resume: bool, overwrite: bool) -> tuple[Recipe, bool, bool]:
+    """The recipe, and whether to resume and to overwrite; started again by torchrun, a run goes on where it can."""
+    from poetx.recipe import DEMOS, load_recipe
+
+    recipe = load_recipe(source, overrides)  # before torch is imported: a typing mistake is answered at once
+    if source in (None, *DEMOS) and recipe.run_dir is None and not (overwrite and not was_restarted()):
+        recipe = _place_demo(recipe, resume=resume)
+    if was_restarted():
+        from poetx.train.checkpoint import checkpoints
+
+        return recipe, bool(checkpoints(recipe.directory)), False
+    return recipe, resume, overwrite
 
 
 def _place_demo(recipe: Recipe, *, resume: bool) -> Recipe:

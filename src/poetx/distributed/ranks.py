@@ -1,4 +1,4 @@
-"""What the ranks of a process group agree on before a step: which matrices move, and the mean of what they added."""
+"""Which rank of how many this process is, and what they make of a step together: its sums, means and maxima."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ def rank_count() -> int:
     """Ranks of the process group, 1 without one."""
     distributed = torch.distributed
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process in its group, from 0; 0 without a group."""
+    return torch.distributed.get_rank() if rank_count() > 1 else 0
 
 
 def on_any_rank(flags: list[bool], device: torch.device) -> list[bool]:
@@ -33,6 +38,13 @@ def average_(tensor: Tensor, noise: Callable[[], torch.Generator]) -> None:
         total.div_(ranks)
         if total is not tensor:
             stochastic_round_(tensor, total, noise())
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """Sum over the ranks of each entry, in place."""
+    if rank_count() > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
 
 
 def maximum_(tensor: Tensor) -> None:

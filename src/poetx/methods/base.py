@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
+from poetx.distributed.ranks import rank_count
 from poetx.layers.walk import converted_layers
 from poetx.merge import hook_owner
 from poetx.merge import merge_handle as merge_handle
@@ -94,8 +95,8 @@ class Method(ABC):
         given = own.model_dump(include={"lr", "betas", "eps", "momentum", "state_dtype"})
         optimizer = self._optimizer(model, steps, given | {"foreach": foreach})
         if own.release_gradients:
-            micro_batches = self.recipe.train.batch_size // self.recipe.train.micro_batch
-            release_gradients(_dense_part(optimizer), large_parameters(model), accumulation_steps=micro_batches)
+            share, micro_batch = self.recipe.train.share(rank_count())
+            release_gradients(_dense_part(optimizer), large_parameters(model), accumulation_steps=share // micro_batch)
         return optimizer
 
 

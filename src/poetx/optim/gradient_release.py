@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from poetx.distributed.ranks import rank_count, sum_
 from poetx.errors import UserError
 from poetx.optim.settings import check_numbers
 
@@ -24,13 +25,18 @@ def hand_over_gradient(parameter: Tensor, take: Callable[[Tensor], None]) -> Rem
     Raises:
         UserError: another one takes this gradient, which would leave none.
     """
-    hooks = (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values()
-    if any(isinstance(hook, _HandOver) and hook.take() is not None for hook in hooks):
+    if is_handed_over(parameter):
         raise UserError(
             f"the gradient of a parameter of shape {tuple(parameter.shape)} is released to another optimizer already; "
             "call its close() first, or remove() of what release_gradients returned"
         )
     return parameter.register_post_accumulate_grad_hook(_HandOver(take))
+
+
+def is_handed_over(parameter: Tensor) -> bool:
+    """Whether somebody takes the gradient of ``parameter`` during backward, so that none is left after it."""
+    hooks = (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values()
+    return any(isinstance(hook, _HandOver) and hook.take() is not None for hook in hooks)
 
 
 class _HandOver:
@@ -75,6 +81,7 @@ class ReleaseHandle:
             )
         self._released.add(id(parameter))
         assert parameter.grad is not None
+        sum_(parameter.grad.div_(rank_count()))
         # Nobody can skip this step later: numbers that are not finite would stay in weight and state.
         finite = torch.linalg.vector_norm(parameter.grad, math.inf).isfinite()
         parameter.grad.masked_fill_(~finite, 0)
@@ -107,7 +114,8 @@ def release_gradients(
 
     The same numbers as without it: the optimizer's own step runs on each parameter with its group's learning rate
     and its own state, so set the learning rate before backward. Parameters of other optimizers are passed over. A
-    gradient that is not finite is taken for zero, because nobody can skip that step any more.
+    gradient that is not finite is taken for zero, because nobody can skip that step any more. In a process group each
+    is averaged over the ranks first, all of which must use the same parameters in a step.
 
     Args:
         optimizer: any torch optimizer whose step treats parameters one by one.

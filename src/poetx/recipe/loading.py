@@ -13,7 +13,7 @@ import os
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError, model_validator
 
@@ -60,6 +60,7 @@ class Recipe(Section):
 
     name: Text = "run"
     run_dir: Text | None = None  # None: runs/<name>
+    parallel: Literal["ddp"] = "ddp"  # what torchrun's processes do: each holds the whole model and a part of the batch
     model: ModelRecipe
     data: DataRecipe
     poet: PoetRecipe | None = None
@@ -108,7 +109,7 @@ class Recipe(Section):
         """Nested plain dicts and lists, as written to ``recipe.yaml``."""
         sections = {name: getattr(self, name) for name in _SECTIONS}
         written = {name: None if part is None else _plain(part.model_dump()) for name, part in sections.items()}
-        return {"name": self.name, "run_dir": self.run_dir} | written
+        return {"name": self.name, "run_dir": self.run_dir, "parallel": self.parallel} | written
 
     def to_yaml(self) -> str:
         """The recipe as YAML that :func:`load_recipe` reads back to an equal recipe."""
@@ -398,7 +399,7 @@ def _build(values: Mapping[str, Any]) -> Recipe:
             raise _unknown(str(key), [*Recipe.model_fields, "method"])
     types = section_types(values)
     poet = values.get("poet", None if values.get("lora") is not None else {})
-    parts: dict[str, Any] = {key: values[key] for key in ("name", "run_dir") if key in values}
+    parts: dict[str, Any] = {key: values[key] for key in ("name", "run_dir", "parallel") if key in values}
     for name in _SECTIONS:
         part = poet if name == "poet" else values.get(name, None if name == "lora" else {})
         if part is None and name in ("poet", "lora"):

@@ -12,6 +12,7 @@ from poetx.recipe.loading import Recipe, flat
 FREE_ON_RESUME = (
     "name",
     "run_dir",
+    "parallel",
     "data.train",
     "data.validation",
     "data.tokenizer",

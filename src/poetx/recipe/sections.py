@@ -317,7 +317,7 @@ class TrainRecipe(Section):
     """Length, batch, precision and cadence of the run."""
 
     steps: Count = 1000
-    batch_size: Count = 32  # sequences in one optimizer step
+    batch_size: Count = 32  # sequences in one optimizer step, of all processes together
     micro_batch_size: MaybeCount = None  # sequences in one forward; None: batch_size
     seed: Size = 0
     device: Text = "auto"
@@ -338,8 +338,24 @@ class TrainRecipe(Section):
 
     @property
     def micro_batch(self) -> int:
-        """Sequences in one forward pass."""
+        """Sequences in one forward pass of a lone process."""
         return self.micro_batch_size or self.batch_size
+
+    def share(self, ranks: int) -> tuple[int, int]:
+        """Sequences of a batch that each of so many ranks takes, and of those in one forward pass.
+
+        Raises:
+            UserError: they cannot be parted evenly.
+        """
+        own, rest = divmod(self.batch_size, ranks)
+        micro = min(self.micro_batch, own)
+        if rest or own % micro:
+            what = f" with train.micro_batch_size={micro}" if micro < own else ""
+            raise UserError(
+                f"train.batch_size={self.batch_size}{what}: cannot be parted evenly over {ranks} processes; use a "
+                f"multiple of {ranks * (micro if micro < own else 1)}"
+            )
+        return own, micro
 
     @model_validator(mode="after")
     def _fits(self) -> TrainRecipe:

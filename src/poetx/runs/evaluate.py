@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from poetx.data.prepare import encode_corpus, prepare_data
 from poetx.data.tokenizer import whole_text
 from poetx.data.tokens import TokenWindows, window_count
+from poetx.distributed.agreement import agreed, check_equal
 from poetx.errors import UserError
 from poetx.models import resolve_device
 from poetx.runs.load import LoadedModel, load_run, rebuild_run, while_it_trains
@@ -41,6 +42,8 @@ def evaluate_run(
 ) -> Evaluation:
     """Evaluate ``run`` (run or exported directory) on ``data``, or on all of the run's own validation text.
 
+    Ranks of a process group take a part of the text each, and all get the result.
+
     Args:
         seq_len: tokens in a window; None: what the run was trained with, of an exported model at most
             ``DEFAULT_SEQ_LEN`` and its positions.
@@ -48,11 +51,16 @@ def evaluate_run(
     Raises:
         UserError: no such run, no text, less than one window of it, or a window longer than the model's positions.
     """
-    loaded = load_run(run, device=device)
-    if data is None and loaded.recipe is None:
-        raise UserError(f"{run}: an exported model has no validation text of its own; give --data PATH")
-    length = _window_length(loaded, seq_len)
-    windows = _own_windows(Path(run), loaded, length) if data is None else _other_windows(loaded, data, length)
+
+    def load() -> tuple[LoadedModel, TokenWindows]:
+        loaded = load_run(run, device=device)
+        if data is None and loaded.recipe is None:
+            raise UserError(f"{run}: an exported model has no validation text of its own; give --data PATH")
+        length = _window_length(loaded, seq_len)
+        return loaded, _own_windows(Path(run), loaded, length) if data is None else _other_windows(loaded, data, length)
+
+    loaded, windows = agreed(load)
+    check_equal({"the text's length": len(windows.tokens), "the window's": windows.seq_len})
     loss = evaluate(
         loaded.model,
         windows,
@@ -62,6 +70,7 @@ def evaluate_run(
         chunked=loaded.recipe is not None and loaded.recipe.train.chunked_loss,
     )
     source = data or "the run's validation text"
+    length = windows.seq_len
     return Evaluation(loss, perplexity(loss), len(windows) * length, length, source, loaded.notes)
 
 

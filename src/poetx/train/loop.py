@@ -1,4 +1,7 @@
-"""The training loop: accumulate, clip, step, evaluate, checkpoint. Data and schedule depend on the step alone."""
+"""The training loop: accumulate, clip, step, evaluate, checkpoint. Data and schedule depend on the step alone.
+
+Every rank of a process group takes its part of each batch, and they stop, skip and fail together; the first one writes.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,13 @@ import torch
 
 from poetx.data.sampler import batch_windows, evenly_spread
 from poetx.data.tokens import PreparedData, TokenWindows
+from poetx.distributed.agreement import agreed, largest, on_first
+from poetx.distributed.checksum import check_alike
+from poetx.distributed.ranks import rank, rank_count, sum_
 from poetx.errors import UserError
 from poetx.memory.measure import measure_memory
 from poetx.models import not_finite
-from poetx.ops.random import seeded
+from poetx.ops.random import seeded, stream_seed
 from poetx.recipe import Recipe
 from poetx.spectra import LayerSpectrum, spectrum
 from poetx.train.checkpoint import TrainState, checkpoints, load_rng, save_checkpoint
@@ -35,6 +41,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from poetx.merge import MergeHandle
+
+
+_MOVED = 1 << 16  # beyond the numbers of signals
 
 
 class StopRequest:
@@ -59,6 +68,11 @@ class TrainingRun:
     metrics: MetricsWriter
     reporter: Reporter
     start_spectrum: dict[str, LayerSpectrum] | None = None  # of the model before its first step, where it is watched
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Everything in the model that all ranks must hold alike, by name."""
+        yield from self.model.named_parameters()
+        yield from self.model.named_buffers()
 
 
 def fit(run: TrainingRun, *, resume_from: Path | None = None) -> StopRequest:
@@ -95,14 +109,15 @@ def _take_steps(run: TrainingRun, stop: StopRequest) -> None:
     settings, state = run.recipe.train, run.state
     step = TrainingStep.of(run.recipe, run.model, run.optimizer, compiled=settings.compile)
     started = time.perf_counter()
+    check_alike(run.tensors(), f"before step {state.step + 1}")
     if state.step == 0:
         _validate(run, started)
         check_training(run.model, run.optimizer, tell=partial(_tell_training, run))
-    while state.step < settings.steps and stop.signum is None:
+    signum = _agreed_stop(run, stop)
+    while state.step < settings.steps and not signum:
         step_started = time.perf_counter()
         facts, memory = _measured_step(run, step)
         state.step += 1
-        _check_in_place(run)
         now = time.perf_counter()
         _record_step(run, facts, seconds=now - started, step_seconds=now - step_started)
         if memory is not None:
@@ -110,17 +125,32 @@ def _take_steps(run: TrainingRun, stop: StopRequest) -> None:
         last = state.step == settings.steps
         if last or state.step % settings.eval_every == 0:
             _validate(run, started)
-        if run.start_spectrum and settings.spectrum_every and (last or state.step % settings.spectrum_every == 0):
-            _record_spectrum(run)
+        if settings.spectrum_every and (last or state.step % settings.spectrum_every == 0):
+            on_first(lambda: _record_spectrum(run))
+        signum = _agreed_stop(run, stop)
         # During a streak of bad steps there is nothing new to keep, unless this is the end.
         due = state.step % settings.checkpoint_every == 0 and state.bad_steps_in_a_row == 0
-        if due or last or stop.signum is not None:
-            _check_in_place(run)  # again: validation may have taken long
-            try:
-                _save_if_finite(run, last=last)
-            except UserError:
-                _check_in_place(run)
-                raise
+        if due or last or signum:
+            check_alike(run.tensors(), f"after step {state.step}")
+            on_first(partial(_save_in_place, run, last=last))
+    stop.signum = signum or None
+
+
+def _agreed_stop(run: TrainingRun, stop: StopRequest) -> int:
+    """The signal that has reached one of the ranks by now, alike on all of them; 0: none has."""
+    found = largest(stop.signum or 0 if run.metrics.in_place() else _MOVED)
+    if found == _MOVED:
+        on_first(partial(_check_in_place, run))
+    return found
+
+
+def _save_in_place(run: TrainingRun, *, last: bool) -> None:
+    """Write a checkpoint into the run's directory, if that is where it was."""
+    try:
+        _save_if_finite(run, last=last)
+    except UserError:
+        _check_in_place(run)
+        raise
 
 
 def _check_in_place(run: TrainingRun) -> None:
@@ -147,9 +177,12 @@ def _tell_training(run: TrainingRun, report: TrainingReport) -> None:
 
 
 def _measured_step(run: TrainingRun, step: TrainingStep) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The step, and what it took by phase where that is due: the same numbers, on the CPU several times slower."""
+    """The step, and what it took by phase where that is due: the same numbers, on the CPU several times slower.
+
+    In a process group that of the first rank.
+    """
     every = run.recipe.train.memory_every
-    if every is None or (run.state.step and (run.state.step + 1) % every):
+    if every is None or rank() or (run.state.step and (run.state.step + 1) % every):
         return train_step(run, step), None
     with measure_memory(run.model, run.optimizer, device=run.device) as probe:
         # The optimizer's own hooks tell the probe of everything after backward.
@@ -162,7 +195,10 @@ def _measured_step(run: TrainingRun, step: TrainingStep) -> tuple[dict[str, Any]
 
 
 def train_step(run: TrainingRun, step: TrainingStep) -> dict[str, Any]:
-    """Take the optimizer step number ``run.state.step``, counted from 0; returns its line of metrics.jsonl."""
+    """Take the optimizer step number ``run.state.step``, counted from 0; returns its line of metrics.jsonl.
+
+    Of several ranks each takes its part of the batch, and draws (dropout) from the seed, its number and the step.
+    """
     recipe, state, optimizer = run.recipe, run.state, run.optimizer
     settings, merges, train = recipe.train, run.merges, run.data.train
     factor = lr_factor(
@@ -180,12 +216,16 @@ def train_step(run: TrainingRun, step: TrainingStep) -> dict[str, Any]:
         steps_since_merge=merges.steps_since_merge if merges else 0,
     )
     windows = batch_windows(state.step, batch_size=settings.batch_size, windows=len(train), seed=settings.seed)
-    batch, size = train.batch(windows), settings.micro_batch
-    micro_batches = [batch.rows(first, first + size).to(run.device) for first in range(0, settings.batch_size, size)]
+    share, micro_batch = settings.share(rank_count())
+    if rank_count() > 1:
+        torch.manual_seed(stream_seed(settings.seed, f"rank {rank()}", state.step, "dropout"))
+    first = rank() * share
+    batch = train.batch(windows[first : first + share])
+    micro_batches = [batch.rows(start, start + micro_batch).to(run.device) for start in range(0, share, micro_batch)]
     merges_before = merges.merges if merges else 0
     result = step(micro_batches, clip=clip, tokens=batch.counted)
     if result.skipped:
-        _count_bad_step(run, result)
+        agreed(lambda: _count_bad_step(run, result))
     else:
         state.bad_steps_in_a_row = 0
     merged = merges is not None and merges.merges > merges_before
@@ -211,18 +251,21 @@ def evaluate(
 ) -> float:
     """Mean loss in nats a label over these windows, the model in eval mode for the duration.
 
-    ``chunked``: without the logits, as :func:`chunked_loss`. ``autocast``: compute in bfloat16.
+    ``chunked``: without the logits, as :func:`chunked_loss`. ``autocast``: compute in bfloat16. Each rank of a process
+    group takes its part of the windows; all get the mean over all of them.
     """
     was_training = model.training
     model.eval()
     total, tokens = 0.0, 0
-    for start in range(0, len(windows), batch_size):
-        batch = data.batch(windows[start : start + batch_size])
+    own = windows[rank() :: rank_count()]
+    for start in range(0, len(own), batch_size):
+        batch = data.batch(own[start : start + batch_size])
         tokens += batch.counted
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
             body = model.base_model if chunked else model
             total += float(language_loss(model, body, *batch.to(device), chunked=chunked)[0])
     model.train(was_training)
+    total, tokens = sum_(torch.tensor([total, tokens], dtype=torch.float64, device=device)).tolist()
     return total / max(1, tokens)
 
 
@@ -286,7 +329,7 @@ def _validate(run: TrainingRun, started: float) -> None:
         run.model,
         data,
         windows,
-        batch_size=settings.micro_batch,
+        batch_size=settings.share(rank_count())[1],
         device=run.device,
         chunked=settings.chunked_loss,
         autocast=settings.autocast,
@@ -304,6 +347,8 @@ def _validate(run: TrainingRun, started: float) -> None:
 
 def _record_spectrum(run: TrainingRun) -> None:
     """Singular values of every rotated layer against the start: ratios and drifts, one line for all layers."""
+    if not run.start_spectrum:
+        return
     layers = {
         name: {
             "norm_ratio": now.norm_ratio,

@@ -43,7 +43,7 @@ class MetricsWriter:
 
     def write(self, event: str, step: int, **values: Any) -> dict[str, Any]:
         """Append one line and hand it back. A number that is not finite becomes null: JSON has none."""
-        entry = {"event": event, "step": step, **{key: _finite(value) for key, value in values.items()}}
+        entry = _entry(event, step, values)
         self._file.write(_line(entry))
         self._file.flush()
         return entry
@@ -64,6 +64,22 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._file.close()
+
+
+class UnwrittenMetrics(MetricsWriter):
+    """The lines of a rank beside the first, which writes them for all: handed back, and not written."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, event: str, step: int, **values: Any) -> dict[str, Any]:
+        return _entry(event, step, values)
+
+    def in_place(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -136,6 +152,10 @@ def divergence(entries: list[dict[str, Any]]) -> str:
         return ""
     before, after = perplexity(losses[best]), perplexity(losses[last])
     return f"the run diverged: validation perplexity {before:,.1f} at step {best}, {after:,.1f} at the end"
+
+
+def _entry(event: str, step: int, values: dict[str, Any]) -> dict[str, Any]:
+    return {"event": event, "step": step, **{key: _finite(value) for key, value in values.items()}}
 
 
 def _finite(value: Any) -> Any:

@@ -53,6 +53,13 @@ class Reporter:
         """Training ended, in whatever way."""
 
 
+class SilentReporter(Reporter):
+    """Says nothing at all: of a rank beside the first, which tells what happens on all of them."""
+
+    def note(self, text: str) -> None:
+        """Nothing: the first rank says the same."""
+
+
 class PlainReporter(Reporter):
     """A line every ``train.log_every`` steps, for logs and pipes."""
 

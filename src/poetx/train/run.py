@@ -1,5 +1,7 @@
 """One run from recipe to export: check everything, then write the run directory, train, export.
 
+Under ``torchrun`` every process is one rank of the same run: all of them train, and the first one writes.
+
 <run_dir>/recipe.yaml        the resolved recipe
           environment.json   versions and devices, the tokenizer's checksum
           conversion.txt     what was converted, what was not and why
@@ -13,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -25,19 +26,23 @@ import torch
 
 from poetx.data.prepare import prepare_data
 from poetx.data.tokens import PreparedData
+from poetx.distributed.agreement import agreed, check_equal, first_then_others, from_first, on_first
+from poetx.distributed.launch import joined
+from poetx.distributed.ranks import rank, rank_count
 from poetx.errors import UserError
 from poetx.files import locked, write_text
 from poetx.methods.base import convert_model, merge_handle, method_of
 from poetx.models import build_model, resolve_device, settled
 from poetx.recipe import Recipe, differing_keys, load_recipe, settled_as
+from poetx.recipe.loading import flat
 from poetx.savings.chunked_loss import check_head
 from poetx.spectra import spectrum
 from poetx.train import checkpoint as ckpt
-from poetx.train.environment import describe, peak_memory_gib
+from poetx.train.environment import describe, peak_memory_gib, versions
 from poetx.train.export import TOKENIZER_DIR, TOKENIZER_SUM, export_model, save_tokenizer, tokenizer_sum
 from poetx.train.loop import TrainingRun, fit
-from poetx.train.metrics import MetricsWriter, divergence, is_whole, read_metrics
-from poetx.train.progress import Reporter, RunInfo
+from poetx.train.metrics import MetricsWriter, UnwrittenMetrics, divergence, is_whole, read_metrics
+from poetx.train.progress import Reporter, RunInfo, SilentReporter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,7 +57,7 @@ _LOCK = ".lock"
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended.
+    """How a run ended; on every rank, but for what the first alone writes and measures.
 
     Attributes:
         signum: the signal that stopped it early, or None when it reached its last step.
@@ -89,96 +94,115 @@ def train(
     Args:
         resume: continue from the newest whole checkpoint of the run directory.
         overwrite: delete what an earlier run left in the run directory.
-        reporter: told what happens; says nothing by default.
+        reporter: told what happens, on the first rank; says nothing by default.
 
     Raises:
         UserError: anything wrong with recipe, data, model, run directory or checkpoint.
         OSError: a file that cannot be written.
+        LostRankError: another rank has ended.
     """
-    reporter = reporter or Reporter()
-    _check_one_process()
-    run_dir = recipe.directory
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"run_dir={run_dir}: is a file")
-    with contextlib.ExitStack() as stack:
-        lock = locked(run_dir / _LOCK, busy=f"{run_dir}: another process is training there")
-        if resume and (run_dir / _LOCK).exists():  # before a checkpoint is read that the other process may remove
-            stack.enter_context(lock)
-            return _train(recipe, contextlib.nullcontext(), resume=True, overwrite=False, reporter=reporter)
-        return _train(recipe, lock, resume=resume, overwrite=overwrite, reporter=reporter)
+    with joined(), contextlib.ExitStack() as held:
+        reporter = (reporter or Reporter()) if rank() == 0 else SilentReporter()
+        return _train(recipe, held, resume=resume, overwrite=overwrite, reporter=reporter)
 
 
 def _train(
-    recipe: Recipe,
-    lock: contextlib.AbstractContextManager[Any],
-    *,
-    resume: bool,
-    overwrite: bool,
-    reporter: Reporter,
+    recipe: Recipe, held: contextlib.ExitStack, *, resume: bool, overwrite: bool, reporter: Reporter
 ) -> RunResult:
+    """The run, on every rank; what is in ``held`` is let go once it has ended."""
+    _check_same_start(recipe, resume=resume, overwrite=overwrite)
+    agreed(lambda: recipe.train.share(rank_count()))
     run_dir = recipe.directory
-    device = resolve_device(recipe.train.device)
+    device = agreed(lambda: resolve_device(recipe.train.device))
+
+    def lock() -> None:
+        held.enter_context(locked(run_dir / _LOCK, busy=f"{run_dir}: another process is training there"))
+
+    def look_around() -> bool:
+        if run_dir.exists() and not run_dir.is_dir():
+            raise UserError(f"run_dir={run_dir}: is a file")
+        if early := resume and (run_dir / _LOCK).exists():  # a checkpoint is read that another process may remove
+            lock()
+        elif not resume and not overwrite:
+            _check_free(run_dir)
+        return early
+
+    locked_early = on_first(look_around)
     start: Path | None = None
     if resume:
-        start, recipe = _resume_point(recipe, reporter)
-    elif not overwrite:
-        _check_free(run_dir)
+        start, problems = from_first(lambda: ckpt.find_checkpoint(run_dir))
+        recipe = agreed(lambda: _resumed(recipe, start, problems, reporter))
     recipe = settled(recipe, device)
 
-    data = prepare_data(recipe, progress=reporter.stage)
-    reporter.stage("Building the model")
-    model = build_model(recipe, vocab_size=data.meta.vocab_size, end_of_text_id=data.meta.end_of_text_id, device=device)
-    report = convert_model(model, recipe, device)
-    if recipe.train.chunked_loss:
-        check_head(model)
-    for text in _remarks(recipe, model):
-        reporter.note(text)
-    optimizer = method_of(recipe).build_optimizer(model, recipe.train.steps)
+    data = first_then_others(lambda: prepare_data(recipe, progress=reporter.stage))
+    check_equal({"the text's fingerprint": data.meta.fingerprint})
+
+    def build() -> tuple[Any, ConversionReport | None, torch.optim.Optimizer, Any]:
+        reporter.stage("Building the model")
+        vocabulary = {"vocab_size": data.meta.vocab_size, "end_of_text_id": data.meta.end_of_text_id}
+        model = build_model(recipe, **vocabulary, device=device)
+        report = convert_model(model, recipe, device)
+        if recipe.train.chunked_loss:
+            check_head(model)
+        for text in _remarks(recipe, model):
+            reporter.note(text)
+        optimizer = method_of(recipe).build_optimizer(model, recipe.train.steps)
+        start_spectrum = None
+        if report is not None and recipe.train.spectrum_every is not None and rank() == 0:
+            reporter.stage("Measuring the spectrum at the start")
+            start_spectrum = spectrum(model)  # a resumed run rebuilds the very same start, so nothing need be stored
+        return model, report, optimizer, start_spectrum
+
+    model, report, optimizer, start_spectrum = agreed(build)
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
     state = ckpt.TrainState(data_fingerprint=data.meta.fingerprint)
-    start_spectrum = None
-    if report is not None and recipe.train.spectrum_every is not None:
-        reporter.stage("Measuring the spectrum at the start")
-        start_spectrum = spectrum(model)  # a resumed run rebuilds the very same start, so nothing need be stored
     if start is not None:
-        state = _restore(start, model, optimizer, data)
+        state = agreed(lambda: _restore(start, model, optimizer, data))
 
-    run_dir.mkdir(parents=True, exist_ok=True)
-    known = (run_dir / _LOCK).exists()
-    with lock:
+    def begin() -> MetricsWriter:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        known = (run_dir / _LOCK).exists()
+        if not locked_early:
+            lock()
         # Again, now that nobody else can write here: preparing the data may have taken long.
         if start is not None:
             _set_aside_newer(run_dir, start)
         elif not overwrite:
             _check_free(run_dir, known=known)
         _write_run_files(run_dir, recipe, data, report, device, fresh=start is None)
-        run = TrainingRun(
-            recipe=recipe,
-            run_dir=run_dir,
-            model=model,
-            optimizer=optimizer,
-            peak_lrs=peak_lrs,
-            merges=merge_handle(optimizer),
-            data=data,
-            device=device,
-            state=state,
-            metrics=MetricsWriter(run_dir / "metrics.jsonl", step=state.step),
-            reporter=reporter,
-            start_spectrum=start_spectrum,
-        )
-        return _train_and_export(run, start, report)
+        return MetricsWriter(run_dir / "metrics.jsonl", step=state.step)
+
+    run = TrainingRun(
+        recipe=recipe,
+        run_dir=run_dir,
+        model=model,
+        optimizer=optimizer,
+        peak_lrs=peak_lrs,
+        merges=merge_handle(optimizer),
+        data=data,
+        device=device,
+        state=state,
+        metrics=on_first(begin) or UnwrittenMetrics(),
+        reporter=reporter,
+        start_spectrum=start_spectrum,
+    )
+    return _train_and_export(run, start, report)
 
 
-def _check_one_process() -> None:
-    """Refuse several processes at once, as ``torchrun`` starts: each would train the whole run, in one directory."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        world = str(torch.distributed.get_world_size())
-    if world not in ("", "1"):
-        raise UserError(
-            f"poetx train is one process on one device, and this is one of {world} (WORLD_SIZE); start it without "
-            "torchrun, or train in a loop of your own with DistributedDataParallel"
-        )
+def _check_same_start(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    """Refuse ranks that would not train the same run; only where its files lie may differ between machines."""
+    places = (
+        "name",
+        "run_dir",
+        "data.train",
+        "data.validation",
+        "data.tokenizer",
+        "data.cache_dir",
+        "model.pretrained",
+    )
+    keys = {key: value for key, value in flat(recipe.to_dict()) if key not in places}
+    code = {name: version for name, version in versions().items() if name in ("poetx", "torch")}
+    check_equal(keys | {"--resume": resume, "--overwrite": overwrite} | code)
 
 
 def _remarks(recipe: Recipe, model: Any) -> Iterator[str]:
@@ -231,9 +255,8 @@ def _set_aside_newer(run_dir: Path, start: Path) -> None:
             path.rename(aside)
 
 
-def _resume_point(recipe: Recipe, reporter: Reporter) -> tuple[Path, Recipe]:
-    """The checkpoint to continue from, and the recipe with what it leaves open settled as it was then."""
-    start, problems = ckpt.find_checkpoint(recipe.directory)
+def _resumed(recipe: Recipe, start: Path, problems: list[str], reporter: Reporter) -> Recipe:
+    """The recipe to continue with from ``start``: what it leaves open is settled as it was then."""
     for problem in problems:
         reporter.note(f"broken checkpoint passed over: {problem}")
     saved = load_recipe(str(start))
@@ -247,7 +270,7 @@ def _resume_point(recipe: Recipe, reporter: Reporter) -> tuple[Path, Recipe]:
             "resume with the same recipe, or start anew with another run_dir"
         )
     reporter.note(f"continuing from {start}")
-    return start, recipe
+    return recipe
 
 
 def _restore(
@@ -283,7 +306,7 @@ def _write_run_files(
     write_text(run_dir / "conversion.txt", text + "\n")
     source = recipe.data.tokenizer or recipe.model.pretrained
     save_tokenizer(data.tokenizer_file, data.meta.end_of_text, source, run_dir / TOKENIZER_DIR)
-    facts = describe(device) | {TOKENIZER_SUM: tokenizer_sum(run_dir)}
+    facts = describe(device) | {"processes": rank_count(), TOKENIZER_SUM: tokenizer_sum(run_dir)}
     write_text(run_dir / "environment.json", json.dumps(facts, indent=2))
 
 
@@ -300,7 +323,8 @@ def _train_and_export(run: TrainingRun, start: Path | None, report: ConversionRe
     started = time.perf_counter()
     try:
         stop = fit(run, resume_from=start)
-        entries = [entry for entry in read_metrics(run_dir / "metrics.jsonl") if is_whole(entry)]
+        written = read_metrics(run_dir / "metrics.jsonl") if rank() == 0 else []
+        entries = [entry for entry in written if is_whole(entry)]
         audit = _audit(run, entries)
     finally:
         reporter.stop()
@@ -309,9 +333,7 @@ def _train_and_export(run: TrainingRun, start: Path | None, report: ConversionRe
     finished = run.state.step == recipe.train.steps
     export_dir = run_dir / "export" if finished and recipe.train.export else None
     if export_dir is not None:
-        reporter.stage("Exporting the model")
-        method_of(recipe).to_dense_(run.model)
-        export_model(run.model, run_dir / TOKENIZER_DIR, export_dir)
+        on_first(lambda: _export(run, export_dir))
     saved = ckpt.checkpoints(run_dir)
     validation = [entry for entry in entries if entry["event"] == "validation"]
     return RunResult(
@@ -329,8 +351,14 @@ def _train_and_export(run: TrainingRun, start: Path | None, report: ConversionRe
         model=run.model,
         first_validation_tokens=run.data.validation.tokens[:16].tolist(),
         audit=audit,
-        diverged=divergence(entries),
+        diverged=from_first(lambda: divergence(entries)),
     )
+
+
+def _export(run: TrainingRun, directory: Path) -> None:
+    run.reporter.stage("Exporting the model")
+    method_of(run.recipe).to_dense_(run.model)
+    export_model(run.model, run.run_dir / TOKENIZER_DIR, directory)
 
 
 def _audit(run: TrainingRun, entries: list[dict[str, Any]]) -> dict[str, Any]:

@@ -12,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from poetx.distributed.gradients import GradientAverage
+from poetx.distributed.ranks import on_any_rank, rank_count, sum_
 from poetx.errors import UserError
 from poetx.layers.shared_blocks import shared_blocks
 from poetx.methods.base import method_of, release_handle
+from poetx.optim.gradient_release import is_handed_over
 from poetx.recipe import Recipe
 from poetx.savings.chunked_loss import chunked_cross_entropy
 
@@ -30,7 +33,7 @@ def no_phase(name: str) -> None:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step found.
+    """What one optimizer step found, on all ranks together.
 
     Attributes:
         loss: mean cross entropy over the tokens of the batch, nats.
@@ -47,13 +50,14 @@ class StepResult:
 
 @dataclass
 class TrainingStep:
-    """A model and its optimizer, ready to take steps; call it with a batch.
+    """A model and its optimizer, ready to take steps; call it with a batch, or with this rank's part of one.
 
     Attributes:
         forward: what is called with ``input_ids``: the model, or its base model with ``chunked_loss``, or either of
             them compiled.
         acts_in_backward: of the method; a loss that is not finite then ends the step before its backward.
         chunked_loss: never the full logits. autocast: compute in bfloat16, whatever the weights are.
+        gradients: averages over the ranks of a process group; None in a lone process.
         phase: told ``"forward"`` and ``"backward"`` for every micro-batch, then ``"step"`` and ``"after"``.
     """
 
@@ -63,6 +67,7 @@ class TrainingStep:
     acts_in_backward: bool = False
     chunked_loss: bool = False
     autocast: bool = False
+    gradients: GradientAverage | None = None
     phase: Callable[[str], None] = no_phase
 
     @classmethod
@@ -78,6 +83,11 @@ class TrainingStep:
         """The step that ``recipe`` asks for over a converted ``model`` and its method's ``optimizer``."""
         settings = recipe.train
         body: Any = model.base_model if settings.chunked_loss else model
+        gradients = None
+        if rank_count() > 1:
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            kept = [p for p in model.parameters() if id(p) in held and not is_handed_over(p)]
+            gradients = GradientAverage(kept, overlap=release_handle(optimizer) is None)
         return cls(
             model=model,
             optimizer=optimizer,
@@ -85,6 +95,7 @@ class TrainingStep:
             acts_in_backward=method_of(recipe).acts_in_backward,
             chunked_loss=settings.chunked_loss,
             autocast=settings.autocast,
+            gradients=gradients,
             phase=phase,
         )
 
@@ -93,22 +104,26 @@ class TrainingStep:
     ) -> StepResult:
         """One optimizer step on inputs, labels and perhaps positions [sequences, tokens]; skipped if it is not finite.
 
-        The gradient is that of the mean loss over all labels that count, however they are cut into micro-batches.
+        The gradient is that of the mean loss over all labels that count, however they are cut into micro-batches and over
+        ranks.
 
         Args:
             clip: largest norm over all gradients; None or 0: no clipping.
-            tokens: how many labels count (are not −100) in all micro-batches; None: every one.
+            tokens: how many labels count (are not −100) in all micro-batches of this rank; None: every one.
         """
-        total, router = self._accumulate(micro_batches, tokens, reads=True)
+        # Of all ranks, whose mean is taken: one that has fewer weighs less.
+        share = None if tokens is None else max(1, int(sum_(torch.tensor(tokens)))) / rank_count()
+        total, router = self._accumulate(micro_batches, share, reads=True)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters() if p.grad is not None])
         numbers = [total.double(), grad_norm.to(total.device).double(), *([] if router is None else [router.double()])]
-        loss, norm, *rest = torch.stack(numbers).cpu().tolist()
+        mean = sum_(torch.stack(numbers) / rank_count())  # so that all ranks skip, or clip, alike
+        loss, norm, *rest = mean.cpu().tolist()
         skipped = not all(map(math.isfinite, (loss, norm, *rest)))
         if skipped:
             self._discard()
         else:
             if clip and norm > clip:
-                torch.nn.utils.clip_grads_with_norm_(self._parameters(), clip, grad_norm)
+                torch.nn.utils.clip_grads_with_norm_(self._parameters(), clip, mean[1].to(grad_norm))
             self._step()
         return StepResult(loss, rest[0] if rest else None, norm, skipped)
 
@@ -136,18 +151,18 @@ class TrainingStep:
             release.reset()
 
     def _accumulate(
-        self, micro_batches: Sequence[MicroBatch], tokens: int | None, *, reads: bool
+        self, micro_batches: Sequence[MicroBatch], tokens: float | None, *, reads: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Backward over the micro-batches; their mean losses, over the labels that count and over all, scalars."""
         if (snapshot := getattr(self.optimizer, "snapshot", None)) is not None:
             snapshot()  # backward feeds a momentum, and only the norm of all gradients says whether the step is taken
         everything = sum(batch[1].numel() for batch in micro_batches)
-        tokens = everything if tokens is None else max(1, tokens)
+        tokens = everything if tokens is None else tokens
         self.model.train()
         total = torch.zeros((), dtype=torch.float32, device=micro_batches[0][0].device)
         routers: Tensor | None = None
         with shared_blocks(self.model) if len(micro_batches) > 1 else contextlib.nullcontext():
-            for inputs, labels, *position_ids in micro_batches:
+            for number, (inputs, labels, *position_ids) in enumerate(micro_batches, 1):
                 self.phase("forward")
                 loss, router = self.losses(inputs, labels, *position_ids)
                 loss = loss / tokens
@@ -156,11 +171,15 @@ class TrainingStep:
                     router = router * (labels.numel() / everything)
                     whole = loss + router
                     routers = router.detach() + (0 if routers is None else routers)
-                if reads and self.acts_in_backward and not whole.isfinite():
+                if reads and self.acts_in_backward and on_any_rank([not whole.isfinite()], whole.device)[0]:
                     return whole.detach(), routers  # what backward does with it could not be taken back
                 self.phase("backward")
+                if self.gradients is not None and number == len(micro_batches):
+                    self.gradients.start()
                 whole.backward()
                 total += loss.detach()
+            if self.gradients is not None:
+                self.gradients.finish()
         return total, routers
 
     def losses(
