@@ -46,6 +46,9 @@ def memory(
         str | None,
         typer.Option(help="The recipe by each of these, separated by commas: mem, int8, single-step, adamw, lora …"),
     ] = None,
+    gpus: Annotated[
+        int, typer.Option(min=1, help="Processes of torchrun that share each batch: what one of them takes.")
+    ] = 1,
     gpu: Annotated[float | None, typer.Option(help="Card's memory in GB (2^30 bytes): find the largest batch.")] = None,
     device: Annotated[str, typer.Option(help="Whose allocator and kernels: cuda or cpu.")] = "cuda",
     plot: Annotated[Path | None, typer.Option(help="Write a bar chart here (.png, .svg or .pdf).")] = None,
@@ -62,7 +65,14 @@ def memory(
     if gpu is not None and not 0 < gpu * 2**30 < math.inf:
         raise UserError(f"gpu={gpu}: must be a positive, finite number of GB")
     names = None if methods is None else names_in("methods", methods)
-    _run(_planned(recipe, settings, names), gpu=gpu, device=device, plot=plot, as_json=as_json)
+    recipes = {name: _part_of(planned, gpus) for name, planned in _planned(recipe, settings, names).items()}
+    _run(recipes, gpu=gpu, device=device, plot=plot, as_json=as_json)
+
+
+def _part_of(recipe: Recipe, gpus: int) -> Recipe:
+    """What one of so many processes trains: all of the model, on its part of each batch."""
+    share, micro_batch = recipe.train.share(gpus)
+    return recipe.with_keys({"train.batch_size": share, "train.micro_batch_size": micro_batch}) if gpus > 1 else recipe
 
 
 def _planned(source: str, overrides: Sequence[str], methods: Sequence[str] | None) -> dict[str, Recipe]:

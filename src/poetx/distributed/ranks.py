@@ -47,7 +47,10 @@ def sum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def maximum_(tensor: Tensor) -> None:
-    """Largest value over the ranks of each entry, in place."""
-    if rank_count() > 1:
-        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+def maximum_(tensors: list[Tensor]) -> None:
+    """Largest value over the ranks of each entry, in place, with one reduction for all tensors of a device."""
+    if rank_count() > 1 and tensors:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        torch.distributed.all_reduce(flat, op=torch.distributed.ReduceOp.MAX)
+        for tensor, piece in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(piece.view(tensor.shape))

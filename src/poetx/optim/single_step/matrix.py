@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from poetx.config import PoetConfig
-from poetx.distributed.ranks import average_, maximum_
+from poetx.distributed.ranks import average_
 from poetx.errors import UserError
 from poetx.layers.single_step import SingleStepLinear
 from poetx.ops.cayley import packed_size
@@ -184,7 +184,6 @@ class Matrix:
         """Mean over the ranks of what they added: a momentum is linear, and all ranks had the same one before."""
         for side in SIDES:
             average_(self.state[f"momentum_{side}"], partial(self.noise, f"ranks-{side}", self.step))
-            maximum_(self.peaks[side])
 
     def snapshot(self) -> None:
         """Keep what :meth:`discard` needs besides the look-ahead's copy."""

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from poetx.distributed.ranks import on_any_rank
+from poetx.distributed.checksum import check_alike
+from poetx.distributed.ranks import maximum_, on_any_rank
 from poetx.errors import UserError, nearest
 from poetx.ops.cayley import exact_delta, unpack_skew
 from poetx.ops.fold import full_precision_products
@@ -31,6 +32,8 @@ from poetx.optim.single_step.matrix import Matrix, touched_blocks
 from poetx.optim.single_step.saved_state import current_entries, state_from_groups, state_into_groups
 from poetx.optimizer_restart import fresh_is_zero
 
+#: Steps between comparisons of the rotated matrices over the ranks of a process group.
+_CHECK_EVERY = 100
 #: Elements of unpacked blocks that one batched iteration takes.
 _BATCH_ELEMENTS = 1 << 23
 
@@ -69,8 +72,8 @@ class POETX(torch.optim.Optimizer):
     of zeros is left to the dense optimizer. ‖W‖ is held as it is at the first step, or after a checkpoint was loaded.
     Converted layers feed the momentum while backward runs: gradient clipping does not reach it (the direction does not
     depend on its size), and a gradient that is not finite counts as zero. In a process group their momenta are averaged
-    over the ranks. An exception inside :meth:`step` leaves each matrix as before or stepped; its ``step`` in the state
-    says which.
+    over the ranks, and every 100 steps a checksum tells whether all ranks hold the same matrices. An exception inside
+    :meth:`step` leaves each matrix as before or stepped; its ``step`` in the state says which.
 
     ``zero_grad()`` between backward and step does not take back what backward has added to the momentum of converted
     layers, or of released gradients: the next step uses it. To skip a step call :meth:`snapshot` before its backward
@@ -122,6 +125,7 @@ class POETX(torch.optim.Optimizer):
                 group.setdefault("momentum", momentum)
             elif lr is not None:
                 group.setdefault("lr", lr)
+        self._unchecked = 0
         self._matrices: list[Matrix] | None = None
         self._dense: torch.optim.Optimizer | None = None
         self._make_dense = dense_optimizer or functools.partial(torch.optim.AdamW, weight_decay=weight_decay or 0.0)
@@ -321,6 +325,10 @@ class POETX(torch.optim.Optimizer):
                 moving = [matrix for matrix, moves in (next(matrices) for _ in group["params"]) if moves]
                 for batch in _batches(moving, _BATCH_ELEMENTS):
                     self._rotate(batch, group["lr"], group["momentum"])
+        self._unchecked += 1
+        if self._unchecked == _CHECK_EVERY:
+            self._unchecked = 0
+            check_alike([(m.name, m.parameter) for m in self._matrices or ()], f"after {_CHECK_EVERY} more steps")
         return loss
 
     def _moving(self) -> Iterable[tuple[Matrix, bool]]:
@@ -338,6 +346,7 @@ class POETX(torch.optim.Optimizer):
                 moves[i] = flag
                 if flag:
                     self._matrices[i].average()
+            maximum_([peak for i in local if moves[i] for peak in self._matrices[i].peaks.values()])
         return zip(self._matrices, moves, strict=True)
 
     def _rotate(self, batch: list[Matrix], angle: float, momentum: float) -> None:
