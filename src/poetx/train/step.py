@@ -104,15 +104,17 @@ class TrainingStep:
     ) -> StepResult:
         """One optimizer step on inputs, labels and perhaps positions [sequences, tokens]; skipped if it is not finite.
 
-        The gradient is that of the mean loss over all labels that count, however they are cut into micro-batches and over
-        ranks.
+        The gradient is that of the mean loss over all labels that count, however they are cut into micro-batches and
+        over ranks.
 
         Args:
             clip: largest norm over all gradients; None or 0: no clipping.
             tokens: how many labels count (are not −100) in all micro-batches of this rank; None: every one.
         """
         # Of all ranks, whose mean is taken: one that has fewer weighs less.
-        share = None if tokens is None else max(1, int(sum_(torch.tensor(tokens)))) / rank_count()
+        if tokens is not None and rank_count() > 1:
+            tokens = int(sum_(torch.tensor(tokens, device=micro_batches[0][0].device)))
+        share = None if tokens is None else max(1, tokens) / rank_count()
         total, router = self._accumulate(micro_batches, share, reads=True)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters() if p.grad is not None])
         numbers = [total.double(), grad_norm.to(total.device).double(), *([] if router is None else [router.double()])]
