@@ -174,6 +174,17 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says(place: Path) -> None:
     assert (place / "runs/small/export/config.json").is_file()
 
 
+def test_a_run_goes_on_when_what_it_says_cannot_be_written(place: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    command = [sys.executable, "-m", "poetx", "train", "small.yaml", "data.train=text.txt"]
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert run.returncode == 0
+    assert run.stderr.count("standard output cannot be written (No space left on device): training goes on") == 1
+    assert (place / "runs/small/export/config.json").is_file()
+
+
 def test_a_report_replaces_pages_only(trained: Path, fails: Callable[..., str]) -> None:
     for name in ("recipe.yaml", "metrics.jsonl", "checkpoints/step-00000003/model.safetensors"):
         before = (trained / name).read_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -486,3 +487,18 @@ def test_with_keys_checks_what_it_changes() -> None:
         recipe.with_keys({"train.dtype": "int3"})
     with pytest.raises(ValidationError, match="frozen"):
         recipe.name = "other"
+
+
+@pytest.mark.parametrize("text", ["runs/exp #2", "#3", "a: b", "x ", "folded\nline", "[1", "~root", "'"])
+def test_a_place_is_taken_as_it_is_written(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """YAML would read a comment, a mapping or null there, and train in another run's directory."""
+    monkeypatch.chdir(tmp_path)
+    try:
+        recipe = load_recipe("demo", [f"run_dir={text}"])
+    except UserError as error:
+        assert "run_dir" in str(error)
+    else:
+        assert str(recipe.run_dir) in (text, os.path.expanduser(text))  # noqa: PTH111
+    assert load_recipe("demo", ["run_dir='runs/exp'"]).run_dir == "runs/exp"
+    assert load_recipe("demo", ["data.train=t #1.txt"]).data.train == str(tmp_path / "t #1.txt")
+    assert load_recipe("demo", ["data.validation=null"]).data.validation is None

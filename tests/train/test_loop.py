@@ -141,6 +141,26 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_at_the_last_good_checkpoint(
     assert ckpt.step_of(ckpt.checkpoints(recipe.directory)[-1]) == 6
 
 
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
+def test_signals_of_terminals_and_schedulers_stop_with_a_checkpoint_unless_ignored(name: str, tiny: Tiny) -> None:
+    number = getattr(signal, name, None)
+    if number is None:
+        pytest.skip(f"no {name} here")
+
+    def twice() -> None:  # as several senders at once do
+        for _ in range(2):
+            os.kill(os.getpid(), number)
+
+    result = train(tiny(), reporter=At(2, twice))
+    assert (result.step, result.signum) == (2, number)
+    assert result.checkpoint is not None
+    before = signal.signal(number, signal.SIG_IGN)  # as nohup does
+    try:
+        assert train(tiny(run_dir="ignored"), reporter=At(2, twice)).signum is None
+    finally:
+        signal.signal(number, before)
+
+
 def test_a_stop_request_leaves_the_signal_handlers_as_they_were(tiny: Tiny) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     result = train(tiny(), reporter=At(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))

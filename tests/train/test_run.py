@@ -208,3 +208,13 @@ def test_the_routers_of_a_mixture_of_experts_train_with_their_loss_or_it_is_said
     assert found[True, 1.0]["grad_norm"] != found[True, 0.0]["grad_norm"] == found[False, 1.0]["grad_norm"]
     assert "router_loss" not in found[False, 1.0]
     assert found[True, 1.0]["loss"] == found[False, 1.0]["loss"]
+
+
+def test_a_run_directory_that_links_to_nothing_is_refused_before_anything_is_made(tiny: Tiny, tmp_path: Path) -> None:
+    recipe = tiny()
+    recipe.directory.parent.mkdir(parents=True, exist_ok=True)
+    recipe.directory.symlink_to(tmp_path / "nowhere")
+    before = sorted(recipe.directory.parent.iterdir())
+    with pytest.raises(UserError, match="is a link to .*nowhere, which is not there"):
+        train(recipe)
+    assert sorted(recipe.directory.parent.iterdir()) == before

@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +19,7 @@ from poetx.cli.quiet import quiet_transformers
 from poetx.cli.voices import end, on_every_rank, one_voice
 from poetx.distributed.launch import LostRankError, was_restarted
 from poetx.errors import UserError
+from poetx.files import reason
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,14 +79,8 @@ def _train(source: str | None, overrides: list[str], *, resume: bool, overwrite:
     from poetx.train.progress import LiveReporter, PlainReporter
     from poetx.train.run import train as run_training
 
-    class Unread(Console):
-        def on_broken_pipe(self) -> None:
-            """Go on in silence where nobody reads any more (``| head``): the run is worth more than its lines."""
-            self.quiet = True
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
     quiet_transformers()
-    console = Unread()
+    console = Console(file=_Output(sys.stdout))
     reporter = LiveReporter(console) if console.is_terminal else PlainReporter(console)
     try:
         with _library_warnings_to(reporter):
@@ -120,6 +115,32 @@ def _asked(source: str | None, overrides: list[str], *, resume: bool, overwrite:
 
         return recipe, bool(checkpoints(recipe.directory)), False
     return recipe, resume, overwrite
+
+
+class _Output:
+    """Standard output that nobody reads any more (``| head``) or that cannot be written: the run goes on without it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._safely(lambda: self._stream.write(text)) or 0
+
+    def flush(self) -> None:
+        self._safely(self._stream.flush)
+
+    def _safely(self, act: Callable[[], Any]) -> Any:
+        try:
+            return act()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            if not isinstance(error, BrokenPipeError):
+                text = f"standard output cannot be written ({reason(error)}): training goes on without it"
+                with contextlib.suppress(OSError):
+                    print(text, file=sys.stderr)
 
 
 def _place_demo(recipe: Recipe, *, resume: bool) -> Recipe:

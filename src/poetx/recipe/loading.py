@@ -279,7 +279,7 @@ def _read(source: str) -> tuple[dict[str, Any], bool]:
 
 
 def _parse(override: str) -> tuple[str, Any]:
-    """Key and value of ``a.b=value``; the value is read as YAML."""
+    """Key and value of ``a.b=value``; the value is read as YAML, but a place as it is written, ``#`` and spaces too."""
     from poetx.recipe.plain_yaml import read_yaml
 
     key, equals, text = override.partition("=")
@@ -287,9 +287,12 @@ def _parse(override: str) -> tuple[str, Any]:
     if not equals or not key:
         raise UserError(f"{override!r}: an override is written key=value, for example train.steps=100")
     try:
-        return key, read_yaml(text)
+        value = read_yaml(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{shown(override)}: the value is not valid YAML: {one_line(error)}") from None
+    first = text.lstrip()[:1]
+    unread = isinstance(value, str) or (value is None and first == "#")
+    return key, text if unread and first not in ("'", '"') and key in (*_PATHS, "run_dir", "name") else value
 
 
 def _pairs(key: str, value: Any) -> list[tuple[str, Any]]:

@@ -6,6 +6,7 @@ Every rank of a process group takes its part of each batch, and they stop, skip 
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
 import time
@@ -93,6 +94,13 @@ def fit(run: TrainingRun, *, resume_from: Path | None = None) -> StopRequest:
             load_rng(resume_from)
         _take_steps(run, stop)
     return stop
+
+
+#: A closed terminal sends SIGHUP, Slurm what it was told to, often SIGUSR1.
+_STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+_ALWAYS = (signal.SIGINT, signal.SIGTERM)
+#: Seconds within which signals count as one: several may be sent at once.
+_SOON = 1.0
 
 
 @contextlib.contextmanager
@@ -301,25 +309,35 @@ def _save_if_finite(run: TrainingRun, *, last: bool) -> None:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into a request; a second one acts as usual. Only possible in the main thread."""
+    """Turn signals that ask to end into a request, where nobody else handles or ignores them; main thread only.
+
+    One that comes a second after the first, or later, acts as usual.
+    """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    usual = (signal.SIG_DFL, signal.default_int_handler)
+    found = (getattr(signal, name, None) for name in _STOP_SIGNALS)
+    previous = {number: signal.getsignal(number) for number in found if number is not None}
+    previous = {number: before for number, before in previous.items() if before in usual or number in _ALWAYS}
+    first = math.inf
 
     def handler(number: int, frame: FrameType | None) -> None:
-        stop.signum = number
-        for number_, handler_ in previous.items():
-            signal.signal(number_, handler_)
+        nonlocal first
+        if time.monotonic() - first > _SOON:
+            signal.signal(number, previous[number])
+            signal.raise_signal(number)
+        elif stop.signum is None:
+            stop.signum, first = number, time.monotonic()
 
     for number in previous:
         signal.signal(number, handler)
     try:
         yield stop
     finally:
-        for number, handler_ in previous.items():
-            signal.signal(number, handler_)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 def _validate(run: TrainingRun, started: float) -> None:

@@ -121,6 +121,8 @@ def _train(
     def look_around() -> bool:
         if run_dir.exists() and not run_dir.is_dir():
             raise UserError(f"run_dir={run_dir}: is a file")
+        if run_dir.is_symlink() and not run_dir.exists():
+            raise UserError(f"run_dir={run_dir}: is a link to {run_dir.readlink()}, which is not there; make it first")
         if early := resume and (run_dir / _LOCK).exists():  # a checkpoint is read that another process may remove
             lock()
         elif not resume and not overwrite:
