@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import importlib
 import re
 import subprocess
@@ -39,6 +40,11 @@ LEVELS = {name: level for level, names in enumerate(ORDER) for name in names}
 LEVELS |= {"stack": len(ORDER), "__main__": len(ORDER)}
 
 
+@functools.cache
+def tree(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def level(parts):
     return LEVELS[parts[0].removesuffix(".py")]
 
@@ -49,7 +55,7 @@ def test_imports_point_one_way():
         parts = path.relative_to(ROOT).parts
         if parts == ("__init__.py",):
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree(path)):
             names = []
             if isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{path}: relative import"
@@ -105,7 +111,7 @@ def calls_by_file(*names):
     for path in ROOT.rglob("*.py"):
         called = {
             getattr(node.func, "attr", getattr(node.func, "id", ""))
-            for node in ast.walk(ast.parse(path.read_text()))
+            for node in ast.walk(tree(path))
             if isinstance(node, ast.Call)
         }
         if called & set(names):
@@ -128,7 +134,7 @@ def test_there_is_one_config_world():
     keys = {key for section in every_key().values() for key in section}
     owners = {"config.py", "recipe/sections.py", "recipe/loading.py", "recipe/shorthands.py"}
     for path in ROOT.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree(path)):
             if isinstance(node, ast.ClassDef) and path.relative_to(ROOT).as_posix() not in owners:
                 fields = {item.target.id for item in node.body if isinstance(item, ast.AnnAssign)}  # type: ignore[union-attr]
                 assert len(fields & keys) < 5, f"{path}: {node.name} has {sorted(fields & keys)}"

@@ -151,7 +151,7 @@ def test_stop_and_resume_across_a_merge_is_bitwise_the_same(name):
     model, optimizer, _ = start()
     want = [step(model, optimizer, seed=k) for k in range(11)]
 
-    for stop in (3, 4, 7):
+    for stop in (4, 7):  # right after a merge, and three steps after it
         model, optimizer, _ = start()
         got = [step(model, optimizer, seed=k) for k in range(stop)]
         saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
@@ -192,7 +192,11 @@ def test_a_state_with_the_counters_where_they_once_were_goes_on_bitwise():
 
 @pytest.mark.parametrize(
     ("name", "every", "flat"),
-    [*((name, 4, False) for name in sorted(KEPT - {"adagrad"})), ("adamw", 4, True), ("adamw", 1, False)],
+    [
+        *((name, 4, False) for name in sorted(KEPT - {"adagrad", "adamw-foreach"})),
+        ("adamw", 4, True),
+        ("adamw", 1, False),
+    ],
 )
 def test_distributed_checkpoints_go_on_bitwise_in_objects_that_never_stepped(name, every, flat, tmp_path):
     def start():

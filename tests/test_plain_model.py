@@ -209,38 +209,6 @@ def test_what_cannot_be_saved_says_so(tmp_path):
         poetx.save_pretrained(model, tmp_path)
 
 
-@pytest.mark.parametrize("form", ["fast", "int8", "single-step"])
-def test_checkpoints_of_the_trainer_load_as_trained_and_resume_to_the_bit(form, tmp_path):
-    pytest.importorskip("accelerate")
-    from transformers import Trainer, TrainingArguments
-
-    rows = torch.randint(0, 97, (32, 8), generator=torch.Generator().manual_seed(0))
-    dataset = [{"input_ids": row, "labels": row} for row in rows]
-
-    def trained(directory, resume=None):
-        torch.manual_seed(1)
-        model = llama()
-        convert_(model, PoetConfig(block_size=16, **FORMS[form]))
-        if form == "single-step":
-            optimizer = poetx.POETX(model, lr=1e-3)
-        else:
-            optimizer = torch.optim.AdamW(poetx.param_groups(model, lr=1e-3, poet_lr=1e-2))
-            poetx.merge_every(optimizer, model, steps=2)
-        arguments = TrainingArguments(
-            directory, max_steps=6, save_steps=3, per_device_train_batch_size=2, use_cpu=True, report_to=[],
-            disable_tqdm=True, lr_scheduler_type="constant", save_strategy="steps",
-        )  # fmt: skip
-        trainer = Trainer(model, arguments, train_dataset=dataset, optimizers=(optimizer, None))
-        trainer.train(resume_from_checkpoint=resume)
-        return model
-
-    whole = trained(tmp_path / "whole")
-    resumed = trained(tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-3"))
-    assert same(resumed.state_dict(), whole.state_dict())
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-6")
-    assert same(loaded.state_dict(), to_dense_(whole).state_dict())
-
-
 class Quantizer:
     """As ``transformers`` hangs one on a model that it loads quantized."""
 

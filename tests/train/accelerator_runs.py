@@ -14,8 +14,10 @@ from poetx.runs.load import load_run
 from poetx.train import loop, run
 
 FORMS = {
-    "fast": ("poet.mode=fast",),
-    "mem and its stack": ("poet.mode=mem", "train.chunked_loss=true", "model.gradient_checkpointing=true"),
+    "fast": ("poet.mode=fast", "poet.merge_every=3"),
+    "mem and its stack": (
+        *("poet.mode=mem", "poet.merge_every=3", "train.chunked_loss=true", "model.gradient_checkpointing=true"),
+    ),
     "single-step": ("poet.method=single-step", "optimizer.angle=0.02"),
 }
 
@@ -29,14 +31,15 @@ def device(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("name", FORMS)
 def test_trains_as_on_the_cpu_and_resumes_to_the_bit(name: str, tiny: Tiny, device: torch.device) -> None:
-    whole = run.train(tiny(*FORMS[name], run_dir="whole"))
-    recipe = tiny(*FORMS[name], run_dir="cut")
-    assert run.train(recipe, reporter=At(7, interrupt)).signum == signal.SIGINT
+    settings = (*FORMS[name], "train.steps=7")
+    whole = run.train(tiny(*settings, run_dir="whole"))
+    recipe = tiny(*settings, run_dir="cut")
+    assert run.train(recipe, reporter=At(4, interrupt)).signum == signal.SIGINT
     run.train(recipe, resume=True)
     assert curve(recipe.directory) == curve(whole.run_dir)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "resolve_device", lambda wanted: torch.device("cpu"))
-        on_cpu = run.train(tiny(*FORMS[name], run_dir="cpu"))
+        on_cpu = run.train(tiny(*settings, run_dir="cpu"))
     assert losses(whole) == pytest.approx(losses(on_cpu), rel=1e-4)
     assert load_run(str(whole.run_dir), device="cpu").model is not None
 

@@ -42,7 +42,7 @@ def flat_keys(values: dict, prefix: str = "") -> list[str]:
 KEYS = flat_keys(load_recipe("demo").to_dict())
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.sampled_from(KEYS), JUNK)
 def test_any_value_for_any_key_is_accepted_or_refused_in_one_line(key: str, value: object) -> None:
     try:
@@ -51,7 +51,7 @@ def test_any_value_for_any_key_is_accepted_or_refused_in_one_line(key: str, valu
         assert "\n" not in str(error)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_file_is_a_recipe_or_refused_in_one_line(tmp_path_factory: pytest.TempPathFactory, data) -> None:
     text = yaml.safe_dump(load_recipe("demo").to_dict()).encode()
