@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import re
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2ForTokenClassification, PreTrainedModel
 
 import poetx
 from builders import function, gpt2, llama, same, turn
@@ -107,18 +108,58 @@ def test_square_conv1d_weights_alone_do_not_show_their_layout_and_it_is_said(cap
     assert same(model.state_dict(), plain.state_dict())
 
 
-def test_copies_pickles_parts_and_arguments_by_place(tmp_path):
+def test_copies_pickles_and_arguments_by_place(tmp_path):
     model = turned()
     want = logits(model)
-    inner = nn.ModuleDict({"policy": model})  # a part of something larger, as in reward training
-    copies: list[Any] = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), inner["policy"]]
+    copies: list[Any] = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     for number, one in enumerate(copies):
         nn.init.constant_(one.model.norm.weight, number)
         one.save_pretrained(tmp_path / str(number), True, one.state_dict())
         loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / str(number))
         assert torch.allclose(logits(loaded), number * want, atol=1e-4)  # its own weights, not another copy's
-    to_dense_(model)
-    assert "save_pretrained" not in vars(model)
+
+
+def one_part_converted():
+    model = gpt2()
+    convert_(model.transformer.h[1], PoetConfig(block_size=16))
+    turn(model)
+    return model
+
+
+def grafted():
+    model = GPT2ForTokenClassification(gpt2().config)
+    model.transformer.h[0].mlp = turned(model=gpt2()).transformer.h[1].mlp
+    return model
+
+
+def unpickled_in_a_new_process():
+    pickled = pickle.dumps(turned())
+    PreTrainedModel.save_pretrained = PreTrainedModel.save_pretrained.__wrapped__
+    return pickle.loads(pickled)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("make", [one_part_converted, grafted, unpickled_in_a_new_process])
+def test_rotated_layers_are_saved_as_plain_from_wherever_they_are(make, given, tmp_path, monkeypatch):
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", PreTrainedModel.save_pretrained)
+    model = make().eval()
+    model.save_pretrained(tmp_path, **({"state_dict": model.state_dict()} if given else {}))
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    tokens = torch.arange(12).view(2, 6)
+    assert torch.allclose(loaded(tokens).logits, model(tokens).logits, atol=1e-5)
+
+
+def test_a_model_without_rotated_layers_is_saved_as_ever(tmp_path, monkeypatch):
+    turned()  # somewhere in the process
+    monkeypatch.setattr("poetx.layers.plain_weights.plain_weights", None)
+    llama().save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == llama().state_dict().keys()
+
+
+def test_what_would_be_saved_without_plain_weights_is_refused(tmp_path):
+    for save in (turned().save_pretrained, functools.partial(poetx.save_pretrained, turned())):
+        with pytest.raises(UserError, match="distributed_checkpoint=True would write no plain weights"):
+            save(tmp_path, distributed_checkpoint=True)
 
 
 @pytest.mark.parametrize("form", ["fast", "int8"])

@@ -23,7 +23,6 @@ from poetx.layers.poet import PoetLinear
 from poetx.layers.prequantized import dense_weight, drop_quantizers_, is_foreign
 from poetx.layers.single_step import SingleStepLinear
 from poetx.layers.walk import converted_layers, rotation_ids
-from poetx.plain_model import save_as_before_, save_plain_weights_too_
 from poetx.targets import Targets, find_targets, is_conv1d
 
 logger = logging.getLogger(__name__)
@@ -80,7 +79,6 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
     if config.weight_extra_bits and config.weight_format is None and torch.bfloat16 not in dtypes:
         remarks += ("weight_extra_bits=True is without effect here: no converted weight is bfloat16",)
     drop_quantizers_(model)
-    save_plain_weights_too_(model)
     vars(model)["_apply"] = MethodType(_apply, model)
     if any(isinstance(layer, SingleStepLinear) and layer.transposed for _, layer in converted_layers(model)):
         model.register_load_state_dict_pre_hook(_take_older_layout)
@@ -227,7 +225,6 @@ def to_dense_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module
             dense = _dense_layer(layer)
             del layer
             _put(model, where, dense)
-    save_as_before_(model)
     if next(converted_layers(model), None) is None:
         vars(model).pop("_apply", None)
     return model

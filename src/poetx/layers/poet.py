@@ -12,6 +12,7 @@ from poetx.config import PoetConfig
 from poetx.errors import UserError
 from poetx.layers.base import ConvertedLinear
 from poetx.layers.computed_weight import ComputedWeight
+from poetx.layers.plain_weights import save_plain_weights_too
 from poetx.layers.weights import DenseWeight, PackedWeight
 from poetx.ops.block_diagonal import inverse
 from poetx.ops.cayley import packed_size
@@ -114,6 +115,7 @@ class PoetLinear(ConvertedLinear):
         self.register_buffer("trained_with", torch.empty(2, dtype=torch.int64, device=device))
         extra_bits = config.keeps_extra_bits and dtype == torch.bfloat16 and self.packed_weight is None
         self.register_buffer("residual", torch.empty(shape, dtype=torch.int8, device=device) if extra_bits else None)
+        save_plain_weights_too()
         self.reset_parameters()
 
     def _new_skew(self, size: int, block_size: int) -> nn.Parameter:
@@ -270,6 +272,10 @@ class PoetLinear(ConvertedLinear):
         """A copy made inside :func:`poetx.shared_blocks` has rotations of its own, and nobody would free its blocks."""
         return {key: value for key, value in self.__dict__.items() if key != "shared_blocks"}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        save_plain_weights_too()
+
     def _settings(self) -> Tensor:
         return torch.tensor([self.order, self.config.seed % (1 << 63)], device="cpu")
 
@@ -277,7 +283,7 @@ class PoetLinear(ConvertedLinear):
         """Refuse a state of other settings; what an older one lacks is taken to fit, or to be zero.
 
         The state of a plain layer is taken as :meth:`load_dense_` takes a weight; a plain weight beside the layer's own
-        state (:mod:`poetx.plain_model`) is for other programs.
+        state (:mod:`poetx.layers.plain_weights`) is for other programs.
 
         ``load_state_dict(assign=True)`` brings its own device and dtype, and :attr:`_like` is in no state dict.
         """
