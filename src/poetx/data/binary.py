@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-_HEAD = 512
 _UNPACK = "unpack it first"
 _EXTRACT = 'extract its text first, as one {"text": ...} a line'
-_TABLE = 'load it with datasets or pandas and write its text column with to_json("text.jsonl", lines=True)'
+_TABLE = "give it its own name (.parquet, .arrow), by which tables are read"
 _MODEL = "a model is no text: name it in model.pretrained, as a directory with config.json, or give its text"
 #: (place, bytes, what it is, what to do).
 _KINDS = (
-    (0, b"\x1f\x8b", "gzip-compressed", "decompress it first (gunzip)"),
-    (0, b"\x28\xb5\x2f\xfd", "Zstandard-compressed", "decompress it first (unzstd)"),
-    (0, b"BZh", "bzip2-compressed", "decompress it first (bunzip2)"),
-    (0, b"\xfd7zXZ\x00", "xz-compressed", "decompress it first (unxz)"),
     (0, b"\x04\x22\x4d\x18", "LZ4-compressed", "decompress it first (unlz4)"),
     (0, b"PK\x03\x04", "a zip archive (or a document or array file made of one)", _UNPACK),
     (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
     (257, b"ustar", "a tar archive", _UNPACK),
     (0, b"PAR1", "a Parquet table", _TABLE),
     (0, b"ARROW1", "an Arrow table", _TABLE),
-    (0, b"\xff\xff\xff\xff", "an Arrow table", f"a directory of save_to_disk: {_TABLE}"),
+    (0, b"\xff\xff\xff\xff", "an Arrow table", _TABLE),
     (0, b"SQLite format 3\x00", "an SQLite database", _EXTRACT),
     (0, b"\x89HDF", "an HDF5 file", _EXTRACT),
     (0, b"\x93NUMPY", "a NumPy array", "tokens made elsewhere cannot be read: give the text"),
@@ -33,10 +26,8 @@ _KINDS = (
 )
 
 
-def binary_kind(path: Path) -> str | None:
-    """One line about a file whose beginning is no text: what it is, and what to do; None for any other."""
-    with path.open("rb") as file:
-        head = file.read(_HEAD)
+def binary_kind(head: bytes) -> str | None:
+    """One line about a file that begins with ``head``, which is no text: what it is, and what to do; None if text."""
     for place, magic, kind, remedy in _KINDS:
         if head[place:].startswith(magic) and (place == 0 or b"\0" in head[:place]):
             return f"{kind}, not text; {remedy}"

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from poetx.data.sources import PIECE, Corpus, Split, open_corpus, split_for
+from poetx.data.sources import PIECE, Corpus, open_corpus
+from poetx.data.split import Split, split_for
 from poetx.data.tokenizer import (
     END_OF_TEXT,
     embeddings_needed,
@@ -66,8 +67,10 @@ def prepare_data(recipe: Recipe, *, progress: Progress | None = None) -> Prepare
     """
     data, say = recipe.data, progress or logger.info
     assert data.train is not None
-    train = open_corpus(data.train)
-    validation = open_corpus(data.validation, key="data.validation") if data.validation else None
+    train = open_corpus(data.train, text_field=data.text_field)
+    validation = None
+    if data.validation:
+        validation = open_corpus(data.validation, key="data.validation", text_field=data.text_field, split="validation")
     _check_apart(recipe, train, "data.train")
     if validation:
         _check_apart(recipe, validation, "data.validation")
@@ -81,7 +84,7 @@ def prepare_data(recipe: Recipe, *, progress: Progress | None = None) -> Prepare
         directory.parent.mkdir(parents=True, exist_ok=True)
         with locked(directory.with_name(f".{directory.name}.lock"), keep=False) as alone:
             meta = _found(directory, say) or _build(directory, data, train, validation, source, say, alone=alone)
-            _check_length(meta, data)
+            _check_length(meta, data, train)
     except BaseException:
         for path in made:
             if path.is_dir() and not any(path.iterdir()):
@@ -93,14 +96,14 @@ def prepare_data(recipe: Recipe, *, progress: Progress | None = None) -> Prepare
 
 def _check_apart(recipe: Recipe, text: Corpus, key: str) -> None:
     """Refuse to write into the directory of the text: the next start would read what this one wrote, and not resume."""
-    if text.kind != "directory":
-        return
-    top = Path(text.source).expanduser().resolve()
-    for name, place in (("run_dir", recipe.directory), ("data.cache_dir", recipe.cache_dir)):
-        place = place.expanduser().resolve()
-        if place.is_relative_to(top) and not any(part.startswith(".") for part in place.relative_to(top).parts):
+    places = {"run_dir": recipe.directory, "data.cache_dir": recipe.cache_dir}
+    for part, (name, place) in itertools.product(text.parts, places.items()):
+        if part.top is None:
+            continue
+        top, place = part.top.expanduser().resolve(), place.expanduser().resolve()
+        if place.is_relative_to(top) and not any(name.startswith(".") for name in place.relative_to(top).parts):
             raise UserError(
-                f"{name}={place}: lies in {key}={text.source}, whose text it would become; give {name}=PATH outside of "
+                f"{name}={place}: lies in {key}={part.source}, whose text it would become; give {name}=PATH outside of "
                 "it, or put the text into a directory of its own"
             )
 
@@ -108,7 +111,7 @@ def _check_apart(recipe: Recipe, text: Corpus, key: str) -> None:
 def encode_corpus(source: str, tokenizer: Tokenizer, end_of_text_id: int, *, key: str) -> np.ndarray:
     """All tokens of a corpus as one int64 array, for evaluation on other text than the run's own."""
     corpus = open_corpus(source, key=key)
-    chunks = [ids for ids, _ in _encode(corpus, Split(), tokenizer, end_of_text_id)]
+    chunks = [ids for ids, _, _ in _encode(corpus, Split(), tokenizer, end_of_text_id)]
     return np.concatenate(chunks) if chunks else np.empty(0, np.int64)
 
 
@@ -135,7 +138,7 @@ def _build(
 ) -> DataMeta:
     """Tokenize into ``directory``. ``alone``: nobody else does so at the same time."""
     read = [corpus for corpus in (train, validation) if corpus]
-    before = [corpus.fingerprint() for corpus in read]
+    before = [_files(corpus) for corpus in read]
     split = Split() if validation else split_for(train, data.validation_fraction)
     if split.note:
         say(split.note)
@@ -145,12 +148,16 @@ def _build(
         (temporary / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
         meta = _write_tokens(temporary, train, validation, split, tokenizer, end_of_text)
         for corpus, rows in zip(read, before, strict=True):
-            if changed := [old[0] for old, new in zip(rows, corpus.fingerprint(), strict=True) if old != new]:
+            if changed := [old[0] for old, new in zip(rows, _files(corpus), strict=True) if old != new]:
                 raise UserError(f"{changed[0]}: has changed while it was read; run it again once nobody writes there")
-        _check_split(meta, data)
-        _check_length(meta, data)
+        _check_split(meta, data, train.source)
+        _check_length(meta, data, train)
         write_meta(temporary, meta)
     return meta
+
+
+def _files(corpus: Corpus) -> list[list[str | int]]:
+    return [row for part in corpus.parts for row in part.fingerprint()]
 
 
 def _tokenizer(
@@ -200,11 +207,14 @@ def _write_tokens(
             digests[part].update(raw)
             counts[part] += len(ids)
 
-        for ids, is_held_out in _encode(train, split, tokenizer, end_id):
+        sizes = [0] * len(train.parts)
+        for ids, is_held_out, source in _encode(train, split, tokenizer, end_id):
             append(ids, "validation" if is_held_out else "train")
+            sizes[source] += 0 if is_held_out else len(ids)
         if validation is not None:
-            for ids, _ in _encode(validation, split, tokenizer, end_id):
+            for ids, _, _ in _encode(validation, split, tokenizer, end_id):
                 append(ids, "validation")
+    shares = [[size, weight] for size, weight in zip(sizes, train.weights or [], strict=False)]
     return DataMeta(
         format=FORMAT,
         dtype=dtype,
@@ -213,51 +223,63 @@ def _write_tokens(
         end_of_text_id=end_id,
         train_tokens=counts["train"],
         validation_tokens=counts["validation"],
-        fingerprint=fingerprint({name: digest.hexdigest() for name, digest in digests.items()}),
+        fingerprint=fingerprint((digest.hexdigest() for digest in digests.values()), shares),
+        shares=shares or (),
     )
 
 
-def _encode(corpus: Corpus, split: Split, tokenizer: Tokenizer, end_id: int) -> Iterator[tuple[np.ndarray, bool]]:
-    """Token ids of the corpus, int64, in order, with the part they belong to; about a piece of text at a time."""
-    waiting: list[tuple[str, bool, bool]] = []
+def _encode(corpus: Corpus, split: Split, tokenizer: Tokenizer, end_id: int) -> Iterator[tuple[np.ndarray, bool, int]]:
+    """Token ids of the corpus, int64, in order, whether they are held out, and the number of their source; about a
+    piece of text at a time.
+    """
+    waiting: list[tuple[str, bool, bool, int]] = []
     size = 0
     for piece in itertools.chain(_marked_pieces(corpus, split), [None]):
         if piece is not None:
             waiting.append(piece)
             size += len(piece[0])
         if waiting and (piece is None or size >= PIECE):
-            encodings = tokenizer.encode_batch_fast([text for text, _, _ in waiting], add_special_tokens=False)
-            for encoding, (_, held_out, ends) in zip(encodings, waiting, strict=True):
-                yield np.asarray(encoding.ids + [end_id] * ends, dtype=np.int64), held_out
+            encodings = tokenizer.encode_batch_fast([piece[0] for piece in waiting], add_special_tokens=False)
+            for encoding, (_, held_out, ends, source) in zip(encodings, waiting, strict=True):
+                yield np.asarray(encoding.ids + [end_id] * ends, dtype=np.int64), held_out, source
             waiting, size = [], 0
 
 
-def _marked_pieces(corpus: Corpus, split: Split) -> Iterator[tuple[str, bool, bool]]:
-    """Pieces with (held out, end of a document). Neighbouring sections of one file stay together."""
-    waiting: tuple[str, bool] | None = None
-    for index, document in enumerate(corpus.documents(split.section)):
-        held = split.held_out(index)
-        if waiting is not None:
-            yield (*waiting, corpus.kind != "file" or held != waiting[1])
-            waiting = None
-        for piece in document:
+def _marked_pieces(corpus: Corpus, split: Split) -> Iterator[tuple[str, bool, bool, int]]:
+    """Pieces with (held out, end of a document, source). Neighbouring sections of one file stay together."""
+    index = -1
+    for number, part in enumerate(corpus.parts):
+        waiting: tuple[str, bool] | None = None
+        for index, document in enumerate(part.documents(split.section, corpus.text_field), start=index + 1):  # noqa: B020
+            held = split.held_out(index)
             if waiting is not None:
-                yield (*waiting, False)
-            waiting = (piece, held)
-    if waiting is not None:
-        yield (*waiting, True)
+                yield *waiting, part.kind != "file" or held != waiting[1], number
+                waiting = None
+            for piece in document:
+                if waiting is not None:
+                    yield *waiting, False, number
+                waiting = (piece, held)
+        if waiting is not None:
+            yield *waiting, True, number
 
 
 def _key(data: DataRecipe, train: Corpus, validation: Corpus | None, source: Path | None) -> str:
     status = source.stat() if source else None
     parts: dict[str, Any] = {
         "format": FORMAT,
-        "train": [train.kind, train.fingerprint()],
-        "validation": [validation.kind, validation.fingerprint()] if validation else data.validation_fraction,
+        "train": _identity(train),
+        "validation": _identity(validation) if validation else data.validation_fraction,
         "tokenizer": [str(source), status.st_size, status.st_mtime_ns] if status else data.vocab_size,
         "end_of_text": data.end_of_text,
     }
+    if data.text_field != "text":
+        parts["text_field"] = data.text_field
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _identity(corpus: Corpus) -> list[Any]:
+    rows = [[part.kind, part.fingerprint(), part.weight] for part in corpus.parts]
+    return rows[0][:2] if len(rows) == 1 else rows
 
 
 def _remove_leftovers(cache_dir: Path) -> None:
@@ -269,25 +291,31 @@ def _remove_leftovers(cache_dir: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _check_split(meta: DataMeta, data: DataRecipe) -> None:
+def _check_split(meta: DataMeta, data: DataRecipe, source: str) -> None:
     if meta.train_tokens == 0:
-        raise UserError(f"data.train={data.train}: no text to train on")
+        raise UserError(f"data.train={source}: no text to train on")
     if meta.validation_tokens == 0:
         if data.validation:
             raise UserError(f"data.validation={data.validation}: there is no text in it")
         raise UserError(
             f"data.validation_fraction={data.validation_fraction}: the documents that it holds out of "
-            f"data.train={data.train} are empty; change it, or give data.validation=PATH"
+            f"data.train={source} are empty; change it, or give data.validation=PATH"
         )
 
 
-def _check_length(meta: DataMeta, data: DataRecipe) -> None:
+def _check_length(meta: DataMeta, data: DataRecipe, train: Corpus) -> None:
     if data.validation:
         validation, remedy = f"validation text (data.validation={data.validation})", "give more text"
     else:
         validation, remedy = "validation text", "raise data.validation_fraction, give data.validation=PATH"
+    training = [("training text", meta.train_tokens)]
+    if meta.shares:
+        training = [
+            (f"training text of {part.source}", int(size))
+            for part, (size, _) in zip(train.parts, meta.shares, strict=True)
+        ]
     for part, tokens, remedies in (
-        ("training text", meta.train_tokens, "give more text"),
+        *((part, tokens, "give more text") for part, tokens in training),
         (validation, meta.validation_tokens, remedy),
     ):
         if window_count(tokens, data.seq_len) == 0:

@@ -7,6 +7,11 @@ to hold, store or restore. A resumed run sees the same data because there is no 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
+_CYCLE = 10_000  # windows of a mixture in which every source has its share
+
 _ROUNDS = 4  # Luby and Rackoff (1988): four rounds of a good round function make a strong pseudo-random permutation
 _MASK_64 = (1 << 64) - 1
 
@@ -32,10 +37,34 @@ def window_at(position: int, windows: int, *, seed: int) -> int:
     return permute(index, windows, key=_mix(_mix(seed) + epoch))
 
 
-def batch_windows(step: int, *, batch_size: int, windows: int, seed: int) -> list[int]:
-    """Window indices of the batch of 0-based ``step``. A batch may straddle two epochs."""
-    first = step * batch_size
-    return [window_at(first + offset, windows, seed=seed) for offset in range(batch_size)]
+def mixed_window_at(position: int, shares: Sequence[tuple[int, float]], *, seed: int) -> int:
+    """The window at ``position`` of an endless mixture of sources, whose windows are numbered one after the other.
+
+    Among every 10 000 windows each source has its share, in pseudo-random order; its own are visited epoch after epoch.
+
+    Args:
+        shares: windows and weight of each source.
+    """
+    total = sum(weight for _, weight in shares)
+    slots = [max(1, round(weight / total * _CYCLE)) for _, weight in shares]
+    cycle, place = divmod(position, sum(slots))
+    slot = permute(place, sum(slots), key=_mix(_mix(seed) ^ _mix(cycle)))
+    source = next(number for number, end in enumerate(accumulate(slots)) if slot < end)
+    own = cycle * slots[source] + slot - sum(slots[:source])
+    before = sum(windows for windows, _ in shares[:source])
+    return before + window_at(own, shares[source][0], seed=_mix(seed + source))
+
+
+def batch_windows(step: int, *, batch_size: int, windows: int | Sequence[tuple[int, float]], seed: int) -> list[int]:
+    """Window indices of the batch of 0-based ``step``. A batch may straddle two epochs.
+
+    Args:
+        windows: how many there are; of a mixture those of every source with its weight.
+    """
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    if isinstance(windows, int):
+        return [window_at(position, windows, seed=seed) for position in positions]
+    return [mixed_window_at(position, windows, seed=seed) for position in positions]
 
 
 def evenly_spread(count: int, windows: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Where text comes from: files on disk, or the running Python's own standard library.
+"""Where text comes from: files on disk, a data set on the Hub, or the running Python's own standard library.
 
 A corpus is read as a stream of *documents*, each a stream of text pieces of at most ``PIECE`` characters, so that
 neither a large file nor a large corpus is ever held in memory.
@@ -6,17 +6,20 @@ neither a large file nor a large corpus is ever held in memory.
 
 from __future__ import annotations
 
-import json
+import glob
 import logging
+import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
-from poetx.data.binary import binary_kind
+from poetx.data.opening import check_is_text, open_text
+from poetx.data.records import Record, hub_records, kind_of, read_records, shown_fields
 from poetx.errors import UserError
+from poetx.files import read_json
+from poetx.recipe.sections import is_hub_name
 
 logger = logging.getLogger(__name__)
 
@@ -28,46 +31,66 @@ BUILTIN_BYTES = 16 << 20  # some versions of Python ship more than others
 _SKIPPED_DIRS = {
     *("test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo", "__pycache__"),
 }
-_JSONL_SUFFIXES = (".jsonl", ".ndjson")
-_FEW_SECTIONS = 40  # of a file too short for sections of the usual size
-_LONGEST_LINE = 1 << 26  # characters read of a .json file to see whether it has a record a line
+_PATTERN = re.compile(r"[*?\[]")
+#: What lies beside the records of a data set and is none of them.
+_BESIDE = re.compile(r"(readme|licen[cs]e|notice|citation|dataset_infos?|state|croissant)(\.\w+)?", re.IGNORECASE)
+_HELD_OUT = re.compile(r"(?<![a-z])(test|val|valid|validation|dev|eval)(?![a-z])")
+#: Any of these in a record says that it is a conversation.
+CHAT_FIELDS = ("messages", "conversations", "prompt", "instruction")
 
-Kind = Literal["builtin", "file", "directory", "jsonl"]
+Sources = str | Sequence[str] | Mapping[str, float]
+Kind = Literal["builtin", "file", "directory", "jsonl", "table", "hub"]
 Document = Iterable[str]
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """One text source: ``source`` as the user gave it, its kind, and its files in reading order."""
+class Part:
+    """One source of a corpus, as the user named it.
+
+    Attributes:
+        kind: "file" is one text without boundaries; "directory" are files of text, each a document; all but them and
+            "builtin" are records.
+        files: in reading order; none of a data set on the Hub.
+        split: of such a data set.
+        weight: its share of a mixture; None: every token once an epoch.
+        top: a directory whose new files would belong to this part.
+    """
 
     source: str
     kind: Kind
-    files: tuple[Path, ...]
+    files: tuple[Path, ...] = ()
+    split: str = "train"
+    weight: float | None = None
+    top: Path | None = None
 
-    def documents(self, section: int = SECTION) -> Iterator[Document]:
-        """The documents in order, a single file's in sections. Each must be consumed before the next is asked for.
+    def records(self) -> Iterator[tuple[str, Record]]:
+        """Records with their places, of a part that has records."""
+        if self.kind == "hub":
+            yield from hub_records(self.source, split=self.split)
+        for path in self.files:
+            yield from read_records(path)
 
-        Args:
-            section: characters of a single file's.
-
-        Raises:
-            UserError: a file that is not UTF-8 or vanished, or a JSONL line without text, with its place.
-        """
-        if self.kind == "jsonl":
-            for path in self.files:
-                yield from _jsonl_documents(path)
-        elif self.kind == "file":
-            yield from _sections(self.files[0], section)
+    def documents(self, section: int, text_field: str) -> Iterator[Document]:
+        """The documents in order, a single file's in sections."""
+        if self.kind == "file":
+            yield from ([piece] for piece in _pieces(self.files[0], section, line=section))
+        elif self.kind == "directory":
+            yield from map(_pieces, self.files)
         elif self.kind == "builtin":
             for path in self.files:
                 if text := _read_or_none(path):
                     yield _split(text)
         else:
-            for path in self.files:
-                yield _pieces(path)
+            for place, record in self.records():
+                yield _split(_text_of(record, text_field, place))
 
     def fingerprint(self) -> list[list[str | int]]:
-        """Path, size and modification time (ns) of every file: what decides whether cached tokens are current."""
+        """Path, size and modification time (ns) of every file: what decides whether cached tokens are current.
+
+        A data set on the Hub counts as current for ever.
+        """
+        if self.kind == "hub":
+            return [[self.source, self.split]]
         rows: list[list[str | int]] = []
         for path in self.files:
             status = path.stat()
@@ -75,132 +98,141 @@ class Corpus:
         return rows
 
 
-def open_corpus(source: str, *, key: str = "data.train") -> Corpus:
-    """Find the files of ``source``: "builtin", a text file, a JSONL file, or a directory of either.
+@dataclass(frozen=True)
+class Corpus:
+    """All sources of a text, one after the other."""
 
-    A ``.json`` file is JSONL when its first line is a record with a text. Any other is refused by itself, as are
-    tables (``.csv``, ``.tsv``), and both are text among other files, as in a directory of code.
+    parts: tuple[Part, ...]
+    text_field: str = "text"
+
+    @property
+    def source(self) -> str:
+        """The sources as the user named them."""
+        return ", ".join(part.source for part in self.parts)
+
+    @property
+    def files(self) -> list[Path]:
+        """All files in reading order."""
+        return [file for part in self.parts for file in part.files]
+
+    @property
+    def weights(self) -> list[float] | None:
+        """The shares of a mixture; None: none, every token once an epoch."""
+        weights = [part.weight for part in self.parts if part.weight is not None]
+        return weights or None
+
+    def documents(self, section: int = SECTION) -> Iterator[Document]:
+        """The documents in order, single files' in sections. Each must be consumed before the next is asked for.
+
+        Args:
+            section: characters of a single file's.
+
+        Raises:
+            UserError: a file that is not UTF-8 or damaged, or a record without text, with its place.
+        """
+        for part in self.parts:
+            yield from part.documents(section, self.text_field)
+
+
+def open_corpus(source: Sources, *, key: str = "data.train", text_field: str = "text", split: str = "train") -> Corpus:
+    """Find the files of one or several sources.
+
+    A source is "builtin", a text file, a file of records (JSONL, CSV, Parquet, Arrow), a directory of either, a pattern
+    like ``data/*.jsonl.gz``, a directory of ``save_to_disk``, or the name of a data set on the Hub. Any file may be
+    compressed. A ``.json`` file is JSONL when its first line is a record. Any other is refused by itself, and is text
+    among other files, as in a directory of code; so are tables (``.csv``, ``.tsv``) among text.
 
     Args:
+        source: one, several, or several with their weights.
         key: the recipe key, for error messages.
+        text_field: the field of records that has their text.
+        split: of data sets on the Hub.
 
     Raises:
-        UserError: nothing there, nothing readable in it, or a directory that mixes text and JSONL.
+        UserError: nothing there, nothing readable in it, or a directory that mixes records and text.
     """
+    weights = source if isinstance(source, Mapping) else {}
+    names = [source] if isinstance(source, str) else list(source)
+    return Corpus(tuple(_find(name, key, text_field, split, weights.get(name)) for name in names), text_field)
+
+
+def _find(source: str, key: str, text_field: str, split: str, weight: float | None) -> Part:
     if source == BUILTIN:
-        return Corpus(source, "builtin", tuple(_standard_library()))
+        return Part(source, "builtin", tuple(_standard_library()), weight=weight)
     if not source:
         raise UserError(f"{key}=: names no file; give a text file, a directory of text, or JSONL")
-    path = Path(source).expanduser()
+    path, top = Path(source).expanduser(), None
     if path.is_file():
-        _check_text([path], f"{key}={source}")
-        return Corpus(source, "jsonl" if _is_jsonl(path) else "file", (path.resolve(),))
-    if not path.is_dir():
+        files = [path.resolve()]
+    elif path.is_dir():
+        files, top = _files_under(path, f"{key}={source}"), path
+    elif _PATTERN.search(source):
+        found = [Path(name) for name in glob.glob(str(path), recursive=True)]  # noqa: PTH207
+        files = _once(file for file in found if file.is_file())
+        if not files:
+            raise UserError(f"{key}={source}: no file fits this pattern")
+        if "**" in source:
+            top = Path(source[: source.index("**")] or ".")
+    elif is_hub_name(source):
+        return Part(source, "hub", split=split, weight=weight)
+    else:
         raise UserError(f"{key}={source}: no such file or directory")
+    kind, files = _kind(files, f"{key}={source}", text_field, alone=path.is_file())
+    return Part(source, kind, tuple(files), weight=weight, top=top)
+
+
+def _files_under(path: Path, what: str) -> list[Path]:
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(child.name for child in path.iterdir() if (child / "state.json").is_file())
+        raise UserError(f"{what}: a directory of save_to_disk with the splits {', '.join(splits)}; name one of them")
+    if (path / "state.json").is_file() and "_data_files" in (state := read_json(path / "state.json")):
+        return [(path / file["filename"]).resolve() for file in state["_data_files"]]
     visible = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
     for link in visible:
         if link.is_symlink() and link.is_dir():
             logger.warning("%s: a link to a directory, which is not followed", link)
-    once = {_identity(file): file for file in sorted(p.resolve() for p in visible if p.is_file())}
-    files = sorted(once.values())
+    files = _once(p for p in visible if p.is_file())
     if not files:
-        raise UserError(f"{key}={source}: the directory has no files")
-    _check_text(files, f"{key}={source}")
-    jsonl = [file for file in files if _is_jsonl(file)]
-    if jsonl and len(jsonl) < len(files):
-        other = next(file for file in files if file not in jsonl)
-        raise UserError(f"{key}={source}: mixes JSONL ({jsonl[0].name}) and other files ({other.name})")
-    return Corpus(source, "jsonl" if jsonl else "directory", tuple(files))
+        raise UserError(f"{what}: the directory has no files")
+    return files
 
 
-def _identity(file: Path) -> tuple[int, int | str]:
-    """What two names of one file share: text that is linked to would else be learnt and held out."""
-    status = file.stat()
-    return status.st_dev, status.st_ino or str(file)
+def _once(files: Iterable[Path]) -> list[Path]:
+    """Sorted, and one name of each file: text that is linked to would else be learnt and held out."""
+    once: dict[tuple[int, int | str], Path] = {}
+    for file in sorted(path.resolve() for path in files):
+        status = file.stat()
+        once[status.st_dev, status.st_ino or str(file)] = file
+    return sorted(once.values())
 
 
-@dataclass(frozen=True)
-class Split:
-    """Which documents are held out for validation: evenly spread, exactly ``fraction`` of them in the end.
-
-    Attributes:
-        section: characters of a document where a single file is cut into them.
-        note: what the user should know of it.
-    """
-
-    fraction: float | Fraction = 0
-    section: int = SECTION
-    note: str = ""
-
-    def held_out(self, index: int) -> bool:
-        """Whether document ``index`` belongs to validation."""
-        return int((index + 1) * self.fraction) > int(index * self.fraction)
-
-
-def split_for(corpus: Corpus, fraction: float) -> Split:
-    """The split of ``fraction``. Of so little text that this holds out nothing: a tenth, and at least one document.
-
-    Reads to the first document that is held out.
-
-    Raises:
-        UserError: no text, or one document that is not a file by itself.
-    """
-    split, count, characters = Split(fraction), 0, 0
-    for index, document in enumerate(corpus.documents()):
-        if split.held_out(index):
-            return split
-        count, characters = count + 1, characters + sum(map(len, document))
-    if count == 0:
-        raise UserError(f"data.train={corpus.source}: no text to train on")
-    if corpus.kind == "file":
-        section = max(1, characters // _FEW_SECTIONS)
-        more: float | Fraction = max(fraction, 0.1)
-        what = f"{more:.0%} of it, in sections of {section} characters"
-    elif count > 1:
-        section, more = SECTION, Fraction(1, min(10, count))
-        what = f"{int(count * more)} of its {count} documents"
-    else:
-        raise UserError(
-            f"data.validation_fraction={fraction} holds out nothing: data.train={corpus.source} is one document; "
-            "give the text file itself, which is held out in sections, more documents, or data.validation=PATH"
-        )
-    note = f"data.validation_fraction={fraction} is nothing of so little text: holding out {what}"
-    return Split(more, section, note)
-
-
-def _check_text(files: list[Path], what: str) -> None:
-    """Refuse files without text, JSON and tables by themselves, and what a file's first bytes say is no text."""
+def _kind(files: list[Path], what: str, text_field: str, *, alone: bool) -> tuple[Kind, list[Path]]:
+    """What the files of a source are, and those of them that are read."""
     if not any(file.stat().st_size for file in files):
         raise UserError(f"{what}: empty, there is no text in it")
-    for file in {file.suffix: file for file in reversed(files)}.values():  # one of each kind
-        if kind := binary_kind(file):
-            raise UserError(f"{file}: {kind}")
-    suffixes = {file.suffix.lower() for file in files}
-    if suffixes == {".json"} and not _is_jsonl(files[0]):
-        found = f'no JSON lines with a "text" field ({files[0].name})'
-    elif suffixes <= {".csv", ".tsv"}:
-        found = f"a table ({files[0].name}), whose header and separators would be learnt as well"
-    else:
-        return
-    raise UserError(
-        f'{what}: {found}; write it as one {{"text": ...}} a line into a .jsonl file, or rename it to .txt to train on '
-        "it as it is"
-    )
-
-
-def _is_jsonl(path: Path) -> bool:
-    """Whether a file has a JSON record a line: by its name or, as ``.json`` may be anything, by its first line."""
-    suffix = path.suffix.lower()
-    if suffix != ".json":
-        return suffix in _JSONL_SUFFIXES
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            while (line := file.readline(_LONGEST_LINE)).isspace():
-                pass
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(record, dict) and "text" in record
+    kinds = {file: kind_of(file, (text_field, *CHAT_FIELDS)) for file in files}
+    own = [file for file in files if not _BESIDE.fullmatch(file.name)]
+    if {kinds[file] for file in own} - {"text"}:
+        files = own
+    if not alone and {kinds[file] for file in files} == {"text", "CSV"}:
+        kinds = dict.fromkeys(files, "text")  # tables are text among text, as in a directory of code
+    readable = [file for file in reversed(files) if kinds[file] not in ("Parquet", "Arrow")]
+    for file in {file.suffix: file for file in readable}.values():  # one of each kind
+        check_is_text(file)
+    if all(file.name.lower().endswith(".json") and kinds[file] == "text" for file in files):
+        raise UserError(
+            f'{what}: no JSON lines with a "{text_field}" field ({files[0].name}); write it as one {{"text": ...}} a '
+            "line into a .jsonl file, or rename it to .txt to train on it as it is"
+        )
+    first, other = files[0], next((file for file in files if kinds[file] != kinds[files[0]]), None)
+    if other is not None:
+        raise UserError(f"{what}: mixes {kinds[first]} ({first.name}) and {kinds[other]} ({other.name}); name one kind")
+    if kinds[first] == "text":
+        return ("file" if alone else "directory"), files
+    held_out = [file.name for file in files if _HELD_OUT.search(file.name)]
+    if 0 < len(held_out) < len(files):
+        logger.warning("%s: %s is trained on as well; a pattern such as DIR/train* leaves it out", what, held_out[0])
+    return ("jsonl" if kinds[first] == "JSONL" else "table"), files
 
 
 def _standard_library() -> list[Path]:
@@ -234,54 +266,30 @@ def _split(text: str) -> Iterator[str]:
         yield text[start : start + PIECE]
 
 
-def _sections(path: Path, size: int) -> Iterator[Document]:
-    return ([piece] for piece in _pieces(path, size, line=size))
-
-
 def _pieces(path: Path, size: int = PIECE, *, line: int = SECTION) -> Iterator[str]:
     """A file in pieces of about ``size`` characters that end at line ends; a line may be cut after ``line``."""
     buffer: list[str] = []
     filled = 0
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            while text := file.readline(line):
-                buffer.append(text)
-                filled += len(text)
-                if filled >= size:
-                    yield "".join(buffer)
-                    buffer, filled = [], 0
-    except UnicodeDecodeError as error:
-        raise _not_text(path, error) from None
+    with open_text(path, newline="") as file:
+        while text := file.readline(line):
+            buffer.append(text)
+            filled += len(text)
+            if filled >= size:
+                yield "".join(buffer)
+                buffer, filled = [], 0
     if buffer:
         yield "".join(buffer)
 
 
-def _jsonl_documents(path: Path) -> Iterator[Document]:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _split(_jsonl_text(line, f"{path}, line {number}"))
-    except UnicodeDecodeError as error:
-        raise _not_text(path, error) from None
-
-
-def _jsonl_text(line: str, place: str) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{place}: not JSON ({getattr(error, 'msg', 'a number that is too long')})") from None
-    except RecursionError:
-        raise UserError(f"{place}: brackets nested too deeply to be read; remove the line") from None
-    if not isinstance(record, dict) or "text" not in record:
-        raise UserError(f'{place}: no "text" field')
-    text = record["text"]
+def _text_of(record: Record, field: str, place: str) -> str:
+    if field not in record:
+        raise UserError(
+            f'{place}: no "{field}" field (it has: {shown_fields(record)}); name the one with the text by '
+            "data.text_field=NAME"
+        )
+    text = record[field]
     if not isinstance(text, str):
-        raise UserError(f'{place}: "text" is {type(text).__name__}, not a string')
+        raise UserError(f'{place}: "{field}" is {type(text).__name__}, not a string')
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(f'{place}: "text" has half a surrogate pair, which is no character')
+        raise UserError(f'{place}: "{field}" has half a surrogate pair, which is no character')
     return text
-
-
-def _not_text(path: Path, error: UnicodeDecodeError) -> UserError:
-    return UserError(f"{path}: {binary_kind(path) or f'not UTF-8 text ({error.reason})'}")

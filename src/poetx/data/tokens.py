@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass, fields
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -29,7 +32,12 @@ IGNORED = -100  # a label that counts for nothing, as torch has it
 
 @dataclass(frozen=True)
 class DataMeta:
-    """What ``meta.json`` holds, beside its own ``checksum``."""
+    """What ``meta.json`` holds, beside its own ``checksum``. What has its default is left out.
+
+    Attributes:
+        fingerprint: sha256 of both token streams: the identity of the data, whatever its path and time stamps.
+        shares: of a mixture, tokens and weight of every source in the training part.
+    """
 
     format: int
     dtype: str
@@ -38,11 +46,17 @@ class DataMeta:
     end_of_text_id: int
     train_tokens: int
     validation_tokens: int
-    fingerprint: str  # sha256 of both token streams: the identity of the data, whatever its path and time stamps
+    fingerprint: str
+    shares: Sequence[Sequence[float]] = ()
+
+    def written(self) -> dict[str, Any]:
+        """As JSON has it."""
+        found = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        return {name: value for name, (value, default) in found.items() if value != default}
 
     def checksum(self, tokenizer: Path) -> str:
         """Hash of these facts and of the tokenizer's file."""
-        return hashlib.sha256((json.dumps(asdict(self)) + sha256(tokenizer)).encode()).hexdigest()
+        return hashlib.sha256((json.dumps(self.written()) + sha256(tokenizer)).encode()).hexdigest()
 
 
 class Batch(NamedTuple):
@@ -74,22 +88,39 @@ class Batch(NamedTuple):
 class TokenWindows:
     """Windows of ``seq_len`` tokens from a row of tokens (memory-mapped), each token a label exactly once.
 
-    Window i has the inputs ``[i*seq_len, (i+1)*seq_len)`` and as labels the same range shifted by one.
+    Window i has the inputs ``[i*seq_len, (i+1)*seq_len)`` and as labels the same range shifted by one. The windows of
+    a mixture are numbered one source after the other, and none has tokens of two.
+
+    Args:
+        shares: of a mixture, tokens and weight of every source.
     """
 
-    def __init__(self, tokens: np.ndarray, *, seq_len: int) -> None:
+    def __init__(self, tokens: np.ndarray, *, seq_len: int, shares: Sequence[Sequence[float]] = ()) -> None:
         self.tokens = tokens
         self.seq_len = seq_len
+        sizes = [int(size) for size, _ in shares] or [len(tokens)]
+        counts = [window_count(size, seq_len) for size in sizes]
+        self._first_tokens = [0, *accumulate(sizes)]
+        self._first_windows = [0, *accumulate(counts)]
+        #: What :func:`poetx.data.sampler.batch_windows` takes.
+        self.order: int | list[tuple[int, float]] = (
+            [(count, weight) for count, (_, weight) in zip(counts, shares, strict=True)] if shares else counts[0]
+        )
 
     def __len__(self) -> int:
-        return window_count(len(self.tokens), self.seq_len)
+        return self._first_windows[-1]
+
+    def start(self, window: int) -> int:
+        """The place of a window's first token."""
+        source = bisect_right(self._first_windows, window) - 1
+        return self._first_tokens[source] + (window - self._first_windows[source]) * self.seq_len
 
     def batch(self, windows: list[int]) -> Batch:
         """These windows, on the CPU."""
         import torch
 
         length = self.seq_len
-        rows = np.stack([self.tokens[i * length : i * length + length + 1] for i in windows]).astype(np.int64)
+        rows = np.stack([self.tokens[at : at + length + 1] for at in map(self.start, windows)]).astype(np.int64)
         both = torch.from_numpy(rows)
         return Batch(both[:, :-1].contiguous(), both[:, 1:].contiguous())
 
@@ -114,14 +145,14 @@ def window_count(tokens: int, seq_len: int) -> int:
     return max(0, (tokens - 1) // seq_len)
 
 
-def fingerprint(digests: dict[str, str]) -> str:
-    """The identity of data from the sha256 of each part's file."""
-    return hashlib.sha256("".join(digests[name] for name in PARTS).encode()).hexdigest()
+def fingerprint(digests: Iterable[str], shares: Sequence[Sequence[float]]) -> str:
+    """The identity of data from the sha256 of each part's file, in order, and the shares of a mixture."""
+    return hashlib.sha256(("".join(digests) + (json.dumps(shares) if shares else "")).encode()).hexdigest()
 
 
 def write_meta(directory: Path, meta: DataMeta) -> None:
     """Write ``meta.json`` beside the files that it is about."""
-    document = asdict(meta) | {"checksum": meta.checksum(directory / TOKENIZER)}
+    document = meta.written() | {"checksum": meta.checksum(directory / TOKENIZER)}
     (directory / META).write_text(json.dumps(document, indent=2), encoding="utf-8")
 
 
@@ -134,12 +165,14 @@ def verified_meta(directory: Path) -> DataMeta:
     facts = read_json(directory / META)
     checksum = facts.pop("checksum", None)
     try:
-        if checksum is None or facts.keys() != {field.name for field in fields(DataMeta)} or facts["format"] != FORMAT:
+        needed = {field.name for field in fields(DataMeta) if field.default is MISSING}
+        known = {field.name for field in fields(DataMeta)}
+        if checksum is None or not needed <= facts.keys() <= known or facts["format"] != FORMAT:
             raise UserError(f"{directory / META}: of another version of poetx")
         meta = DataMeta(**facts)
         if meta.checksum(directory / TOKENIZER) != checksum:
             raise UserError(f"{directory}: {META} or {TOKENIZER} is damaged")
-        if fingerprint({name: sha256(directory / f"{name}.bin") for name in PARTS}) != meta.fingerprint:
+        if fingerprint((sha256(directory / f"{name}.bin") for name in PARTS), meta.shares) != meta.fingerprint:
             raise UserError(f"{directory}: its token files are damaged")
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from None
@@ -149,7 +182,11 @@ def verified_meta(directory: Path) -> DataMeta:
 def open_tokens(directory: Path, meta: DataMeta, *, seq_len: int) -> PreparedData:
     """Map the token files of a directory whose ``meta`` has been verified."""
     train, validation = (
-        TokenWindows(np.memmap(directory / f"{name}.bin", dtype=meta.dtype, mode="r"), seq_len=seq_len)
+        TokenWindows(
+            np.memmap(directory / f"{name}.bin", dtype=meta.dtype, mode="r"),
+            seq_len=seq_len,
+            shares=meta.shares if name == "train" else (),
+        )
         for name in PARTS
     )
     return PreparedData(directory, meta, train, validation)

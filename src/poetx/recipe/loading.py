@@ -35,6 +35,7 @@ from poetx.recipe.sections import (
     TrainRecipe,
     belongs,
     every_key,
+    is_hub_name,
     section_types,
 )
 from poetx.recipe.shorthands import METHODS, SIZED_RECIPES, check_method, put_method, put_shape
@@ -45,6 +46,7 @@ RECIPE_DIR = Path(__file__).resolve().parent.parent / "recipes"
 DEMOS = ("demo-single-step", "demo")  # the first is what `poetx train` runs
 
 _PATHS = ("data.train", "data.validation", "data.tokenizer", "data.cache_dir", "model.config", "model.pretrained")
+_TEXTS = ("data.train", "data.validation")
 _SECTIONS = ("model", "data", "poet", "lora", "optimizer", "train")
 # All of them only in what to_yaml() wrote, of any version.
 _WRITTEN_OUT = {"run_dir", "model", "data", "poet", "optimizer", "train"}
@@ -205,7 +207,7 @@ def recipe_with(source: str, pairs: Sequence[tuple[str, Any]], *, text: bool = T
     if text and not recipe.data.train:
         raise UserError(
             "data.train is missing; give it on the command line: data.train=PATH "
-            '(a text file, a directory of text files, JSONL with a "text" field, or builtin)'
+            "(text, JSONL, CSV, Parquet or Arrow, a directory or pattern of files, a name on the Hub, or builtin)"
         )
     return recipe
 
@@ -371,8 +373,19 @@ def _make_absolute(values: dict[str, Any]) -> None:
     for key in _PATHS:
         section, _, name = key.partition(".")
         part = values.get(section)
-        if isinstance(part, dict) and isinstance(part.get(name), str) and part[name] != "builtin":
-            part[name] = os.path.abspath(_expanded(key, part[name]))  # noqa: PTH100
+        if isinstance(part, dict) and part.get(name):
+            part[name] = _absolute(key, part[name])
+
+
+def _absolute(key: str, value: Any) -> Any:
+    """A path, each of several, or each with its weight."""
+    if isinstance(value, list | tuple):
+        return [_absolute(key, item) for item in value]
+    if isinstance(value, dict):
+        return {_absolute(key, path): weight for path, weight in value.items()}
+    if not isinstance(value, str) or value == "builtin" or (key in _TEXTS and is_hub_name(value)):
+        return value
+    return os.path.abspath(_expanded(key, value))  # noqa: PTH100
 
 
 def _expanded(key: str, path: str) -> str:
@@ -489,7 +502,7 @@ def _plain(value: Any) -> Any:
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
+        if isinstance(value, Mapping) and not prefix:
+            yield from flat(value, f"{key}.")
         else:
             yield f"{prefix}{key}", value

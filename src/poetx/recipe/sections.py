@@ -10,8 +10,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, create_model, model_validator
@@ -184,11 +186,40 @@ class ModelRecipe(Section):
 SIZES = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_key_value_heads")
 
 
-class DataRecipe(Section):
-    """Text and tokenizer. ``train``: "builtin", a text file, a directory of text files, or JSONL with ``text``."""
+def is_hub_name(source: str) -> bool:
+    """Whether ``org/name``, ``org/name:config`` or ``org/name:config:split`` means a data set on the Hub: where there
+    is no such path, nor a directory ``org``.
+    """
+    fits = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]*){0,2}", source)
+    return bool(fits) and not Path(source).suffix[1:].isalpha() and not Path(source).parent.exists()
 
-    train: Text | None = None
-    validation: Text | None = None  # same kinds as train; None: hold out validation_fraction of the documents
+
+def _sources(value: Any) -> Any:
+    """One source, several, or a mixture of sources with weights."""
+    if isinstance(value, Mapping):
+        checked = {_text(source): _number(weight) for source, weight in value.items()}
+        if not checked or not all(weight and weight > 0 for weight in checked.values()):
+            raise _refuse("must be {PATH: WEIGHT, …} with positive weights")
+        return checked
+    if isinstance(value, list | tuple):
+        checked = tuple(_text(source) for source in value)
+        if len(set(checked)) != len(value) or not value:
+            raise _refuse("must be a list of different paths")
+        return checked
+    return None if value is None else _text(value)
+
+
+Sources = Annotated[str | tuple[str, ...] | dict[str, float] | None, BeforeValidator(_sources)]
+
+
+class DataRecipe(Section):
+    """Text and tokenizer. ``train``: "builtin", a file, directory or pattern, a name on the Hub, a list of these, or a
+    mixture of them with weights (docs/data.md).
+    """
+
+    train: Sources = None
+    validation: Sources = None  # same kinds as train; None: hold out validation_fraction of the documents
+    text_field: Text = "text"  # of records (JSONL, CSV, Parquet, Arrow): the one with the text
     validation_fraction: Real = 0.01
     tokenizer: Text | None = None  # existing tokenizer (directory or tokenizer.json); None: train one
     vocab_size: Count = 32000  # of a tokenizer trained here
@@ -200,6 +231,8 @@ class DataRecipe(Section):
     def _ranges(self) -> DataRecipe:
         if self.tokenizer is None and self.vocab_size < 300:
             raise UserError(f"data.vocab_size={self.vocab_size} is too small; bytes alone take 256, use 300 or more")
+        if isinstance(self.validation, dict):
+            raise UserError("data.validation: has weights, which are for data.train; give a list of paths")
         if self.validation is None and not 0 < self.validation_fraction < 1:
             raise UserError(f"data.validation_fraction={self.validation_fraction} must be between 0 and 1")
         return self

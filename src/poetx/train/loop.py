@@ -223,7 +223,7 @@ def train_step(run: TrainingRun, step: TrainingStep) -> dict[str, Any]:
         merges=merges.merges if merges else 0,
         steps_since_merge=merges.steps_since_merge if merges else 0,
     )
-    windows = batch_windows(state.step, batch_size=settings.batch_size, windows=len(train), seed=settings.seed)
+    windows = batch_windows(state.step, batch_size=settings.batch_size, windows=train.order, seed=settings.seed)
     share, micro_batch = settings.share(rank_count())
     if rank_count() > 1:
         torch.manual_seed(stream_seed(settings.seed, f"rank {rank()}", state.step, "dropout"))

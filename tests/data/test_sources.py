@@ -1,0 +1,279 @@
+"""Every kind of source gives the same documents, whatever it is packed in; every wrong one is one line."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import importlib.util
+import io
+import json
+import lzma
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from poetx.data.opening import check_is_text, open_text
+from poetx.data.prepare import prepare_data
+from poetx.data.sampler import batch_windows
+from poetx.data.sources import open_corpus
+from poetx.data.tokens import TokenWindows
+from poetx.errors import UserError
+from poetx.recipe import Recipe, load_recipe
+
+Tiny = Callable[..., Recipe]
+TEXTS = [f"document {number}: some words, with \"quotes\",\ncommas and 'é'" for number in range(40)]
+
+
+def needs(module: str) -> Any:
+    missing = importlib.util.find_spec(module) is None
+    return pytest.mark.skipif(missing, reason=f"no {module}")
+
+
+def jsonl(field: str = "text") -> bytes:
+    return "".join(json.dumps({"id": n, field: text}) + "\n" for n, text in enumerate(TEXTS)).encode()
+
+
+def table(separator: str) -> bytes:
+    file = io.StringIO()
+    csv.writer(file, delimiter=separator).writerows([["id", "text"], *enumerate(TEXTS)])
+    return file.getvalue().encode()
+
+
+def zstd(data: bytes) -> bytes:
+    compressor = pytest.importorskip("zstandard").ZstdCompressor()
+    return compressor.compress(data[:700]) + compressor.compress(data[700:])  # as pzstd writes it, in several frames
+
+
+def arrow(path: Path, kind: str) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    rows = pyarrow.table({"id": list(range(len(TEXTS))), "text": TEXTS})
+    if kind == "parquet":
+        from pyarrow.parquet import write_table
+
+        write_table(rows, path, row_group_size=7)
+        return
+    new = pyarrow.ipc.new_file if kind == "file" else pyarrow.ipc.new_stream
+    with new(str(path), rows.schema) as writer:
+        writer.write_table(rows, max_chunksize=7)
+
+
+SOURCES: dict[str, Callable[[Path], Any]] = {
+    "a.jsonl": lambda path: path.write_bytes(jsonl()),
+    "a.ndjson.gz": lambda path: path.write_bytes(gzip.compress(jsonl())),
+    "a.json.xz": lambda path: path.write_bytes(lzma.compress(jsonl())),
+    "a.jsonl.bz2": lambda path: path.write_bytes(bz2.compress(jsonl())),
+    "b.jsonl": lambda path: path.write_bytes(gzip.compress(jsonl())),  # compressed, whatever it is called
+    "a.jsonl.zst": lambda path: path.write_bytes(zstd(jsonl())),
+    "a.csv": lambda path: path.write_bytes(table(",")),
+    "a.TSV.gz": lambda path: path.write_bytes(gzip.compress(table("\t"))),
+    "a.parquet": lambda path: arrow(path, "parquet"),
+    "a.arrow": lambda path: arrow(path, "file"),
+    "data-00000-of-00001.arrow": lambda path: arrow(path, "stream"),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_kind_of_file_has_the_same_documents(name: str, tmp_path: Path) -> None:
+    SOURCES[name](tmp_path / name)
+    (tmp_path / "README.md").write_text("what it is")  # beside records, it is none
+    for source in (tmp_path / name, tmp_path, tmp_path / "*[ltwvV23z]"):
+        assert ["".join(document) for document in open_corpus(str(source)).documents()] == TEXTS
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_compressed_text_is_the_text(suffix: str, tmp_path: Path) -> None:
+    text = "a line of some words\r\n" * 20_000
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}[suffix]
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(pack(text.encode()))
+    (part,) = open_corpus(str(path)).parts
+    assert part.kind == "file"
+    assert "".join("".join(document) for document in part.documents(1 << 14, "text")) == text
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    with pytest.raises(UserError, match=rf"^{path}: damaged .* data \(.*\); fetch it again$"), open_text(path) as file:
+        file.read()
+
+
+def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("zstandard", "pyarrow", "datasets", "compression"):
+        monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / "a.txt.zst").write_bytes(b"\x28\xb5\x2f\xfd\x24\x04")
+    (tmp_path / "b.parquet").write_bytes(b"PAR1\x15\x04")
+    (tmp_path / "c.arrow").write_bytes(b"ARROW1\x15\x04")
+    for name in ("a.txt.zst", "b.parquet", "c.arrow"):
+        with pytest.raises(UserError, match=rf"{name}: .*; pip install 'poetx\[data\]' to read it, or "):
+            list(open_corpus(str(tmp_path / name)).documents())
+    with pytest.raises(UserError, match=r"^some/set: .*pip install 'poetx\[data\]', or hf download some/set"):
+        list(open_corpus("some/set").documents())
+
+
+def test_a_directory_of_save_to_disk(tmp_path: Path) -> None:
+    """Its caches are not read, and one of several splits must be named."""
+    place = tmp_path / "set" / "train"
+    place.mkdir(parents=True)
+    arrow(place / "data-00000-of-00001.arrow", "stream")
+    (place / "cache-0123.arrow").write_bytes(b"not that")
+    (place / "dataset_info.json").write_text("{}")
+    (place / "state.json").write_text('{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}')
+    (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    assert ["".join(document) for document in open_corpus(str(place)).documents()] == TEXTS
+    with pytest.raises(UserError, match=r"save_to_disk with the splits train; name one of them"):
+        open_corpus(str(tmp_path / "set"))
+
+
+def test_a_data_set_on_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(*where: str | None, **how: Any) -> Iterator[dict[str, str]]:
+        asked.append((*where, how))
+        return iter({"text": text} for text in TEXTS)
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    for name in ("some/set", "some/set:part", "some/set::test"):
+        assert ["".join(document) for document in open_corpus(name).documents()] == TEXTS
+    stream = {"streaming": True, "split": "train"}
+    assert asked == [
+        ("some/set", None, stream),
+        ("some/set", "part", stream),
+        ("some/set", None, stream | {"split": "test"}),
+    ]
+
+
+def test_another_field_of_the_records_is_the_text(tiny: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(jsonl("content"))
+    cache = f"data.cache_dir={tmp_path / 'cache'}"
+    with pytest.raises(UserError, match=r'no JSON lines with a "text" field'):
+        prepare_data(tiny(f"data.train={path}", cache))
+    named = prepare_data(tiny(f"data.train={path}", cache, "data.text_field=content"))
+    path.with_suffix(".jsonl").write_bytes(jsonl())
+    assert named.meta.fingerprint == prepare_data(tiny(f"data.train={path}l", cache)).meta.fingerprint
+
+
+def test_several_sources_are_one_text(tiny: Tiny, tmp_path: Path, corpus: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl())
+    sources = [f"{corpus}/[0-3].txt", f"{corpus}/4.txt", str(tmp_path / "a.jsonl")]
+    found = open_corpus(sources)
+    texts = [path.read_text() for path in sorted(corpus.iterdir())[:5]] + TEXTS
+    assert "".join("".join(document) for document in found.documents()) == "".join(texts)
+    data = prepare_data(tiny(f"data.train={json.dumps(sources)}", "data.validation_fraction=0.1"))
+    assert data.meta.validation_tokens
+    assert data.train.order == len(data.train)
+
+
+def test_a_mixture_takes_every_source_by_its_weight(tiny: Tiny, tmp_path: Path, corpus: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl())
+    few = {str(tmp_path / "a.jsonl"): 3, str(corpus): 1}
+    data = prepare_data(tiny(f"data.train={json.dumps(few)}"))
+    small = int(data.meta.shares[0][0])
+    assert sum(size for size, _ in data.meta.shares) == data.meta.train_tokens
+    batches = [
+        window for step in range(2500) for window in batch_windows(step, batch_size=8, windows=data.train.order, seed=0)
+    ]
+    of_small = [window for window in batches if data.train.start(window) < small]
+    assert len(of_small) == 15_000
+    visits = {window: of_small.count(window) for window in set(of_small)}
+    assert len(visits) == (small - 1) // 16  # each window of it, as often as any other
+    assert max(visits.values()) - min(visits.values()) <= 1
+    assert batches[: 8 * 9] != [
+        window for step in range(9) for window in batch_windows(step, batch_size=8, windows=data.train.order, seed=1)
+    ]
+    heavier = prepare_data(tiny(f"data.train={json.dumps(few | {str(corpus): 2})}"))
+    assert heavier.meta.fingerprint != data.meta.fingerprint  # a run with other weights is another run
+
+
+def test_no_window_has_tokens_of_two_sources() -> None:
+    import numpy as np
+
+    windows = TokenWindows(np.arange(30), seq_len=4, shares=[(11, 1.0), (19, 2.0)])
+    assert windows.order == [(2, 1.0), (4, 2.0)]
+    assert [windows.start(window) for window in range(len(windows))] == [0, 4, 11, 15, 19, 23]
+    assert windows.batch([1, 2]).labels.tolist() == [[5, 6, 7, 8], [12, 13, 14, 15]]
+
+
+def test_paths_of_a_recipe_are_absolute_and_names_on_the_hub_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    recipe = load_recipe("demo", ["data.train={a.txt: 1, builtin: 2, some/set: 3, there/set: 4, a/b.jsonl: 5}"])
+    expected = [tmp_path / "a.txt", "builtin", "some/set", tmp_path / "there/set", tmp_path / "a/b.jsonl"]
+    assert list(recipe.data.train or ()) == list(map(str, expected))
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert load_recipe("demo", ["data.train=[a.txt, some/set]"]).data.train == (str(expected[0]), "some/set")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("{a.txt: 0, b.txt: 1}", "positive weights"),
+        ("{a.txt: heavy}", "positive weights"),
+        ("{}", "positive weights"),
+        ("[]", "list of different paths"),
+        ("[a.txt, a.txt]", "list of different paths"),
+        ("[3]", "must be text"),
+    ],
+)
+def test_wrong_lists_and_weights(value: str, message: str) -> None:
+    with pytest.raises(UserError, match=rf"^data\.train=.*{message}"):
+        load_recipe("demo", [f"data.train={value}"])
+    with pytest.raises(UserError, match=r"^data\.validation: has weights"):
+        load_recipe("demo", ["data.validation={a.txt: 1}"])
+
+
+WRONG: dict[str, tuple[bytes, str]] = {
+    "page.txt.gz": (b"<html>not found</html>", "not gzip-compressed, as its name says; rename it, or fetch it again"),
+    "b.txt.zst": (b"words", "not Zstandard-compressed, as its name says"),
+    "cut.jsonl.gz": (gzip.compress(jsonl())[:-40], r"damaged gzip data \(.*\); fetch it again"),
+    "bits.jsonl.xz": (lzma.compress(jsonl())[:60] + bytes(90), "damaged xz data"),
+    "bits.txt.bz2": (bz2.compress(jsonl())[:80] + bytes(90), "damaged bzip2 data"),
+    "latin.txt.gz": (gzip.compress(b"caf\xe9 " * 3000), "not UTF-8"),
+    "tar.txt.gz": (gzip.compress(bytes(257).replace(b"\0", b"a") + b"ustar\0\0\0"), "a tar archive|NUL bytes"),
+    "no.csv": (b"id,words\n1,some\n", r'line 2: no "text" field \(it has: id, words\); name .* by data\.text_field='),
+    "ragged.csv": (b"id,text\n1,some\n2,a,b\n", r"line 3: 3 fields under a header of 2 \(id, text\); quote"),
+    "quote.csv": (b'id,text\n1,"some"x\n', r"line 2: not CSV \(.*\); mend its quotes"),
+    "head.tsv": (b"1\twords\n2\tmore\n", r'line 2: no "text" field \(it has: 1, words\)'),
+    "none.jsonl": (b'{"text": null}\n', r'line 1: "text" is NoneType, not a string'),
+    "half.jsonl": (b'{"text": "\\ud800"}\n', "half a surrogate pair"),
+    "string.jsonl": (b'"words"\n', r"line 1: str, not a record"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_in_a_file_is_one_line(name: str, tiny: Tiny, tmp_path: Path) -> None:
+    content, message = WRONG[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        prepare_data(tiny(f"data.train={tmp_path / name}", "data.validation_fraction=0.5"))
+    assert str(caught.value).startswith(f"{tmp_path / name}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "data-1.arrow"])
+def test_tables_that_are_cut_off(name: str, tmp_path: Path) -> None:
+    SOURCES.get(name, SOURCES["data-00000-of-00001.arrow"])(tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=rf"{name}: not a whole (Parquet|Arrow) file \(.*\); fetch it again"):
+        list(open_corpus(str(tmp_path / name)).documents())
+
+
+def test_patterns_and_names_that_mean_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(UserError, match=r"no file fits this pattern"):
+        open_corpus(f"{tmp_path}/*.txt")
+    with pytest.raises(UserError, match=r"^data\.train=nowhere/a\.txt: no such file or directory"):
+        open_corpus("nowhere/a.txt")
+    for name in ("train-0.jsonl", "test-0.jsonl"):
+        (tmp_path / name).write_bytes(jsonl())
+    open_corpus(str(tmp_path))
+    assert "test-0.jsonl is trained on as well; a pattern such as DIR/train* leaves it out" in caplog.text
+    caplog.clear()
+    assert len(open_corpus(f"{tmp_path}/train*").files) == 1
+    assert caplog.text == ""
+    check_is_text(tmp_path / "train-0.jsonl")
