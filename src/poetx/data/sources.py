@@ -19,7 +19,7 @@ from poetx.data.opening import check_is_text, open_text
 from poetx.data.records import Record, hub_records, kind_of, read_records, shown_fields
 from poetx.errors import UserError
 from poetx.files import read_json
-from poetx.recipe.sections import is_hub_name
+from poetx.recipe.places import is_hub_name
 
 logger = logging.getLogger(__name__)
 

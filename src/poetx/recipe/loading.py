@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import logging
-import os
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from poetx.errors import UserError, nearest, one_line
 from poetx.optim.settings import MATRIX_OPTIMIZERS
 from poetx.recipe.former import drop_without_effect, modern_override, modernize, without_effect
 from poetx.recipe.idle import idle
+from poetx.recipe.places import PATHS, make_absolute
 from poetx.recipe.sections import (
     SIZES,
     DataRecipe,
@@ -35,7 +35,6 @@ from poetx.recipe.sections import (
     TrainRecipe,
     belongs,
     every_key,
-    is_hub_name,
     section_types,
 )
 from poetx.recipe.shorthands import METHODS, SIZED_RECIPES, check_method, put_method, put_shape
@@ -45,8 +44,6 @@ logger = logging.getLogger(__name__)
 RECIPE_DIR = Path(__file__).resolve().parent.parent / "recipes"
 DEMOS = ("demo-single-step", "demo")  # the first is what `poetx train` runs
 
-_PATHS = ("data.train", "data.validation", "data.tokenizer", "data.cache_dir", "model.config", "model.pretrained")
-_TEXTS = ("data.train", "data.validation")
 _SECTIONS = ("model", "data", "poet", "lora", "optimizer", "train")
 # All of them only in what to_yaml() wrote, of any version.
 _WRITTEN_OUT = {"run_dir", "model", "data", "poet", "optimizer", "train"}
@@ -199,7 +196,7 @@ def recipe_with(source: str, pairs: Sequence[tuple[str, Any]], *, text: bool = T
     modernize(values, keep=given)
     _drop_other_sources(values, given)
     drop_without_effect(values, keep=given)
-    _make_absolute(values)
+    make_absolute(values)
     put_shape(values)
     _share_seed(values)
     recipe = _build(values)
@@ -294,7 +291,7 @@ def _parse(override: str) -> tuple[str, Any]:
         raise UserError(f"{shown(override)}: the value is not valid YAML: {one_line(error)}") from None
     first = text.lstrip()[:1]
     unread = isinstance(value, str) or (value is None and first == "#")
-    return key, text if unread and first not in ("'", '"') and key in (*_PATHS, "run_dir", "name") else value
+    return key, text if unread and first not in ("'", '"') and key in (*PATHS, "run_dir", "name") else value
 
 
 def _pairs(key: str, value: Any) -> list[tuple[str, Any]]:
@@ -366,35 +363,6 @@ def _drop_other_sources(values: dict[str, Any], given: set[str]) -> None:
                 model.pop(key, None)
 
 
-def _make_absolute(values: dict[str, Any]) -> None:
-    """Paths as they are meant here and now, so that a run can be resumed from another directory."""
-    if isinstance(values.get("run_dir"), str):
-        values["run_dir"] = _expanded("run_dir", values["run_dir"])
-    for key in _PATHS:
-        section, _, name = key.partition(".")
-        part = values.get(section)
-        if isinstance(part, dict) and part.get(name):
-            part[name] = _absolute(key, part[name])
-
-
-def _absolute(key: str, value: Any) -> Any:
-    """A path, each of several, or each with its weight."""
-    if isinstance(value, list | tuple):
-        return [_absolute(key, item) for item in value]
-    if isinstance(value, dict):
-        return {_absolute(key, path): weight for path, weight in value.items()}
-    if not isinstance(value, str) or value == "builtin" or (key in _TEXTS and is_hub_name(value)):
-        return value
-    return os.path.abspath(_expanded(key, value))  # noqa: PTH100
-
-
-def _expanded(key: str, path: str) -> str:
-    expanded = os.path.expanduser(path)  # noqa: PTH111
-    if expanded.startswith("~"):
-        raise UserError(f"{key}={path}: there is no such user; write ./{path} for a name that begins with ~")
-    return expanded
-
-
 def _share_seed(values: dict[str, Any]) -> None:
     """``train.seed`` is also the seed of permutations and fresh converted weights, unless ``poet.seed`` is given."""
     train, poet = values.get("train"), values.get("poet")
@@ -441,7 +409,7 @@ def _checked(kind: type[Any], values: Mapping[str, Any], section: str) -> Any:
     key = str(first["loc"][0])
     value = values.get(key)
     dotted, wanted = f"{section}{'.' if section else ''}{key}", _wanted(first, kind, key, value)
-    if dotted in (*_PATHS, "run_dir") and not isinstance(value, list | dict | str):
+    if dotted in (*PATHS, "run_dir") and not isinstance(value, list | dict | str):
         wanted += f"; for a place of that name write {dotted}=./{shown(value)}"
     raise UserError(f"{dotted}={shown(value)}: {wanted}")
 

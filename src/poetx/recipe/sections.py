@@ -9,111 +9,36 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import re
 import typing
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, create_model, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, create_model, model_validator
 
 from poetx.config import PoetConfig, Recompute
 from poetx.errors import UserError
 from poetx.optim.settings import LOW_RANK, MATRIX_OPTIMIZERS, OPTIMIZERS
-
-
-def _refuse(message: str) -> PydanticCustomError:
-    return PydanticCustomError("refused", "{message}", {"message": message})
-
-
-def _number(value: Any) -> int | float | None:
-    """``value`` as a finite number, or None."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return None
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _whole(value: Any) -> int:
-    try:
-        number = _number(value)
-        if number is None or number != int(number):
-            raise _refuse("must be a whole number")
-        if abs(number) >= 1 << 63:
-            raise _refuse("must be below 2**63")
-    except OverflowError:
-        raise _refuse("must be below 2**63") from None
-    return int(number)
-
-
-def _real(value: Any) -> float:
-    try:
-        if (number := _number(value)) is not None:
-            return float(number)
-    except OverflowError:
-        pass
-    raise _refuse("must be a number")
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _refuse("must be true or false")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise _refuse("must be text")
-    if not value.isprintable():
-        raise _refuse("must be printable text")
-    return value
-
-
-def _off(value: Any) -> Any:
-    """YAML reads ``clip: off`` as false; where a number is optional that means none."""
-    return None if value is False else value
-
-
-def _listed(value: Any) -> Any:
-    if not isinstance(value, list | tuple):
-        raise _refuse("must be a list" + (f", written [{value}]" if isinstance(value, str) and "," in value else ""))
-    return tuple(value)
-
-
-def _must(holds: Callable[[Any], bool], message: str) -> AfterValidator:
-    def check(value: Any) -> Any:
-        if not holds(value):
-            raise _refuse(message)
-        return value
-
-    return AfterValidator(check)
-
-
-Text = Annotated[str, BeforeValidator(_text)]
-Flag = Annotated[bool, BeforeValidator(_flag)]
-MaybeFlag = Annotated[bool | None, BeforeValidator(lambda value: None if value is None else _flag(value))]
-Whole = Annotated[int, BeforeValidator(_whole)]
-Real = Annotated[float, BeforeValidator(_real)]
-_POSITIVE = _must(lambda value: value > 0, "must be positive")
-_NOT_NEGATIVE = _must(lambda value: value >= 0, "must not be negative")
-_SHARE = _must(lambda value: 0 <= value <= 1, "must lie in [0, 1]")
-Count = Annotated[int, BeforeValidator(_whole), _POSITIVE]
-Size = Annotated[int, BeforeValidator(_whole), _NOT_NEGATIVE]
-Rate = Annotated[float, BeforeValidator(_real), _POSITIVE]
-Amount = Annotated[float, BeforeValidator(_real), _NOT_NEGATIVE]
-Share = Annotated[float, BeforeValidator(_real), _SHARE]
-Beta = Annotated[float, BeforeValidator(_real), _must(lambda value: 0 <= value < 1, "must lie in [0, 1)")]
-Betas = Annotated[tuple[Beta, Beta], BeforeValidator(_listed)]
-MaybeCount = Annotated[Count | None, BeforeValidator(_off)]
-MaybeRate = Annotated[Rate | None, BeforeValidator(_off)]
-MaybeAmount = Annotated[Amount | None, BeforeValidator(_off)]
-Names = Text | tuple[Text, ...]
+from poetx.recipe.values import (
+    Amount,
+    Beta,
+    Betas,
+    Count,
+    Flag,
+    MaybeAmount,
+    MaybeCount,
+    MaybeFlag,
+    MaybeRate,
+    Names,
+    Rate,
+    Real,
+    Share,
+    Size,
+    Sources,
+    Text,
+    Whole,
+    must,
+    real,
+)
 
 Dense: Any = Literal[OPTIMIZERS]
 DenseOrMatrix: Any = Literal[(*OPTIMIZERS, *MATRIX_OPTIMIZERS)]
@@ -184,32 +109,6 @@ class ModelRecipe(Section):
 
 #: A Llama's sizes; the first four have no default.
 SIZES = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_key_value_heads")
-
-
-def is_hub_name(source: str) -> bool:
-    """Whether ``org/name``, ``org/name:config`` or ``org/name:config:split`` means a data set on the Hub: where there
-    is no such path, nor a directory ``org``.
-    """
-    fits = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]*){0,2}", source)
-    return bool(fits) and not Path(source).suffix[1:].isalpha() and not Path(source).parent.exists()
-
-
-def _sources(value: Any) -> Any:
-    """One source, several, or a mixture of sources with weights."""
-    if isinstance(value, Mapping):
-        checked = {_text(source): _number(weight) for source, weight in value.items()}
-        if not checked or not all(weight and weight > 0 for weight in checked.values()):
-            raise _refuse("must be {PATH: WEIGHT, …} with positive weights")
-        return checked
-    if isinstance(value, list | tuple):
-        checked = tuple(_text(source) for source in value)
-        if len(set(checked)) != len(value) or not value:
-            raise _refuse("must be a list of different paths")
-        return checked
-    return None if value is None else _text(value)
-
-
-Sources = Annotated[str | tuple[str, ...] | dict[str, float] | None, BeforeValidator(_sources)]
 
 
 class DataRecipe(Section):
@@ -337,8 +236,8 @@ class SingleStepKeys(Section):
     belongs: ClassVar[str] = "for poet.method=single-step"
     angle: Annotated[
         float,
-        BeforeValidator(_real),
-        _must(lambda value: 0 < value < 0.5, "radians a step, between 0 and 0.5 (0.012 is usual)"),
+        BeforeValidator(real),
+        must(lambda value: 0 < value < 0.5, "radians a step, between 0 and 0.5 (0.012 is usual)"),
     ] = 0.012
     norm_growth: Amount = 0.0  # ‖W‖² grows by so many times its first value over all train.steps
 

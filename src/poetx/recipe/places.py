@@ -1,0 +1,50 @@
+"""Paths in a recipe, as they are meant where it is read."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from poetx.errors import UserError
+
+PATHS = ("data.train", "data.validation", "data.tokenizer", "data.cache_dir", "model.config", "model.pretrained")
+_TEXTS = ("data.train", "data.validation")
+
+
+def make_absolute(values: dict[str, Any]) -> None:
+    """Paths as they are meant here and now, so that a run can be resumed from another directory."""
+    if isinstance(values.get("run_dir"), str):
+        values["run_dir"] = _expanded("run_dir", values["run_dir"])
+    for key in PATHS:
+        section, _, name = key.partition(".")
+        part = values.get(section)
+        if isinstance(part, dict) and part.get(name):
+            part[name] = _absolute(key, part[name])
+
+
+def _absolute(key: str, value: Any) -> Any:
+    """A path, each of several, or each with its weight."""
+    if isinstance(value, list | tuple):
+        return [_absolute(key, item) for item in value]
+    if isinstance(value, dict):
+        return {_absolute(key, path): weight for path, weight in value.items()}
+    if not isinstance(value, str) or value == "builtin" or (key in _TEXTS and is_hub_name(value)):
+        return value
+    return os.path.abspath(_expanded(key, value))  # noqa: PTH100
+
+
+def _expanded(key: str, path: str) -> str:
+    expanded = os.path.expanduser(path)  # noqa: PTH111
+    if expanded.startswith("~"):
+        raise UserError(f"{key}={path}: there is no such user; write ./{path} for a name that begins with ~")
+    return expanded
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether ``org/name``, ``org/name:config`` or ``org/name:config:split`` means a data set on the Hub: where there
+    is no such path, nor a directory ``org``.
+    """
+    fits = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]*){0,2}", source)
+    return bool(fits) and not Path(source).suffix[1:].isalpha() and not Path(source).parent.exists()
