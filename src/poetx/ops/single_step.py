@@ -272,13 +272,16 @@ _FOLD_ELEMENTS_ELSEWHERE = 1 << 24
 def fold_side(
     W: Tensor, E_KBB: Tensor, side: str, out: Tensor, *, scale: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
-    """``scale·(I + E)·W`` (side "out") or ``scale·W·(I + E)`` ("in") into ``out``; returns the new ‖W‖², float64.
+    """``scale·(I + E)·W`` (side "out") or ``scale·W·(I + E)`` ("in") into ``out``.
 
     Args:
         W, out: [m, n], float32, float64 or bfloat16, the last rounded stochastically. Products run in E's dtype, in
             full precision under :func:`poetx.ops.fold.full_precision_products`, which the caller enters.
         E_KBB: G − I, of each block.
         scale: [K], of each block: one whose E is zero and whose scale is 1 stays as it is. generator: of the rounding.
+
+    Returns:
+        [2], float64: ‖W‖² of what was read and of what was written, before rounding.
     """
     dim = 0 if side == "out" else 1
     size, block_size = W.shape[dim], E_KBB.shape[-1]
@@ -297,6 +300,6 @@ def fold_side(
         moved = rotate(wide, E) if dim else left_rotate(wide, E)
         moved.addcmul_(wide, scale[start:stop])
         # The rows' norms first: as exact as a sum in float64 and many times faster.
-        squares.append(torch.linalg.vector_norm(moved, dim=1).double().square().sum())
+        squares += [torch.linalg.vector_norm(matrix, dim=1).double().square().sum() for matrix in (wide, moved)]
         stochastic_round_(target, moved, generator)
-    return squares[0] if len(squares) == 1 else torch.stack(squares).sum()
+    return torch.stack(squares).view(-1, 2).sum(0)

@@ -62,7 +62,6 @@ class Matrix:
         self.handle: RemovableHandle | None = None
         self._touched, self._counted = False, 0
         self._taken: int | None = None  # the step that is being taken
-        self._version: int | None = None  # of the weight after its last fold
         self._snapshot: dict[str, Tensor] = {}
 
     # Blocks
@@ -106,7 +105,7 @@ class Matrix:
     def attach(self, state: dict[str, Any]) -> None:
         """Keep the momentum in ``state``, and have the layer's backward add to it."""
         self.state, self.touched, self.micro_batches = state, False, 0
-        self._version, self._snapshot = None, {}
+        self._snapshot = {}
         momenta = [state[f"momentum_{side}"] for side in SIDES]
         if self.look_ahead and "before" not in state:
             state["before"] = self.fresh_state()["before"]
@@ -221,18 +220,15 @@ class Matrix:
         # The gradient is what came since the copy was taken.
         return momentum.mul_(1 + factor).sub_(self._before(self.side)) if self.look_ahead else momentum
 
-    def measured(self) -> tuple[Tensor, Tensor]:
-        """The ‖W‖ to hold [e], and the factor to get there: anew where the weight was written since the last fold.
+    def _held(self, found: Tensor) -> Tensor:
+        """The ‖W‖ to hold [e], over its growth so far, from the one that the fold found.
 
-        If the norm is within 1 % of the last fold's, this is the same weight reloaded; otherwise the new one is held.
+        If it is within 1 % of what the last fold left, this is the same weight; otherwise somebody wrote another one,
+        by whatever way, and its norm is held.
         """
         held, scale = self.state["norm"], self.state["scale"]
-        if self._version == self.parameter._version:
-            return held, scale
-        norm = torch.linalg.vector_norm(self.matrices(self.parameter.detach()), dim=(-2, -1), dtype=torch.float64)
-        first = norm / self._grown(self.step)
-        same = (first * scale / held - 1).abs() < _SAME_NORM
-        return torch.where(same, held, first), torch.where(same, scale, 1.0)
+        found = found / self._grown(self.step)
+        return torch.where((found * scale / held - 1).abs() < _SAME_NORM, held, found)
 
     def _grown(self, step: int) -> float:
         """‖W‖ as it should be after so many steps, over the first one."""
@@ -247,16 +243,19 @@ class Matrix:
         """
         state, side, step = self.state, self.side, self.step + 1
         W, weight = self.parameter.detach(), torch.empty_like(self.parameter.detach())
-        norm, scale = self.measured()
-        touched = touched_K.view(len(norm), -1)
+        touched = touched_K.view(len(state["norm"]), -1)
+        scales = torch.where(touched, state["scale"][:, None], 1.0)
+        noise = self.noise(f"rounding-{side}-0", step) if W.dtype == torch.bfloat16 else None
+        parts = zip(self.matrices(W), self.matrices(weight), E_KBB.chunk(len(scales)), scales, strict=True)
+        squares = [fold_side(w, E, side, out, scale=s, generator=noise) for w, out, E, s in parts]
+        found, left = torch.stack(squares, 1).sqrt()
+        if step == 1:  # held for good, so in float64 throughout
+            found = torch.linalg.vector_norm(self.matrices(W), dim=(-2, -1), dtype=torch.float64)
+        norm = self._held(found)
         if self.growth:  # ‖W‖ grows by the part of the matrix that is trained
             share = touched.double().mean(1)
             norm = norm * ((1 + self.growth * (step - 1 + share)) / (1 + self.growth * step)).sqrt()
-        scales = torch.where(touched, scale[:, None], 1.0)
-        noise = self.noise(f"rounding-{side}-0", step) if W.dtype == torch.bfloat16 else None
-        parts = zip(self.matrices(W), self.matrices(weight), E_KBB.chunk(len(norm)), scales, strict=True)
-        squares = [fold_side(w, E, side, out, scale=s, generator=noise) for w, out, E, s in parts]
-        ratios = norm * self._grown(step) / torch.stack(squares).sqrt()
+        ratios = norm * self._grown(step) / left
         scale = torch.where(ratios.isfinite() & (ratios > 0), ratios, 1.0)  # a matrix of zeros stays one
         new = {key: self._decayed(momentum, factor, key, step) for key, momentum in momenta.items()}
         new |= {"norm": norm, "scale": scale, "step": torch.tensor(step)}
@@ -269,7 +268,7 @@ class Matrix:
         values += [*(torch.zeros_like(peak) for peak in self.peaks.values()), self._seed(step)]
         self._taken = step  # known before the one call that makes it so, wherever an exception comes
         copy_at_once_(targets, values)
-        self._version, self._counted, self.micro_batches, self._snapshot = W._version, step, 0, {}
+        self._counted, self.micro_batches, self._snapshot = step, 0, {}
         self.touched = False
 
     def _decayed(self, momentum: Tensor, factor: float, key: str, step: int) -> Tensor:

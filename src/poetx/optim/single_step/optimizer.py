@@ -69,7 +69,8 @@ class POETX(torch.optim.Optimizer):
         seed: of the rounding of bfloat16 weights and momenta.
 
     A matrix that got no gradient since the last step, on any rank, stays as it is, and so does a block of one; a matrix
-    of zeros is left to the dense optimizer. ‖W‖ is held as it is at the first step, or after a checkpoint was loaded.
+    of zeros is left to the dense optimizer. ‖W‖ is held as it is at the first step, or as it was written from outside
+    since the last one, in whatever way; a change of less than 1 % counts as the same weight put back, and is undone.
     Converted layers feed the momentum while backward runs: gradient clipping does not reach it (the direction does not
     depend on its size), and a gradient that is not finite counts as zero. In a process group their momenta are averaged
     over the ranks, and every 100 steps a checksum tells whether all ranks hold the same matrices. An exception inside
