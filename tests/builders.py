@@ -71,6 +71,13 @@ def poison(monkeypatch: Any, *calls: int) -> None:
     monkeypatch.setattr(step, "language_loss", language_loss)
 
 
+def descend(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """One step against the gradient of ``loss``, which is gone afterwards."""
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def train_losses(run_dir: Path) -> list[float]:
     """Training losses of a run, step by step."""
     return [entry["loss"] for entry in read_metrics(run_dir / "metrics.jsonl") if entry["event"] == "train"]

@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from builders import function, gpt2, llama, mlp, turn
+from builders import descend, function, gpt2, llama, mlp, turn
 from helpers import TOLERANCE, relative_error
 from poetx import PoetConfig, UserError, convert_, merge_, merge_every, param_groups, poet_layers, spectrum
 from poetx.optim import SMMF, AdamW, HFac, build_optimizer
@@ -65,9 +65,7 @@ def optimizer_for(model, name="adamw"):
 def step(model, optimizer, seed=0):
     x = torch.randn(8, 11, generator=torch.Generator().manual_seed(seed)).to(model[0].base_weight.dtype)
     loss = model(x).square().mean()
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    descend(loss, optimizer)
     return loss.item()
 
 
@@ -328,11 +326,12 @@ def test_gradient_scaler_that_skips_a_step_does_not_count_it(name):
     assert handle.steps_since_merge == 1
 
 
-def test_unfreezing_everything_does_not_train_the_frozen_weight():
-    model = converted()
+@pytest.mark.parametrize("config", [{}, {"mode": "mem", "weight_format": "int8", "group_size": 4}], ids=str)
+def test_unfreezing_everything_does_not_train_the_frozen_weight(config):
+    model = converted(**config)
     model.requires_grad_(True)
     covered = {id(p) for group in param_groups(model, lr=1e-3, poet_lr=1e-3) for p in group["params"]}
-    assert all(id(layer.base_weight) not in covered for _, layer in poet_layers(model))
+    assert covered == {id(p) for _, layer in poet_layers(model) for p in (*layer.rotations, layer.bias)}
 
 
 def test_spectrum_of_a_zero_weight():

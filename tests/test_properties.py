@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from builders import descend
 from helpers import TOLERANCE, relative_error
 from poetx import PoetConfig, convert_, merge_, merge_every, param_groups, poet_layers, to_dense_
 
@@ -95,9 +96,7 @@ def test_save_load_continue_equals_continue(case, every, stop):
         losses = []
         for _ in range(count):
             loss = model(x).float().square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            descend(loss, optimizer)
             losses.append(loss.item())
         return losses
 

@@ -64,17 +64,6 @@ def test_a_model_of_zeros_is_refused_with_the_reason():
         convert_(model)
 
 
-def test_zeros_of_an_ordinary_model_go_to_the_base_optimizer():
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    nn.init.zeros_(model[1].weight)
-    optimizer = POETX(model, 1e-2, block_size=4)
-    for _ in range(2):
-        (model(torch.randn(5, 8)) - 1).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert model[1].weight.abs().max() > 1e-3
-
-
 @pytest.mark.parametrize("weight_format", [None, "int8"])
 def test_zeros_that_a_checkpoint_brings_are_found_when_they_are_loaded(weight_format, tmp_path, caplog):
     source = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))

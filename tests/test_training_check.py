@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 import poetx
-from builders import llama
+from builders import descend, llama
 from poetx import POETX, PoetConfig, check_training, convert_, merge_every, param_groups
 from poetx.layers.walk import converted_layers
 from poetx.optim import build_optimizer, release_gradients
@@ -43,9 +43,7 @@ def train(model, optimizer, steps=3, ids=None):
     ids = torch.arange(48).view(3, 16) * 7 % 61 if ids is None else ids
     for _ in range(steps):
         logits = model(input_ids=ids).logits
-        nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        descend(nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()), optimizer)
 
 
 def built(model, method, lr=1e-2):
@@ -191,9 +189,7 @@ def test_hooks_registered_later_are_still_called_in_the_step_in_which_it_ends(re
     if released:
         release_gradients(optimizer, model.parameters())
     for _ in range(4):
-        model(torch.ones(5, 8)).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        descend(model(torch.ones(5, 8)).sum(), optimizer)
     assert check.result is not None
     assert check.result.steps == 2
     assert called == ["first", "second"] * 4
@@ -252,8 +248,6 @@ def test_everything_unfrozen_and_a_part_frozen_again_raise_no_alarm(method):
         merge_every(optimizer, model, steps=2)
     check = check_training(model, optimizer, steps=3)
     for _ in range(3):
-        model(torch.randn(5, 6)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        descend(model(torch.randn(5, 6)).square().mean(), optimizer)
     assert check.result.problems == ()
     assert check.result.matrices == (2 if method == "single-step" else 4)

@@ -54,21 +54,6 @@ def test_forward_and_backward_are_those_of_the_dequantized_weight(weight_format,
         assert relative_error(results[0][0], want) < TOLERANCE[dtype]
 
 
-def test_gradients_under_autocast_and_checkpointing():
-    from torch.utils.checkpoint import checkpoint
-
-    layer, x = make(), torch.randn(6, 20, requires_grad=True)
-    want = torch.autograd.grad(layer(x).square().sum(), [x, *layer.rotations])
-    again = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).square().sum(), [x, *layer.rotations])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = layer(x)
-    assert y.dtype == torch.bfloat16
-    narrow = torch.autograd.grad(y.float().square().sum(), [x, *layer.rotations])
-    for a, b, c in zip(want, again, narrow, strict=True):
-        assert torch.equal(a, b)
-        assert relative_error(c, a) < 2 * TOLERANCE[torch.bfloat16]
-
-
 def test_nothing_of_the_weights_size_in_high_precision_is_saved():
     layer = make(m=64, n=48)
     saved = []
@@ -225,33 +210,6 @@ def test_thirty_merges_lose_far_less_with_a_residual(weight_format, gain):
     assert gain * residual < plain
 
 
-def test_compiles_to_one_graph_and_survives_merges():
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    torch._dynamo.reset()
-    layer = make()
-    counter = CompileCounterWithBackend("aot_eager")
-    model = nn.Sequential(layer, nn.SiLU())
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    x = torch.randn(6, 20, requires_grad=True)
-    for _ in range(2):
-        want = torch.autograd.grad(model(x).square().sum(), [x, *layer.rotations])
-        got = torch.autograd.grad(compiled(x).square().sum(), [x, *layer.rotations])
-        for a, b in zip(got, want, strict=True):
-            assert relative_error(a, b) < TOLERANCE[torch.float32]
-        layer.merge_()
-    assert counter.frame_count == 1
-
-
-def test_meta_then_reset_equals_built_on_the_device():
-    config = PoetConfig(block_size=4, init="normalized", mode="mem", weight_format="nf4", group_size=4)
-    built = PoetLinear(10, 12, config=config, name="layer")
-    layer = PoetLinear(10, 12, config=config, name="layer", device="meta")
-    layer.to_empty(device="cpu").reset_parameters()
-    for a, b in zip(built.state_dict().values(), layer.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-
-
 #: Largest relative error of a small MLP's output after conversion to a format of groups of 64.
 LOGITS = {"int8": 0.02, "fp8": 0.06, "bipolar-int8": 0.02, "int4": 0.25, "nf4": 0.25, "bipolar-int4": 0.3}
 
@@ -285,16 +243,6 @@ def test_fast_is_refused_with_the_reason():
         PoetConfig(weight_format="int9", mode="mem")
     with pytest.raises(UserError, match="group_size=1"):
         PoetConfig(weight_format="int8", mode="mem", group_size=1)
-
-
-def test_a_frozen_or_unfrozen_model_trains_rotations_only():
-    from poetx import param_groups
-
-    model = nn.Sequential(make(), nn.Linear(24, 3))
-    model.requires_grad_(True)
-    groups = param_groups(model, lr=1e-3, poet_lr=1e-3)
-    assert len(groups[0]["params"]) == 2
-    assert sum(len(g["params"]) for g in groups) == 2 + 1 + 2
 
 
 def test_distributed_checkpoint_restores_a_quantized_model(tmp_path):

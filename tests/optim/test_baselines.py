@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from builders import llama
+from builders import descend, llama
 from poetx.errors import UserError
 from poetx.ops.random import stream
 from poetx.optim import param_groups
@@ -205,9 +205,7 @@ def test_released_gradients_give_the_same_steps(name: str) -> None:
         if release:
             release_gradients(optimizer, list(model.parameters()))
         for part in x:
-            model(part).square().sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            descend(model(part).square().sum(), optimizer)
         weights.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 

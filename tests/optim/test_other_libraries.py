@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import poetx
+from builders import descend
 
 
 @pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
@@ -24,9 +25,7 @@ def test_torchao_merges_saves_and_continues(name):
     x = torch.randn(8, 128)
 
     def step(model, optimizer):
-        model(x).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        descend(model(x).square().sum(), optimizer)
 
     step(model, optimizer)
     step(model, optimizer)
@@ -58,9 +57,7 @@ def test_pytorch_optimizer_counts_in_the_group_and_starts_anew_at_a_merge(name, 
     x = torch.randn(8, 16)
 
     def size():
-        model(x).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        descend(model(x).square().sum(), optimizer)
         return sum(float(p.detach().norm()) for p in model[0].rotations)
 
     first = size()

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import poetx
-from builders import SMALL
+from builders import SMALL, descend
 from builders import small_config as config
 from poetx import UserError
 from poetx.memory import measure_memory
@@ -194,9 +194,7 @@ def test_measuring_sees_merges_and_leaves_nothing_behind():
     phases = []
     for _ in range(2):
         with measure_memory(model, optimizer) as memory:
-            model(input_ids=ids, labels=ids).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            descend(model(input_ids=ids, labels=ids).loss, optimizer)
         phases.append(list(memory.phases))
     assert phases == [["forward", "backward", "step"], ["forward", "backward", "step", "merge"]]
     assert memory.resident > memory.peak > 0

@@ -1,12 +1,12 @@
 """POETX: it learns, holds what it promises, and is an optimizer as torch users know them."""
 
-import copy
+import io
 
 import pytest
 import torch
 from torch import nn
 
-from builders import gpt2, llama, mlp
+from builders import descend, gpt2, llama, mlp
 from poetx import POETX, PoetConfig, UserError, convert_, to_dense_
 
 
@@ -29,9 +29,7 @@ def train(model, x, y, optimizer, steps):
     losses = []
     for _ in range(steps):
         loss = (model(x) - y).float().square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        descend(loss, optimizer)
         losses.append(loss.item())
     return losses
 
@@ -85,21 +83,35 @@ def test_bfloat16_weights_keep_their_spectrum():
     assert abs(now.norm() / start.norm() - 1) < 1e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("converted", [False, True])
 @pytest.mark.parametrize(
-    "settings", [{}, {"norm_growth": 0.02}, *({"update": "rotation"} | variant for variant in VARIANTS)], ids=str
+    ("settings", "dtype"),
+    [
+        *(({}, torch.bfloat16), ({"norm_growth": 0.02}, torch.float32), ({"nesterov": False}, torch.float32)),
+        ({"update": "rotation"}, torch.float32),
+        *(({"update": "rotation"} | variant, torch.bfloat16) for variant in VARIANTS),
+    ],
+    ids=str,
 )
-def test_save_load_continue_is_bitwise(settings, dtype):
+def test_save_load_continue_is_bitwise(settings, dtype, converted):
     def start():
         model, x, y = problem(dtype)
-        return model, x, y, POETX(model, lr=3e-3, **({"block_size": 8, "angle": 0.02} | settings))
+        chosen = {"block_size": 8} | settings
+        if converted:
+            of_layers = {key: chosen.pop(key) for key in ("block_size", "update") if key in chosen}
+            convert_(model, PoetConfig(method="single-step", **of_layers))
+        return model, x, y, POETX(model, lr=3e-3, angle=0.02, **chosen)
 
     model, x, y, optimizer = start()
     want = train(model, x, y, optimizer, 12)
     model, x, y, optimizer = start()
     got = train(model, x, y, optimizer, 5)
-    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    file = io.BytesIO()
+    torch.save((model.state_dict(), optimizer.state_dict()), file)
     model, x, y, optimizer = start()
+    train(model, x, y, optimizer, 3)
+    file.seek(0)
+    saved = torch.load(file)
     model.load_state_dict(saved[0])
     optimizer.load_state_dict(saved[1])
     assert got + train(model, x, y, optimizer, 7) == want
@@ -269,9 +281,7 @@ def test_a_matrix_of_zeros_learns_all_the_same(form):
     with pytest.warns(UserWarning, match="all zeros, which no rotation moves; the dense optimizer trains"):
         optimizer = POETX(model if form == "model" else groups, lr=1e-2, block_size=4)
     for _ in range(20):
-        (model(torch.randn(16, 11)) - 1).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        descend((model(torch.randn(16, 11)) - 1).square().mean(), optimizer)
     assert last.abs().max() > 0.05
     assert sorted(id(p) for g in optimizer.param_groups for p in g["params"]) == sorted(map(id, model.parameters()))
 
@@ -309,9 +319,7 @@ def test_the_norm_that_is_held_is_that_of_the_weights_trained(converted, dtype, 
 
     def steps(count):
         for _ in range(count):
-            model(torch.randn(8, 32, dtype=dtype)).exp().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            descend(model(torch.randn(8, 32, dtype=dtype)).exp().mean(), optimizer)
 
     taken = 0
     for factor in (1.0, 0.1, 3.0):

@@ -8,7 +8,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as torch_state
 
-from builders import mlp
+from builders import descend, mlp
 from poetx import POETX, PoetConfig, UserError, convert_
 from poetx.optim import AdamW
 
@@ -31,9 +31,7 @@ def steps(model, optimizer, numbers):
     for number in numbers:
         torch.manual_seed(100 + number)
         loss = model(torch.randn(16, next(model.parameters()).shape[1])).square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        descend(loss, optimizer)
         losses.append(loss.item())
     return losses
 

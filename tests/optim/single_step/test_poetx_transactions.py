@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from builders import mlp
+from builders import descend, mlp
 from poetx import POETX, PoetConfig, UserError, convert_
 from poetx.optim import SMMF
 
@@ -238,9 +238,7 @@ def test_a_part_that_is_frozen_after_conversion_stays(how):
 
     def moved():
         before = [p.detach().clone() for p in model.parameters()]
-        model(torch.randn(5, 8)).exp().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        descend(model(torch.randn(5, 8)).exp().mean(), optimizer)
         return [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
 
     freeze(True)
