@@ -84,7 +84,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor) 
     return loss.detach()
 
 
-def losses(prepare: Callable, device: torch.device | str, steps: int = 4) -> list[float]:
+def losses(prepare: Callable, device: torch.device | str, steps: int = 3) -> list[float]:
     model = llama(device)
     optimizer = prepare(model)
     ids = (torch.arange(34).view(2, 17) * 7 % 96).to(device)

@@ -83,7 +83,7 @@ def test_merging_keeps_the_function_and_the_singular_values(case):
         assert (now - values).norm() / values.norm() < limit(dtype)
 
 
-@SETTINGS
+@settings(SETTINGS, max_examples=25)
 @given(cases(), st.integers(1, 4), st.integers(0, 5))
 def test_save_load_continue_equals_continue(case, every, stop):
     def start():

@@ -209,9 +209,13 @@ class Reads(nn.Module):
             return F.linear(x, self.read.weight.to(x.dtype), self.read.bias)
 
 
+class Inherits(Reads):
+    pass
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_weight_that_the_model_multiplies_by_itself_stays_dense(method):
-    model = nn.ModuleList([Reads(), Reads()])
+    model = nn.ModuleList([Reads(), Inherits()])
     report = convert_(model, config(method=method))
     assert left(report) == ["0.read", "1.read"]
     assert "Reads multiplies by its weight without calling it" in str(report)
