@@ -345,6 +345,31 @@ def test_spectrum_of_a_zero_weight():
     assert (after.norm_ratio, after.drift_max) == (1.0, 0.0)
 
 
+@pytest.mark.parametrize("settings", [{}, {"weight_extra_bits": True}, {"weight_extra_bits": False}], ids=str)
+@pytest.mark.parametrize("write", [lambda w: w.mul_(0.97), lambda w: w.data.add_(0.05), lambda w: w[1:].zero_()])
+def test_a_weight_that_was_written_stays_as_written(write, settings, caplog):
+    dtype = torch.bfloat16 if settings else torch.float32
+    model = mlp().to(dtype)
+    convert_(model, PoetConfig(block_size=4, neumann_order="exact", **settings))
+    turn(model)
+    for name in "04":
+        with torch.no_grad():
+            write(model.get_submodule(name).base_weight)
+    before = [layer.dense_weight().detach() for _, layer in poet_layers(model)]
+    with caplog.at_level("WARNING", logger="poetx.merge"):
+        report = merge_(model)
+    assert report.norm_drift > 0.01
+    (record,) = caplog.records
+    assert "0 and 1 more layers: the weight was written since the last merge" in record.getMessage()
+    for (_, layer), weight in zip(poet_layers(model), before, strict=True):
+        assert relative_error(layer.dense_weight(), weight) < (5e-3 if settings else 1e-5)
+    for _ in range(2):  # and the norm that it has is held from now on
+        merge_(model)
+    assert len(caplog.records) == 1
+    for (_, layer), weight in zip(poet_layers(model), before, strict=True):
+        assert float(layer.dense_weight().detach().norm() / weight.norm()) == pytest.approx(1, abs=1e-3)
+
+
 def test_spectrum_reports_drift_against_a_reference():
     model = converted(init="normalized", neumann_order="exact").double()
     start = spectrum(model)

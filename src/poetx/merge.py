@@ -40,7 +40,8 @@ class MergeReport:
     Attributes:
         angle: largest rotation angle θ folded, radians, and ``angle_layer``, whose it was.
         series_error: θ^(k+1) there, the relative error of the training order k; 0 for ``"exact"``.
-        norm_drift: largest |‖W‖/‖W0‖ − 1| that the merge found (and corrected), and ``norm_layer``.
+        norm_drift: largest |‖W‖/‖W0‖ − 1| that the merge found, and ``norm_layer``; corrected where rounding can have done
+            it, else kept, with a warning in the log: somebody has written the weight.
     """
 
     angle: float
@@ -93,7 +94,8 @@ def _report(layers: Mapping[str, PoetLinear], stats: list[FoldStats]) -> MergeRe
     errors = torch.tensor(
         [0.0 if k == EXACT else angle ** (k + 1) for k, angle in zip(orders, angles.tolist(), strict=True)]
     )
-    worst, moved = int(errors.argmax()), int((ratios - 1).abs().argmax())
+    drifts = (ratios - 1).abs()
+    worst, moved = int(errors.argmax()), int(drifts.argmax())
     largest = int(angles.argmax())
     if errors[worst] > _SERIES_ERROR:
         remedy = "neumann_order=7" if orders[worst] == 3 else "neumann_order='exact'"
@@ -106,11 +108,20 @@ def _report(layers: Mapping[str, PoetLinear], stats: list[FoldStats]) -> MergeRe
             100 * errors[worst],
             remedy,
         )
+    written = [name for name, drift in zip(names, drifts.tolist(), strict=True) if drift > layers[name].rounding_limit]
+    if written:
+        more = f" and {len(written) - 1} more layers" if len(written) > 1 else ""
+        logger.warning(
+            "%s%s: the weight was written since the last merge (its norm is %.4g times what it was); kept as it is",
+            written[0],
+            more,
+            ratios[names.index(written[0])],
+        )
     return MergeReport(
         angle=float(angles[largest]),
         angle_layer=names[largest],
         series_error=float(errors[worst]),
-        norm_drift=float((ratios[moved] - 1).abs()),
+        norm_drift=float(drifts[moved]),
         norm_layer=names[moved],
     )
 

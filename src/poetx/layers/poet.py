@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ class FoldStats(NamedTuple):
     """One layer's merge in two scalars.
 
     angle, float32: the largest rotation angle θ that was folded, radians, as |eigenvalue| of Q. norm_ratio, float64:
-    ‖W‖ after the fold over ‖W0‖, before it was corrected to 1.
+    ‖W‖ after the fold over ‖W0‖, before it was corrected to 1 (or, beyond the layer's ``rounding_limit``, kept).
     """
 
     angle: Tensor
@@ -169,6 +170,13 @@ class PoetLinear(ConvertedLinear):
         if self.bias is not None:
             self.bias.zero_()
 
+    @property
+    def rounding_limit(self) -> float:
+        """How far ‖W‖ can be from ‖W0‖ by rounding alone, relative; codes of few bits have no bound of use."""
+        if self.packed_weight is not None:
+            return math.inf
+        return 1e-2 if self.weight_dtype == torch.bfloat16 else 1e-3
+
     def _draw_permutations(self, merge_count: int) -> list[Tensor]:
         """Fresh permutations of both sides, as they are stored."""
         seed, name = self.config.seed, self.name
@@ -240,8 +248,9 @@ class PoetLinear(ConvertedLinear):
 
         The rotation is the exact Cayley transform in float32, whatever the training order, so singular values
         stay. Rounding below float32 is stochastic, and since its noise adds a little to ‖W‖ each time, the folded
-        weight is scaled back to ‖W0‖ first. This is the layer's half of a merge: :func:`poetx.merge_` also resets the
-        optimizer's state, by way of ``also``.
+        weight is scaled back to ‖W0‖ first; where the norm is off by more than :attr:`rounding_limit`, somebody has
+        written the weight, and its norm is ‖W0‖ from now on. This is the layer's half of a merge: :func:`poetx.merge_`
+        also resets the optimizer's state, by way of ``also``.
 
         Computed beside what is there, which takes the stored weight's memory once more, then written in place, all of
         it: whatever interrupts or fails, the layer is as before or merged (:func:`poetx.ops.transaction.swap_`).
@@ -252,9 +261,10 @@ class PoetLinear(ConvertedLinear):
         norm = torch.linalg.vector_norm(weight, dtype=torch.float64)
         self.check_finite(norm)
         ratio = norm / self.base_norm
-        # A matrix of zeros, or nearly, has no norm to go back to.
-        ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
-        weight /= ratio
+        known = ratio.isfinite() & (ratio > 0)  # a matrix of zeros, or nearly, has no norm to go back to
+        ratio = torch.where(known, ratio, 1.0)
+        known &= (ratio - 1).abs() <= self.rounding_limit
+        weight /= torch.where(known, ratio, 1.0)
         angle = torch.maximum(*(largest_angle(side) for side in self.sides))
         fresh = self._draw_permutations(count)
         rows, columns = (
@@ -264,6 +274,7 @@ class PoetLinear(ConvertedLinear):
         noise = stream(self.config.seed, self.name, count, "rounding", self.skew_in.device)
         pairs = self.frozen_weight.staged(weight, noise=noise)
         pairs += [(self.perm_in, fresh[0]), (self.perm_out, fresh[1])]
+        pairs += [(self.base_norm, torch.where(known, self.base_norm, norm))]
         del weight
         swap_(pairs, self.skew_in.zero_, self.skew_out.zero_, lambda: self.merge_count.fill_(count), *also)
         return FoldStats(angle, ratio)
