@@ -40,8 +40,8 @@ class MergeReport:
     Attributes:
         angle: largest rotation angle θ folded, radians, and ``angle_layer``, whose it was.
         series_error: θ^(k+1) there, the relative error of the training order k; 0 for ``"exact"``.
-        norm_drift: largest |‖W‖/‖W0‖ − 1| that the merge found, and ``norm_layer``; corrected where rounding can have done
-            it, else kept, with a warning in the log: somebody has written the weight.
+        norm_drift: largest |‖W‖/‖W0‖ − 1| that the merge found, and ``norm_layer``; corrected where rounding can have
+            done it, else kept, with a warning in the log: somebody has written the weight.
     """
 
     angle: float
