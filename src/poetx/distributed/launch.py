@@ -19,7 +19,7 @@ TIMEOUT = datetime.timedelta(minutes=10)
 PATIENCE = datetime.timedelta(days=2)
 
 #: What gloo, NCCL and the store say of a peer that is gone.
-_LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out", "Timeout", "Socket Timeout")
+_LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out", "Timeout", "remote process")
 
 
 class LostRankError(RuntimeError):
@@ -61,7 +61,8 @@ def joined() -> Iterator[None]:
     from poetx.distributed import agreement
 
     if agreement.patient_group() is not None:
-        yield
+        with _lost_ranks_named():
+            yield
         return
     own = not distributed.is_initialized()
     if own:
@@ -73,28 +74,44 @@ def joined() -> Iterator[None]:
         on_cuda = torch.cuda.is_available()
         if on_cuda:
             torch.cuda.set_device(local_device())
+        rank, ranks = int(os.environ["RANK"]), started_ranks()
+        hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # torchrun may keep its store over restarts, and with it the addresses of processes that are gone.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
         try:
-            distributed.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=TIMEOUT)
+            store = distributed.TCPStore(*place, ranks, is_master=hosts, timeout=TIMEOUT)
+            store = distributed.PrefixStore(f"poetx/{attempt}", store)
+            distributed.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the processes cannot find each other: {one_line(error)[:200]}") from None
     together = True
     try:
-        agreement.set_patient_group(distributed.new_group(backend="gloo", timeout=PATIENCE))
-        yield
-    except (UserError, OSError):
-        raise
+        with _lost_ranks_named():
+            agreement.set_patient_group(distributed.new_group(backend="gloo", timeout=PATIENCE))
+            yield
     except BaseException as error:
-        together = False
-        if isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST):
-            raise LostRankError(
-                f"rank {distributed.get_rank()} of {distributed.get_world_size()}: another rank has ended or does not "
-                "answer, so this one ends, too"
-            ) from error
+        together = isinstance(error, (UserError, OSError))
         raise
     finally:
         agreement.set_patient_group(None)
         if own and together:  # else the others may be waiting for this one, and taking leave of them wait for them
             distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _lost_ranks_named() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, LostRankError) or not any(text in str(error) for text in _LOST):
+            raise
+        from poetx.distributed.ranks import rank, rank_count
+
+        raise LostRankError(
+            f"rank {rank()} of {rank_count()}: another rank has ended or does not answer, so this one ends, too"
+        ) from error
 
 
 def local_device() -> int:
