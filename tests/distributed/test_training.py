@@ -1,58 +1,170 @@
-"""``poetx train`` on several ranks is the run of one process: the same losses, whatever is trained, written once."""
+"""``poetx train`` on several ranks is the run of one process: the same losses, whatever happens, written once."""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from builders import curve, train_losses
+from builders import At, curve, interrupt, poison, train_losses
+from poetx.errors import UserError
+from poetx.layers.walk import poet_layers
 from poetx.recipe import load_recipe
+from poetx.train import loop
 from poetx.train.checkpoint import checkpoints
 from poetx.train.run import train
 from ranks import run_on_two_ranks
 
 #: A merge at the steps 5 and 10 of 12; batches of 4, so 2 sequences a rank.
 FORMS = {
-    "fast": ["method=fast"],
-    "mem, in micro-batches": ["method=mem", "train.micro_batch_size=1"],
+    "fast, in micro-batches": ["method=fast", "train.micro_batch_size=1"],
     "int8, checkpointed, no logits": ["method=int8", "model.gradient_checkpointing=true", "train.chunked_loss=true"],
     "single-step": ["method=single-step", "train.micro_batch_size=1"],
     "single-step, rotation": ["method=single-step", "poet.update=rotation", "model.gradient_checkpointing=true"],
-    "released": ["method=mem", "optimizer.release_gradients=true", "optimizer.clip=null"],
-    "dense": ["method=adamw", "train.eval_windows=3"],
+    "released": ["method=mem", "optimizer.release_gradients=true", "optimizer.clip=null", "train.eval_windows=3"],
+}
+#: What happens to a run, by what is done on one of the ranks; all of it to a single step, whose backward acts.
+EVENTS = {
+    "not finite on rank 1": ["method=single-step", "train.max_bad_steps=3"],
+    "stopped on rank 1": ["method=single-step"],
+    "a full disk on rank 0": ["method=fast"],
+    "another recipe on rank 1": ["method=fast"],
+    "not divisible": ["method=fast", "train.batch_size=5"],
+    "other weights on rank 1": ["method=fast"],
 }
 
 
-def on_a_rank(rank: int, directory: str, yaml: str, forms: list[list[str]]) -> None:
-    for overrides in forms:
-        train(load_recipe(yaml, overrides))
+def on_a_rank(rank: int, directory: str, yaml: str, runs: dict[str, list[str]]) -> None:
+    place = Path(directory)
+    for name, overrides in runs.items():
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == (0 if "rank 0" in name else 1) and name in EVENTS:
+                overrides = [*overrides, *meddle(name, patch)]
+            try:
+                result = train(load_recipe(yaml, overrides), resume=name == "one, then two")
+                outcome = {"step": result.step, "signum": result.signum, "skipped": result.skipped_steps}
+            except UserError as error:
+                outcome = {"error": str(error)}
+        (place / f"{name}-{rank}.json").write_text(json.dumps(outcome))
+
+
+def meddle(name: str, patch: pytest.MonkeyPatch) -> list[str]:
+    """Do on this rank alone what the event says; overrides of its recipe."""
+    if name == "not finite on rank 1":
+        poison(patch, 4, 5)
+    elif name == "stopped on rank 1":
+        patched_step(patch, 5, lambda run: os.kill(os.getpid(), signal.SIGTERM))
+    elif name == "a full disk on rank 0":
+        patch.setattr(loop, "save_checkpoint", lambda *args, **settings: fail("the disk is full"))
+    elif name == "other weights on rank 1":
+        patched_step(patch, 7, swap_two_columns)
+    return ["train.steps=13"] if name == "another recipe on rank 1" else []
+
+
+def patched_step(patch: pytest.MonkeyPatch, at: int, action: Callable[[loop.TrainingRun], object]) -> None:
+    original = loop.train_step
+
+    def train_step(run: loop.TrainingRun, step: loop.TrainingStep) -> dict:
+        facts = original(run, step)
+        if run.state.step + 1 == at:
+            action(run)
+        return facts
+
+    patch.setattr(loop, "train_step", train_step)
+
+
+def swap_two_columns(run: loop.TrainingRun) -> None:
+    """The same numbers at other places, as by another permutation."""
+    weight = next(layer for _, layer in poet_layers(run.model)).frozen_weight.stored.tensors[0].data
+    weight[:, [0, 1]] = weight[:, [1, 0]]
+
+
+def fail(text: str) -> None:
+    raise UserError(text)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_yaml: Path, corpus: Path, cache_dir: Path) -> Path:
-    """Every form by one process, and by two."""
-    place = tmp_path_factory.mktemp("forms")
+    """Every form by one process and by two, and every event; all of two in one pair of processes."""
+    place = tmp_path_factory.mktemp("ranks")
     text = [f"data.train={corpus}", f"data.cache_dir={cache_dir}", "train.checkpoint_every=12", "train.export=false"]
 
-    def forms(ranks: int) -> list[list[str]]:
-        return [[*text, *form, f"run_dir={place / str(ranks) / name}"] for name, form in FORMS.items()]
+    def settings(ranks: int, name: str) -> list[str]:
+        own = (FORMS | EVENTS | {"one, then two": ["method=single-step"]})[name]
+        return [*text, *own, f"run_dir={place / str(ranks) / name}"]
 
-    on_a_rank(0, "", str(tiny_yaml), forms(1))
-    run_on_two_ranks(on_a_rank, str(place), str(tiny_yaml), forms(2))
+    for name in FORMS:
+        train(load_recipe(str(tiny_yaml), settings(1, name)))
+    train(load_recipe(str(tiny_yaml), settings(2, "one, then two")), reporter=At(5, interrupt))
+    names = [*FORMS, *EVENTS, "one, then two"]
+    run_on_two_ranks(on_a_rank, str(place), str(tiny_yaml), {name: settings(2, name) for name in names})
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, 4, 5)
+        train(load_recipe(str(tiny_yaml), settings(1, "not finite on rank 1")))
+    train(load_recipe(str(tiny_yaml), settings(1, "stopped on rank 1")))
     return place
+
+
+def outcomes(place: Path, name: str) -> list[dict]:
+    return [json.loads((place / f"{name}-{rank}.json").read_text()) for rank in range(2)]
+
+
+def assert_same_curve(one: Path, two: Path) -> None:
+    one_curve, two_curve = ([entry for entry in curve(run_dir) if entry["event"] != "audit"] for run_dir in (one, two))
+    assert [(e["event"], e["step"]) for e in one_curve] == [(e["event"], e["step"]) for e in two_curve]
+    for alone, together in zip(one_curve, two_curve, strict=True):
+        assert (together["loss"] is None) == (alone["loss"] is None)
+        assert together["loss"] is None or together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert (together.get("merged"), together.get("skipped")) == (alone.get("merged"), alone.get("skipped"))
+        if (norm := alone.get("grad_norm")) is not None:
+            assert together["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_two_ranks_train_what_one_process_trains(form: str, trained: Path) -> None:
-    one, two = (curve(trained / ranks / form) for ranks in ("1", "2"))
-    assert [(entry["event"], entry["step"]) for entry in one] == [(entry["event"], entry["step"]) for entry in two]
-    for alone, together in zip(one, two, strict=True):
-        key = "loss" if "loss" in alone else "tokens"
-        assert together[key] == pytest.approx(alone[key], rel=1e-5)
-        assert together.get("grad_norm", 0) == pytest.approx(alone.get("grad_norm", 0), rel=1e-4)
-        assert together.get("merged") == alone.get("merged")
+    assert_same_curve(trained / "1" / form, trained / "2" / form)
     losses = train_losses(trained / "2" / form)
     assert len(losses) == 12
     assert losses[-1] < losses[0]
     assert [path.name for path in checkpoints(trained / "2" / form)] == ["step-00000012"]
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all_and_leaves_no_trace(trained: Path) -> None:
+    name = "not finite on rank 1"
+    assert outcomes(trained, name) == [{"step": 12, "signum": None, "skipped": 2}] * 2
+    assert_same_curve(trained / "1" / name, trained / "2" / name)
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_one_process_goes_on(
+    trained: Path, tiny_yaml: Path
+) -> None:
+    name = "stopped on rank 1"
+    assert outcomes(trained, name) == [{"step": 5, "signum": signal.SIGTERM, "skipped": 0}] * 2
+    run_dir = trained / "2" / name
+    assert [path.name for path in checkpoints(run_dir)] == ["step-00000005"]
+    train(load_recipe(str(run_dir)), resume=True)
+    assert_same_curve(trained / "1" / name, run_dir)
+
+
+def test_ranks_go_on_with_the_run_of_one_process(trained: Path) -> None:
+    assert outcomes(trained, "one, then two") == [{"step": 12, "signum": None, "skipped": 0}] * 2
+    assert_same_curve(trained / "1" / "stopped on rank 1", trained / "2" / "one, then two")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a full disk on rank 0", "the disk is full"),
+        ("another recipe on rank 1", "rank 1 differs from rank 0: train.steps is 13 there, and 12 on rank 0"),
+        ("not divisible", "train.batch_size=5: cannot be parted evenly over 2 processes; use a multiple of 2"),
+        ("other weights on rank 1", "model.layers.0.self_attn.q_proj: differs between ranks after merge 2 (1 of "),
+    ],
+)
+def test_what_fails_on_one_rank_is_the_same_error_on_all(name: str, words: str, trained: Path) -> None:
+    first, second = outcomes(trained, name)
+    assert words in first["error"]
+    assert first == second

@@ -57,6 +57,7 @@ def joined() -> Iterator[None]:
         return
     import torch
     from torch import distributed
+    from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     from poetx.distributed import agreement
 
@@ -81,8 +82,7 @@ def joined() -> Iterator[None]:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
         try:
-            store = distributed.TCPStore(*place, ranks, is_master=hosts, timeout=TIMEOUT)
-            store = distributed.PrefixStore(f"poetx/{attempt}", store)
+            store = PrefixStore(f"poetx/{attempt}", TCPStore(*place, ranks, is_master=hosts, timeout=TIMEOUT))
             distributed.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the processes cannot find each other: {one_line(error)[:200]}") from None
