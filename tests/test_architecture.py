@@ -33,6 +33,7 @@ ORDER = (
     ("train",),
     ("runs", "planner"),  # planning is above the recipe and takes the loop's step
     ("bench", "integrations"),
+    ("compare",),
     ("cli",),
 )
 LEVELS = {name: level for level, names in enumerate(ORDER) for name in names}

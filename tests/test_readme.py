@@ -77,6 +77,8 @@ def test_the_commands_run_one_after_the_other(place: Path, monkeypatch: pytest.M
         words = shlex.split(command)[1:]
         if words[0] == "train" and "--resume" not in words:
             words += [*(word for word in SMALL if word.split("=")[0] not in command), "train.steps=2"]
+        if words[0] == "compare":
+            words += [*SMALL, "--steps", "2"]
         if words[0] == "memory":
             words[1:2] = ["demo", *SIZES]  # a large model takes longer, and nothing else
         if words[0] == "generate":

@@ -10,6 +10,7 @@ import typer
 
 from poetx.cli import env, runs, train
 from poetx.cli.bench import app as bench_app
+from poetx.cli.compare import register as register_compare
 from poetx.cli.memory import register as register_memory
 from poetx.distributed.launch import started_ranks
 from poetx.errors import UserError, one_line
@@ -31,6 +32,7 @@ app = typer.Typer(
 for _group in (train, runs, env):
     _group.register(app)
 register_memory(app)
+register_compare(app)
 app.add_typer(bench_app)
 
 

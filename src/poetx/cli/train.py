@@ -80,7 +80,8 @@ def _train(source: str | None, overrides: list[str], *, resume: bool, overwrite:
     from poetx.train.run import train as run_training
 
     quiet_transformers()
-    console = Console(file=_Output(sys.stdout))
+    output: Any = _Output(sys.stdout)
+    console = Console(file=output)
     reporter = LiveReporter(console) if console.is_terminal else PlainReporter(console)
     try:
         with _library_warnings_to(reporter):

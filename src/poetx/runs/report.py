@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import html
-import io
 import statistics
 from pathlib import Path
 from typing import Any
 
 from poetx.errors import UserError
 from poetx.files import read_json, write_text
+from poetx.runs.charts import BLUE, GREY, ORANGE, STYLE, draw, figure, svg
 from poetx.train.metrics import is_whole, read_metrics
 
 _SMOOTHING_POINTS = 200  # a drawn curve is the running median over 1/200 of the run
-_BLUE, _ORANGE, _GREY = "#1f6fb2", "#d9730d", "#8a8f98"
-_BLUE_DOTS, _ORANGE_DOTS = ({"color": colour, "marker": "o", "markersize": 3} for colour in (_BLUE, _ORANGE))
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1f24; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.5rem; margin-bottom: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
-table { border-collapse: collapse } td { padding: .15rem 1.2rem .15rem 0; vertical-align: top }
-td:first-child { color: #5a606b } pre { background: #f5f6f8; padding: .8rem; overflow-x: auto; font-size: 13px }
-svg { max-width: 100%; height: auto } p.note { color: #5a606b }
-"""
+_BLUE_DOTS, _ORANGE_DOTS = ({"color": colour, "marker": "o", "markersize": 3} for colour in (BLUE, ORANGE))
 
 
 def write_report(run_dir: Path, path: Path) -> Path:
@@ -64,7 +55,7 @@ def _page(run_dir: Path, entries: list[dict[str, Any]], damaged: int) -> str:
     body = "".join(f"<h2>{html.escape(title)}</h2>{content}" for title, content in sections)
     name = html.escape(run_dir.resolve().name)
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>'
         f"</head><body><h1>{name}</h1>{_summary(run_dir, train, validation, spectra, damaged)}{body}</body></html>\n"
     )
 
@@ -117,82 +108,44 @@ def _smooth(entries: list[dict], key: str) -> tuple[list[int], list[float]]:
     return [chunk[-1][0] for chunk in chunks], [statistics.median(value for _, value in chunk) for chunk in chunks]
 
 
-def _figure(columns: int = 1):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, columns, figsize=(9, 3.2), squeeze=False)
-    for axis in axes[0]:
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set_xlabel("step")
-    return figure, list(axes[0])
-
-
-def _svg(figure: Any) -> str:
-    import matplotlib.pyplot as plt
-
-    figure.tight_layout()
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    plt.close(figure)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _draw(axis: Any, label: str, *curves: tuple[Any, dict[str, Any]], log: bool = False, zero: bool = False) -> None:
-    """Curves of (steps, values) and style; ``zero``: the axis begins there."""
-    for points, style in curves:
-        axis.plot(*points, **style)
-    axis.set_ylabel(label)
-    if log:
-        axis.set_yscale("log")
-    if zero:
-        axis.set_ylim(bottom=0)
-    if any("label" in style for _, style in curves):
-        axis.legend(frameon=False)
-
-
 def _loss_chart(train: list[dict], validation: list[dict]) -> str:
-    figure, (axis,) = _figure()
+    chart, (axis,) = figure()
     held = [entry["step"] for entry in validation], [entry["loss"] for entry in validation]
-    training = {"color": _GREY, "linewidth": 1, "label": "training"}
-    _draw(axis, "loss, nats a token", (_smooth(train, "loss"), training), (held, _BLUE_DOTS | {"label": "validation"}))
-    return _svg(figure)
+    training = {"color": GREY, "linewidth": 1, "label": "training"}
+    draw(axis, "loss, nats a token", (_smooth(train, "loss"), training), (held, _BLUE_DOTS | {"label": "validation"}))
+    return svg(chart)
 
 
 def _step_chart(train: list[dict]) -> str:
-    figure, (left, right) = _figure(2)
-    names = zip((key for key in train[-1] if key.startswith("lr_")), (_ORANGE, _BLUE, _GREY), strict=False)
+    chart, (left, right) = figure(2)
+    names = zip((key for key in train[-1] if key.startswith("lr_")), (ORANGE, BLUE, GREY), strict=False)
     rates = [(_smooth(train, key), {"label": key.removeprefix("lr_"), "color": colour}) for key, colour in names]
-    _draw(left, "learning rate", *rates)
-    norms = [(_smooth(train, "grad_norm"), {"color": _GREY, "linewidth": 1, "label": "gradient norm"})]
+    draw(left, "learning rate", *rates)
+    norms = [(_smooth(train, "grad_norm"), {"color": GREY, "linewidth": 1, "label": "gradient norm"})]
     if any(entry.get("clip") is not None for entry in train):
-        norms.append((_smooth(train, "clip"), {"color": _ORANGE, "label": "clip value"}))
-    _draw(right, "", *norms, log=True)
-    return _svg(figure)
+        norms.append((_smooth(train, "clip"), {"color": ORANGE, "label": "clip value"}))
+    draw(right, "", *norms, log=True)
+    return svg(chart)
 
 
 def _speed_chart(train: list[dict]) -> str:
-    figure, (left, right) = _figure(2)
-    _draw(left, "tokens/s", (_smooth(train, "tokens_per_second"), {"color": _BLUE}), zero=True)
-    _draw(right, "peak memory, GiB", (_smooth(train, "peak_memory_gib"), {"color": _BLUE}), zero=True)
-    return _svg(figure)
+    chart, (left, right) = figure(2)
+    draw(left, "tokens/s", (_smooth(train, "tokens_per_second"), {"color": BLUE}), zero=True)
+    draw(right, "peak memory, GiB", (_smooth(train, "peak_memory_gib"), {"color": BLUE}), zero=True)
+    return svg(chart)
 
 
 def _merge_chart(merges: list[dict]) -> str:
-    figure, (left, right) = _figure(2)
+    chart, (left, right) = figure(2)
     steps = [entry["step"] for entry in merges]
     angles, drifts = [e["merge_angle"] for e in merges], [max(e["norm_drift"], 1e-12) for e in merges]
-    _draw(left, "largest angle folded, radians", ((steps, angles), _BLUE_DOTS), zero=True)
-    _draw(right, "norm drift before correction", ((steps, drifts), _BLUE_DOTS), log=True)
-    return _svg(figure)
+    draw(left, "largest angle folded, radians", ((steps, angles), _BLUE_DOTS), zero=True)
+    draw(right, "norm drift before correction", ((steps, drifts), _BLUE_DOTS), log=True)
+    return svg(chart)
 
 
 def _spectrum_chart(spectra: list[dict]) -> str:
-    figure, (left, right) = _figure(2)
+    chart, (left, right) = figure(2)
     steps = [entry["step"] for entry in spectra]
     drifts, ratios = (
         [[layer[key] for layer in entry["layers"].values()] for entry in spectra]
@@ -201,11 +154,11 @@ def _spectrum_chart(spectra: list[dict]) -> str:
     worst = steps, [max(*values, 1e-17) for values in drifts]
     middle = steps, [max(statistics.median(values), 1e-17) for values in drifts]
     first, second = (_ORANGE_DOTS | {"label": "worst layer"}), (_BLUE_DOTS | {"label": "median layer"})
-    _draw(left, "median change of singular values", (worst, first), (middle, second), log=True)
+    draw(left, "median change of singular values", (worst, first), (middle, second), log=True)
     bounds = [((steps, [pick(values) - 1 for values in ratios]), style | {"label": name})
               for pick, style, name in ((max, _ORANGE_DOTS, "largest"), (min, _BLUE_DOTS, "smallest"))]  # fmt: skip
-    _draw(right, "‖W‖ / ‖W‖ at the start − 1", *bounds)
-    return _svg(figure)
+    draw(right, "‖W‖ / ‖W‖ at the start − 1", *bounds)
+    return svg(chart)
 
 
 def _spectrum_table(entry: dict[str, Any]) -> str:

@@ -1,0 +1,182 @@
+"""Comparisons: equal terms, the same table however often they are killed, an honest search, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from poetx.cli import main
+from poetx.cli.compare import seconds_in
+from poetx.compare import trials
+from poetx.compare.page import frontier, table
+from poetx.errors import UserError
+from poetx.recipe import Recipe, with_method
+
+Tiny = Callable[..., Recipe]
+METHODS = ("adamw", "single-step")
+TIMES = ("tokens_per_second",)
+
+
+def rows_of(recipe: Recipe, directory: Path, *, methods: tuple[str, ...] = METHODS, say: Any = print) -> list[dict]:
+    recipes = {name: with_method(recipe, name) for name in methods}
+    steps = trials.open_comparison(directory, recipes, [0], sweep=False, steps=lambda: 6)
+    return list(trials.compare(recipes, directory, steps=steps, seeds=[0], sweep=False, say=say))
+
+
+def told(rows: list[dict]) -> list[dict]:
+    """Rows without what differs from run to run."""
+    curve = [[[point[0], point[2]] for point in row["curve"]] for row in rows]
+    return [
+        {key: value for key, value in row.items() if key not in TIMES} | {"curve": points}
+        for row, points in zip(rows, curve, strict=True)
+    ]
+
+
+def test_a_comparison_killed_anywhere_gives_the_same_rows(tiny: Tiny, tmp_path: Path) -> None:
+    recipe = tiny("train.dtype=float32")
+    whole = rows_of(recipe, tmp_path / "whole")
+    assert [row["method"] for row in whole] == list(METHODS)
+    assert all(row["tokens"] == 6 * 4 * 16 and row["steps"] == 6 and math.isfinite(row["loss"]) for row in whole)
+    assert whole[1]["state"] < whole[0]["state"]
+    for row in whole:
+        assert row["measured_peak"] == pytest.approx(row["predicted_peak"], rel=0.05), row["method"]
+
+    def stop_at_the_second(text: str) -> None:
+        if text.startswith("single-step"):
+            raise KeyboardInterrupt
+
+    place = tmp_path / "parts"
+    with pytest.raises(KeyboardInterrupt):
+        rows_of(recipe, place, say=stop_at_the_second)
+    said: list[str] = []
+    assert told(rows_of(recipe, place, say=said.append)) == told(whole)
+    assert [text.split(",")[0] for text in said] == ["single-step"]  # what was done is not done again
+    metrics = place / "adamw/seed-0/metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-3]))  # as a kill leaves it
+    more = rows_of(recipe, place, methods=(*METHODS, "sinkgd"))
+    assert told(more)[:2] == told(whole)
+    assert more[2]["curve"][0][2] == whole[0]["curve"][0][2]  # the same model and text
+
+
+def test_another_comparison_in_the_same_place_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    recipe, place = tiny("train.dtype=float32"), tmp_path / "place"
+    by = {"adamw": with_method(recipe, "adamw")}
+    assert trials.open_comparison(place, by, [0], sweep=False, steps=lambda: 7) == 7
+    assert trials.open_comparison(place, by, [0], sweep=False, steps=lambda: 9) == 7
+    other = {"adamw": by["adamw"].with_keys({"optimizer.lr": 0.5})}
+    with pytest.raises(UserError, match=r"compares adamw with another recipe \(optimizer.lr: .* -> 0.5\)"):
+        trials.open_comparison(place, other, [0], sweep=False, steps=lambda: 7)
+    with pytest.raises(UserError, match=r"seeds=\[0\], not \[0, 1\]"):
+        trials.open_comparison(place, by, [0, 1], sweep=False, steps=lambda: 7)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds no comparison"):
+        trials.open_comparison(tmp_path, by, [0], sweep=False, steps=lambda: 7)
+
+
+@pytest.mark.parametrize("method", ["adamw", "scale", "single-step", "fast", "lora"])
+def test_a_search_finds_the_best_rates_with_as_many_trials_for_each(
+    method: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = with_method(tiny("train.dtype=float32"), method)
+    rates = trials.rates_of(recipe)
+    best = {key: rate * (2 if i == 0 else 1) for i, (key, rate) in enumerate(rates.items())}
+    asked: list[trials.Trial] = []
+
+    def run(trial: trials.Trial, say: Any) -> dict[str, Any]:
+        asked.append(trial)
+        own = trials.rates_of(trial.recipe)
+        assert own == pytest.approx(trial.rates)  # the recipe has the rates that the row tells
+        return {"loss": sum(abs(math.log(own[key] / best[key])) for key in own)}
+
+    monkeypatch.setattr(trials, "_run", run)
+    found, note = trials._search(method, recipe, rates, tmp_path, steps=40, seed=3, say=print)
+    assert found == pytest.approx(best)
+    assert note == ""
+    assert [trial.recipe.train.steps for trial in asked] == [5] * 8 + [10] * 4 + [20] * 2
+    assert all(trial.recipe.train.seed == 3 for trial in asked)
+    assert len({trial.place for trial in asked}) == 14
+    best = {key: rate * 1e3 for key, rate in rates.items()}
+    assert (
+        "at the edge of what was tried"
+        in trials._search(method, recipe, rates, tmp_path, steps=40, seed=3, say=print)[1]
+    )
+
+
+def row(method: str, loss: float | None, peak: int, seed: int = 0) -> dict[str, Any]:
+    return {
+        **{"method": method, "seed": seed, "rates": {"optimizer.lr": 1e-3}, "steps": 5, "tokens": 100, "loss": loss},
+        **{"tokens_per_second": 10.0, "measured_peak": peak, "predicted_peak": peak, "weights": 1, "state": 2},
+        **{"gradient": 3, "trained": 4, "rates_note": "", "curve": [[0, 0.0, 4.0], [100, 9.0, loss]]},
+    }
+
+
+def test_the_frontier_is_what_no_other_beats_in_both() -> None:
+    rows = [row("a", 3.0, 100), row("b", 2.0, 200), row("c", 2.5, 300), row("d", 1.0, 400), row("e", None, 1)]
+    assert frontier(rows) == ["a", "b", "d"]
+    assert [line[0] for line in table(rows)] == ["d", "b", "c", "a", "e"]
+    both = [row("a", 2.0, 1), row("a", 3.0, 1, seed=1), row("a", None, 1, seed=2)]
+    assert table(both)[0][1:4] == ["2.5000 (1 diverged)", "2.0000 to 3.0000", "3"]
+
+
+class Page(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.words = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+        assert tag not in ("script", "link", "img"), tag  # nothing from elsewhere
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def test_the_command_writes_table_page_and_rows(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.yaml").write_text(tiny("train.dtype=float32").to_yaml())
+    out = tmp_path / "out"
+    command = ["compare", str(tmp_path / "mine.yaml"), "--methods", "adamw,rmnp", "--steps", "4", "--out", str(out)]
+    assert main(command) == 0
+    assert "on the frontier of loss and memory" in capsys.readouterr().out
+    page = Page((out / "index.html").read_text())
+    assert page.tags.count("svg") == 2
+    assert "not searched" in page.words
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [r["method"] for r in rows] == ["adamw", "rmnp"]
+    assert all(f"| {name} | " in (out / "table.md").read_text() for name in ("adamw", "rmnp"))
+    assert not list(out.rglob("checkpoints"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "adamw", "--steps", "4", "--budget", "1m"], "--steps and --budget are both given"),
+        (["--methods", "adamw", "--budget", "soon"], "--budget soon: write a time such as 90s, 30m or 4h"),
+        (["--methods", "adamw", "--budget", "0m"], "--budget 0m: write a time"),
+        (["--methods", "adamw", "--seeds", "0,0"], "--seeds 0,0: write different whole numbers"),
+        (["--methods", "adamv"], "method=adamv: no such method; did you mean"),
+        ([], "--methods is missing"),
+        (["--methods", "adamw", "--lr", "3"], "--lr: no such option"),
+    ],
+)
+def test_refusals_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "demo", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_times_are_read_and_a_budget_that_is_too_small_is_refused(tiny: Tiny) -> None:
+    assert [seconds_in(text) for text in ("90s", "1.5m", "2h")] == [90, 90, 7200]
+    recipes = {"adamw": tiny("train.dtype=float32", "method=adamw")}
+    with pytest.raises(UserError, match=r"--budget of 0.001 seconds is 0 steps a run"):
+        trials.steps_in(recipes, 0.001, seeds=1, sweep=False)
+    few, many = (trials.steps_in(recipes, 600, seeds=1, sweep=sweep) for sweep in (True, False))
+    assert 20 < few < many
