@@ -122,6 +122,23 @@ def test_a_file_of_several_names_is_read_once(tmp_path: Path, caplog: pytest.Log
     assert caplog.messages == [f"{place / 'up'}: a link to a directory, which is not followed"]
 
 
+def test_a_part_of_the_text_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.txt", "sub/b.txt", ".hidden/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text\n")
+    scandir = os.scandir
+
+    def denied(path: str) -> Any:  # to root nothing is
+        if Path(path).name in ("sub", ".hidden"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    assert [file.name for file in open_corpus(str(tmp_path)).files] == ["a.txt", "b.txt"]
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(UserError, match=r"sub: cannot be listed \(Permission denied\); make it readable"):
+        open_corpus(str(tmp_path))
+
+
 @pytest.mark.parametrize(("key", "place"), [("run_dir", "."), ("run_dir", "runs/a"), ("data.cache_dir", "cache")])
 @pytest.mark.parametrize("text", ["data.train", "data.validation"])
 def test_a_run_is_not_written_into_the_directory_of_its_text(

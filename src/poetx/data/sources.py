@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import logging
+import os
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Literal
 from poetx.data.opening import check_is_text, open_text
 from poetx.data.records import Record, hub_records, kind_of, read_records, shown_fields
 from poetx.errors import UserError
-from poetx.files import read_json
+from poetx.files import read_json, reason
 from poetx.recipe.places import is_hub_name
 
 logger = logging.getLogger(__name__)
@@ -187,7 +188,7 @@ def _files_under(path: Path, what: str) -> list[Path]:
         raise UserError(f"{what}: a directory of save_to_disk with the splits {', '.join(splits)}; name one of them")
     if (path / "state.json").is_file() and "_data_files" in (state := read_json(path / "state.json")):
         return [(path / file["filename"]).resolve() for file in state["_data_files"]]
-    visible = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    visible = list(_visible(path))
     for link in visible:
         if link.is_symlink() and link.is_dir():
             logger.warning("%s: a link to a directory, which is not followed", link)
@@ -195,6 +196,17 @@ def _files_under(path: Path, what: str) -> list[Path]:
     if not files:
         raise UserError(f"{what}: the directory has no files")
     return files
+
+
+def _visible(directory: Path) -> Iterator[Path]:
+    """Everything below a directory that is not hidden. Raises :class:`UserError` where a part cannot be listed."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be listed ({reason(error)}); make it readable, or move it away")
+
+    for place, directories, files in os.walk(directory, onerror=refuse):
+        directories[:] = [name for name in directories if not name.startswith(".")]
+        yield from (Path(place, name) for name in [*directories, *files] if not name.startswith("."))
 
 
 def _once(files: Iterable[Path]) -> list[Path]:
