@@ -1,12 +1,14 @@
 """What the converted layers of both methods promise alike: freezing, dtypes, nested inputs, weights that are finite."""
 
 import copy
+import functools
 import io
 import math
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from poetx import POETX, PoetConfig, PoetLinear, UserError, convert_, merge_, param_groups, to_dense_
 
@@ -244,3 +246,48 @@ def test_transforms_of_torch_func_are_refused_in_one_line(transform, method):
         transform(model[1:])(torch.randn(3, 10))
     model[1:](torch.randn(3, 10)).sum().backward()
     optimizer.step()
+
+
+@METHODS
+def test_a_weight_that_wants_a_gradient_is_refused_where_it_would_get_none(method):
+    model = converted(method)
+    optimizer_of(model, method)
+    name = f"2.{model[2].weight_name}"
+    given = {name: model.get_parameter(name).detach().clone()}
+    model_of = functools.partial(torch.func.functional_call, model)
+    assert model_of(given, torch.arange(3)).requires_grad
+    given[name].requires_grad_()
+    with pytest.raises(UserError, match=r"^2: a \w+ was put in its place that requires a gradient .*; detach\(\) it"):
+        model_of(given, torch.arange(3))
+    with torch.no_grad():
+        assert torch.equal(model_of(given, torch.arange(3)), model(torch.arange(3)))
+
+
+def identity(layer, name):
+    nn.utils.parametrize.register_parametrization(layer, name, nn.Identity())
+
+
+CHANGES = {
+    "random pruning": lambda layer, name: prune.random_unstructured(layer, name, amount=0.3),
+    "structured pruning": lambda layer, name: prune.ln_structured(layer, name, amount=0.3, n=2, dim=0),
+    "parametrization": identity,
+}
+
+
+@pytest.mark.parametrize("name", ["weight", "base_weight", "skew_in", "skew_out"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_pruning_and_parametrizations_are_refused_and_change_nothing(change, name):
+    method = "single-step" if name == "weight" else "poet-x"
+    model = converted(method)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UserError, match=rf"^1: {name} cannot become a function of other parameters.*before poetx.conv"):
+        CHANGES[change](model[1], name)
+    assert model.state_dict().keys() == before.keys()
+    assert moved(model, method) == [True, True]
+
+
+def test_a_bias_is_pruned_as_ever():
+    model = converted("single-step")
+    prune.l1_unstructured(model[2], "bias", amount=2)
+    assert moved(model, "single-step") == [True, True]
+    assert (model[2].bias == 0).sum() == 2

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from poetx import PoetConfig, PoetLinear, UserError
+from poetx.layers.single_step import SingleStepLinear
 
 INT8 = {"mode": "mem", "weight_format": "int8", "group_size": 5}
 
@@ -33,6 +34,34 @@ def test_a_state_of_other_settings_is_refused(there, here, words):
     assert all(torch.equal(value, layer.state_dict()[name]) for name, value in before.items())
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.double().float()):
         assert str(twin.load_state_dict(layer.state_dict())) == "<All keys matched successfully>"
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["own", "with the plain weight"])
+@pytest.mark.parametrize(
+    ("there", "here", "words"),
+    [
+        ({}, {"mode": "mem", "weight_format": "nf4"}, "weight_format=None, the layer of 'nf4'"),
+        (INT8, {}, "weight_format='int8', the layer of None"),
+        (INT8, {"mode": "mem", "weight_format": "fp8", "group_size": 5}, "weight_format='int8', the layer of 'fp8'"),
+    ],
+)
+def test_a_state_of_another_form_of_weight_is_refused_whole(there, here, words, beside):
+    other, layer = make(**there), make(**here)
+    state = other.state_dict() | ({"weight": other.plain_weight()} if beside else {})
+    before = layer.dense_weight()
+    for strict in (True, False):
+        with pytest.raises(UserError, match=f"the state is of {words}; convert"):
+            layer.load_state_dict(state, strict=strict)
+    assert torch.equal(layer.dense_weight(), before)
+
+
+def test_rotations_are_not_loaded_into_a_single_step_layer_without_their_weight():
+    other, config = make(), PoetConfig(method="single-step", block_size=4, init="normalized")
+    layer = SingleStepLinear(10, 12, config=config, name="layer")
+    with pytest.raises(UserError, match=r"layer: the state is of method='poet-x' and holds no plain weight"):
+        layer.load_state_dict(other.state_dict(), strict=False)
+    layer.load_state_dict(other.state_dict() | {"weight": other.plain_weight()}, strict=False)
+    assert torch.equal(layer.weight, other.weight)
 
 
 @pytest.mark.parametrize("extra_bits", [False, True])

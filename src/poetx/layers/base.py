@@ -79,6 +79,8 @@ class ConvertedLinear(nn.Module):
     """
 
     weight_name: ClassVar[str]
+    #: What a rotation is made of, which no function of torch (prune, parametrize, weight_norm) may put itself before.
+    computed_from: ClassVar[tuple[str, ...]]
     bias: nn.Parameter | None
     #: Whether the tensors got memory without values; see :meth:`check_filled`.
     _hollow: bool = False
@@ -246,11 +248,31 @@ class ConvertedLinear(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in torch; what takes the weight's place (``load_state_dict(assign=True)``) is one that rotates, too."""
+        self._refuse_reparametrization(name.rpartition("_")[0])  # weight_orig, weight_g, weight_v
         if name == self.weight_name and param is not None and not isinstance(param, RotatedWeight):
             former = self._parameters.get(name)
             if type(param.detach()) is Tensor:
                 param = RotatedWeight.of(param.detach(), getattr(former, "frozen", False))
         super().register_parameter(name, param)
+
+    def __delattr__(self, name: str) -> None:
+        self._refuse_reparametrization(name)
+        super().__delattr__(name)
+
+    def _refuse_reparametrization(self, name: str) -> None:
+        if name in self.computed_from:
+            raise UserError(
+                f"{self.label}: {name} cannot become a function of other parameters, as pruning and parametrizations "
+                "make it; apply them before poetx.convert_ or after poetx.to_dense_"
+            )
+
+    def check_needs_no_gradient(self, weight: Tensor) -> None:
+        """Raise :class:`UserError` where a gradient of the weight itself is wanted, which no backward here gives."""
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise UserError(
+                f"{self.label}: a {self.weight_name} was put in its place that requires a gradient (as by torch.func."
+                "functional_call), and would get none; detach() it, or call poetx.to_dense_(model)"
+            )
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ConvertedLinear:
         """``.to()``, ``.bfloat16()`` and the like, refused before anything changes."""

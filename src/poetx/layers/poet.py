@@ -65,6 +65,7 @@ class PoetLinear(ConvertedLinear):
     """
 
     weight_name = "base_weight"
+    computed_from = ("weight", "base_weight", "skew_in", "skew_out")
     perm_in: Tensor
     perm_out: Tensor
     merge_count: Tensor
@@ -215,6 +216,8 @@ class PoetLinear(ConvertedLinear):
         mode = self.config.mode if self.packed_weight is not None else self.mode_for(x)
         factors = kept_factors(x) if mode == "mem" and torch.is_grad_enabled() else None
         x = self.checked_input(x)
+        if self.base_weight is not None:
+            self.check_needs_no_gradient(self.base_weight)
         blocks = self.shared_blocks if self.shared_blocks and self.shared_blocks[0].dtype == x.dtype else None
         weight, settings = self.frozen_weight.stored, {"order": self.order, "mode": mode, "bias": self.bias}
         return poet_linear(x, weight, self.sides, **settings, factors=factors, blocks=blocks)
@@ -300,6 +303,7 @@ class PoetLinear(ConvertedLinear):
         """
         if (plain := state_dict.pop(f"{prefix}weight", None)) is not None and f"{prefix}skew_in" not in state_dict:
             self._take_plain(plain, state_dict, prefix, args[-1])
+        self._check_format(state_dict, prefix)
         own, key = self._settings(), f"{prefix}trained_with"
         saved = state_dict.setdefault(key, own.to(state_dict.get(f"{prefix}perm_in", own).device))
         if not saved.is_meta and saved.tolist() != own.tolist():
@@ -324,6 +328,17 @@ class PoetLinear(ConvertedLinear):
             state_dict.setdefault(f"{prefix}residual", torch.zeros_like(weight, dtype=torch.int8))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._like = torch.empty(0, device=self.skew_in.device, dtype=self.weight_dtype)
+
+    def _check_format(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Refuse permutations and rotations whose weight ``strict=False`` would leave out: they are of no other."""
+        if f"{prefix}{'packed_weight.codes' if self.packed_weight is None else 'base_weight'}" not in state_dict:
+            return
+        name = state_dict.get(f"{prefix}packed_weight.weight_format")
+        theirs = None if name is None or name.is_meta else bytes(name.tolist()).decode()
+        raise UserError(
+            f"{self.label}: the state is of weight_format={theirs!r}, the layer of {self.config.weight_format!r}; "
+            f"convert the model with weight_format={theirs!r} to load it"
+        )
 
     def _take_plain(self, plain: Tensor, state_dict: dict[str, Any], prefix: str, errors: list[str]) -> None:
         """Load the ``weight`` of a plain layer and put what came of it into ``state_dict``, for the rest to find."""

@@ -41,6 +41,7 @@ class SingleStepLinear(ConvertedLinear):
     """
 
     weight_name = "weight"
+    computed_from = ("weight",)
     _version = 2  # of its state dict; 1, which plain layers have, too: a Conv1D's weight perhaps transposed
 
     def __init__(
@@ -104,6 +105,7 @@ class SingleStepLinear(ConvertedLinear):
                 )
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+        self.check_needs_no_gradient(self.weight)
         return single_step_linear(
             x,
             self.weight,
@@ -126,6 +128,11 @@ class SingleStepLinear(ConvertedLinear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         weight = state_dict.get(f"{prefix}weight")
+        if weight is None and f"{prefix}skew_in" in state_dict:
+            raise UserError(
+                f"{self.label}: the state is of method='poet-x' and holds no plain weight; convert the model with "
+                "method='poet-x' to load it"
+            )
         if self.transposed and weight is not None and weight.shape == (self.in_features, self.out_features):
             state_dict[f"{prefix}weight"] = weight.T.contiguous()
         super()._load_from_state_dict(state_dict, prefix, *args)
