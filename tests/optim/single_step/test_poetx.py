@@ -454,3 +454,48 @@ def test_a_layer_that_went_dense_is_not_trained_in_silence():
     with pytest.raises(UserError, match=r"0\.weight was made dense by to_dense_; build"):
         optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_every_layer_is_trained_by_the_settings_it_was_converted_with():
+    """Two models in one optimizer go the way that each of them goes in its own."""
+    settings = [
+        {
+            "block_size": 4,
+            "update": "rotation",
+            "rotation_dtype": "bfloat16",
+            "seed": 5,
+        },  # the first: noise is by place
+        {"block_size": 16, "update": "free"},
+        {"block_size": 16, "update": "rotation"},
+    ]
+
+    def build(chosen):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(24, 40, bias=False), nn.GELU(), nn.Linear(40, 16, bias=False))
+        convert_(model, PoetConfig(method="single-step", **chosen))
+        return model
+
+    together, apart = (nn.ModuleList(map(build, settings)) for _ in range(2))
+    optimizers = [[POETX(together)], [POETX(model) for model in apart]]
+    for seed in range(5):
+        x = torch.randn(16, 24, generator=torch.Generator().manual_seed(seed))
+        for models, steps in zip((together, apart), optimizers, strict=True):
+            sum(model(x).square().sum() for model in models).backward()
+            for optimizer in steps:
+                optimizer.step()
+    for p, q in zip(together.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    with pytest.raises(UserError, match=r"block_size=4, but 1\.0 was converted with 16"):
+        POETX(nn.ModuleList(map(build, settings)), block_size=4)
+
+
+def test_a_layer_of_the_other_method_is_refused_unless_frozen():
+    model = nn.Sequential(nn.Sequential(nn.Linear(16, 16)), nn.GELU(), nn.Sequential(nn.Linear(16, 8)))
+    convert_(model[2], PoetConfig(block_size=8))
+    with pytest.raises(UserError, match=r"POETX: 2\.0 was converted with method='poet-x'"):
+        POETX(model)
+    convert_(model[0], PoetConfig(method="single-step", block_size=8))
+    with pytest.raises(UserError, match=r"POETX: 2\.0 was converted with method='poet-x'"):
+        POETX(model)
+    model[2].requires_grad_(False)
+    assert [id(p) for p in POETX(model).param_groups[0]["params"]] == [id(model[0][0].weight)]

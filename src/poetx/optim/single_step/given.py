@@ -14,7 +14,7 @@ from poetx.distributed.sharded import refuse_sharded
 from poetx.errors import UserError, nearest
 from poetx.layers.base import DTYPES, RotatedWeight
 from poetx.layers.single_step import SingleStepLinear
-from poetx.layers.walk import single_step_layers
+from poetx.layers.walk import poet_layers, single_step_layers
 from poetx.optim.groups import dense_groups
 from poetx.optim.settings import check_group, check_numbers
 from poetx.targets import ZERO, find_targets, has_values, is_named_like_an_end, next_to_nothing, norm_per_row
@@ -40,7 +40,7 @@ class Given(NamedTuple):
     layers: dict[Tensor, SingleStepLinear]
     transposed: set[Tensor]  # stored [in, out]
     names: dict[Tensor, str]
-    config: PoetConfig
+    config: PoetConfig  # of parameters without a layer
 
 
 def read_model(model: Any, settings: dict[str, Any], modules: dict[str, Any], angle: float, decay: Any) -> Given:
@@ -53,7 +53,8 @@ def read_model(model: Any, settings: dict[str, Any], modules: dict[str, Any], an
     given = {key: value for key, value in settings.items() if value is not None}
     if isinstance(model, nn.Module):
         layers = dict(single_step_layers(model))
-        config = _of_layers(layers, given) if layers else PoetConfig(method="single-step", **given, **modules)
+        config = PoetConfig(method="single-step", **given, **modules)
+        _check_layers(model, layers, given)
         names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         groups, transposed = _model_groups(model, layers, config, names, angle, decay)
         trained: dict[Tensor, SingleStepLinear] = {layer.weight: layer for layer in layers.values() if not layer.frozen}
@@ -69,18 +70,23 @@ def read_model(model: Any, settings: dict[str, Any], modules: dict[str, Any], an
     return Given(_without_zeros(groups, names), {}, set(), names, config)
 
 
-def _of_layers(layers: dict[str, SingleStepLinear], given: dict[str, Any]) -> PoetConfig:
-    config = next(iter(layers.values())).config
-    for key, value in given.items():
-        if value != getattr(config, key):
+def _check_layers(model: nn.Module, layers: dict[str, SingleStepLinear], given: dict[str, Any]) -> None:
+    for name, other in poet_layers(model):
+        if not other.frozen:
             raise UserError(
-                f"POETX: {key}={value!r}, but the model was converted with {getattr(config, key)!r}; leave it out, or "
-                "convert with it"
+                f"POETX: {name} was converted with method='poet-x', whose rotations need poetx.param_groups, another "
+                "optimizer and merge_every; convert all layers by one method, or freeze this one"
             )
     for name, layer in layers.items():
-        if layer.trainer is not None and layer.trainer() is not None and not layer.frozen:
+        if layer.frozen:
+            continue
+        for key, value in given.items():
+            if value != (own := getattr(layer.config, key)):
+                raise UserError(
+                    f"POETX: {key}={value!r}, but {name} was converted with {own!r}; leave it out, or convert with it"
+                )
+        if layer.trainer is not None and layer.trainer() is not None:
             raise UserError(f"POETX: another one trains {name} already; call its close() first")
-    return config
 
 
 def _model_groups(

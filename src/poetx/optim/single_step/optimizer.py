@@ -46,10 +46,10 @@ class POETX(torch.optim.Optimizer):
 
     Args:
         model: a model converted with ``PoetConfig(method="single-step")``, whose layers feed the momentum in backward
-            and decide block_size, update, momentum_dtype and seed; or an ordinary model, whose ``nn.Linear`` and
-            ``Conv1D`` weights are rotated from their full gradients, by the rules of :func:`poetx.convert_`; or
-            parameter groups, of which those with ``"rotate": True`` hold matrices [m, n], or stacks of them [e, m, n];
-            or parameters, with or without names.
+            and decide block_size, update, momentum_dtype and seed, each for itself; or an ordinary model, whose
+            ``nn.Linear`` and ``Conv1D`` weights are rotated from their full gradients, by the rules of
+            :func:`poetx.convert_`; or parameter groups, of which those with ``"rotate": True`` hold matrices [m, n], or
+            stacks of them [e, m, n]; or parameters, with or without names.
         lr: of the rest; None: the dense optimizer's own, 1e-3 without one.
         angle: radians that a step turns each plane of a written block by, half: Q = −angle · direction. It is the
             ``lr`` of the rotated group, so learning-rate schedulers scale it.
@@ -71,10 +71,11 @@ class POETX(torch.optim.Optimizer):
     A matrix that got no gradient since the last step, on any rank, stays as it is, and so does a block of one; a matrix
     of zeros is left to the dense optimizer. ‖W‖ is held as it is at the first step, or as it was written from outside
     since the last one, in whatever way; a change of less than 1 % counts as the same weight put back, and is undone.
-    Converted layers feed the momentum while backward runs: gradient clipping does not reach it (the direction does not
-    depend on its size), and a gradient that is not finite counts as zero. In a process group their momenta are averaged
-    over the ranks, and every 100 steps a checksum tells whether all ranks hold the same matrices. An exception inside
-    :meth:`step` leaves each matrix as before or stepped; its ``step`` in the state says which.
+    Converted layers feed the momentum while a plain backward runs (``inputs=`` leaves them out): gradient clipping does
+    not reach it (the direction does not depend on its size), and a gradient that is not finite counts as zero. In a
+    process group their momenta are averaged over the ranks, and every 100 steps a checksum tells whether all ranks hold
+    the same matrices. An exception inside :meth:`step` leaves each matrix as before or stepped; its ``step`` in the
+    state says which.
 
     ``zero_grad()`` between backward and step does not take back what backward has added to the momentum of converted
     layers, or of released gradients: the next step uses it. To skip a step call :meth:`snapshot` before its backward
@@ -82,7 +83,7 @@ class POETX(torch.optim.Optimizer):
 
     Raises:
         UserError: a value outside its range, nothing to rotate, a float16 or sharded matrix, layers that another
-            POETX trains, a gradient scaler, a group added later.
+            POETX trains or that are of ``method="poet-x"``, a gradient scaler, a group added later.
     """
 
     _step_supports_amp_scaling = True  # so that a gradient scaler shows itself to step(), which refuses it
@@ -138,13 +139,14 @@ class POETX(torch.optim.Optimizer):
                 p,
                 index=index,
                 name=given.names.get(p, f"rotated parameter {index} {tuple(p.shape)}"),
-                config=given.config,
+                config=layer.config if layer else given.config,
                 look_ahead=nesterov,
                 growth=norm_growth,
-                layer=given.layers.get(p),
+                layer=layer,
                 transposed=p in given.transposed,
             )
             for index, p in enumerate(rotated)
+            for layer in [given.layers.get(p)]
         ]
         for matrix in self._matrices:
             if release_gradients and matrix.layer is None:
@@ -410,7 +412,7 @@ def _batches(matrices: Iterable[Matrix], elements: int) -> Iterable[list[Matrix]
     kinds: dict[tuple[Any, ...], list[Matrix]] = {}
     for matrix in matrices:
         side, p = matrix.side, matrix.parameter
-        kinds.setdefault((side, matrix.sizes(side)[1], p.dtype, p.device), []).append(matrix)
+        kinds.setdefault((side, matrix.free, matrix.sizes(side)[1], p.dtype, p.device), []).append(matrix)
     for alike in kinds.values():
         batch, size = [], 0
         for matrix in alike:
