@@ -129,6 +129,46 @@ def test_a_count_in_the_group_of_rotations_and_others_is_refused_at_the_first_st
         step(model, optimizer)
 
 
+class CountsInState(torch.optim.SGD):
+    """Counts the steps of all its parameters in one entry of its state."""
+
+    def step(self, closure=None):
+        self.state["steps"] = self.state.get("steps", 0) + 1
+        return super().step(closure)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer by its name only, as wrappers of other libraries are: torch's own ``__init__`` never ran."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.param_groups, self.state = optimizer.param_groups, optimizer.state
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = {}, {}
+
+
+def test_state_of_all_parameters_together_and_wrappers_are_refused():
+    """Curvature of the frames before a merge stood with the first parameter, be it a rotation or not."""
+    model = converted()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameters in (trained, trained[::-1]):
+        optimizer = torch.optim.LBFGS(parameters)
+        with pytest.raises(UserError, match="LBFGS keeps curvature of all parameters together"):
+            merge_every(optimizer, model)
+        with pytest.raises(UserError, match="LBFGS keeps"):
+            merge_(model, optimizer)
+    optimizer = CountsInState(param_groups(model, lr=1e-3, poet_lr=1e-3))
+    merge_every(optimizer, model)
+    with pytest.raises(UserError, match="CountsInState keeps 'steps' of all parameters together"):
+        step(model, optimizer)
+    inner = optimizer_for(model)
+    for refused in (lambda: merge_every(Wrapper(inner), model), lambda: merge_(model, Wrapper(inner))):
+        with pytest.raises(UserError, match="Wrapper only wraps an optimizer.* give the AdamW inside"):
+            refused()
+    assert all("merges" not in group for group in inner.param_groups)
+    assert all(layer.merge_count == 0 for _, layer in poet_layers(model))
+    merge_every(inner, model)
+
+
 def test_stale_gradients_are_dropped():
     model = converted()
     optimizer = optimizer_for(model)

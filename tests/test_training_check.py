@@ -150,6 +150,18 @@ def test_a_single_step_layer_that_is_never_called_or_read_directly(small):
     assert "never called" in found["model.layers.0.mlp.up_proj.weight"] or "no gradient" in str(found)
 
 
+def test_a_backward_pass_that_names_its_inputs_is_named_as_a_cause():
+    model = nn.Sequential(nn.Linear(12, 20), nn.LayerNorm(20))
+    optimizer = built(model, "single-step")
+    check = check_training(model, optimizer, steps=1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model(torch.randn(5, 12)).exp().sum().backward(inputs=trained)
+    optimizer.step()
+    (problem,) = check.report().problems
+    assert problem.name == "0.weight"
+    assert "backward(inputs=...) names other tensors" in problem.remedy
+
+
 def test_rotations_without_merging_are_said_in_the_first_steps(small):
     convert_(small, PoetConfig(block_size=8))
     optimizer = torch.optim.AdamW(param_groups(small, lr=1e-3, poet_lr=1e-3))

@@ -20,7 +20,7 @@ from poetx.errors import UserError
 from poetx.layers.poet import FoldStats, PoetLinear
 from poetx.layers.walk import poet_layers, rotation_ids
 from poetx.ops.reference import EXACT
-from poetx.optimizer_restart import COUNTERS, GroupRestart, groups_of, reset_rotations
+from poetx.optimizer_restart import COUNTERS, GroupRestart, groups_of, refuse_unfit, reset_rotations
 
 logger = logging.getLogger(__name__)
 Owner = TypeVar("Owner")
@@ -65,8 +65,8 @@ def merge_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
     then merges all of them.
 
     Raises:
-        UserError: the model has no rotated layer; inf or NaN in a weight or rotation; ``optimizer`` counts steps in a
-            group that holds rotations and other parameters. Nothing has changed then.
+        UserError: the model has no rotated layer; inf or NaN in a weight or rotation; ``optimizer`` counts steps for
+            rotations and other parameters together, wraps another one, or is LBFGS. Nothing has changed then.
     """
     layers = dict(poet_layers(model))
     if not layers:
@@ -227,7 +227,7 @@ def _refuse_copies() -> Any:
 
 def hook_owner(optimizer: torch.optim.Optimizer, kind: type[Owner]) -> Owner | None:
     """The object of ``kind`` that registered one of its methods to run after ``optimizer.step()``, or None."""
-    owners = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_post_hooks.values())
+    owners = (getattr(hook, "__self__", None) for hook in getattr(optimizer, "_optimizer_step_post_hooks", {}).values())
     return next((owner for owner in owners if isinstance(owner, kind)), None)
 
 
@@ -247,14 +247,16 @@ def merge_every(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int =
 
     Raises:
         UserError: ``steps`` below 1, a model with no rotated layer, rotations missing from the optimizer, sharded
-            parameters, or a second call for the same optimizer; at the first step, an optimizer that counts steps
-            in a group of rotations and other parameters; after a merge, layers that differ between ranks.
+            parameters, a wrapper without hooks, LBFGS, or a second call for the same optimizer; at the first step, an
+            optimizer that counts steps for rotations and other parameters together; after a merge, layers that differ
+            between ranks.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise UserError(f"steps={steps!r}: must be a whole number of at least 1 (200 is the paper's)")
     layers = dict(poet_layers(model))
     if not layers:
         raise UserError(_NOTHING)
+    refuse_unfit(optimizer)
     refuse_sharded((p for group in optimizer.param_groups for p in group["params"]), "merge_every")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, layer in layers.items():

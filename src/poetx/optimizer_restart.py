@@ -64,6 +64,23 @@ def groups_of(optimizer: torch.optim.Optimizer, rotations: Set[int]) -> list[dic
     return [group for group in optimizer.param_groups if any(id(p) in rotations for p in group["params"])]
 
 
+def refuse_unfit(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse wrappers whose step runs no hooks, and optimizers with state that is not of one parameter."""
+    kind = type(optimizer).__name__
+    if not hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks"):  # made without torch's own __init__
+        inner = type(getattr(optimizer, "optimizer", None)).__name__
+        raise UserError(
+            f"{kind} only wraps an optimizer, so a merge could not reset what it keeps itself; give the {inner} "
+            f"inside, and step that without {kind} if it keeps copies of parameters, as Lookahead does"
+        )
+    joint = next((key for key in optimizer.state if not isinstance(key, Tensor)), None)
+    if joint is not None or isinstance(optimizer, torch.optim.LBFGS):
+        raise UserError(
+            f"{kind} keeps {'curvature' if joint is None else repr(joint)} of all parameters together, which a merge "
+            "could not reset for the rotations alone; use an optimizer whose state is by parameter, such as AdamW"
+        )
+
+
 class GroupRestart:
     """Restarts what an optimizer itself counts in the groups of the rotations.
 
@@ -93,7 +110,8 @@ class GroupRestart:
         return (id(value), value._version) if isinstance(value, Tensor) else value
 
     def check(self, optimizer: torch.optim.Optimizer, rotations: Set[int]) -> None:
-        """Refuse a group whose count cannot start anew without that of other parameters."""
+        """Refuse state that cannot start anew without that of other parameters."""
+        refuse_unfit(optimizer)
         for group in groups_of(optimizer, rotations):
             found = sorted(self._written & group.keys())
             if found and any(id(p) not in rotations for p in group["params"]):

@@ -259,7 +259,8 @@ _NOT_CALLED = (
 )
 _NO_GRADIENT = (
     "received no gradient",
-    "its output is not used by the loss, or is detached or computed under no_grad; freeze it if that is meant",
+    "its output is not used by the loss, or is detached or computed under no_grad, or backward(inputs=...) names other "
+    "tensors (single-step layers need a plain backward()); freeze it if that is meant",
 )
 
 

@@ -19,7 +19,8 @@ class SingleStepLinear(ConvertedLinear):
 
     :class:`poetx.POETX` folds a small rotation into the weight at every step, so that the rotations are the identity
     whenever forward runs. Backward adds their gradient straight into that optimizer's momentum: no gradient tensor is
-    kept, and gradients of several backward passes add up.
+    kept, and gradients of several backward passes add up. ``backward(inputs=...)`` and ``torch.autograd.grad`` train
+    nothing: they leave out what is not named to them.
 
     Parameters: ``weight`` [m, n], frozen, under the name and in the layout of ``nn.Linear``; ``bias`` [m] or None,
     trained as usual. The state dict is that of the plain layer: a ``Conv1D``'s weight is [n, m] there.
