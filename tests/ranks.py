@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable
@@ -9,7 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
+
+
+def context() -> Any:
+    """Processes that have the imports done, once for all of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["poetx.train.run", "transformers.models.llama.modeling_llama"])
+    return context
 
 
 def _rank(rank: int, directory: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
@@ -26,4 +34,5 @@ def _rank(rank: int, directory: str, function: Callable[..., None], args: tuple[
 
 def run_on_two_ranks(function: Callable[..., None], directory: str, *args: Any) -> None:
     """Call ``function(rank, directory, *args)`` on ranks 0 and 1; an exception on either is raised here."""
-    mp.spawn(_rank, args=(directory, function, args), nprocs=2)
+    context()
+    start_processes(_rank, args=(directory, function, args), nprocs=2, start_method="forkserver")

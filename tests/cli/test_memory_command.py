@@ -33,6 +33,16 @@ def test_table_bar_and_batch(app):
     assert "adamw on 0.005 GB: fits, up to batch" in card.stdout
 
 
+def test_one_of_several_processes_takes_what_its_part_of_the_batch_takes(app):
+    batch = ["train.batch_size=8", "train.micro_batch_size=4", "--json"]
+    together, alone = (
+        json.loads(runner.invoke(app, [*TINY, *words]).stdout)["estimates"]["demo"]["peak"]
+        for words in ([*batch, "--gpus", "4"], ["train.batch_size=2", "--json"])
+    )
+    assert together == alone
+    assert "over 3 processes; use a multiple of 3" in str(runner.invoke(app, [*TINY, *batch, "--gpus", "3"]).exception)
+
+
 def test_json_and_plot(app, tmp_path):
     words = [*TINY, "method=mem", "optimizer.state_dtype=int8", "--json", "--plot", str(tmp_path / "deep" / "a.png")]
     document = json.loads(runner.invoke(app, words).stdout)

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from builders import At, curve, interrupt, poison, train_losses
+from poetx.distributed.gradients import GradientAverage
 from poetx.errors import UserError
 from poetx.layers.walk import poet_layers
 from poetx.recipe import load_recipe
@@ -40,6 +42,7 @@ EVENTS = {
 
 def on_a_rank(rank: int, directory: str, yaml: str, runs: dict[str, list[str]]) -> None:
     place = Path(directory)
+    torch.save(average(rank), place / f"gradients-{rank}.pt")
     for name, overrides in runs.items():
         with pytest.MonkeyPatch.context() as patch:
             if rank == (0 if "rank 0" in name else 1) and name in EVENTS:
@@ -50,6 +53,28 @@ def on_a_rank(rank: int, directory: str, yaml: str, runs: dict[str, list[str]]) 
             except UserError as error:
                 outcome = {"error": str(error)}
         (place / f"{name}-{rank}.json").write_text(json.dumps(outcome))
+
+
+def average(rank: int) -> list[list[torch.Tensor | None]]:
+    """Gradients of seven parameters, one a bucket of its own, after each of two steps of two backward passes.
+
+    Parameter i is used in the first step on rank 0 where i is even, on rank 1 where i is a multiple of 3, once or
+    twice.
+    """
+    parameters = [torch.full((size,), 1.0, requires_grad=True) for size in (3, 1, 40, 2, 5, 1, 3)]
+    gradients = GradientAverage(parameters, bucket_bytes=32)
+    results = []
+    for step in range(2):
+        for number in range(2):
+            used = [p for i, p in enumerate(parameters) if step or (i % (2 + rank) == 0 and i >= 3 * number)]
+            if number:
+                gradients.start()
+            sum((p.sum() * (rank + 1) for p in used), torch.zeros((), requires_grad=True)).backward()
+        gradients.finish()
+        results.append([p.grad for p in parameters])
+        for p in parameters:
+            p.grad = None
+    return results
 
 
 def meddle(name: str, patch: pytest.MonkeyPatch) -> list[str]:
@@ -131,6 +156,17 @@ def test_two_ranks_train_what_one_process_trains(form: str, trained: Path) -> No
     assert len(losses) == 12
     assert losses[-1] < losses[0]
     assert [path.name for path in checkpoints(trained / "2" / form)] == ["step-00000012"]
+
+
+def test_gradients_are_averaged_whoever_has_one(trained: Path) -> None:
+    first, second = (torch.load(trained / f"gradients-{rank}.pt") for rank in range(2))
+    # Times used on either rank, of which each pass adds 1 on rank 0 and 2 on rank 1, over two ranks.
+    uses = [(1, 1), (0, 0), (1, 0), (0, 2), (2, 0), (0, 0), (2, 2)]
+    wanted = [[None if not a + b else (a + 2 * b) / 2 for a, b in uses], [3.0] * 7]
+    for step in range(2):
+        for mine, theirs, value in zip(first[step], second[step], wanted[step], strict=True):
+            assert (mine is None) == (theirs is None) == (value is None)
+            assert value is None or (torch.equal(mine, theirs) and torch.all(mine == value))
 
 
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all_and_leaves_no_trace(trained: Path) -> None:

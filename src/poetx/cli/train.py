@@ -109,7 +109,7 @@ def _asked(source: str | None, overrides: list[str], *, resume: bool, overwrite:
     from poetx.recipe import DEMOS, load_recipe
 
     recipe = load_recipe(source, overrides)  # before torch is imported: a typing mistake is answered at once
-    if source in (None, *DEMOS) and recipe.run_dir is None and not (overwrite and not was_restarted()):
+    if source in (None, *DEMOS) and recipe.run_dir is None and not overwrite:
         recipe = _place_demo(recipe, resume=resume)
     if was_restarted():
         from poetx.train.checkpoint import checkpoints
@@ -145,13 +145,18 @@ class _Output:
 
 
 def _place_demo(recipe: Recipe, *, resume: bool) -> Recipe:
-    """A demo finds its own place: the first free of runs/NAME, runs/NAME-2, …, or the latest one to resume."""
+    """A demo finds its own place: the first free of runs/NAME, runs/NAME-2, …, or the latest one to resume.
+
+    Started again by torchrun, it is the place it began in: that is free as long as it has no checkpoint.
+    """
     from poetx.train.checkpoint import checkpoints
+    from poetx.train.run import LOCK
 
     number, place, latest = 1, recipe.directory, None
     while checkpoints(place):
         latest, number = place, number + 1
         place = recipe.directory.with_name(f"{recipe.directory.name}-{number}")
+    resume = resume or (was_restarted() and not (place / LOCK).exists())
     chosen = latest if resume and latest else place
     return recipe.with_keys({"run_dir": str(chosen)})
 

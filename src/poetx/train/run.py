@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 # What a run writes: exactly this is deleted by overwrite=True, whatever else lies in the directory.
 _OWN_FILES = ("recipe.yaml", "environment.json", "conversion.txt", "metrics.jsonl")
 _OWN_DIRS = (TOKENIZER_DIR, "checkpoints", "export")
-_LOCK = ".lock"
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -116,14 +116,14 @@ def _train(
     device = agreed(lambda: resolve_device(recipe.train.device))
 
     def lock() -> None:
-        held.enter_context(locked(run_dir / _LOCK, busy=f"{run_dir}: another process is training there"))
+        held.enter_context(locked(run_dir / LOCK, busy=f"{run_dir}: another process is training there"))
 
     def look_around() -> bool:
         if run_dir.exists() and not run_dir.is_dir():
             raise UserError(f"run_dir={run_dir}: is a file")
         if run_dir.is_symlink() and not run_dir.exists():
             raise UserError(f"run_dir={run_dir}: is a link to {run_dir.readlink()}, which is not there; make it first")
-        if early := resume and (run_dir / _LOCK).exists():  # a checkpoint is read that another process may remove
+        if early := resume and (run_dir / LOCK).exists():  # a checkpoint is read that another process may remove
             lock()
         elif not resume and not overwrite:
             _check_free(run_dir)
@@ -163,7 +163,7 @@ def _train(
 
     def begin() -> MetricsWriter:
         run_dir.mkdir(parents=True, exist_ok=True)
-        known = (run_dir / _LOCK).exists()
+        known = (run_dir / LOCK).exists()
         if not locked_early:
             lock()
         # Again, now that nobody else can write here: preparing the data may have taken long.
@@ -231,7 +231,7 @@ def _remarks(recipe: Recipe, model: Any) -> Iterator[str]:
 
 def _check_free(run_dir: Path, *, known: bool | None = None) -> None:
     """Refuse a directory with a finished run in it, or with files that are not an earlier start's of ours."""
-    known = (run_dir / _LOCK).exists() if known is None else known
+    known = (run_dir / LOCK).exists() if known is None else known
     if ckpt.checkpoints(run_dir) or (known and (run_dir / "export").exists()):
         raise UserError(
             f"{run_dir}: already has checkpoints or an export; continue it with --resume, choose another with "
