@@ -138,7 +138,7 @@ def test_a_data_set_on_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch) -> N
     for name in ("some/set", "some/set:part", "some/set::test"):
         assert ["".join(document) for document in open_corpus(name).documents()] == TEXTS
     stream = {"streaming": True, "split": "train"}
-    assert asked == [
+    assert asked[::2] == [  # its first record says what it is
         ("some/set", None, stream),
         ("some/set", "part", stream),
         ("some/set", None, stream | {"split": "test"}),

@@ -53,7 +53,13 @@ def test_builtin_recipes_train_what_they_trained_before(name: str) -> None:
     before, now = former(name), flat(load_recipe(name, ["data.train=builtin"]).to_dict())
     assert {key: value for key, value in before.items() if key in now and now[key] != value} == {}
     new = {"lora": None, "model.recompute": "auto", "train.autocast": False, "parallel": "ddp"}
-    new |= {"data.text_field": "text", "optimizer.dense_optimizer": None, "poet.weight_extra_bits": None}
+    new |= {
+        "data.text_field": "text",
+        "data.format": "auto",
+        "optimizer.dense_optimizer": None,
+        "poet.weight_extra_bits": None,
+    }
+    new |= {"data.chat_template": None, "data.pack": None}
     new |= {"optimizer.poet_eps_mode": "uncorrected" if name in SIZED_RECIPES else "corrected"}
     new["poet.update"] = {"fixed": "rotation"}.get(before["poet.spectrum"], before["poet.spectrum"])
     assert {key: now[key] for key in now.keys() - before.keys()} == {k: new[k] for k in new if k in now}

@@ -204,7 +204,7 @@ def _show_result(console: Console, recipe: Recipe, result: RunResult) -> None:
     if result.export_dir:
         say(f"model      {result.export_dir}  (plain Hugging Face model)")
     say("try next")
-    words = " ".join(prompt.split()[:6])
+    words = "" if result.chats else " ".join(prompt.split()[:6])
     say(f"  poetx generate {result.run_dir}" + (f" --prompt {shlex.quote(words)}" if words else ""))
     say(f"  poetx eval {result.run_dir}")
     say(f"  poetx report {result.run_dir}")
@@ -225,10 +225,10 @@ def _audit_text(audit: dict[str, Any]) -> str:
 
 
 def _prompt(recipe: Recipe, result: RunResult) -> str:
-    """A line of Python for the built-in text, else the first validation words."""
+    """A line of Python for the built-in text, else the first validation words, or the first question."""
     if recipe.data.train == "builtin":
         return "def read_file(path):\n"
-    return _tokenizer(result).decode(result.first_validation_tokens, skip_special_tokens=True)
+    return _tokenizer(result).decode(result.first_validation_tokens, skip_special_tokens=not result.chats)
 
 
 def _continuation(result: RunResult, prompt: str) -> str:

@@ -12,21 +12,27 @@ import itertools
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from poetx.data.sources import PIECE, Corpus, open_corpus
+from poetx.data.chat import DEFAULT_TEMPLATE, ChatTemplate
+from poetx.data.encoding import encode
+from poetx.data.packing import Packer
+from poetx.data.sources import Corpus, open_corpus
 from poetx.data.split import Split, split_for
 from poetx.data.tokenizer import (
     END_OF_TEXT,
     embeddings_needed,
     find_end_of_text,
+    load_tokenizer,
     read_tokenizer,
     tokenizer_file,
     train_tokenizer,
+    whole_text,
 )
 from poetx.data.tokens import (
     FORMAT,
@@ -35,13 +41,15 @@ from poetx.data.tokens import (
     TOKENIZER,
     DataMeta,
     PreparedData,
+    TokenWindows,
     fingerprint,
     open_tokens,
+    token_files,
     verified_meta,
     window_count,
     write_meta,
 )
-from poetx.errors import UserError
+from poetx.errors import UserError, one_line
 from poetx.files import locked, new_directory
 from poetx.recipe import Recipe
 from poetx.recipe.sections import DataRecipe
@@ -67,10 +75,12 @@ def prepare_data(recipe: Recipe, *, progress: Progress | None = None) -> Prepare
     """
     data, say = recipe.data, progress or logger.info
     assert data.train is not None
-    train = open_corpus(data.train, text_field=data.text_field)
+    train = open_corpus(data.train, text_field=data.text_field, format=data.format)
     validation = None
     if data.validation:
-        validation = open_corpus(data.validation, key="data.validation", text_field=data.text_field, split="validation")
+        validation = open_corpus(
+            data.validation, key="data.validation", text_field=data.text_field, format=data.format, split="validation"
+        )
     _check_apart(recipe, train, "data.train")
     if validation:
         _check_apart(recipe, validation, "data.validation")
@@ -78,12 +88,17 @@ def prepare_data(recipe: Recipe, *, progress: Progress | None = None) -> Prepare
         say(f"data.validation has {len(shared)} files of data.train ({min(shared).name}), which are trained on as well")
     tokenizer = data.tokenizer or recipe.model.pretrained
     source = tokenizer_file(tokenizer) if tokenizer else None
-    directory = recipe.cache_dir / f"data-{_key(data, train, validation, source)}"
+    template = None
+    if train.has_chats or (validation and validation.has_chats):
+        template = _chat_template(data, source)
+    directory = recipe.cache_dir / f"data-{_key(data, train, validation, source, template)}"
     made = [path for path in (directory.parent, *directory.parent.parents) if not path.exists()]
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with locked(directory.with_name(f".{directory.name}.lock"), keep=False) as alone:
-            meta = _found(directory, say) or _build(directory, data, train, validation, source, say, alone=alone)
+            meta = _found(directory, say) or _build(
+                directory, data, train, validation, source, template, say, alone=alone
+            )
             _check_length(meta, data, train)
     except BaseException:
         for path in made:
@@ -108,11 +123,21 @@ def _check_apart(recipe: Recipe, text: Corpus, key: str) -> None:
             )
 
 
-def encode_corpus(source: str, tokenizer: Tokenizer, end_of_text_id: int, *, key: str) -> np.ndarray:
-    """All tokens of a corpus as one int64 array, for evaluation on other text than the run's own."""
+def encode_windows(source: str, tokenizer: Any, *, key: str, seq_len: int) -> TokenWindows:
+    """The windows of a corpus under a transformers tokenizer, for evaluation on other text than the run's own."""
     corpus = open_corpus(source, key=key)
-    chunks = [ids for ids, _, _ in _encode(corpus, Split(), tokenizer, end_of_text_id)]
-    return np.concatenate(chunks) if chunks else np.empty(0, np.int64)
+    backend, end_id = whole_text(tokenizer.backend_tokenizer), tokenizer.eos_token_id
+    if not corpus.has_chats:
+        chunks = [item.ids for item in encode(corpus, Split(), backend, end_id, None)]
+        return TokenWindows(np.concatenate(chunks) if chunks else np.empty(0, np.int64), seq_len=seq_len)
+    special = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    template = ChatTemplate(tokenizer.get_chat_template() if tokenizer.chat_template else DEFAULT_TEMPLATE, special)
+    packer = Packer(seq_len, end_id)
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    for item in encode(corpus, Split(), backend, end_id, template):
+        found += packer.add(item.ids, item.labels, ends=item.ends)
+    ids, flags = map(np.concatenate, zip(*found, *packer.flush(), strict=True))
+    return TokenWindows(ids, seq_len=seq_len, flags=flags, packed=True)
 
 
 def _found(directory: Path, say: Progress) -> DataMeta | None:
@@ -132,6 +157,7 @@ def _build(
     train: Corpus,
     validation: Corpus | None,
     source: Path | None,
+    template: ChatTemplate | None,
     say: Progress,
     *,
     alone: bool,
@@ -146,7 +172,10 @@ def _build(
         tokenizer, end_of_text = _tokenizer(data, train, split, source, say)
         say("Tokenizing the text")
         (temporary / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
-        meta = _write_tokens(temporary, train, validation, split, tokenizer, end_of_text)
+        if template:
+            template, end_of_text = _settled(template, tokenizer, end_of_text, data)
+        packed = _window_size(data, train, validation)
+        meta = _write_tokens(temporary, train, validation, split, tokenizer, end_of_text, template, packed, say)
         for corpus, rows in zip(read, before, strict=True):
             if changed := [old[0] for old, new in zip(rows, _files(corpus), strict=True) if old != new]:
                 raise UserError(f"{changed[0]}: has changed while it was read; run it again once nobody writes there")
@@ -193,28 +222,59 @@ def _write_tokens(
     split: Split,
     tokenizer: Tokenizer,
     end_of_text: str,
+    template: ChatTemplate | None,
+    packed: int,
+    say: Progress,
 ) -> DataMeta:
+    """Write the files of tokens; ``packed``: documents lie in windows of so many tokens, 0: one after the other."""
     vocab_size = embeddings_needed(tokenizer)
     end_id = tokenizer.token_to_id(end_of_text)
     assert end_id is not None
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
-    counts, digests = dict.fromkeys(PARTS, 0), {name: hashlib.sha256() for name in PARTS}
-    with (directory / "train.bin").open("wb") as train_file, (directory / "validation.bin").open("wb") as held_file:
+    labelled = bool(packed or template)
+    names = token_files(labelled)
+    digests = {name: hashlib.sha256() for name in names}
+    counts: dict[str, int] = dict.fromkeys(PARTS, 0)
+    sizes = [0] * len(train.parts)
+    packers: dict[str, Packer] = {part: Packer(packed, end_id) for part in PARTS}
+    chats = 0
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context((directory / f"{name}.bin").open("wb")) for name in names}
 
-        def append(ids: np.ndarray, part: Literal["train", "validation"]) -> None:
-            raw = ids.astype(dtype).tobytes()
-            (train_file if part == "train" else held_file).write(raw)
-            digests[part].update(raw)
+        def append(part: str, source: int, ids: np.ndarray, flags: np.ndarray | None) -> None:
+            for name, values in ((part, ids.astype(dtype)), (f"{part}-flags", flags)):
+                if values is not None:
+                    raw = values.tobytes()
+                    files[name].write(raw)
+                    digests[name].update(raw)
             counts[part] += len(ids)
+            sizes[source] += len(ids) if part == "train" else 0
 
-        sizes = [0] * len(train.parts)
-        for ids, is_held_out, source in _encode(train, split, tokenizer, end_id):
-            append(ids, "validation" if is_held_out else "train")
-            sizes[source] += 0 if is_held_out else len(ids)
-        if validation is not None:
-            for ids, _, _ in _encode(validation, split, tokenizer, end_id):
-                append(ids, "validation")
+        def flush(part: str, source: int) -> None:
+            for window in packers[part].flush():
+                append(part, source, *window)
+
+        for corpus in (train, validation):
+            source = 0
+            for item in encode(corpus, split, tokenizer, end_id, template) if corpus else ():
+                part = "validation" if item.held_out or corpus is validation else "train"
+                chats += item.labels is not None
+                if not packed:
+                    flags = np.ones(len(item.ids), np.uint8) if item.labels is None else item.labels.astype(np.uint8)
+                    append(part, item.source, item.ids, flags if labelled else None)
+                    continue
+                if item.source != source and corpus is train:
+                    flush("train", source)  # no window has documents of two
+                source = item.source
+                for window in packers[part].add(item.ids, item.labels, ends=item.ends):
+                    append(part, source, *window)
+            if packed and corpus is train:
+                flush("train", source)
+        if packed:
+            flush("validation", 0)
     shares = [[size, weight] for size, weight in zip(sizes, train.weights or [], strict=False)]
+    if packed:
+        _tell_packing(packers.values(), chats, sum(counts.values()), packed, say)
     return DataMeta(
         format=FORMAT,
         dtype=dtype,
@@ -225,45 +285,62 @@ def _write_tokens(
         validation_tokens=counts["validation"],
         fingerprint=fingerprint((digest.hexdigest() for digest in digests.values()), shares),
         shares=shares or (),
+        labelled=labelled,
+        packed=packed,
+        template=template.text if template else "",
     )
 
 
-def _encode(corpus: Corpus, split: Split, tokenizer: Tokenizer, end_id: int) -> Iterator[tuple[np.ndarray, bool, int]]:
-    """Token ids of the corpus, int64, in order, whether they are held out, and the number of their source; about a
-    piece of text at a time.
-    """
-    waiting: list[tuple[str, bool, bool, int]] = []
-    size = 0
-    for piece in itertools.chain(_marked_pieces(corpus, split), [None]):
-        if piece is not None:
-            waiting.append(piece)
-            size += len(piece[0])
-        if waiting and (piece is None or size >= PIECE):
-            encodings = tokenizer.encode_batch_fast([piece[0] for piece in waiting], add_special_tokens=False)
-            for encoding, (_, held_out, ends, source) in zip(encodings, waiting, strict=True):
-                yield np.asarray(encoding.ids + [end_id] * ends, dtype=np.int64), held_out, source
-            waiting, size = [], 0
+def _tell_packing(packers: Iterable[Packer], chats: int, tokens: int, size: int, say: Progress) -> None:
+    used, cut, dropped = (sum(getattr(packer, name) for packer in packers) for name in ("tokens", "cut", "dropped"))
+    text = f"{tokens // size} windows of {size} tokens, {1 - used / max(1, tokens):.0%} of them padding"
+    if chats:
+        text = f"{chats} conversations in {text}"
+    if cut:
+        text += f"; {cut} conversations are longer than data.seq_len={size} and were cut"
+    if dropped:
+        text += f"; {dropped} are left out because no answer is in what fits"
+    say(text)
 
 
-def _marked_pieces(corpus: Corpus, split: Split) -> Iterator[tuple[str, bool, bool, int]]:
-    """Pieces with (held out, end of a document, source). Neighbouring sections of one file stay together."""
-    index = -1
-    for number, part in enumerate(corpus.parts):
-        waiting: tuple[str, bool] | None = None
-        for index, document in enumerate(part.documents(split.section, corpus.text_field), start=index + 1):  # noqa: B020
-            held = split.held_out(index)
-            if waiting is not None:
-                yield *waiting, part.kind != "file" or held != waiting[1], number
-                waiting = None
-            for piece in document:
-                if waiting is not None:
-                    yield *waiting, False, number
-                waiting = (piece, held)
-        if waiting is not None:
-            yield *waiting, True, number
+def _window_size(data: DataRecipe, train: Corpus, validation: Corpus | None) -> int:
+    """Tokens of a window into which documents are packed; 0 where they are not: unless told, texts are not."""
+    packs = data.pack if data.pack is not None else train.has_chats or bool(validation and validation.has_chats)
+    return data.seq_len if packs else 0
 
 
-def _key(data: DataRecipe, train: Corpus, validation: Corpus | None, source: Path | None) -> str:
+def _chat_template(data: DataRecipe, source: Path | None) -> ChatTemplate:
+    """The tokenizer's chat template, unless the recipe gives one; a plain one where there is none."""
+    text, special = None, {}
+    if source is not None and (source.parent / "tokenizer_config.json").is_file():
+        tokenizer = load_tokenizer(source.parent)
+        special = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+        text = tokenizer.get_chat_template() if tokenizer.chat_template else None
+    if data.chat_template:
+        try:
+            text = Path(data.chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"data.chat_template={data.chat_template}: cannot be read ({one_line(error)})") from None
+    return ChatTemplate(text or DEFAULT_TEMPLATE, special)
+
+
+def _settled(
+    template: ChatTemplate, tokenizer: Tokenizer, end_of_text: str, data: DataRecipe
+) -> tuple[ChatTemplate, str]:
+    """The template with its end token, and the token that ends answers: generation must stop there."""
+    if template.text == DEFAULT_TEMPLATE:
+        return replace(template, special={**template.special, "eos_token": end_of_text}), end_of_text
+    asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    text, spans = template.render(asked, "a conversation of one question and one answer")
+    added = tokenizer.get_added_tokens_decoder()
+    ids = tokenizer.encode(text[slice(*spans[-1])] if spans else "", add_special_tokens=False).ids
+    ends = [added[number].content for number in ids if number in added]
+    return template, data.end_of_text or (ends[-1] if ends else end_of_text)
+
+
+def _key(
+    data: DataRecipe, train: Corpus, validation: Corpus | None, source: Path | None, template: ChatTemplate | None
+) -> str:
     status = source.stat() if source else None
     parts: dict[str, Any] = {
         "format": FORMAT,
@@ -274,6 +351,13 @@ def _key(data: DataRecipe, train: Corpus, validation: Corpus | None, source: Pat
     }
     if data.text_field != "text":
         parts["text_field"] = data.text_field
+    if size := _window_size(data, train, validation):
+        parts["packed"] = size
+    if template:
+        parts["chats"] = [
+            template.text,
+            *(part.format for corpus in (train, validation) if corpus for part in corpus.parts),
+        ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -308,6 +392,12 @@ def _check_length(meta: DataMeta, data: DataRecipe, train: Corpus) -> None:
         validation, remedy = f"validation text (data.validation={data.validation})", "give more text"
     else:
         validation, remedy = "validation text", "raise data.validation_fraction, give data.validation=PATH"
+    what = "packed conversations" if meta.template else "packed text"
+    for part, tokens in (("train", meta.train_tokens), ("validation", meta.validation_tokens)) if meta.packed else ():
+        if window_count(tokens, data.seq_len) == 0:
+            raise UserError(
+                f"data.train={train.source}: no {what} for {part}; give more, with answers, or raise data.seq_len"
+            )
     training = [("training text", meta.train_tokens)]
     if meta.shares:
         training = [

@@ -12,10 +12,11 @@ import os
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from poetx.data.chat import conversation, format_of
 from poetx.data.opening import check_is_text, open_text
 from poetx.data.records import Record, hub_records, kind_of, read_records, shown_fields
 from poetx.errors import UserError
@@ -55,6 +56,7 @@ class Part:
         split: of such a data set.
         weight: its share of a mixture; None: every token once an epoch.
         top: a directory whose new files would belong to this part.
+        format: of records, "text" or what conversations are written as.
     """
 
     source: str
@@ -63,6 +65,7 @@ class Part:
     split: str = "train"
     weight: float | None = None
     top: Path | None = None
+    format: str = "text"
 
     def records(self) -> Iterator[tuple[str, Record]]:
         """Records with their places, of a part that has records."""
@@ -81,6 +84,9 @@ class Part:
             for path in self.files:
                 if text := _read_or_none(path):
                     yield _split(text)
+        elif self.format != "text":
+            for place, record in self.records():
+                yield (message["content"] for message in conversation(record, self.format, place))
         else:
             for place, record in self.records():
                 yield _split(_text_of(record, text_field, place))
@@ -122,6 +128,11 @@ class Corpus:
         weights = [part.weight for part in self.parts if part.weight is not None]
         return weights or None
 
+    @property
+    def has_chats(self) -> bool:
+        """Whether some of it are conversations."""
+        return any(part.format != "text" for part in self.parts)
+
     def documents(self, section: int = SECTION) -> Iterator[Document]:
         """The documents in order, single files' in sections. Each must be consumed before the next is asked for.
 
@@ -135,7 +146,14 @@ class Corpus:
             yield from part.documents(section, self.text_field)
 
 
-def open_corpus(source: Sources, *, key: str = "data.train", text_field: str = "text", split: str = "train") -> Corpus:
+def open_corpus(
+    source: Sources,
+    *,
+    key: str = "data.train",
+    text_field: str = "text",
+    format: str = "auto",
+    split: str = "train",
+) -> Corpus:
     """Find the files of one or several sources.
 
     A source is "builtin", a text file, a file of records (JSONL, CSV, Parquet, Arrow), a directory of either, a pattern
@@ -147,6 +165,8 @@ def open_corpus(source: Sources, *, key: str = "data.train", text_field: str = "
         source: one, several, or several with their weights.
         key: the recipe key, for error messages.
         text_field: the field of records that has their text.
+        format: what records are: ``text``, ``messages``, ``sharegpt``, ``prompt`` or ``alpaca``; ``auto``: what the
+            fields of the first one say.
         split: of data sets on the Hub.
 
     Raises:
@@ -154,7 +174,19 @@ def open_corpus(source: Sources, *, key: str = "data.train", text_field: str = "
     """
     weights = source if isinstance(source, Mapping) else {}
     names = [source] if isinstance(source, str) else list(source)
-    return Corpus(tuple(_find(name, key, text_field, split, weights.get(name)) for name in names), text_field)
+    found = (_find(name, key, text_field, split, weights.get(name)) for name in names)
+    return Corpus(tuple(_formatted(part, format, text_field) for part in found), text_field)
+
+
+def _formatted(part: Part, format: str, text_field: str) -> Part:
+    if part.kind in ("builtin", "file", "directory"):
+        if format not in ("auto", "text"):
+            raise UserError(f"data.format={format}: {part.source} is text, which has no records; leave it out")
+        return part
+    if format == "auto":
+        first = next(part.records(), None)
+        format = format_of(first[1], text_field) if first else "text"
+    return replace(part, format=format)
 
 
 def _find(source: str, key: str, text_field: str, split: str, weight: float | None) -> Part:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from poetx.errors import UserError, nearest
+from poetx.errors import UserError, nearest, one_line
 from poetx.files import read_json
 
 if TYPE_CHECKING:
@@ -67,6 +67,17 @@ def whole_text(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def load_tokenizer(directory: Path, remedy: str = "") -> Any:
+    """The transformers tokenizer saved in a directory. Raises :class:`UserError` when its files are damaged or gone."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # by what is wrong in the files, transformers raises nearly any class
+        what = one_line(error) if any(directory.glob("*token*")) else "no tokenizer files there"
+        raise UserError(f"{directory}: its tokenizer cannot be read ({what}){remedy}") from None
 
 
 def embeddings_needed(tokenizer: Tokenizer) -> int:

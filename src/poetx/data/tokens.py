@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from poetx.data.packing import LABEL, START
 from poetx.errors import UserError
 from poetx.files import read_json, sha256
 
@@ -37,6 +38,10 @@ class DataMeta:
     Attributes:
         fingerprint: sha256 of both token streams: the identity of the data, whatever its path and time stamps.
         shares: of a mixture, tokens and weight of every source in the training part.
+        labelled: beside every token is a byte (``train-flags.bin``): whether it counts as a label, and where documents
+            begin.
+        packed: tokens of a window, where documents lie in windows; 0: one document after the other.
+        template: by which conversations were written.
     """
 
     format: int
@@ -48,6 +53,9 @@ class DataMeta:
     validation_tokens: int
     fingerprint: str
     shares: Sequence[Sequence[float]] = ()
+    labelled: bool = False
+    packed: int = 0
+    template: str = ""
 
     def written(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -93,11 +101,22 @@ class TokenWindows:
 
     Args:
         shares: of a mixture, tokens and weight of every source.
+        flags: the byte beside every token, see :mod:`poetx.data.packing`; None: all count.
+        packed: whether documents lie in windows and do not see each other.
     """
 
-    def __init__(self, tokens: np.ndarray, *, seq_len: int, shares: Sequence[Sequence[float]] = ()) -> None:
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        *,
+        seq_len: int,
+        shares: Sequence[Sequence[float]] = (),
+        flags: np.ndarray | None = None,
+        packed: bool = False,
+    ) -> None:
         self.tokens = tokens
         self.seq_len = seq_len
+        self.flags, self.packed = flags, packed
         sizes = [int(size) for size, _ in shares] or [len(tokens)]
         counts = [window_count(size, seq_len) for size in sizes]
         self._first_tokens = [0, *accumulate(sizes)]
@@ -122,7 +141,27 @@ class TokenWindows:
         length = self.seq_len
         rows = np.stack([self.tokens[at : at + length + 1] for at in map(self.start, windows)]).astype(np.int64)
         both = torch.from_numpy(rows)
-        return Batch(both[:, :-1].contiguous(), both[:, 1:].contiguous())
+        inputs, labels, positions = both[:, :-1].contiguous(), both[:, 1:].contiguous(), None
+        if self.flags is not None:
+            flags = np.stack([self.flags[at : at + length + 1] for at in map(self.start, windows)])
+            labels = torch.where(torch.from_numpy(flags[:, 1:] & LABEL != 0), labels, IGNORED)
+            if self.packed:
+                place = np.broadcast_to(np.arange(length), (len(windows), length))
+                starts = np.maximum.accumulate(np.where(flags[:, :-1] & START, place, 0), axis=1)
+                positions = torch.from_numpy(place - starts)
+        return Batch(inputs, labels, positions)
+
+    def counted(self, windows: Sequence[int]) -> int:
+        """Labels that count in these windows."""
+        if self.flags is None:
+            return len(windows) * self.seq_len
+        spans = ((at + 1, at + self.seq_len + 1) for at in map(self.start, windows))
+        return sum(int((self.flags[first:end] & LABEL).sum()) for first, end in spans)
+
+    def prompt(self) -> list[int]:
+        """The first document up to its first answer; without answers, the first 16 tokens."""
+        end = 16 if self.flags is None else max(1, int(np.argmax(self.flags[: 1 << 16] & LABEL)))
+        return self.tokens[:end].tolist()
 
 
 @dataclass(frozen=True)
@@ -138,6 +177,11 @@ class PreparedData:
     def tokenizer_file(self) -> Path:
         """The ``tokenizer.json`` of this data."""
         return self.directory / TOKENIZER
+
+
+def token_files(labelled: bool) -> tuple[str, ...]:
+    """Names of the files of tokens and of the bytes beside them."""
+    return PARTS + tuple(f"{part}-flags" for part in PARTS if labelled)
 
 
 def window_count(tokens: int, seq_len: int) -> int:
@@ -172,7 +216,8 @@ def verified_meta(directory: Path) -> DataMeta:
         meta = DataMeta(**facts)
         if meta.checksum(directory / TOKENIZER) != checksum:
             raise UserError(f"{directory}: {META} or {TOKENIZER} is damaged")
-        if fingerprint((sha256(directory / f"{name}.bin") for name in PARTS), meta.shares) != meta.fingerprint:
+        sums = (sha256(directory / f"{name}.bin") for name in token_files(meta.labelled))
+        if fingerprint(sums, meta.shares) != meta.fingerprint:
             raise UserError(f"{directory}: its token files are damaged")
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from None
@@ -186,6 +231,8 @@ def open_tokens(directory: Path, meta: DataMeta, *, seq_len: int) -> PreparedDat
             np.memmap(directory / f"{name}.bin", dtype=meta.dtype, mode="r"),
             seq_len=seq_len,
             shares=meta.shares if name == "train" else (),
+            flags=np.memmap(directory / f"{name}-flags.bin", dtype=np.uint8, mode="r") if meta.labelled else None,
+            packed=bool(meta.packed),
         )
         for name in PARTS
     )

@@ -9,7 +9,15 @@ from typing import Any
 
 from poetx.errors import UserError
 
-PATHS = ("data.train", "data.validation", "data.tokenizer", "data.cache_dir", "model.config", "model.pretrained")
+PATHS = (
+    "data.train",
+    "data.validation",
+    "data.tokenizer",
+    "data.chat_template",
+    "data.cache_dir",
+    "model.config",
+    "model.pretrained",
+)
 _TEXTS = ("data.train", "data.validation")
 
 

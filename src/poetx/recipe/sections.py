@@ -119,6 +119,9 @@ class DataRecipe(Section):
     train: Sources = None
     validation: Sources = None  # same kinds as train; None: hold out validation_fraction of the documents
     text_field: Text = "text"  # of records (JSONL, CSV, Parquet, Arrow): the one with the text
+    format: Literal["auto", "text", "messages", "sharegpt", "prompt", "alpaca"] = "auto"  # of records; auto: by fields
+    chat_template: Text | None = None  # Jinja file for conversations; None: the tokenizer's own, or a plain one
+    pack: MaybeFlag = None  # documents side by side in a window, none sees another; None: conversations
     validation_fraction: Real = 0.01
     tokenizer: Text | None = None  # existing tokenizer (directory or tokenizer.json); None: train one
     vocab_size: Count = 32000  # of a tokenizer trained here

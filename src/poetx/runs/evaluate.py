@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from poetx.data.prepare import encode_corpus, prepare_data
-from poetx.data.tokenizer import whole_text
-from poetx.data.tokens import TokenWindows, window_count
+from poetx.data.prepare import encode_windows, prepare_data
+from poetx.data.tokens import TokenWindows
 from poetx.distributed.agreement import agreed, check_equal
 from poetx.errors import UserError
 from poetx.models import resolve_device
@@ -19,7 +18,6 @@ from poetx.train.loop import evaluate
 from poetx.train.metrics import perplexity
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 DEFAULT_SEQ_LEN = 256  # for an exported model, which says at most how many positions it has
@@ -71,7 +69,7 @@ def evaluate_run(
     )
     source = data or "the run's validation text"
     length = windows.seq_len
-    return Evaluation(loss, perplexity(loss), len(windows) * length, length, source, loaded.notes)
+    return Evaluation(loss, perplexity(loss), windows.counted(range(len(windows))), length, source, loaded.notes)
 
 
 def _window_length(loaded: LoadedModel, seq_len: int | None) -> int:
@@ -91,20 +89,27 @@ def _own_windows(run_dir: Path, loaded: LoadedModel, seq_len: int) -> TokenWindo
             f"{run_dir}: its text ({loaded.recipe.data.train}) or tokenizer has changed since it was trained; "
             "give --data PATH"
         )
-    return _windows(data.validation.tokens, seq_len, "the run's validation text")
+    held_out = data.validation
+    if held_out.packed and seq_len != held_out.seq_len:
+        raise UserError(f"--seq-len={seq_len}: the run's documents are packed into {held_out.seq_len} tokens; use that")
+    windows = TokenWindows(held_out.tokens, seq_len=seq_len, flags=held_out.flags, packed=held_out.packed)
+    return _checked(windows, "the run's validation text")
 
 
 def _other_windows(loaded: LoadedModel, data: str, seq_len: int) -> TokenWindows:
-    tokenizer = whole_text(loaded.tokenizer.backend_tokenizer)
-    tokens = encode_corpus(data, tokenizer, loaded.end_of_text_id, key="--data")
-    loaded.check_ids(int(tokens.max(initial=0)))
-    return _windows(tokens, seq_len, f"--data={data}")
+    assert loaded.end_of_text_id is not None
+    windows = encode_windows(data, loaded.tokenizer, key="--data", seq_len=seq_len)
+    loaded.check_ids(int(windows.tokens.max(initial=0)))
+    return _checked(windows, f"--data={data}")
 
 
-def _windows(tokens: np.ndarray, seq_len: int, source: str) -> TokenWindows:
-    if window_count(len(tokens), seq_len) == 0:
-        raise UserError(f"{source}: {len(tokens)} tokens, fewer than one window of {seq_len} + 1; lower --seq-len")
-    return TokenWindows(tokens, seq_len=seq_len)
+def _checked(windows: TokenWindows, source: str) -> TokenWindows:
+    if len(windows) == 0:
+        length = windows.seq_len
+        raise UserError(
+            f"{source}: {len(windows.tokens)} tokens, fewer than one window of {length} + 1; lower --seq-len"
+        )
+    return windows
 
 
 @dataclass(frozen=True)

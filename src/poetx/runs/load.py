@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from poetx.errors import UserError, one_line
+from poetx.data.tokenizer import load_tokenizer
+from poetx.errors import UserError
 from poetx.files import read_json
 from poetx.methods.base import convert_model, method_of
 from poetx.models import build_model, load_checkpoint, resolve_device, settled
@@ -161,14 +162,3 @@ def _run_tokenizer(run_dir: Path) -> Any:
     if recorded is not None and tokenizer_sum(run_dir) != recorded:
         raise UserError(f"{run_dir / TOKENIZER_DIR}: not the tokenizer that the run was trained with{remedy}")
     return tokenizer
-
-
-def load_tokenizer(directory: Path, remedy: str = "") -> Any:
-    """The transformers tokenizer saved in a directory. Raises :class:`UserError` when its files are damaged or gone."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # by what is wrong in the files, transformers raises nearly any class
-        what = one_line(error) if any(directory.glob("*token*")) else "no tokenizer files there"
-        raise UserError(f"{directory}: its tokenizer cannot be read ({what}){remedy}") from None

@@ -22,12 +22,15 @@ def tokenizer_sum(run_dir: Path) -> str | None:
     return sha256(file) if file.is_file() else None
 
 
-def save_tokenizer(file: Path, end_of_text: str, source: str | None, directory: Path) -> None:
+def save_tokenizer(
+    file: Path, end_of_text: str, source: str | None, directory: Path, *, chat_template: str = ""
+) -> None:
     """Write the tokenizer as transformers reads it, with the token that ended the documents in training.
 
     Args:
         file: its ``tokenizer.json``.
         source: where the user's own tokenizer came from; a directory there is copied with all its other settings.
+        chat_template: what conversations were written by in training.
 
     Raises:
         UserError: the disk is full or not writable.
@@ -41,6 +44,8 @@ def save_tokenizer(file: Path, end_of_text: str, source: str | None, directory: 
         tokenizer.eos_token = end_of_text
     else:
         tokenizer = fast_tokenizer(file, end_of_text)
+    if chat_template:
+        tokenizer.chat_template = chat_template
     with new_directory(directory, remedy="run the command again") as temporary:
         tokenizer.save_pretrained(temporary)
 

@@ -357,7 +357,7 @@ def _validate(run: TrainingRun, started: float) -> None:
         run.state.step,
         loss=loss,
         perplexity=perplexity(loss),
-        tokens=len(windows) * data.seq_len,
+        tokens=data.counted(windows),
         seconds=round(time.perf_counter() - started, 3),
     )
     run.reporter.validation(entry)

@@ -42,6 +42,7 @@ from poetx.train.environment import describe, peak_memory_gib, versions
 from poetx.train.export import TOKENIZER_DIR, TOKENIZER_SUM, export_model, save_tokenizer, tokenizer_sum
 from poetx.train.loop import TrainingRun, fit
 from poetx.train.metrics import MetricsWriter, UnwrittenMetrics, divergence, is_whole, read_metrics
+from poetx.train.packing import check_packing
 from poetx.train.progress import Reporter, RunInfo, SilentReporter
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ class RunResult:
         first_perplexity, last_perplexity: of the validation text, before training and at the last evaluation.
         seconds: wall time of training in this process, evaluation included.
         model: dense after an export, else still converted.
-        first_validation_tokens: a prompt from the validation text.
+        first_validation_tokens: a prompt from the validation text; of conversations, the first one up to its answer.
+        chats: whether the text was conversations.
         audit: the ``audit`` line of metrics.jsonl.
         diverged: what says so, where the run did; else empty.
     """
@@ -82,6 +84,7 @@ class RunResult:
     checkpoint: Path | None
     model: PreTrainedModel
     first_validation_tokens: list[int]
+    chats: bool
     audit: dict[str, Any]
     diverged: str
 
@@ -146,6 +149,8 @@ def _train(
         report = convert_model(model, recipe, device)
         if recipe.train.chunked_loss:
             check_head(model)
+        if data.meta.packed:
+            check_packing(model)
         for text in _remarks(recipe, model):
             reporter.note(text)
         optimizer = method_of(recipe).build_optimizer(model, recipe.train.steps)
@@ -307,7 +312,8 @@ def _write_run_files(
     text = f"{method_of(recipe).title}: nothing was converted" if report is None else str(report)
     write_text(run_dir / "conversion.txt", text + "\n")
     source = recipe.data.tokenizer or recipe.model.pretrained
-    save_tokenizer(data.tokenizer_file, data.meta.end_of_text, source, run_dir / TOKENIZER_DIR)
+    place, template = run_dir / TOKENIZER_DIR, data.meta.template
+    save_tokenizer(data.tokenizer_file, data.meta.end_of_text, source, place, chat_template=template)
     facts = describe(device) | {"processes": rank_count(), TOKENIZER_SUM: tokenizer_sum(run_dir)}
     write_text(run_dir / "environment.json", json.dumps(facts, indent=2))
 
@@ -351,7 +357,8 @@ def _train_and_export(run: TrainingRun, start: Path | None, report: ConversionRe
         export_dir=export_dir,
         checkpoint=saved[-1] if saved else None,
         model=run.model,
-        first_validation_tokens=run.data.validation.tokens[:16].tolist(),
+        first_validation_tokens=run.data.validation.prompt(),
+        chats=bool(run.data.meta.template),
         audit=audit,
         diverged=from_first(lambda: divergence(entries)),
     )
