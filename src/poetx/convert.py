@@ -77,7 +77,7 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
         name, reason = next((places[0], found.reasons[m]) for m, places in found.places.items() if m in found.reasons)
         raise UserError(f"no layer could be converted: {name}: {reason}")
     if config.weight_extra_bits and config.weight_format is None and torch.bfloat16 not in dtypes:
-        remarks += ("weight_extra_bits=True is without effect here: no converted weight is bfloat16",)
+        remarks += ("weight_extra_bits=True is without effect until a cast: no converted weight is bfloat16",)
     drop_quantizers_(model)
     vars(model)["_apply"] = MethodType(_apply, model)
     if any(isinstance(layer, SingleStepLinear) and layer.transposed for _, layer in converted_layers(model)):

@@ -336,6 +336,27 @@ def test_merge_corrects_the_norm_and_reports_what_it_found():
     assert float(layer.merge_().norm_ratio) == pytest.approx(1.0, rel=1e-5)
 
 
+def entries(weight):
+    return weight.detach().flatten().sort().values
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_a_cast_to_bfloat16_keeps_the_extra_bits_that_the_config_wants(wide):
+    torch.manual_seed(0)
+    linear = nn.Linear(10, 12, dtype=wide)
+    for extra_bits, init in ((None, "keep"), (True, "normalized"), (None, "normalized"), (False, "keep")):
+        config = PoetConfig(block_size=4, init=init, weight_extra_bits=extra_bits)
+        layer = PoetLinear.from_linear(copy.deepcopy(linear), config=config, name="a")
+        before = entries(layer.dense_weight())
+        layer.to(torch.bfloat16)
+        assert (layer.residual is not None) == config.keeps_extra_bits == ("residual" in layer.state_dict())
+        error = relative_error(entries(layer.frozen_weight.precise()), before)
+        assert error < 2e-5 if config.keeps_extra_bits else error > 2e-4
+        layer.float().bfloat16()
+        layer.merge_()  # permutes only, for the rotations are zero
+        assert relative_error(entries(layer.frozen_weight.fetch()), before) < 4e-3
+
+
 def test_a_pending_gradient_survives_a_cast():
     layer = make()
     layer(torch.randn(2, 10)).sum().backward()

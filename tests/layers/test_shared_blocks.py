@@ -75,6 +75,13 @@ def test_a_step_inside_is_an_error():
     assert all(layer.shared_blocks is None for _, layer in poetx.poet_layers(net))
 
 
+@pytest.mark.parametrize("write", [lambda p: p.data.neg_(), lambda p: p.data[0].copy_(p.data[1]), lambda p: p.zero_()])
+def test_a_write_that_counts_no_version_is_an_error_too(write):
+    net = model()
+    with pytest.raises(RuntimeError, match="^2: its rotations changed"), poetx.shared_blocks(net), torch.no_grad():
+        write(net[2].skew_in)
+
+
 def test_blocks_are_dropped_when_a_pass_fails_and_are_no_state():
     net = model()
     keys = list(net.state_dict())

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from poetx.config import WEIGHT_FORMATS
 from poetx.errors import UserError
@@ -77,6 +78,9 @@ def test_what_is_no_source_is_refused_and_a_path_is_one(tmp_path):
     for source in (None, 3, {"hidden_size": 64}):
         with pytest.raises(UserError, match="is no recipe, no path of one"):
             estimate_memory(source)
+    for model in (nn.Linear(4, 4), lambda: nn.Transformer(8, 2)):
+        with pytest.raises(UserError, match=r"^(Linear|Transformer): its forward takes no input_ids"):
+            estimate_memory(model)
     with pytest.raises(UserError, match="gives dict, not a model"):
         estimate_memory(dict)
     with pytest.raises(UserError, match="missing.yaml"):

@@ -361,9 +361,18 @@ class PoetLinear(ConvertedLinear):
         return self._like
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PoetLinear:
-        """``.to()``, ``.bfloat16()`` and the like: the rotations and ‖W0‖ move, but are never narrowed."""
+        """``.to()``, ``.bfloat16()`` and the like: the rotations and ‖W0‖ move, but are never narrowed.
+
+        A wider weight that becomes bfloat16 keeps its extra bits where ``config.keeps_extra_bits``.
+        """
         before, norm = [skew.data for skew in self.rotations], self.base_norm
+        wide = None if self.base_weight is None else self.base_weight.detach()
         super()._apply(fn, recurse)
+        if wide is not None and self.config.keeps_extra_bits and wide.dtype != self.weight_dtype == torch.bfloat16:
+            self.residual = torch.empty_like(wide, dtype=torch.int8, device=self.skew_in.device)
+            with torch.no_grad():
+                self.frozen_weight.write(wide.to(self.residual.device), noise=None)
+        del wide
         if self.base_norm.dtype != norm.dtype:
             self.base_norm = norm.to(self.base_norm.device)
         floor = getattr(torch, self.config.rotation_dtype)

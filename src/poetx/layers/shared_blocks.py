@@ -32,10 +32,10 @@ def shared_blocks(model: nn.Module, *, dtype: torch.dtype | None = None) -> Iter
 
     Raises:
         RuntimeError: on leaving, if a rotation changed inside, by an optimizer step or a merge: passes after that used
-            rotations that were out of date.
+            rotations that were out of date. A write through ``.data`` that was undone before is not seen.
     """
     layers = [layer for _, layer in poet_layers(model) if _always_fast(layer) and _plain(layer)]
-    versions = [_versions(layer) for layer in layers]
+    before = [_fingerprint(layer) for layer in layers]
     try:
         with torch.no_grad():
             for layer in layers:
@@ -45,8 +45,9 @@ def shared_blocks(model: nn.Module, *, dtype: torch.dtype | None = None) -> Iter
     finally:
         for layer in layers:
             layer.shared_blocks = None
-    for layer, before in zip(layers, versions, strict=True):
-        if _versions(layer) != before:
+    for layer, (versions, values) in zip(layers, before, strict=True):
+        now = _fingerprint(layer)
+        if now[0] != versions or not torch.equal(now[1], values):
             raise RuntimeError(
                 f"{layer.label}: its rotations changed inside shared_blocks(); "
                 "step the optimizer and merge outside of it"
@@ -61,5 +62,7 @@ def _plain(layer: PoetLinear) -> bool:
     return all(type(skew.data) is Tensor and not skew.is_meta for skew in layer.rotations)
 
 
-def _versions(layer: PoetLinear) -> list[int]:
-    return [skew._version for skew in layer.rotations]
+def _fingerprint(layer: PoetLinear) -> tuple[list[int], Tensor]:
+    """What tells rotations that were written: their versions, and the sums of their bits, for ``.data`` counts none."""
+    bits = (skew.detach().view(getattr(torch, f"int{8 * skew.itemsize}")) for skew in layer.rotations)
+    return [skew._version for skew in layer.rotations], torch.stack([b.sum(dtype=torch.int64) for b in bits])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -177,11 +178,18 @@ def _check_positions(config: Any) -> None:
 
 def _made(model: Any) -> nn.Module:
     if isinstance(model, nn.Module):
-        return meta_copy(model)
-    with torch.device("meta"):
-        made = model()
+        made = meta_copy(model)
+    else:
+        with torch.device("meta"):
+            made = model()
     if not isinstance(made, nn.Module):
         raise UserError(f"{model!r}: gives {type(made).__name__}, not a model")
+    takes = inspect.signature(made.forward).parameters
+    if "input_ids" not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        raise UserError(
+            f"{type(made).__name__}: its forward takes no input_ids; estimates are of transformers models that take "
+            "them, and labels"
+        )
     return made
 
 

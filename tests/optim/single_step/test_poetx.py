@@ -499,3 +499,31 @@ def test_a_layer_of_the_other_method_is_refused_unless_frozen():
         POETX(model)
     model[2].requires_grad_(False)
     assert [id(p) for p in POETX(model).param_groups[0]["params"]] == [id(model[0][0].weight)]
+
+
+class Ends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.copy = nn.Embedding(12, 10), nn.Embedding(12, 10)
+        self.first, self.second, self.head = nn.Linear(10, 10), nn.Linear(10, 10), nn.Linear(10, 12, bias=False)
+
+
+TIES = {
+    "table.weight is tied to head.weight": lambda m: setattr(m.table, "weight", m.head.weight),
+    "copy.weight is tied to head.weight": lambda m: setattr(m.head, "weight", m.copy.weight),
+    "first.weight is tied to second.weight": lambda m: setattr(m.second, "weight", m.first.weight),
+}
+
+
+@pytest.mark.parametrize("words", TIES)
+def test_weights_that_were_tied_after_the_conversion_are_refused(words):
+    model = Ends()
+    convert_(model, PoetConfig(method="single-step", block_size=4, target_modules=("first", "second", "head")))
+    TIES[words](model)
+    with pytest.raises(UserError, match=f"^POETX: {words}, which rotates; tie them before poetx.convert_"):
+        POETX(model)
+    model.head.weight, model.second.weight = (
+        nn.Parameter(p.detach().clone()) for p in (model.copy.weight, model.first.weight)
+    )
+    model.table = nn.Embedding(12, 10)
+    POETX(model)

@@ -54,6 +54,7 @@ def read_model(model: Any, settings: dict[str, Any], modules: dict[str, Any], an
     if isinstance(model, nn.Module):
         layers = dict(single_step_layers(model))
         config = PoetConfig(method="single-step", **given, **modules)
+        _refuse_tied(model, layers)
         _check_layers(model, layers, given)
         names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         groups, transposed = _model_groups(model, layers, config, names, angle, decay)
@@ -87,6 +88,23 @@ def _check_layers(model: nn.Module, layers: dict[str, SingleStepLinear], given: 
                 )
         if layer.trainer is not None and layer.trainer() is not None:
             raise UserError(f"POETX: another one trains {name} already; call its close() first")
+
+
+def _refuse_tied(model: nn.Module, layers: dict[str, SingleStepLinear]) -> None:
+    """Refuse weights tied to another parameter after ``convert_``, which would get no gradient or be trained twice."""
+    rotated = {name: layer for name, layer in layers.items() if not layer.frozen and has_values(layer.weight)}
+    memory = {layer.weight.data_ptr(): (name, layer) for name, layer in rotated.items()}
+    for place, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is None or not parameter.numel() or not has_values(parameter):
+                continue
+            name, layer = memory.get(parameter.data_ptr(), ("", module))
+            if layer is not module:
+                tied = f"{place}.{key}".lstrip(".")
+                raise UserError(
+                    f"POETX: {tied} is tied to {name}.weight, which rotates; tie them before poetx.convert_, which "
+                    "leaves tied weights as they are"
+                )
 
 
 def _model_groups(
