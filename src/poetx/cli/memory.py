@@ -26,6 +26,7 @@ _COLOURS = {
     "activations": "green",
     "temporary": "red",
 }
+_WIDTH = 124  # that a table with a line for each method needs
 _EPILOG = (
     "Examples: poetx memory llama-8b | poetx memory llama-8b --methods adamw,fast,mem,int8 --gpu 24 | "
     "poetx memory mine.yaml model.pretrained=DIR data.seq_len=2048 --json"
@@ -131,25 +132,35 @@ def _show_table(console: Any, title: str, estimates: dict[str, MemoryEstimate]) 
 
     every = list(estimates.values())
     console.print(f"{title}: peak of one step, GB (2^30 bytes)", highlight=False, soft_wrap=True)
-    table = Table()
-    table.add_column("", no_wrap=True)
-    for name in estimates:
-        table.add_column(name, justify="right", no_wrap=True)
+    lines = [["", *estimates]]
     for category in CATEGORIES:
-        sizes = (f"{e.categories[category] / GIB:.2f}" for e in every)
-        table.add_row(f"[{_COLOURS[category]}]■[/] {category}", *sizes)
+        lines.append(
+            [f"[{_COLOURS[category]}]■[/] {category}", *(f"{e.categories[category] / GIB:.2f}" for e in every)]
+        )
         if category in ("trainable", "gradient", "optimizer") and any(sum(e.rotations.values()) for e in every):
-            table.add_row("    of rotations", *(f"{e.rotations[category] / GIB:.2f}" for e in every), style="dim")
-    table.add_section()
-    table.add_row("peak", *(f"{e.gib:.2f}" for e in every), style="bold")
-    table.add_row("when", *(e.phase for e in every))
-    table.add_row("weights", *(e.recipe.train.dtype for e in every))
-    table.add_row("trained parameters", *(f"{e.trainable / 1e6:.1f}M" for e in every))
-    console.print(table)
+            lines.append(["    of rotations", *(f"{e.rotations[category] / GIB:.2f}" for e in every)])
+    lines.append(["peak", *(f"{e.gib:.2f}" for e in every)])
+    lines.append(["when", *(e.phase for e in every)])
+    lines.append(["weights", *(e.recipe.train.dtype for e in every)])
+    lines.append(["trained", *(f"{e.trainable / 1e6:.1f}M" for e in every)])
+    if console.width < 22 + sum(
+        max(8, len(name)) + 3 for name in estimates
+    ):  # a line for each method, without the parts of rotations
+        lines = [
+            list(line) for line in zip(*(line for line in lines if line[0].strip() != "of rotations"), strict=True)
+        ]
+    table = Table()
+    for place, name in enumerate(lines[0]):
+        table.add_column(name, no_wrap=True, justify="right" if place else "left")
+    for line in lines[1:]:
+        style = {"peak": "bold", "    of rotations": "dim"}.get(line[0])
+        table.add_row(*line, style=style, end_section=line[0] == CATEGORIES[-1])
+    console.print(table, width=None if wide else max(console.width, _WIDTH), crop=wide)
     width = max(20, min(60, console.width - 24))
     largest = max(e.peak for e in every)
+    longest = max(12, *map(len, estimates))
     for name, estimate in estimates.items():
-        console.print(f"{name:12} {bar(estimate.categories, width / largest)} {estimate.gib:.1f}")
+        console.print(f"{name:{longest}} {bar(estimate.categories, width / largest)} {estimate.gib:.1f}")
 
 
 def bar(categories: dict[str, int], scale: float) -> str:
