@@ -125,6 +125,7 @@ def _title(estimate: MemoryEstimate) -> str:
 
 
 def _show_table(console: Any, title: str, estimates: dict[str, MemoryEstimate]) -> None:
+    from rich.console import Console
     from rich.table import Table
 
     from poetx.memory.tracker import CATEGORIES
@@ -143,9 +144,8 @@ def _show_table(console: Any, title: str, estimates: dict[str, MemoryEstimate]) 
     lines.append(["when", *(e.phase for e in every)])
     lines.append(["weights", *(e.recipe.train.dtype for e in every)])
     lines.append(["trained", *(f"{e.trainable / 1e6:.1f}M" for e in every)])
-    if console.width < 22 + sum(
-        max(8, len(name)) + 3 for name in estimates
-    ):  # a line for each method, without the parts of rotations
+    wide = console.width >= 22 + sum(max(8, len(name)) + 3 for name in estimates)
+    if not wide:  # a line for each method, without the parts of rotations
         lines = [
             list(line) for line in zip(*(line for line in lines if line[0].strip() != "of rotations"), strict=True)
         ]
@@ -155,7 +155,7 @@ def _show_table(console: Any, title: str, estimates: dict[str, MemoryEstimate]) 
     for line in lines[1:]:
         style = {"peak": "bold", "    of rotations": "dim"}.get(line[0])
         table.add_row(*line, style=style, end_section=line[0] == CATEGORIES[-1])
-    console.print(table, width=None if wide else max(console.width, _WIDTH), crop=wide)
+    (console if wide else Console(width=max(console.width, _WIDTH))).print(table)
     width = max(20, min(60, console.width - 24))
     largest = max(e.peak for e in every)
     longest = max(12, *map(len, estimates))
