@@ -324,3 +324,14 @@ def test_a_finished_run_answers_the_datas_own_question(
     out = capsys.readouterr().out
     assert "the model continues:\n### user\nwhat is" in out
     assert "40 conversations in" in out
+
+
+def test_fine_tuning_works_out_of_the_box(tiny: Tiny, tmp_path: Path, chats: Callable[..., Path]) -> None:
+    from poetx.recipe import load_recipe
+
+    base = train(tiny("data.seq_len=64", "train.steps=2"))
+    small = ["data.seq_len=64", "train.steps=3", "train.batch_size=2", f"run_dir={tmp_path / 'sft'}"]
+    recipe = load_recipe("sft", [f"model.pretrained={base.export_dir}", f"data.train={chats()}", *small])
+    tuned = train(recipe)
+    assert tuned.last_perplexity < tuned.first_perplexity
+    assert tuned.chats
