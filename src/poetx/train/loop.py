@@ -273,7 +273,8 @@ def evaluate(
             body = model.base_model if chunked else model
             total += float(language_loss(model, body, *batch.to(device), chunked=chunked)[0])
     model.train(was_training)
-    total, tokens = sum_(torch.tensor([total, tokens], dtype=torch.float64, device=device)).tolist()
+    if rank_count() > 1:
+        total, tokens = sum_(torch.tensor([total, tokens], dtype=torch.float64, device=device)).tolist()
     return total / max(1, tokens)
 
 
