@@ -210,7 +210,7 @@ class SgdKeys(Section):
 
 class MatrixKeys(Section):
     belongs: ClassVar[str] = f"for optimizers of matrices ({', '.join(MATRIX_OPTIMIZERS)})"
-    matrix_lr: MaybeRate = None  # of the matrices; None: the rule's published one, lr for muon and rmnp
+    matrix_lr: MaybeRate = None  # of the matrices; None: the rule's usual one, lr for muon and rmnp
 
 
 class LowRankKeys(Section):
