@@ -22,8 +22,9 @@ class Rule(NamedTuple):
     """A rival: its name for people, what makes it of parameter groups, its usual rate, and which ends it takes.
 
     Attributes:
-        lr: None: that of everything else, whose size its steps have. The papers' but for two of our choice: SinkGD's (1e-3
-            is told beside its scale of 0.05, which moves a weight by 5e-5 a step) and the hyperball's angle.
+        lr: None: that of everything else, whose size its steps have. SinkGD's is our choice (1e-3 is told beside its
+            scale of 0.05, which moves a weight by 5e-5 a step), and so is the hyperball's angle; the others are the
+            papers'.
         ends: of embedding and head, which it steps, too; AdamW steps the others.
         decays: whether weight decay acts on the matrices.
     """
