@@ -73,7 +73,9 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     return run
 
 
-@pytest.mark.parametrize("command", ["train", "export", "generate", "eval", "spectrum", "report", "env", "memory"])
+@pytest.mark.parametrize(
+    "command", ["train", "export", "generate", "eval", "spectrum", "report", "env", "memory", "chat", "recipes"]
+)
 def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     assert f"poetx {command}" in " ".join(capsys.readouterr().out.split("Example")[-1].split())

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from poetx.cli import env, runs, train
+from poetx.cli import chat, env, recipes, runs, train
 from poetx.cli.bench import app as bench_app
 from poetx.cli.compare import register as register_compare
 from poetx.cli.memory import register as register_memory
@@ -22,14 +22,14 @@ app = typer.Typer(
     name="poetx",
     help="Train language models in the memory of a LoRA run, by POET-X.",
     epilog="Start with: poetx train    (a demo of a few minutes, no download)",
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
 
 
-for _group in (train, runs, env):
+for _group in (train, recipes, chat, runs, env):
     _group.register(app)
 register_memory(app)
 register_compare(app)
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+    version: Annotated[bool, typer.Option("--version", "-V", help="Show the version and exit.", is_eager=True)] = False,
 ) -> None:
     if version:
         from importlib import metadata

@@ -14,8 +14,8 @@ from poetx.cli.quiet import quiet_transformers
 from poetx.cli.voices import one_voice
 from poetx.errors import UserError
 
-_DEVICE = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-_RUN = Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or exported model directory.")]
+DEVICE = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+RUN = Annotated[str, typer.Argument(metavar="RUN", help="Run directory, or exported model directory.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -41,19 +41,19 @@ def export(
         raise UserError(f"{directory}: exists and is not an empty directory; choose another")
     quiet_transformers()
     loaded = load_run(run, device="cpu")
-    _show_notes(loaded.notes)
+    show_notes(loaded.notes)
     export_model(loaded.model, Path(run) / TOKENIZER_DIR, directory)
     print(f"wrote {directory}: load it with AutoModelForCausalLM.from_pretrained({str(directory)!r})")
 
 
 def generate(
-    run: _RUN,
+    run: RUN,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token each time.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Sample among this many likeliest tokens; 0: all.")] = 50,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
-    device: _DEVICE = "auto",
+    device: DEVICE = "auto",
 ) -> None:
     """Continue a text with a trained model."""
     from poetx.runs.generate import generate_text
@@ -61,13 +61,13 @@ def generate(
 
     quiet_transformers()
     loaded = load_run(run, device=device)
-    _show_notes(loaded.notes)
+    show_notes(loaded.notes)
     text = generate_text(loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
     print(prompt + text)
 
 
 def evaluate(
-    run: _RUN,
+    run: RUN,
     data: Annotated[
         str | None,
         typer.Option(help="Text to evaluate on (as data.train in a recipe). Default: the run's own."),
@@ -76,7 +76,7 @@ def evaluate(
     seq_len: Annotated[
         int | None, typer.Option(min=1, help="Tokens in a window. Default: the run's; of a model, up to 256.")
     ] = None,
-    device: _DEVICE = "auto",
+    device: DEVICE = "auto",
 ) -> None:
     """Loss and perplexity on validation text. Under torchrun each process takes a part of it."""
     from poetx.runs.evaluate import evaluate_run
@@ -84,7 +84,7 @@ def evaluate(
     quiet_transformers()
     with one_voice():
         result = evaluate_run(run, data=data, batch_size=batch_size, seq_len=seq_len, device=device)
-        _show_notes(result.notes)
+        show_notes(result.notes)
         print(
             f"loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.2f} "
             f"({result.tokens:,} tokens of {result.source}, windows of {result.seq_len})"
@@ -93,7 +93,7 @@ def evaluate(
 
 def spectrum(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Run directory.")],
-    device: _DEVICE = "auto",
+    device: DEVICE = "auto",
     json_lines: Annotated[bool, typer.Option("--json", help="One JSON object a layer instead of a table.")] = False,
 ) -> None:
     """Singular values of every rotated layer now, against the start of the run."""
@@ -101,7 +101,7 @@ def spectrum(
 
     quiet_transformers()
     result = run_spectrum(Path(run), device=device)
-    _show_notes(result.notes)
+    show_notes(result.notes)
     if json_lines:
         for name, layer in result.layers.items():
             facts = {key: value for key, value in vars(layer).items() if key != "singular_values"}
@@ -128,7 +128,7 @@ def report(
     print(f"wrote {write_report(run, output or run / 'report.html')}")
 
 
-def _show_notes(notes: list[str]) -> None:
+def show_notes(notes: list[str]) -> None:
     if os.environ.get("RANK", "0") not in ("", "0"):
         return
     for note in notes:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from poetx.cli.quiet import quiet_transformers
+from poetx.cli.recipes import CommandOfRecipes, complete_recipe, complete_setting
 from poetx.cli.voices import end, on_every_rank, one_voice
-from poetx.distributed.launch import LostRankError, was_restarted
+from poetx.distributed.launch import LostRankError, started_ranks, was_restarted
 from poetx.errors import UserError
 from poetx.files import reason
 
@@ -38,20 +39,29 @@ _EPILOG = (
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
-    app.command(epilog=_EPILOG)(train)
+    app.command(epilog=_EPILOG, cls=CommandOfRecipes)(train)
 
 
 def train(
     recipe: Annotated[
         str | None,
-        typer.Argument(metavar="RECIPE", help="Built-in name, YAML file, or run directory. Default: the demo."),
+        typer.Argument(
+            metavar="RECIPE",
+            help="Built-in name, YAML file, or run directory. Default: the demo.",
+            autocompletion=complete_recipe,
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Recipe settings, for example train.steps=500 poet=null."),
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Recipe settings, for example train.steps=500 poet=null.",
+            autocompletion=complete_setting,
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in the same place.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained; write nothing.")] = False,
 ) -> None:
     """Train a model from a recipe. With no recipe: a demo of a few minutes, with nothing to download.
 
@@ -63,7 +73,12 @@ def train(
         recipe = None
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
+    if resume and dry_run:
+        raise UserError("--dry-run shows what a fresh run would be; leave --resume out")
     with one_voice():
+        if dry_run:
+            _preview(recipe, overrides, overwrite=overwrite)
+            return
         code = _train(recipe, overrides, resume=resume, overwrite=overwrite)
     if code:
         raise typer.Exit(code)
@@ -102,6 +117,18 @@ def _train(source: str | None, overrides: list[str], *, resume: bool, overwrite:
         remedy = "try lower learning rates (optimizer.lr, optimizer.poet_lr) or a longer optimizer.warmup_steps"
         print(f"error: {result.diverged}; {remedy}", file=sys.stderr)
     return DIVERGED if result.diverged else 0
+
+
+def _preview(source: str | None, overrides: list[str], *, overwrite: bool) -> None:
+    recipe, _, overwrite = _asked(source, overrides, resume=False, overwrite=overwrite)
+
+    from poetx.planner.preview import preview
+
+    quiet_transformers()
+    for name, value in preview(recipe, ranks=started_ranks(), overwrite=overwrite):
+        first, *more = value.splitlines()
+        print("\n".join([f"{name:9}{first}", *(f"{'':9}{line}" for line in more)]))
+    print("nothing was written (--dry-run)")
 
 
 def _asked(source: str | None, overrides: list[str], *, resume: bool, overwrite: bool) -> tuple[Recipe, bool, bool]:

@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,55 @@ def prepare_data(recipe: Recipe, *, progress: Progress | None = None) -> Prepare
             fewer tokens than one window, or a disk that is full.
     """
     data, say = recipe.data, progress or logger.info
+    plan = plan_data(recipe, say)
+    directory = plan.directory
+    made = [path for path in (directory.parent, *directory.parent.parents) if not path.exists()]
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with locked(directory.with_name(f".{directory.name}.lock"), keep=False) as alone:
+            meta = _found(directory, say) or _build(plan, data, say, alone=alone)
+            _check_length(meta, data, plan.train)
+    except BaseException:
+        for path in made:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        raise
+    _remove_leftovers(directory.parent)
+    return open_tokens(directory, meta, seq_len=data.seq_len)
+
+
+def find_data(recipe: Recipe) -> tuple[DataPlan, DataMeta | None]:
+    """Where the recipe's text is and what is known of its tokens, None where there are none yet; writes nothing.
+
+    Raises:
+        UserError: as :func:`prepare_data` does for text that cannot be read.
+    """
+    plan = plan_data(recipe, logger.info)
+    meta = _found(plan.directory, logger.info)
+    if meta is not None:
+        _check_length(meta, recipe.data, plan.train)
+    return plan, meta
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """What a recipe's text is, and where its tokens are or will be.
+
+    Attributes:
+        source: the file of a tokenizer that is there; None: one is trained.
+        template: that conversations are written by; None where there are none.
+    """
+
+    train: Corpus
+    validation: Corpus | None
+    source: Path | None
+    template: ChatTemplate | None
+    directory: Path
+
+
+def plan_data(recipe: Recipe, say: Progress) -> DataPlan:
+    """Find the recipe's text without writing anything. Raises as :func:`prepare_data` does."""
+    data = recipe.data
     assert data.train is not None
     train = open_corpus(data.train, text_field=data.text_field, format=data.format)
     validation = None
@@ -92,21 +141,7 @@ def prepare_data(recipe: Recipe, *, progress: Progress | None = None) -> Prepare
     if train.has_chats or (validation and validation.has_chats):
         template = _chat_template(data, source)
     directory = recipe.cache_dir / f"data-{_key(data, train, validation, source, template)}"
-    made = [path for path in (directory.parent, *directory.parent.parents) if not path.exists()]
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with locked(directory.with_name(f".{directory.name}.lock"), keep=False) as alone:
-            meta = _found(directory, say) or _build(
-                directory, data, train, validation, source, template, say, alone=alone
-            )
-            _check_length(meta, data, train)
-    except BaseException:
-        for path in made:
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
-        raise
-    _remove_leftovers(directory.parent)
-    return open_tokens(directory, meta, seq_len=data.seq_len)
+    return DataPlan(train, validation, source, template, directory)
 
 
 def _check_apart(recipe: Recipe, text: Corpus, key: str) -> None:
@@ -151,18 +186,10 @@ def _found(directory: Path, say: Progress) -> DataMeta | None:
         return None
 
 
-def _build(
-    directory: Path,
-    data: DataRecipe,
-    train: Corpus,
-    validation: Corpus | None,
-    source: Path | None,
-    template: ChatTemplate | None,
-    say: Progress,
-    *,
-    alone: bool,
-) -> DataMeta:
-    """Tokenize into ``directory``. ``alone``: nobody else does so at the same time."""
+def _build(plan: DataPlan, data: DataRecipe, say: Progress, *, alone: bool) -> DataMeta:
+    """Tokenize into the directory of ``plan``. ``alone``: nobody else does so at the same time."""
+    directory, train, validation = plan.directory, plan.train, plan.validation
+    source, template = plan.source, plan.template
     read = [corpus for corpus in (train, validation) if corpus]
     before = [_files(corpus) for corpus in read]
     split = Split() if validation else split_for(train, data.validation_fraction)

@@ -132,12 +132,12 @@ def estimate_memory(
     config = own_model
     vocab_size = 0
     if config is None:
-        vocab_size = _vocabulary(plan)
+        vocab_size = vocabulary(plan)
         config = model_config(plan, vocab_size=vocab_size, end_of_text_id=0)
     _check_positions(config)
 
     def run(layers: int | None = None) -> _Run:
-        model = _meta_model(config if layers is None else _with_layers(config, layers), plan)
+        model = meta_model(config if layers is None else _with_layers(config, layers), plan)
         check_fits(model, plan, vocab_size)
         return _take_step(model, plan, device)
 
@@ -163,7 +163,7 @@ def planned_recipe(source: Any, overrides: Sequence[str], recipe: Recipe | str |
     return own_model, asked.with_keys({"poet.merge_every": None}) if asked.merge_every is not None else asked
 
 
-def _vocabulary(recipe: Recipe) -> int:
+def vocabulary(recipe: Recipe) -> int:
     """Tokens of the recipe's tokenizer, of the one that would be trained, or 0 where the model decides."""
     if recipe.data.tokenizer is not None:
         return embeddings_needed(read_tokenizer(tokenizer_file(recipe.data.tokenizer)))
@@ -193,7 +193,7 @@ def _made(model: Any) -> nn.Module:
     return made
 
 
-def _meta_model(config: Any, recipe: Recipe) -> Any:
+def meta_model(config: Any, recipe: Recipe) -> Any:
     dtype = getattr(torch, recipe.train.dtype)
     return model_from_config(config, dtype, torch.device("meta"), f"model_type={config.model_type}")
 
@@ -216,7 +216,7 @@ def _uniform(config: Any, recipe: Recipe) -> bool:
         return False
     key = f"{type(config)} {config.to_json_string()}"
     if key not in _UNIFORM:
-        layers = decoder_layers(_meta_model(config, recipe))
+        layers = decoder_layers(meta_model(config, recipe))
         kinds = {tuple((n, p.shape, p.dtype) for n, p in layer.named_parameters()) for layer in layers}
         _UNIFORM[key] = len(layers) == config.num_hidden_layers and len(kinds) == 1
     return _UNIFORM[key]

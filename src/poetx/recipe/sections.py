@@ -409,4 +409,6 @@ def _all_types(section: str) -> Iterator[type[Section]]:
 def every_key() -> dict[str, list[str]]:
     """All keys of every section, whatever is chosen: for *did you mean*."""
     sections = ("model", "data", "poet", "lora", "optimizer", "train")
-    return {s: list({k: None for t in _all_types(s) for k in t.model_fields}) for s in sections}
+    keys = {s: list({k: None for t in _all_types(s) for k in t.model_fields}) for s in sections}
+    keys["model"].insert(0, "shape")  # read as the sizes that it stands for
+    return keys

@@ -129,7 +129,7 @@ def _train(
         if early := resume and (run_dir / LOCK).exists():  # a checkpoint is read that another process may remove
             lock()
         elif not resume and not overwrite:
-            _check_free(run_dir)
+            check_free(run_dir)
         return early
 
     locked_early = on_first(look_around)
@@ -175,7 +175,7 @@ def _train(
         if start is not None:
             _set_aside_newer(run_dir, start)
         elif not overwrite:
-            _check_free(run_dir, known=known)
+            check_free(run_dir, known=known)
         _write_run_files(run_dir, recipe, data, report, device, fresh=start is None)
         return MetricsWriter(run_dir / "metrics.jsonl", step=state.step)
 
@@ -234,7 +234,7 @@ def _remarks(recipe: Recipe, model: Any) -> Iterator[str]:
         yield "lora on fresh weights: they stay random, because only adapters train; give model.pretrained=DIR"
 
 
-def _check_free(run_dir: Path, *, known: bool | None = None) -> None:
+def check_free(run_dir: Path, *, known: bool | None = None) -> None:
     """Refuse a directory with a finished run in it, or with files that are not an earlier start's of ours."""
     known = (run_dir / LOCK).exists() if known is None else known
     if ckpt.checkpoints(run_dir) or (known and (run_dir / "export").exists()):

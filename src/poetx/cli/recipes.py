@@ -1,0 +1,82 @@
+"""``poetx recipes``: what there is to train by, and the names of recipes and keys in the help of ``poetx train``."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from poetx.errors import UserError, nearest
+
+_WIDTH = 100
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command(epilog="Examples: poetx recipes | poetx recipes demo > mine.yaml")(recipes)
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="RECIPE", help="Print this one's YAML.")] = None,
+) -> None:
+    """Show the built-in recipes and methods, or the YAML of one recipe, to begin your own with."""
+    from poetx.recipe import builtin_recipes
+    from poetx.recipe.loading import recipe_path
+    from poetx.recipe.shorthands import METHODS, SIZED_RECIPES
+
+    if name is None:
+        for title in builtin_recipes():
+            if title not in SIZED_RECIPES:
+                print(f"{title:24}{_first_line(title)}")
+        print(f"{'llama in one word':24}{', '.join(SIZED_RECIPES)}")
+        print(f"{'method=':24}{', '.join(METHODS)}")
+        return
+    if name not in builtin_recipes():
+        raise UserError(f"{name}: no built-in recipe{nearest(name, builtin_recipes())}; poetx recipes names them")
+    text = recipe_path(name).read_text(encoding="utf-8")
+    if name in SIZED_RECIPES:
+        text = re.sub("(?m)^name: .*", f"name: {name}", text)
+        text = re.sub("(?m)^  shape: .*", f"  shape: {SIZED_RECIPES[name]}", text)
+    print(text, end="")
+
+
+def _first_line(name: str) -> str:
+    from poetx.recipe.loading import recipe_path
+
+    return recipe_path(name).read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Names of recipes, for a shell; paths the shell knows by itself."""
+    from poetx.recipe import builtin_recipes
+
+    return [name for name in builtin_recipes() if name.startswith(incomplete)]
+
+
+def complete_setting(incomplete: str) -> list[str]:
+    """``section.key=`` and the words of ``method=``, for a shell."""
+    from poetx.recipe.sections import every_key
+    from poetx.recipe.shorthands import METHODS
+
+    keys = [f"{section}.{key}=" for section, names in every_key().items() for key in names]
+    return [text for text in (*keys, *(f"method={name}" for name in METHODS)) if text.startswith(incomplete)]
+
+
+class CommandOfRecipes(TyperCommand):
+    """A command whose help ends with the names of all recipes, methods and keys, looked up when it is asked for."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help, and the names after it."""
+        from poetx.recipe import builtin_recipes
+        from poetx.recipe.sections import every_key
+        from poetx.recipe.shorthands import METHODS
+
+        super().format_help(ctx, formatter)
+        named = {"recipes": list(builtin_recipes()), "method=": list(METHODS)}
+        named |= {f"{section}.": names for section, names in every_key().items()}
+        for title, words in named.items():
+            print(textwrap.fill(f"{title:12}{', '.join(words)}", _WIDTH, subsequent_indent=" " * 12))
+        print("\npoetx recipes RECIPE shows one; docs/training.md says what keys mean.")

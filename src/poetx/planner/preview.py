@@ -1,0 +1,77 @@
+"""What ``poetx train`` would do with a recipe: read and planned, with nothing written and no memory taken."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from poetx.data.prepare import DataPlan, find_data
+from poetx.data.tokens import DataMeta, window_count
+from poetx.errors import UserError
+from poetx.methods.base import convert_model
+from poetx.models import model_config, resolve_device, settled
+from poetx.planner.estimate import estimate_memory, meta_model, vocabulary
+from poetx.recipe import Recipe
+from poetx.train.run import check_free
+
+
+def preview(recipe: Recipe, *, ranks: int = 1, overwrite: bool = False) -> Iterator[tuple[str, str]]:
+    """Names and values of what would be trained: model, method, layers, text, tokens, memory, and where it is written.
+
+    Args:
+        ranks: processes that share each batch; memory is that of one of them.
+        overwrite: an earlier run in the same place is deleted.
+
+    Raises:
+        UserError: what the run itself would be refused for before its first step, but for what only tokens tell.
+    """
+    share, micro_batch = recipe.train.share(ranks)
+    device = resolve_device(recipe.train.device)
+    if not overwrite:
+        check_free(recipe.directory)
+    plan, meta = find_data(recipe)
+    recipe = settled(recipe, device)
+    planned = recipe.with_keys({"train.batch_size": share, "train.micro_batch_size": micro_batch})
+    estimate = estimate_memory(planned, device="cuda" if device.type == "cuda" else "cpu")
+    yield "recipe", f"{recipe.name}, {recipe.train.dtype} on {device}" + (f", {ranks} processes" if ranks > 1 else "")
+    trains = f"{estimate.trainable / 1e6:.2f}M of {estimate.parameters / 1e6:.2f}M parameters train"
+    yield "method", f"{estimate.method}; {trains}"
+    with contextlib.suppress(StopIteration):  # of a method that converts nothing
+        yield "layers", next(_layers(recipe))
+    yield "text", _text(plan, meta)
+    yield "tokens", _tokens(recipe, meta)
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in estimate.categories.items() if size)
+    yield "memory", f"{estimate.gib:.2f} GiB planned at the peak of a step, in {estimate.phase} ({parts})"
+    yield "run", f"{recipe.directory}{' (an earlier run there would be deleted)' if _taken(recipe) else ''}"
+
+
+def _layers(recipe: Recipe) -> Iterator[str]:
+    config = model_config(recipe, vocab_size=vocabulary(recipe), end_of_text_id=0)
+    report = convert_model(meta_model(config, recipe), recipe, None)
+    if report is not None:
+        yield str(report)
+
+
+def _taken(recipe: Recipe) -> bool:
+    try:
+        check_free(recipe.directory)
+    except UserError:
+        return True
+    return False
+
+
+def _text(plan: DataPlan, meta: DataMeta | None) -> str:
+    files = plan.train.files
+    size = sum(file.stat().st_size for file in files) / 1e6
+    text = f"{plan.train.source}: {len(files)} files, {size:,.1f} MB" if files else plan.train.source
+    if meta is None:
+        return f"{text}; not tokenized yet"
+    return f"{text}; {meta.train_tokens:,} tokens to train on, {meta.validation_tokens:,} held out ({plan.directory})"
+
+
+def _tokens(recipe: Recipe, meta: DataMeta | None) -> str:
+    steps, batch, length = recipe.train.steps, recipe.train.batch_size, recipe.data.seq_len
+    text = f"{steps * batch * length:,}: {steps:,} steps of {batch} x {length}"
+    if meta is None or not (windows := window_count(meta.train_tokens, length)):
+        return text
+    return f"{text}, {steps * batch / windows:,.2f} times all of the text"

@@ -1,0 +1,148 @@
+"""What people type without reading: short options, --dry-run, names of recipes and keys, a conversation."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from poetx.cli import main
+from poetx.cli.recipes import complete_recipe, complete_setting
+from poetx.recipe import builtin_recipes, load_recipe
+from poetx.recipe.sections import every_key
+
+RECIPE = """
+name: small
+model: {hidden_size: 16, intermediate_size: 24, num_layers: 2, num_heads: 2}
+data: {vocab_size: 300, seq_len: 16, validation_fraction: 0.2}
+poet: {block_size: 8, init: normalized, merge_every: 2}
+train: {steps: 2, batch_size: 4, eval_every: 2, eval_windows: 2, device: cpu, export: false}
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    (tmp_path / "text.txt").write_text("".join(f"{n} sheep jump over a fence\n" for n in range(2000)))
+    chats = ({"prompt": f"count to {n}", "completion": " ".join(map(str, range(n)))} for n in range(1, 60))
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    return tmp_path
+
+
+def out_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert main(list(argv)) == 0
+    return capsys.readouterr().out
+
+
+def test_short_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert out_of(capsys, "-V") == out_of(capsys, "--version")
+    assert out_of(capsys, "memory", "-h") == out_of(capsys, "memory", "--help")
+
+
+def test_help_of_train_names_every_recipe_and_key(capsys: pytest.CaptureFixture[str]) -> None:
+    words = out_of(capsys, "train", "--help").replace(",", " ").split()
+    assert set(builtin_recipes()) <= set(words)
+    assert {key for keys in every_key().values() for key in keys} <= set(words)
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_a_printed_recipe_is_the_recipe(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert name in out_of(capsys, "recipes")
+    text = out_of(capsys, "recipes", name)
+    assert yaml.safe_load(text)["name"] == name
+    (tmp_path / "copy.yaml").write_text(text)
+    given = ["data.train=builtin", *(["model.pretrained=x"] if name == "sft" else [])]
+    assert load_recipe(str(tmp_path / "copy.yaml"), given) == load_recipe(name, given)
+
+
+def test_a_recipe_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "lama-8b"]) == 2
+    assert "did you mean 'llama-8b'?" in capsys.readouterr().err
+
+
+def test_shells_complete_recipes_and_keys() -> None:
+    assert complete_recipe("demo") == ["demo", "demo-single-step"]
+    assert complete_setting("train.step") == ["train.steps="]
+    assert "method=muon" in complete_setting("method=mu")
+    environment = {"_POETX_COMPLETE": "complete_bash", "COMP_WORDS": "poetx train dem", "COMP_CWORD": "2"}
+    code = "import sys; sys.argv[0] = 'poetx'; from poetx.cli import main; sys.exit(main())"
+    path = {"PYTHONPATH": ":".join(sys.path)}
+    told = subprocess.run([sys.executable, "-c", code], env=environment | path, capture_output=True, text=True)
+    assert told.stdout.split() == ["demo", "demo-single-step"]
+
+
+def test_a_key_without_its_section_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for given, meant in (("steps=3", "train.steps"), ("block_size=4", "poet.block_size"), ("shape=x", "model.shape")):
+        assert main(["train", "small.yaml", "data.train=text.txt", given]) == 2
+        assert f"did you mean '{meant}'?" in capsys.readouterr().err
+
+
+def test_a_dry_run_tells_what_the_run_does_and_writes_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(place.rglob("*"))
+    arguments = ["train", "small.yaml", "data.train=text.txt", "run_dir=runs/a"]
+    told = out_of(capsys, *arguments, "--dry-run")
+    assert sorted(place.rglob("*")) == before
+    for fact in ("not tokenized yet", "128: 2 steps of 4 x 16", "GiB planned", "model.layers.*.self_attn.q_proj"):
+        assert fact in told
+    run = out_of(capsys, *arguments)
+    assert "14 layers converted" in run
+    assert "converted 14 layers" in told
+    assert told.split("of ")[1].split("M parameters train")[0] in run
+    again = out_of(capsys, *arguments, "--dry-run", "--overwrite")
+    assert "held out" in again
+    assert "an earlier run there would be deleted" in again
+    assert (place / "runs/a/checkpoints").is_dir()
+    assert main([*arguments, "--dry-run"]) == 2
+    assert "already has checkpoints" in capsys.readouterr().err
+    assert main([*arguments, "--dry-run", "--resume"]) == 2
+    assert "leave --resume out" in capsys.readouterr().err
+
+
+def test_a_dry_run_refuses_what_the_run_refuses(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for given, said in (
+        ("data.train=nowhere.txt", "no such file"),
+        ("poet.target_modules=[porj]", "porj"),
+        ("method=nothing", "no such method"),
+        ("train.device=cuda:77", "train.device=cuda:77"),
+    ):
+        assert main(["train", "small.yaml", "data.train=text.txt", given, "--dry-run"]) == 2
+        assert said in capsys.readouterr().err
+    assert "nothing was written" in out_of(
+        capsys, "train", "small.yaml", "data.train=text.txt", "poet=null", "--dry-run"
+    )
+
+
+def test_a_conversation_goes_on_and_begins_anew(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from poetx.runs import generate
+
+    out_of(capsys, "train", "small.yaml", "data.train=chats.jsonl", "data.seq_len=64", "run_dir=runs/chat")
+    prompts: list[str] = []
+    real = generate.generate_text
+
+    def spy(loaded: object, prompt: str, **options: object) -> str:
+        prompts.append(prompt)
+        return real(loaded, prompt, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(generate, "generate_text", spy)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("count to 4\n\nand on\n/new\ncount to 2"))
+    told = out_of(capsys, "chat", "runs/chat", "--max-new-tokens", "3", "--system", "be brief")
+    first, second, third = prompts
+    assert first == "### system\nbe brief\n### user\ncount to 4\n### assistant\n"
+    assert second.startswith(first)
+    assert second.endswith("\n### user\nand on\n### assistant\n")
+    assert third == first.replace("4", "2")
+    assert told.count("\n") >= 3
+
+
+def test_a_model_of_plain_text_does_not_chat(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out_of(capsys, "train", "small.yaml", "data.train=text.txt", "run_dir=runs/plain")
+    assert main(["chat", "runs/plain"]) == 2
+    assert "use poetx generate runs/plain" in capsys.readouterr().err
