@@ -17,7 +17,7 @@ T = TypeVar("T")
 Mode = Literal["fast", "mem"]
 Init = Literal["keep", "normalized", "uniform"]
 NeumannOrder = Literal[3, 7, "exact"]
-Method = Literal["poet-x", "single-step"]
+Method = Literal["poet-x", "single-step", "oft"]
 Update = Literal["rotation", "free"]
 #: How rotated layers run inside checkpointed decoder layers: :func:`poetx.savings.checkpoint_layers_`.
 Recompute = Literal["auto", "fast", "mem"]
@@ -130,12 +130,14 @@ class PoetConfig:
 
     Attributes:
         method: ``"poet-x"``, the paper's: rotations live for a few hundred steps between merges. ``"single-step"``:
-            they are folded at every step by :class:`poetx.POETX`, and the layer is a plain product.
+            they are folded at every step by :class:`poetx.POETX`, and the layer is a plain product. ``"oft"``: OFTv2,
+            rotations of the input alone, of blocks of neighbours, before a weight that is given; never merged before
+            :func:`poetx.to_dense_`.
         block_size: width b of the orthogonal blocks, the one knob between memory and expressiveness. A side
             shorter than b gets one block of its own length; a side that b does not divide gets a shorter last
             block.
         mode: ``"fast"`` keeps the product with the frozen weight for backward; ``"mem"`` keeps the layer's
-            input only and recomputes the rest. Both for either method.
+            input only and recomputes the rest. ``"oft"`` keeps its input only whatever this is.
         update: of ``"single-step"``: ``"free"`` moves the weight by maps I + E whose blocks need not be rotations, and
             holds ‖W‖ only. ``"rotation"`` turns it, so that its singular values stay: half the state, and 0.12 nats
             worse at the best angle of each (docs/single-step.md).
@@ -218,7 +220,15 @@ class PoetConfig:
                 "method='single-step' with weight_extra_bits or weight_format: it folds the weight at every step; "
                 "use method='poet-x' for those"
             )
-        if self.weight_format is not None and self.mode != "mem":
+        if self.method == "oft" and self.init != "keep":
+            raise UserError(
+                f"init={self.init!r} with method='oft': it turns the weights that a model has; use init='keep'"
+            )
+        if self.method == "oft" and self.weight_extra_bits:
+            raise UserError(
+                "weight_extra_bits=True with method='oft': are for merges, which it has none of; leave it out"
+            )
+        if self.weight_format is not None and self.mode != "mem" and self.method != "oft":
             raise UserError(
                 f"mode={self.mode!r} with weight_format={self.weight_format!r}: fast keeps a product of the layer for "
                 "backward, which costs more memory than the format spares; use mode='mem'"

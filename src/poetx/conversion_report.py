@@ -69,7 +69,9 @@ class ConversionReport:
         alike = Counter(replace(layer, name=_generic(layer.name), rotation_parameters=0) for layer in self.converted)
         for one, count in alike.items():
             blocks = f"b={one.block_size_out}"
-            if one.block_size_out != one.block_size_in:
+            if one.block_size_out == 1 < one.out_features:
+                blocks = f"b={one.block_size_in} in"
+            elif one.block_size_out != one.block_size_in:
                 blocks = f"b={one.block_size_out} out, {one.block_size_in} in"
             note = f"  ({one.note})" if one.note else ""
             lines.append(f"  {one.name}  {one.out_features}x{one.in_features}  {blocks}  x{count}{note}")

@@ -19,6 +19,7 @@ from poetx.errors import UserError, nearest
 from poetx.layers.attributes import carry_attributes
 from poetx.layers.base import DTYPES, ConvertedLinear, is_finite
 from poetx.layers.merge_reminder import MergeReminder, remind_of_merging
+from poetx.layers.oft import OFTLinear
 from poetx.layers.poet import PoetLinear
 from poetx.layers.prequantized import dense_weight, drop_quantizers_, is_foreign
 from poetx.layers.single_step import SingleStepLinear
@@ -33,11 +34,12 @@ _FUSED = re.compile(r"(^|\.)(c_attn|qkv|qkv_proj|query_key_value|Wqkv|in_proj|ga
 _LAYERS: dict[str, type[ConvertedLinear]] = {
     "poet-x": PoetLinear,
     "single-step": SingleStepLinear,
+    "oft": OFTLinear,
 }
 
 
 def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionReport:
-    """Replace the linear layers of ``model`` by :class:`PoetLinear` or :class:`SingleStepLinear`, in place.
+    """Replace the linear layers of ``model`` by those of ``config.method``, in place.
 
     Takes exact ``nn.Linear`` modules, ``transformers`` ``Conv1D``, and linear layers that bitsandbytes or torchao
     have quantized; everything else that holds a matrix is in the report's ``skipped`` with the reason. Tied and frozen
@@ -68,7 +70,7 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
     converted, dtypes = [], set()
     for name in list(found.layers):
         layer, change = _convert_layer(model, name, config, found, dtype)
-        if isinstance(layer, PoetLinear) and not converted:
+        if isinstance(layer, PoetLinear) and not layer.one_sided and not converted:
             remind_of_merging(layer)
         if layer is not None:
             converted.append(_described(layer, name, config, change))
@@ -176,7 +178,7 @@ def _described(layer: ConvertedLinear, name: str, config: PoetConfig, change: st
 def _remarks(config: PoetConfig, names: Iterable[str]) -> Iterator[str]:
     """Settings that were changed and that nothing reads."""
     default = {field.name: field.default for field in dataclasses.fields(PoetConfig)}
-    idle = ["neumann_order"] if config.method == "single-step" else ["update"]
+    idle = {"single-step": ["neumann_order"], "poet-x": ["update"], "oft": ["update", "mode"]}[config.method]
     idle += ["group_size"] if config.weight_format is None else []
     idle += ["residual_modules"] if config.residual_scale == 1 else []
     for name in idle:

@@ -120,7 +120,8 @@ class TrainingCheck:
         held = self._held()
         problems = [problem for w in self._watched.values() if (problem := self._problem(w, id(w.parameter) in held))]
         problems += self._vectors(held)
-        if self._taken and (rotations := list(poet_layers(self._model))) and not self._merges():
+        rotations = [(name, layer) for name, layer in poet_layers(self._model) if not layer.one_sided]
+        if self._taken and rotations and not self._merges():
             problems.append(
                 TrainingProblem(
                     rotations[0][0],

@@ -92,6 +92,8 @@ def from_dense(recipe: Recipe) -> Recipe:
     """
     if recipe.poet is None:
         return recipe
+    if recipe.poet.config.method == "oft":
+        return recipe
     kept = {"poet.init": "keep", "poet.init_scale": 1.0, "poet.residual_scale": 1.0}
     if recipe.poet.config.method == "poet-x":
         kept["poet.weight_extra_bits"] = recipe.poet.config.keeps_extra_bits

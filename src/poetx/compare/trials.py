@@ -70,9 +70,9 @@ class Trial:
 def rates_of(recipe: Recipe) -> dict[str, float]:
     """The learning rates of a method by dotted key: of the matrices first, where they have one of their own."""
     own, values = recipe.optimizer, recipe.optimizer.model_dump()
-    if recipe.lora is None and recipe.poet is not None:
-        key = "angle" if recipe.poet.config.method == "single-step" else "poet_lr"
-        return {f"optimizer.{key}": values[key], "optimizer.lr": own.lr}
+    for key in ("angle", "poet_lr"):
+        if key in values:
+            return {f"optimizer.{key}": values[key], "optimizer.lr": own.lr}
     if own.name in MATRIX_OPTIMIZERS:
         return {"optimizer.matrix_lr": values["matrix_lr"] or RULES[own.name].lr or own.lr, "optimizer.lr": own.lr}
     return {"optimizer.lr": own.lr}

@@ -81,6 +81,8 @@ class ConvertedLinear(nn.Module):
     weight_name: ClassVar[str]
     #: What a rotation is made of, which no function of torch (prune, parametrize, weight_norm) may put itself before.
     computed_from: ClassVar[tuple[str, ...]]
+    #: Whether only the input side rotates; the output's blocks are of one feature then, which nothing turns.
+    one_sided: ClassVar[bool] = False
     bias: nn.Parameter | None
     #: Whether the tensors got memory without values; see :meth:`check_filled`.
     _hollow: bool = False
@@ -100,7 +102,7 @@ class ConvertedLinear(nn.Module):
         self.config = config
         self.in_features, self.out_features = in_features, out_features
         self.block_size_in = min(config.block_size, in_features)
-        self.block_size_out = min(config.block_size, out_features)
+        self.block_size_out = 1 if self.one_sided else min(config.block_size, out_features)
         self.name, self.transposed = name, transposed
         #: None: ``config.mode`` holds. Else *fast* up to so many tokens, *mem* beyond: see savings.checkpoint_layers_.
         self.fast_tokens: float | None = None

@@ -213,14 +213,22 @@ class PoetLinear(ConvertedLinear):
     def _product(self, x: Tensor) -> Tensor:
         if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
             raise UserError(f"{self.label}: torch.jit.trace sees no rotations; call poetx.to_dense_(model) before it")
-        mode = self.config.mode if self.packed_weight is not None else self.mode_for(x)
+        mode = self.mode_for(x)
         factors = kept_factors(x) if mode == "mem" and torch.is_grad_enabled() else None
         x = self.checked_input(x)
         if self.base_weight is not None:
             self.check_needs_no_gradient(self.base_weight)
+        return self._rotated(x, mode, factors)
+
+    def _rotated(self, x: Tensor, mode: str, factors: tuple[Tensor, Tensor] | None) -> Tensor:
+        """:meth:`forward` of a checked input; ``factors``: see :func:`poetx.ops.linear.poet_linear`."""
         blocks = self.shared_blocks if self.shared_blocks and self.shared_blocks[0].dtype == x.dtype else None
         weight, settings = self.frozen_weight.stored, {"order": self.order, "mode": mode, "bias": self.bias}
         return poet_linear(x, weight, self.sides, **settings, factors=factors, blocks=blocks)
+
+    def mode_for(self, x: Tensor) -> str:
+        """As in any converted layer; *fast* would keep more of a quantized weight's layer than the format spares."""
+        return self.config.mode if self.packed_weight is not None else super().mode_for(x)
 
     def dense_weight(self) -> Tensor:
         """The weight [out_features, in_features] that forward acts with, float32 (float64 if stored so).

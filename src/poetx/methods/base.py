@@ -114,6 +114,10 @@ def method_of(recipe: Recipe) -> Method:
         from poetx.methods.single_step import SingleStep
 
         return SingleStep(recipe)
+    if recipe.poet.config.method == "oft":
+        from poetx.methods.oft import OFT
+
+        return OFT(recipe)
     from poetx.methods.poet import MergedRotations
 
     return MergedRotations(recipe)

@@ -149,8 +149,10 @@ def _add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.baddbmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def gather_rotate(x_NF: Tensor, perm: Tensor, G_KBB: Tensor) -> Tensor:
-    """``x[:, perm] · Diag(G)``, [N, F]."""
+def gather_rotate(x_NF: Tensor, perm: Tensor | None, G_KBB: Tensor) -> Tensor:
+    """``x[:, perm] · Diag(G)``, [N, F]; None for ``perm``: as they are."""
+    if perm is None:
+        return rotate(x_NF, G_KBB)
     out = torch.empty_like(x_NF, memory_format=torch.contiguous_format)
     for rows in slices(x_NF):
         rotate(gather(x_NF[rows], perm), G_KBB, out=out[rows])
@@ -175,7 +177,7 @@ def _plus_outer(total_KBB: Tensor | None, x_NF: Tensor, y_NF: Tensor, block_size
 
 
 def gather_rotate_backward(
-    x_NF: Tensor, perm: Tensor, G_KBB: Tensor, grad_NF: Tensor, needs_dx: bool
+    x_NF: Tensor, perm: Tensor | None, G_KBB: Tensor, grad_NF: Tensor, needs_dx: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients (dx, dG) of :func:`gather_rotate` from its input and its output's gradient, which dx overwrites.
 
@@ -183,11 +185,13 @@ def gather_rotate_backward(
     """
     dG = None if device_type(x_NF) != "cpu" and x_NF.shape[0] else zeros_like_blocks(G_KBB)
     dx = grad_NF if needs_dx else x_NF.new_empty(0)
-    back, Gt = inverse(perm) if needs_dx else perm, G_KBB.transpose(1, 2)
+    back, Gt = None if perm is None or not needs_dx else inverse(perm), G_KBB.transpose(1, 2)
     for rows in slices(x_NF):
-        dG = _plus_outer(dG, gather(x_NF[rows], perm), grad_NF[rows], G_KBB.shape[-1])
+        x = x_NF[rows] if perm is None else gather(x_NF[rows], perm)
+        dG = _plus_outer(dG, x, grad_NF[rows], G_KBB.shape[-1])
         if needs_dx:
-            gather(rotate(grad_NF[rows], Gt), back, out=dx[rows])
+            rotated = rotate(grad_NF[rows], Gt)
+            dx[rows].copy_(rotated) if back is None else gather(rotated, back, out=dx[rows])
     assert dG is not None
     return dx, dG
 

@@ -49,6 +49,8 @@ def fold(weight: Tensor, sides: Sides, *, order: int = EXACT) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(weight.dtype, side_in.packed.dtype), torch.float32)
     with full_precision_products():
         W = left_rotate(weight.to(dtype).T, _delta(side_in, order, dtype), plus=True).T
+        if side_out.block_size == 1:  # nothing turns one feature
+            return W
         return left_rotate(W, _delta(side_out, order, dtype).transpose(1, 2), plus=True)
 
 
@@ -62,6 +64,8 @@ def largest_angle(side: Side, *, iterations: int = 16) -> Tensor:
     A lower bound, in practice within a few per cent, for the price of a few matrix-vector products: a spectral
     decomposition of every block would take longer than the merge it watches over.
     """
+    if not side.packed.numel():
+        return side.packed.new_zeros((), dtype=torch.float32)
     Q = unpack_skew(side.packed.float(), side.size, side.block_size)
     # Squares of very large or small entries would leave float32's range; a power of two scales without rounding.
     exponent = torch.frexp(Q.abs().amax(dim=(1, 2), keepdim=True))[1]

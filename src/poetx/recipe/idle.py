@@ -27,7 +27,9 @@ def idle(values: Mapping[str, Any], key: str) -> str:
         return "where no layer is rotated"
     if key == "poet.residual_modules" and chosen("poet.residual_scale") == 1:
         return "without poet.residual_scale"
-    merges = rotated and chosen("poet.method") != "single-step" and chosen("poet.merge_every")
+    if key == "optimizer.weight_decay" and rotated and chosen("poet.method") == "oft":
+        return "on rotations, which are all that poet.method=oft trains"
+    merges = rotated and chosen("poet.method") == "poet-x" and chosen("poet.merge_every")
     ramp = ("optimizer.clip", "optimizer.clip_ramp_steps", "optimizer.clip_ramp_until")
     if key.startswith("optimizer.clip_ramp") and not (merges and all(map(chosen, ramp))):
         return f"without poet.merge_every and {', '.join(ramp)}"

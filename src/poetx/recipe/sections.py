@@ -144,7 +144,7 @@ class PoetRecipe(Section):
     """Fields of :class:`poetx.PoetConfig`, those that the chosen ``method`` has."""
 
     belongs: ClassVar[str] = "poet"
-    method: Literal["poet-x", "single-step"] = "poet-x"
+    method: Literal["poet-x", "single-step", "oft"] = "poet-x"
 
     @functools.cached_property
     def config(self) -> PoetConfig:
@@ -307,8 +307,16 @@ class TrainRecipe(Section):
 
 # -- one type per method and per optimizer ----------------------------------------------------------------------------
 
-_OF_SINGLE_STEP = ("update",)
-_OF_POET_X = ("neumann_order", "weight_extra_bits", "weight_format")
+_TRAINS_FRESH = ("poet-x", "single-step")
+#: The methods that a key of ``poet`` belongs to, where not to all of them.
+_METHODS_OF = {
+    "update": ("single-step",),
+    "merge_every": ("poet-x",),
+    "weight_extra_bits": ("poet-x",),
+    "neumann_order": ("poet-x", "oft"),
+    "weight_format": ("poet-x", "oft"),
+    **dict.fromkeys(("mode", "init", "init_scale", "residual_scale", "residual_modules"), _TRAINS_FRESH),
+}
 _OF_FORMATS = ("group_size",)
 _PLAIN: dict[Any, Any] = {int: Whole, float: Real, bool: Flag, bool | None: MaybeFlag, str: Text}
 
@@ -326,11 +334,11 @@ def _config_fields() -> dict[str, tuple[Any, Any]]:
 @functools.cache
 def poet_type(method: str, quantized: bool) -> type[PoetRecipe]:
     """The type of the ``poet`` section of a method; ``group_size`` is there with a ``weight_format`` only."""
-    single_step = method == "single-step"
-    away = {*(_OF_POET_X if single_step else _OF_SINGLE_STEP), *(() if quantized and not single_step else _OF_FORMATS)}
+    away = {key for key, methods in _METHODS_OF.items() if method not in methods}
+    away |= set() if quantized and "weight_format" not in away else {*_OF_FORMATS}
     fields: dict[str, Any] = {name: field for name, field in _config_fields().items() if name not in away}
-    base = PoetRecipe if single_step else MergedRecipe
-    return create_model("SingleStepRecipe" if single_step else "PoetXRecipe", __base__=base, **fields)
+    base = MergedRecipe if method == "poet-x" else PoetRecipe
+    return create_model(f"{method.title().replace('-', '')}Recipe", __base__=base, **fields)
 
 
 @functools.cache
@@ -357,7 +365,9 @@ def section_types(values: Mapping[str, Any]) -> dict[str, type[Section]]:
     poet = poet if isinstance(poet, Mapping) else None
     optimizer = values.get("optimizer")
     optimizer = optimizer if isinstance(optimizer, Mapping) else {}
-    method = None if poet is None else "single-step" if poet.get("method") == "single-step" else "poet-x"
+    method = None if poet is None else poet.get("method")
+    if poet is not None and method not in ("single-step", "oft"):
+        method = "poet-x"
     name = optimizer.get("name", "adamw")
     names = {str(name)}
     if method == "poet-x" and optimizer.get("dense_optimizer") is not None:
@@ -382,9 +392,9 @@ def belongs(section: str, key: str) -> str:
     if section == "optimizer":
         return next((part.belongs for part in _OPTIMIZER_KEYS if key in part.model_fields), "")
     if section == "poet":
-        owners = {"for poet.method=single-step": _OF_SINGLE_STEP, "for poet.weight_format": _OF_FORMATS}
-        owners["for poet.method=poet-x"] = (*_OF_POET_X, "merge_every")
-        return next((owner for owner, keys in owners.items() if key in keys), "")
+        if key in _OF_FORMATS:
+            return "for poet.weight_format"
+        return f"for poet.method={' or '.join(_METHODS_OF[key])}" if key in _METHODS_OF else ""
     return ""
 
 

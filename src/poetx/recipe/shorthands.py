@@ -53,7 +53,7 @@ def _dense(optimizer: str) -> dict[str, Any]:
     return {"poet": None, "lora": None, "optimizer.name": optimizer}
 
 
-#: What each word of ``method=`` sets, by dotted key; None for a section takes it away. (``poet.method`` is one of two.)
+#: What each word of ``method=`` sets, by dotted key; None for a section takes it away.
 METHODS: dict[str, dict[str, Any]] = {
     "mem": _poet("mem"),
     "fast": _poet("fast"),
@@ -66,6 +66,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "adamw-8bit": _dense("adamw") | {"optimizer.state_dtype": "int8"},
     **{name: _dense(name) for name in (*MATRIX_OPTIMIZERS, *OPTIMIZERS[1:])},
     "lora": {"poet": None, "lora": {}, "optimizer.name": "adamw"},
+    "oft": {"lora": None, "poet.method": "oft"},
 }
 
 

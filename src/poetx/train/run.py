@@ -230,8 +230,9 @@ def _remarks(recipe: Recipe, model: Any) -> Iterator[str]:
             "the routers of this mixture of experts train without their load-balancing loss (router_aux_loss_coef="
             f"{weight}): output_router_logits is false in its config, which is where to switch it on"
         )
-    if recipe.lora is not None and not recipe.model.pretrained:
-        yield "lora on fresh weights: they stay random, because only adapters train; give model.pretrained=DIR"
+    adapters = "lora" if recipe.lora else "oft" if recipe.poet and recipe.poet.method == "oft" else ""
+    if adapters and not recipe.model.pretrained:
+        yield f"{adapters} on fresh weights: they stay random, because only adapters train; give model.pretrained=DIR"
 
 
 def check_free(run_dir: Path, *, known: bool | None = None) -> None:

@@ -1,0 +1,39 @@
+"""``OFTLinear``: a linear layer whose input is rotated before its frozen weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poetx.layers.poet import PoetLinear
+from poetx.ops.one_sided import one_sided_linear
+
+
+class OFTLinear(PoetLinear):
+    """``y = x · P · Wᵀ + bias`` with P of orthogonal blocks of neighbours: OFTv2 (arXiv 2506.19847).
+
+    A :class:`PoetLinear` with one side and without permutations, ``method="oft"``: ``skew_out`` has no entries, and
+    both permutations are the identity. Nothing needs a merge: :func:`poetx.to_dense_` folds P into the weight.
+
+    Saved for backward: x and the packed rotation, whatever ``config.mode`` says.
+    """
+
+    one_sided = True
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.skew_out.requires_grad_(False)
+
+    def _draw_permutations(self, merge_count: int) -> list[Tensor]:
+        return [
+            torch.arange(perm.numel(), device=perm.device, dtype=perm.dtype) for perm in (self.perm_in, self.perm_out)
+        ]
+
+    def mode_for(self, x: Tensor) -> str:
+        return "mem"
+
+    def _rotated(self, x: Tensor, mode: str, factors: tuple[Tensor, Tensor] | None) -> Tensor:
+        weight, bias = self.frozen_weight.stored, self.bias
+        return one_sided_linear(x, weight, self.sides[0], order=self.order, bias=bias, factors=factors)
