@@ -19,11 +19,12 @@ ORDER = (
     ("files",),
     ("config",),
     ("ops",),
+    ("distributed",),
     ("layers",),
     ("conversion_report", "targets"),
     ("plain_model",),
     ("convert",),
-    ("materialize", "merge", "optimizer_restart", "spectra", "distributed"),
+    ("materialize", "merge", "optimizer_restart", "spectra"),
     ("optim", "savings", "training_check"),
     ("memory",),  # measuring is below the loop
     ("recipe",),

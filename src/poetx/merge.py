@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from poetx.distributed.checksum import check_alike
-from poetx.distributed.sharded import refuse_sharded
+from poetx.distributed.ranks import on_any_rank
+from poetx.distributed.sharded import deal_, is_sharded, local, refuse_sharded, reshard_
 from poetx.errors import UserError
+from poetx.layers.base import is_finite
 from poetx.layers.poet import FoldStats, PoetLinear
 from poetx.layers.walk import poet_layers, rotation_ids
 from poetx.ops.reference import EXACT
@@ -71,18 +73,43 @@ def merge_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
     layers = dict(poet_layers(model))
     if not layers:
         raise UserError(_NOTHING)
+    reshard_(model)
     rotations = {id(p) for layer in layers.values() for p in layer.rotations}
     handle = None if optimizer is None else merge_handle(optimizer)
     restart = handle.restart if handle else GroupRestart()
     if optimizer is not None:
         restart.check(optimizer, rotations)
-    for layer in layers.values():
-        layer.check_finite(*layer.frozen_weight.stored.tensors, *layer.rotations)
+    sharded = any(is_sharded(layer.skew_in) for layer in layers.values())
+    _check_finite(list(layers.values()), sharded=sharded)
     layers = {name: layer for name, layer in layers.items() if not layer.frozen}
-    stats = [layer.merge_(lambda layer=layer: reset_rotations(layer, optimizer)) for layer in layers.values()]
+    if sharded:
+        stats = _merge_sharded_(list(layers.values()), optimizer)
+    else:
+        stats = [layer.merge_(lambda layer=layer: reset_rotations(layer, optimizer)) for layer in layers.values()]
     if optimizer is not None:
         restart(optimizer, rotations)
     return _report(layers, stats)
+
+
+def _check_finite(layers: list[PoetLinear], *, sharded: bool) -> None:
+    """Refuse inf and NaN before anything changes; in shards, on every rank alike."""
+    broken = []
+    for layer in layers:
+        tensors = [local(t) for t in (*layer.frozen_weight.stored.tensors, *layer.rotations)]
+        broken.append(not all(map(is_finite, tensors)))
+    if sharded:
+        broken = on_any_rank(broken, layers[0].perm_in.device)
+    for layer, is_broken in zip(layers, broken, strict=True):
+        if is_broken:
+            layer.refuse_not_finite()
+
+
+def _merge_sharded_(layers: list[PoetLinear], optimizer: torch.optim.Optimizer | None) -> list[FoldStats]:
+    """``layer.merge_`` of every layer, each on one rank of those that its rows are sharded over."""
+    merged = deal_(
+        layers, lambda layer: torch.stack(layer.merge_()), 2, lambda layer: reset_rotations(layer, optimizer)
+    )
+    return [FoldStats(*merged[layer]) for layer in layers]
 
 
 def _report(layers: Mapping[str, PoetLinear], stats: list[FoldStats]) -> MergeReport:
@@ -197,7 +224,7 @@ class MergeHandle:
         """Whether this step had rate and gradients zero, as ``torch.distributed.checkpoint`` takes one to load into."""
         groups = self._counter_groups()
         return all(group.get("lr") == 0 for group in groups) and not any(
-            p.grad is not None and p.grad.any() for group in groups for p in group["params"]
+            p.grad is not None and local(p.grad).any() for group in groups for p in group["params"]
         )
 
     def _load(self, optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,7 +284,7 @@ def merge_every(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int =
     if not layers:
         raise UserError(_NOTHING)
     refuse_unfit(optimizer)
-    refuse_sharded((p for group in optimizer.param_groups for p in group["params"]), "merge_every")
+    refuse_sharded((p for group in optimizer.param_groups for p in group["params"]), "merge_every", rows=True)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, layer in layers.items():
         for side, parameter in zip(("skew_in", "skew_out"), layer.rotations, strict=True):

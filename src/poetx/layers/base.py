@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from poetx.config import PoetConfig
+from poetx.distributed.sharded import is_sharded
 from poetx.errors import UserError
 from poetx.layers.attributes import carry_attributes
 from poetx.ops.cayley import packed_size
@@ -148,7 +149,11 @@ class ConvertedLinear(nn.Module):
     def check_finite(self, *tensors: Tensor) -> None:
         """Raise :class:`UserError` where ``tensors`` hold inf or NaN, which a rotation would spread over the layer."""
         if not all(map(is_finite, tensors)):
-            raise UserError(f"{self.label}: inf or NaN in {NOT_FINITE}")
+            self.refuse_not_finite()
+
+    def refuse_not_finite(self) -> NoReturn:
+        """Raise :class:`UserError` for inf or NaN in the layer."""
+        raise UserError(f"{self.label}: inf or NaN in {NOT_FINITE}")
 
     def check_floating(self, weight: Tensor) -> None:
         """Raise :class:`UserError` where a weight that is to be loaded is made of integers."""
@@ -171,6 +176,16 @@ class ConvertedLinear(nn.Module):
                 "or call poetx.materialize_ on a model of the meta device, or the layer's reset_parameters()"
             )
         self._hollow = False
+
+    def check_whole(self) -> None:
+        """Raise :class:`UserError` where the parameters are sharded, and there is a part of them on this rank only."""
+        if not torch.compiler.is_compiling() and any(
+            is_sharded(parameter) for name, parameter in self._parameters.items() if name != "bias"
+        ):
+            raise UserError(
+                f"{self.label}: its parameters are sharded; run the model that fully_shard was called on, merge by "
+                "poetx.merge_(model), and for anything else load its full state dict into a model that is not sharded"
+            )
 
     def _marks(self) -> list[tuple[Tensor, float]]:
         """The first element of each tensor, and what it is without values; not of codes, whose scales show it."""
@@ -225,6 +240,7 @@ class ConvertedLinear(nn.Module):
 
         Of a nested tensor, as ``nn.TransformerEncoder`` makes of a padding mask, each part.
         """
+        self.check_whole()
         self.check_filled()
         if x.is_nested:
             return torch.nested.as_nested_tensor([self._product(part) for part in x.unbind()], layout=x.layout)

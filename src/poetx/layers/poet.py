@@ -197,6 +197,7 @@ class PoetLinear(ConvertedLinear):
         Raises:
             UserError: it holds inf or NaN. Nothing has changed then.
         """
+        self.check_whole()
         self.check_finite(weight)
         self._hollow = False
         self.skew_in.zero_()
@@ -235,6 +236,7 @@ class PoetLinear(ConvertedLinear):
 
         Differentiable in the rotations. Costs 2mn(b_in + b_out) multiply-adds: for export, not for the step.
         """
+        self.check_whole()
         self.check_filled()
         weight = fold(self.frozen_weight.fetch(), self.sides, order=self.order)
         return _permuted(weight, inverse(self.perm_out), inverse(self.perm_in))
@@ -266,6 +268,7 @@ class PoetLinear(ConvertedLinear):
         Computed beside what is there, which takes the stored weight's memory once more, then written in place, all of
         it: whatever interrupts or fails, the layer is as before or merged (:func:`poetx.ops.transaction.swap_`).
         """
+        self.check_whole()
         self.check_filled()
         count = int(self.merge_count) + 1
         weight = fold(self.frozen_weight.precise(), self.sides)

@@ -119,6 +119,7 @@ class SingleStepLinear(ConvertedLinear):
 
     def dense_weight(self) -> Tensor:
         """The weight [out_features, in_features]: itself."""
+        self.check_whole()
         self.check_filled()
         return self.weight.detach()
 

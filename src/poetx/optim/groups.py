@@ -26,10 +26,10 @@ def param_groups(
     A group with nothing in it is left out. A model that was not converted has no rotations group.
 
     Raises:
-        UserError: the model has no trainable parameter, or sharded ones; a learning rate that is not positive, another
-            number outside its range, an option that no optimizer of torch or poetx has.
+        UserError: the model has no trainable parameter, or some that are not sharded by rows; a learning rate that is
+            not positive, another number outside its range, an option that no optimizer of torch or poetx has.
     """
-    refuse_sharded(model.parameters(), "param_groups")
+    refuse_sharded(model.parameters(), "param_groups", rows=True)
     for key, value in poet_options.items():
         if key not in known_settings():
             raise UserError(
