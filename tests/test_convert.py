@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
 )
 
+import poetx
 from builders import MODELS, function, gpt2, llama, mlp, turn
 from helpers import TOLERANCE, relative_error
 from poetx import PoetConfig, PoetLinear, UserError, convert_, poet_layers, to_dense_
@@ -333,3 +334,34 @@ def test_blocks_larger_than_the_weight_are_pointed_out(block_size, more):
     settings = {"method": "single-step", "update": "free"}
     report = convert_(model, PoetConfig(block_size=block_size, **settings))
     assert ("a smaller block_size saves memory" in str(report)) == more
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, optimizer: poetx.merge_every(model, optimizer),
+        lambda model, optimizer: poetx.merge_(optimizer, model),
+        lambda model, optimizer: poetx.check_training(optimizer, model),
+        lambda model, optimizer: poetx.convert_(model.parameters()),
+        lambda model, optimizer: poetx.to_dense_(model.state_dict()),
+        lambda model, optimizer: poetx.param_groups(list(model.parameters()), lr=1e-3, poet_lr=1e-3),
+        lambda model, optimizer: poetx.spectrum(optimizer),
+    ],
+)
+def test_what_is_no_model_is_named(call):
+    model = mlp()
+    convert_(model, PoetConfig(block_size=4))
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(UserError, match="was given for a model, which must be a torch.nn.Module"):
+        call(model, optimizer)
+
+
+def test_what_conversion_would_do_wrong_or_cannot_read_is_one_line():
+    with pytest.raises(UserError, match=r"config is a dict; give a PoetConfig"):
+        convert_(mlp(), {"block_size": 4})
+    with pytest.raises(UserError, match=r"^1: its size is not known yet"):
+        convert_(nn.Sequential(nn.Linear(3, 4), nn.LazyLinear(4)))
+    with pytest.raises(UserError, match=r"^0: complex128 is not supported; convert"):
+        convert_(nn.Sequential(nn.Linear(3, 4, dtype=torch.complex128)))
+    with pytest.raises(UserError, match=r"^0: float16 is not supported \(its range"):
+        convert_(nn.Sequential(nn.Linear(3, 4, dtype=torch.float16)))

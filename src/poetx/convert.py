@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from poetx.config import PoetConfig, list_hint, name_matches
 from poetx.conversion_report import ConversionReport, ConvertedLayer, skipped
@@ -23,7 +24,7 @@ from poetx.layers.oft import OFTLinear
 from poetx.layers.poet import PoetLinear
 from poetx.layers.prequantized import dense_weight, drop_quantizers_, is_foreign
 from poetx.layers.single_step import SingleStepLinear
-from poetx.layers.walk import converted_layers, rotation_ids
+from poetx.layers.walk import check_model, converted_layers, rotation_ids
 from poetx.targets import Targets, find_targets, is_conv1d
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,16 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
         UserError: nothing matches ``target_modules``; the model is already converted; a targeted layer is
             float16, or holds inf or NaN. The model is then unchanged.
     """
-    config = config or PoetConfig()
+    config = PoetConfig() if config is None else config
+    if not isinstance(config, PoetConfig):
+        raise UserError(
+            f"convert_: config is a {type(config).__name__}; give a PoetConfig, as PoetConfig(block_size=256)"
+        )
+    if isinstance(model, DistributedDataParallel):
+        raise UserError(
+            "convert_: the model is in DistributedDataParallel, which would not average the rotations; convert it "
+            "first, then wrap it"
+        )
     if isinstance(model, nn.Linear) or is_conv1d(model):
         raise UserError(
             "convert_ replaces layers inside a model; for a single layer use PoetLinear.from_linear or wrap it "
@@ -61,9 +71,8 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
         )
     if next(converted_layers(model), None) is not None:
         raise UserError("the model is already converted; poetx.to_dense_(model) undoes that")
-
-    total = sum(p.numel() for p in model.parameters())
     found = find_targets(model, config, foreign=True)
+    total = sum(p.numel() for p in model.parameters())
     remarks = tuple(_remarks(config, (name for names in found.places.values() for name in names)))
     others = (p.dtype for p in model.parameters() if p.dtype in DTYPES and not p.is_meta)
     dtype = next(others, torch.get_default_dtype())
@@ -212,6 +221,7 @@ def to_dense_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module
     """
     if isinstance(model, ConvertedLinear):
         raise UserError("to_dense_ replaces layers inside a model; wrap the layer in nn.Sequential")
+    check_model(model)
     places: dict[ConvertedLinear, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, ConvertedLinear):

@@ -76,8 +76,8 @@ def refuse_unfit(optimizer: torch.optim.Optimizer) -> None:
     joint = next((key for key in optimizer.state if not isinstance(key, Tensor)), None)
     if joint is not None or isinstance(optimizer, torch.optim.LBFGS):
         raise UserError(
-            f"{kind} keeps {'curvature' if joint is None else repr(joint)} of all parameters together, which a merge "
-            "could not reset for the rotations alone; use an optimizer whose state is by parameter, such as AdamW"
+            f"{kind} keeps {'curvature' if joint is None else repr(joint)} of all parameters together, which can "
+            "neither restart nor be saved for some of them; use an optimizer whose state is by parameter, such as AdamW"
         )
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from poetx.config import PoetConfig, list_hint, name_matches
 from poetx.errors import UserError, nearest
-from poetx.layers.base import DTYPES, NOT_FINITE, is_finite
+from poetx.layers.base import DTYPES, NOT_FINITE, is_finite, unsupported
 from poetx.layers.prequantized import is_foreign
 
 K = TypeVar("K")
@@ -65,6 +65,10 @@ def find_targets(model: nn.Module, config: PoetConfig, *, foreign: bool = False,
     for name, module in model.named_modules(remove_duplicate=False):
         places[module].append(name)
         for parameter in module.parameters(recurse=False):
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise UserError(
+                    f"{name}: its size is not known yet (a lazy module); run one forward pass of the model first"
+                )
             owners[id(parameter)].add(id(module))
     shared = {parameter for parameter, modules in owners.items() if len(modules) > 1}
     everything = config.target_modules == "all-linear"
@@ -99,8 +103,7 @@ def find_targets(model: nn.Module, config: PoetConfig, *, foreign: bool = False,
             reasons[module] = reason
         elif not (foreign and is_foreign(module)) and module.weight.dtype not in DTYPES:
             raise UserError(
-                f"{name}: {module.weight.dtype} is not supported (its range needs loss scaling); convert the "
-                "model to bfloat16 or float32 first"
+                f"{name}: {unsupported(module.weight.dtype)}; convert the model to bfloat16 or float32 first"
             )
         else:
             layers[name] = module

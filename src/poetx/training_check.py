@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from poetx.layers.poet import PoetLinear
 from poetx.layers.single_step import SingleStepLinear
-from poetx.layers.walk import poet_layers, single_step_layers
+from poetx.layers.walk import check_model, poet_layers, single_step_layers
 from poetx.merge import merge_handle
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ class TrainingCheck:
         steps: int,
         tell: Callable[[TrainingReport], Any] | None,
     ) -> None:
+        check_model(model)
         self._model, self._steps, self._tell = model, steps, tell
         while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer  # pyright: ignore[reportAttributeAccessIssue]  # accelerate's wrapper

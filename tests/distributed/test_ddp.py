@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers import relative_error
-from poetx import POETX, PoetConfig, convert_, merge_every, param_groups
+from poetx import POETX, PoetConfig, UserError, convert_, merge_every, param_groups
 from ranks import run_on_two_ranks
 
 
@@ -37,6 +37,8 @@ def batches():
 
 
 def rank(index, directory, method):
+    with pytest.raises(UserError, match="convert it first, then wrap it"):
+        convert_(DistributedDataParallel(nn.Sequential(nn.Linear(3, 4))))
     torch.manual_seed(index)  # merging must not depend on the global generator
     model = build(method)
     torch.randn(index + 1)

@@ -10,6 +10,8 @@ import poetx
 from builders import mlp
 from poetx import POETX, PoetConfig, UserError, convert_
 from poetx.optim import SMMF, AdamW, HFac, build_optimizer, release_gradients
+from poetx.optim.baselines.hyperball import MuonHyperball
+from poetx.optim.baselines.normalized import RMNP
 
 
 def matrix():
@@ -106,6 +108,34 @@ def test_keys_of_other_optimizers_schedulers_and_the_users_own_are_taken():
     groups = [{"params": [matrix()], "rotate": True, "label": "body"}, {"params": [matrix()], "momenta": 3}]
     assert POETX(groups, dense_optimizer=lambda rest: WithOwnKey(rest, lr=0.1)).param_groups[1]["momenta"] == 3
     model = converted()
-    optimizer = AdamW(poetx.param_groups(model, lr=1e-3, poet_lr=1e-3, eps_mode="uncorrected", amsgrad=True))
+    optimizer = AdamW(poetx.param_groups(model, lr=1e-3, poet_lr=1e-3, eps_mode="uncorrected", amsgrad=False))
     torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=9)
     AdamW([dict(group) for group in optimizer.param_groups])
+
+
+@pytest.mark.parametrize(
+    ("build", "setting"),
+    [
+        (AdamW, {"amsgrad": True}),
+        (SMMF, {"maximize": True}),
+        (HFac, {"momentum": 0.5}),
+        (RMNP, {"betas": (0.8, 0.9)}),
+        (MuonHyperball, {"dampening": 0.1}),
+        (lambda groups: build_optimizer(groups, state_dtype="bfloat16"), {"maximize": True}),
+        (lambda groups: POETX([groups[0] | {"rotate": True}]), {"weight_decay": 0.1}),
+    ],
+)
+def test_a_setting_of_another_optimizer_that_would_change_numbers_is_refused(build, setting):
+    key, value = next(iter(setting.items()))
+    with pytest.raises(UserError, match=f"{key}=.* would have no effect"):
+        build([{"params": [matrix()], **setting}])
+    usual = {True: False, (0.8, 0.9): (0.9, 0.999)}.get(value, 0)
+    build([{"params": [matrix()], "foreach": False, "capturable": True, key: usual}])
+
+
+@pytest.mark.parametrize("given", [lambda: mlp().parameters(), mlp, lambda: [matrix()], matrix])
+def test_an_optimizer_is_built_of_groups_whose_parameters_may_have_names(given):
+    with pytest.raises(UserError, match=r"not parameter groups; give poetx.param_groups"):
+        build_optimizer(given())
+    named = build_optimizer([{"params": mlp().named_parameters()}]).param_groups[0]["params"]
+    assert [type(p) for p in named] == 6 * [nn.Parameter]

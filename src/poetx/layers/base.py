@@ -117,10 +117,7 @@ class ConvertedLinear(nn.Module):
     def check_dtype(self, dtype: torch.dtype) -> None:
         """Raise :class:`UserError` where the layer cannot compute in ``dtype``."""
         if dtype not in DTYPES:
-            raise UserError(
-                f"{self.label}: {str(dtype).removeprefix('torch.')} is not supported (its range needs loss scaling); "
-                "use bfloat16 or float32"
-            )
+            raise UserError(f"{self.label}: {unsupported(dtype)}; use bfloat16 or float32")
 
     def check_cast(self, fn: Callable[..., Any]) -> None:
         """:meth:`check_dtype` of what ``fn``, as ``nn.Module._apply`` takes it, would make of the weight."""
@@ -355,6 +352,12 @@ class ConvertedLinear(nn.Module):
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{sizes}, block_size={(self.block_size_in, self.block_size_out)}, mode={self.config.mode!r}"
+
+
+def unsupported(dtype: torch.dtype) -> str:
+    """What to say of a dtype that is none of :data:`DTYPES`."""
+    why = " (its range needs loss scaling)" if dtype == torch.float16 else ""
+    return f"{str(dtype).removeprefix('torch.')} is not supported{why}"
 
 
 def is_finite(weight: Tensor) -> bool:

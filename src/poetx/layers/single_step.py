@@ -98,11 +98,12 @@ class SingleStepLinear(ConvertedLinear):
 
     def _product(self, x: Tensor) -> Tensor:
         x = self.checked_input(x)
-        if self.frozen or self.momentum is None or not torch.is_grad_enabled():
+        gone = self.trainer is not None and not torch.compiler.is_compiling() and self.trainer() is None
+        if self.frozen or self.momentum is None or gone or not torch.is_grad_enabled():
             if self.training and torch.is_grad_enabled() and not self.frozen:
                 raise UserError(
-                    f"{self.label}: nothing would train its weight; build poetx.POETX(model, ...) before the first "
-                    "forward pass, or call model.eval()"
+                    f"{self.label}: nothing would train its weight{', as its POETX is gone' if gone else ''}; build "
+                    "poetx.POETX(model, ...) before the forward pass, or call model.eval()"
                 )
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return nn.functional.linear(x, self.weight.to(x.dtype), bias)

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from poetx.errors import UserError
 from poetx.layers.base import ConvertedLinear
 from poetx.layers.poet import PoetLinear
 from poetx.layers.single_step import SingleStepLinear
@@ -34,5 +35,14 @@ def rotation_ids(model: nn.Module) -> set[int]:
     return {id(p) for _, layer in poet_layers(model) for p in layer.rotations}
 
 
+def check_model(model: object) -> None:
+    """Raise :class:`UserError` where something else was given for a model, such as the argument before or after it."""
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"{type(model).__name__} was given for a model, which must be a torch.nn.Module; check the arguments' order"
+        )
+
+
 def _layers(model: nn.Module, kind: type[L]) -> Iterator[tuple[str, L]]:
+    check_model(model)
     return ((name, module) for name, module in model.named_modules() if isinstance(module, kind))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -105,8 +105,14 @@ def build_optimizer(
         owner = "sgd" if key == "momentum" else "adamw"
         if owner not in (name, dense_optimizer) and value != _USUAL[key]:
             raise UserError(f"build_optimizer: {key}={value!r} is {owner}'s, and would have no effect; leave it out")
+    groups = groups if isinstance(groups, Sequence) else list(groups) if isinstance(groups, Iterable) else [groups]
     for group in groups:  # the very groups, not copies: POETX hands out its own
-        group["params"] = list(group["params"])
+        if not isinstance(group, dict):
+            raise UserError(
+                f"build_optimizer: groups holds a {type(group).__name__}, not parameter groups; give "
+                "poetx.param_groups(model, lr=..., poet_lr=...), or [{'params': model.parameters()}]"
+            )
+        group["params"] = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
         check_group(group, "build_optimizer")
         refuse_sharded(group["params"], "build_optimizer")
     rotations = [group for group in groups if group.get("name") == "rotations"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from poetx.errors import UserError, nearest
@@ -57,6 +57,8 @@ _GROUP_KEYS = (
     "clip",
 )
 _GROUP_KEYS += ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
+#: Settings of torch's optimizers that change no number.
+_SPEED = ("foreach", "fused", "capturable", "differentiable")
 #: How alike an unknown key of a group and a known one must be to be a slip; other keys may be labels of the user's own.
 _SLIP = 0.82
 
@@ -100,13 +102,33 @@ def check_group(group: Mapping[str, Any], who: str, known: tuple[str, ...] | Non
             raise UserError(f"{who}: {key}={value!r} in a parameter group would have no effect{guess}")
 
 
+def check_effect(group: Mapping[str, Any], who: str, own: Iterable[str]) -> None:
+    """Raise :class:`UserError` on a setting of torch's optimizers that is not one of ``own`` and changes something."""
+    usual = _torch_settings()
+    for key in group.keys() - set(own) - {*_GROUP_KEYS, *_SPEED}:
+        value = group[key]
+        if key in usual and value not in (None, 0, usual[key]):
+            raise UserError(
+                f"{who}: {key}={value!r} in a parameter group is a setting of other optimizers, and would have no "
+                "effect; leave it out"
+            )
+
+
 @functools.cache
 def known_settings() -> tuple[str, ...]:
     """Arguments of the optimizers of torch and poetx, and the keys that groups have beside them."""
+    return (*sorted(_torch_settings()), *_GROUP_KEYS)
+
+
+@functools.cache
+def _torch_settings() -> dict[str, Any]:
+    """Every argument of an optimizer of torch, with the value that Adam has where nobody gives one."""
     import torch
 
     kinds = [
         kind for kind in vars(torch.optim).values() if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)
     ]
     arguments = {name for kind in kinds for name in inspect.signature(kind).parameters}
-    return (*sorted(arguments - {"args", "kwargs", "defaults"}), *_GROUP_KEYS)
+    adam = inspect.signature(torch.optim.Adam).parameters
+    names = arguments - {"args", "kwargs", "defaults"}
+    return {name: adam[name].default if name in adam else None for name in names}

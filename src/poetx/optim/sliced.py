@@ -14,7 +14,7 @@ from poetx.layers.base import DTYPES
 from poetx.ops.random import stochastic_round_, stream, stream_seed
 from poetx.optim.combined import keep_dtypes
 from poetx.optim.saved_kinds import Kind, check_own
-from poetx.optim.settings import check_group, check_numbers, known_settings
+from poetx.optim.settings import check_effect, check_group, check_numbers, known_settings
 
 #: Elements worked on at a time, so that the temporaries of a step do not depend on the largest parameter.
 SLICE = 1 << 23
@@ -69,6 +69,7 @@ class SlicedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         name = type(self).__name__
         check_group(param_group, name, (*known_settings(), *self.defaults))
+        check_effect(param_group, name, self.defaults)
         if self._beta_count is not None and len(param_group["betas"]) != self._beta_count:
             raise UserError(f"betas={param_group['betas']!r}: {name} takes {self._beta_count}")
         refuse_sharded(param_group["params"], name)

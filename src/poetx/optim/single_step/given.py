@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from poetx.config import PoetConfig, name_matches
@@ -16,7 +17,8 @@ from poetx.layers.base import DTYPES, RotatedWeight
 from poetx.layers.single_step import SingleStepLinear
 from poetx.layers.walk import poet_layers, single_step_layers
 from poetx.optim.groups import dense_groups
-from poetx.optim.settings import check_group, check_numbers
+from poetx.optim.settings import check_effect, check_group, check_numbers
+from poetx.optimizer_restart import refuse_unfit
 from poetx.targets import ZERO, find_targets, has_values, is_named_like_an_end, next_to_nothing, norm_per_row
 
 #: Keys of a group of rotated matrices: its own, and those that schedulers write.
@@ -31,6 +33,10 @@ _ROTATED_KEYS = (
     "base_momentum",
     "max_momentum",
 )
+
+
+#: What saves the state of an optimizer that adds nothing to it.
+_PLAIN_STATE = torch.optim.Optimizer.state_dict
 
 
 class Given(NamedTuple):
@@ -54,7 +60,7 @@ def read_model(model: Any, settings: dict[str, Any], modules: dict[str, Any], an
     if isinstance(model, nn.Module):
         layers = dict(single_step_layers(model))
         config = PoetConfig(method="single-step", **given, **modules)
-        _refuse_tied(model, layers)
+        refuse_tied(model, layers)
         _check_layers(model, layers, given)
         names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         groups, transposed = _model_groups(model, layers, config, names, angle, decay)
@@ -90,11 +96,11 @@ def _check_layers(model: nn.Module, layers: dict[str, SingleStepLinear], given: 
             raise UserError(f"POETX: another one trains {name} already; call its close() first")
 
 
-def _refuse_tied(model: nn.Module, layers: dict[str, SingleStepLinear]) -> None:
+def refuse_tied(model: nn.Module, layers: dict[str, SingleStepLinear]) -> None:
     """Refuse weights tied to another parameter after ``convert_``, which would get no gradient or be trained twice."""
     rotated = {name: layer for name, layer in layers.items() if not layer.frozen and has_values(layer.weight)}
     memory = {layer.weight.data_ptr(): (name, layer) for name, layer in rotated.items()}
-    for place, module in model.named_modules():
+    for place, module in model.named_modules() if memory else ():
         for key, parameter in module._parameters.items():
             if parameter is None or not parameter.numel() or not has_values(parameter):
                 continue
@@ -189,6 +195,28 @@ def _say_zeros(names: list[str]) -> None:
     warnings.warn(text, stacklevel=6)
 
 
+def check_dense(optimizer: Any, groups: list[dict[str, Any]]) -> None:
+    """Refuse what ``dense_optimizer`` made where :class:`POETX` could not step it or would lose a part of its state."""
+    kind = type(optimizer).__name__
+    if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        raise UserError(
+            f"POETX: dense_optimizer made a {kind}, which is no torch.optim.Optimizer, or only wraps one, as Lookahead "
+            "does: what it keeps itself would be in no state_dict; give what is inside"
+        )
+    refuse_unfit(optimizer)
+    if not isinstance(optimizer, torch.optim.Optimizer) or type(optimizer).state_dict is not _PLAIN_STATE:
+        raise UserError(
+            f"POETX: dense_optimizer made a {kind}, which has a state_dict of its own, which POETX would not save; use "
+            "an optimizer whose state is by parameter, such as AdamW"
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if any(id(p) not in held for group in groups for p in group["params"]):
+        raise UserError(
+            f"POETX: dense_optimizer made a {kind} that leaves out parameters; it must take the groups it is given, as "
+            "lambda groups: torch.optim.AdamW(groups) does"
+        )
+
+
 def check_groups(groups: list[dict[str, Any]], *, own_optimizer: bool) -> None:
     """Refuse parameters that cannot be rotated, numbers outside their range, and slips in the keys of groups.
 
@@ -205,8 +233,10 @@ def check_groups(groups: list[dict[str, Any]], *, own_optimizer: bool) -> None:
     for group in groups:
         known = _ROTATED_KEYS if group.get("rotate") else ("rotate",) if own_optimizer else None
         check_group(group, "POETX", known)
-        if group.get("rotate") and "lr" in group and not group["lr"] < 0.5:
-            check_numbers({"angle": group["lr"]})
+        if group.get("rotate"):
+            check_effect(group, "POETX", _ROTATED_KEYS)
+            if "lr" in group and not group["lr"] < 0.5:
+                check_numbers({"angle": group["lr"]})
     for p in itertools.chain.from_iterable(group["params"] for group in rotated):
         refuse_sharded([p], "POETX")
         if p.ndim not in (2, 3) or p.dtype not in DTYPES:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -21,13 +22,14 @@ from torch import Tensor, nn
 from poetx.distributed.checksum import check_alike
 from poetx.distributed.ranks import maximum_, on_any_rank
 from poetx.errors import UserError, nearest
+from poetx.layers.walk import single_step_layers
 from poetx.ops.cayley import exact_delta, unpack_skew
 from poetx.ops.fold import full_precision_products
 from poetx.optim.gradient_release import hand_over_gradient
 from poetx.optim.orthogonalize import LARGEST_SINGULAR_VALUE, orthogonalize
 from poetx.optim.saved_kinds import check_saved, kind_of
 from poetx.optim.settings import check_numbers
-from poetx.optim.single_step.given import check_groups, read_model
+from poetx.optim.single_step.given import check_dense, check_groups, read_model, refuse_tied
 from poetx.optim.single_step.matrix import Matrix, touched_blocks
 from poetx.optim.single_step.saved_state import current_entries, state_from_groups, state_into_groups
 from poetx.optimizer_restart import fresh_is_zero
@@ -52,7 +54,8 @@ class POETX(torch.optim.Optimizer):
             stacks of them [e, m, n]; or parameters, with or without names.
         lr: of the rest; None: the dense optimizer's own, 1e-3 without one.
         angle: radians that a step turns each plane of a written block by, half: Q = −angle · direction. It is the
-            ``lr`` of the rotated group, so learning-rate schedulers scale it.
+            ``lr`` of the rotated group, so learning-rate schedulers scale it; those that set rates (``OneCycleLR``,
+            ``CyclicLR``) take a list, one for each group, or the angle becomes the others' rate.
         block_size: b, 256 unless the layers say; a side shorter than b is one block.
         update: ``"free"``, any map near the identity, with ‖W‖ held, unless the layers say; or ``"rotation"``, with
             half the momentum, which keeps the singular values.
@@ -64,7 +67,7 @@ class POETX(torch.optim.Optimizer):
             not see it.
         weight_decay: of the matrices of the rest; None: the dense optimizer's own, 0 without one.
         dense_optimizer: makes the optimizer of the rest from parameter groups, instead of AdamW; what it sets itself
-            holds where neither a group nor an argument here says otherwise.
+            holds where neither a group nor an argument here says otherwise. Its state must be by parameter.
         target_modules, exclude_modules: as in :class:`poetx.PoetConfig`; with an ordinary model only.
         seed: of the rounding of bfloat16 weights and momenta.
 
@@ -128,6 +131,7 @@ class POETX(torch.optim.Optimizer):
             elif lr is not None:
                 group.setdefault("lr", lr)
         self._unchecked = 0
+        self._model = weakref.ref(model) if isinstance(model, nn.Module) else lambda: None
         self._matrices: list[Matrix] | None = None
         self._dense: torch.optim.Optimizer | None = None
         self._make_dense = dense_optimizer or functools.partial(torch.optim.AdamW, weight_decay=weight_decay or 0.0)
@@ -168,6 +172,7 @@ class POETX(torch.optim.Optimizer):
         rest = [group for group in self.param_groups if not group["rotate"]]
         if rest and self._dense is None:
             self._dense = self._make_dense(rest)
+            check_dense(self._dense, rest)
             made = {id(p): group for group in self._dense.param_groups for p in group["params"]}
             for group in rest:  # its own settings, where it did not write them into the group itself
                 group |= made[id(group["params"][0])] | group if group["params"] else {}
@@ -316,6 +321,14 @@ class POETX(torch.optim.Optimizer):
                 raise UserError(
                     f"POETX: {matrix.name} was made dense by to_dense_; build a new optimizer for the model"
                 )
+        for group in self.param_groups:
+            if group["rotate"] and not 0 <= group["lr"] < 0.5:
+                raise UserError(
+                    f"POETX: lr={float(group['lr']):g} of the rotated group is its angle, between 0 and 0.5; give a "
+                    "scheduler that sets rates, such as OneCycleLR, one for each group"
+                )
+        if self._unchecked == 0 and (model := self._model()) is not None:
+            refuse_tied(model, dict(single_step_layers(model)))
         loss = None
         if closure is not None:
             with torch.enable_grad():

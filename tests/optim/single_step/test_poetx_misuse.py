@@ -1,0 +1,105 @@
+"""What is done to a model, a group or the dense optimizer after POETX was built, or wrongly given to it."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+from builders import descend, mlp
+from poetx import POETX, PoetConfig, UserError, convert_
+
+
+def converted():
+    model = mlp()
+    convert_(model, PoetConfig(method="single-step", block_size=4))
+    return model
+
+
+def loss_of(model):
+    return model(torch.ones(3, 11)).square().sum()
+
+
+class Tied(nn.Module):
+    """An embedding beside a layer of its shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.layer, self.positions = nn.Embedding(9, 6), nn.Linear(6, 9), nn.Embedding(9, 6)
+        self.more = nn.Linear(9, 6)
+
+    def forward(self, ids):
+        return self.more(self.layer(self.words(ids) + self.positions(ids)))
+
+
+@pytest.mark.parametrize("steps_before", [0, 100])
+@pytest.mark.parametrize("other", ["words", "positions"])
+def test_weights_tied_after_the_optimizer_are_found_in_its_steps(other, steps_before):
+    model = Tied()
+    convert_(model, PoetConfig(method="single-step", block_size=3, target_modules=["layer"]))
+    optimizer = POETX(model)
+    for _ in range(steps_before):
+        descend(model(torch.arange(9)).square().sum(), optimizer)
+    getattr(model, other).weight = model.layer.weight
+    with pytest.raises(UserError, match=rf"{other}\.weight is tied to layer\.weight"):
+        descend(model(torch.arange(9)).square().sum(), optimizer)
+
+
+@pytest.mark.parametrize("update", ["free", "rotation"])
+@pytest.mark.parametrize("angle", [-0.01, 0.5, float("nan"), torch.tensor(7.0)])
+def test_an_angle_that_a_scheduler_drives_out_of_range_is_refused(angle, update):
+    model = mlp()
+    optimizer = POETX(model, block_size=4, update=update)
+    loss_of(model).backward()
+    optimizer.param_groups[0]["lr"] = angle
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(UserError, match="is its angle, between 0 and 0.5"):
+        optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
+    optimizer.param_groups[0]["lr"] = 0.0  # where a warm-up begins
+    optimizer.step()
+    assert torch.equal(before[0], model[0].weight)
+
+
+def test_layers_whose_optimizer_is_gone_say_so_and_still_evaluate():
+    model = converted()
+    optimizer = POETX(model)
+    descend(loss_of(model), optimizer)
+    del optimizer
+    gc.collect()
+    with pytest.raises(UserError, match=r"0: nothing would train its weight, as its POETX is gone"):
+        model(torch.ones(3, 11))
+    loss_of(model.eval())
+    another = POETX(model)
+    descend(loss_of(model.train()), another)
+
+
+class Averaging(torch.optim.SGD):
+    """Keeps slow weights in a state of its own, as Lookahead does."""
+
+    def state_dict(self):
+        return super().state_dict() | {"slow": 1}
+
+
+class Around:
+    """Only holds an optimizer."""
+
+    def __init__(self, groups):
+        self.optimizer = torch.optim.SGD(groups, lr=0.1)
+        self.param_groups = self.optimizer.param_groups
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda groups: None, "is no torch.optim.Optimizer"),
+        (Around, "only wraps one"),
+        (lambda groups: Averaging(groups, lr=0.1), "has a state_dict of its own"),
+        (lambda groups: torch.optim.LBFGS([p for g in groups for p in g["params"]]), "curvature of all parameters"),
+        (lambda groups: torch.optim.SGD(groups[0]["params"][:1], lr=0.1), "leaves out parameters"),
+    ],
+)
+@pytest.mark.parametrize("build", [converted, mlp])
+def test_a_dense_optimizer_that_would_lose_something_is_refused(build, make, words):
+    with pytest.raises(UserError, match=words):
+        POETX(build(), dense_optimizer=make)
