@@ -9,6 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from poetx.config import RESIDUAL_MODULES, name_matches
 from poetx.distributed.launch import local_device, started_ranks
 from poetx.errors import UserError, one_line
 from poetx.recipe import Recipe
@@ -88,6 +89,11 @@ def build_model(recipe: Recipe, *, vocab_size: int, end_of_text_id: int, device:
             config = model_config(recipe, vocab_size=vocab_size, end_of_text_id=end_of_text_id)
             start = torch.device("meta") if _is_quantized(recipe) else device
             model = model_from_config(config, dtype, start, f"model.config={recipe.model.config}")
+    if recipe.model.residual_scale != 1:
+        with torch.no_grad():
+            for name, module in model.named_modules():
+                if isinstance(module, torch.nn.Linear) and name_matches(name, RESIDUAL_MODULES):
+                    module.weight.mul_(recipe.model.residual_scale)
     check_fits(model, recipe, vocab_size)
     model.config.use_cache = False
     if next(model.parameters()).is_meta:

@@ -11,6 +11,7 @@ import typer
 from poetx.cli.bench import names_in
 from poetx.cli.quiet import quiet_transformers
 from poetx.errors import UserError
+from poetx.recipe.several import methods_in
 
 _EPILOG = (
     "Examples: poetx compare demo --methods adamw,muon,scale,single-step --budget 30m | "
@@ -50,7 +51,15 @@ def compare(
     settings = list(overrides or ()) + ([] if steps is None else [f"train.steps={steps}"])
     if not methods:
         raise UserError("--methods is missing: names separated by commas, such as adamw,muon,single-step")
-    _run(recipe, settings, names_in("methods", methods), _numbers(seeds), seconds=seconds, sweep=sweep, out=out)
+    _run(
+        recipe,
+        settings,
+        methods_in(names_in("methods", methods)),
+        _numbers(seeds),
+        seconds=seconds,
+        sweep=sweep,
+        out=out,
+    )
 
 
 def seconds_in(text: str) -> float:
@@ -71,7 +80,7 @@ def _numbers(text: str) -> list[int]:
 def _run(
     source: str,
     settings: list[str],
-    methods: list[str],
+    methods: dict[str, dict[str, Any]],
     seeds: list[int],
     *,
     seconds: float | None,

@@ -23,7 +23,6 @@ from poetx.errors import UserError
 from poetx.files import read_json, write_text
 from poetx.models import resolve_device
 from poetx.optim.baselines.rules import RULES
-from poetx.optim.settings import MATRIX_OPTIMIZERS
 from poetx.planner.estimate import MemoryEstimate, estimate_memory
 from poetx.recipe import Recipe
 from poetx.train.checkpoint import checkpoints
@@ -73,21 +72,27 @@ def rates_of(recipe: Recipe) -> dict[str, float]:
     for key in ("angle", "poet_lr"):
         if key in values:
             return {f"optimizer.{key}": values[key], "optimizer.lr": own.lr}
-    if own.name in MATRIX_OPTIMIZERS:
-        return {"optimizer.matrix_lr": values["matrix_lr"] or RULES[own.name].lr or own.lr, "optimizer.lr": own.lr}
+    if "matrix_lr" in values:
+        usual = RULES[own.name].lr if own.name in RULES else None
+        return {"optimizer.matrix_lr": values["matrix_lr"] or usual or own.lr, "optimizer.lr": own.lr}
     return {"optimizer.lr": own.lr}
 
 
-def compared(recipe: Recipe, steps: int) -> dict[str, Any]:
-    """What a trial of ``recipe`` changes in it beside rates and seed, for so many steps."""
+def compared(recipe: Recipe, steps: int, *, searching: bool = False) -> dict[str, Any]:
+    """What a trial of ``recipe`` changes in it beside rates and seed, for so many steps.
+
+    Args:
+        searching: a trial of the search, of which only the last loss counts.
+    """
     before = recipe.train.steps
+    every = steps if searching else max(1, steps // _EVALUATIONS)
     return {
         "train.steps": steps,
         "optimizer.warmup_steps": round(recipe.optimizer.warmup_steps * min(1, steps / before)),
-        "train.eval_every": max(1, steps // _EVALUATIONS),
-        "train.checkpoint_every": max(1, steps // _EVALUATIONS),
+        "train.eval_every": every,
+        "train.checkpoint_every": every,
         "train.keep_checkpoints": 1,
-        "train.memory_every": steps,  # the last one, when all state is there
+        "train.memory_every": None if searching else steps,  # the last one, when all state is there
         "train.export": False,
     }
 
@@ -177,13 +182,17 @@ def _kind(recipe: Recipe) -> str:
     return resolve_device(recipe.train.device).type
 
 
-def _trial_keys(recipe: Recipe, rates: Mapping[str, float], seed: int, steps: int) -> dict[str, Any]:
-    keys = {**compared(recipe, steps), **rates, "train.seed": seed}
+def _trial_keys(
+    recipe: Recipe, rates: Mapping[str, float], seed: int, steps: int, *, searching: bool = False
+) -> dict[str, Any]:
+    keys = {**compared(recipe, steps, searching=searching), **rates, "train.seed": seed}
     return keys if recipe.poet is None else keys | {"poet.seed": seed}
 
 
-def _trial(method: str, recipe: Recipe, rates: dict[str, float], place: Path, *, seed: int, steps: int) -> Trial:
-    keys = _trial_keys(recipe, rates, seed, steps)
+def _trial(
+    method: str, recipe: Recipe, rates: dict[str, float], place: Path, *, seed: int, steps: int, searching: bool = False
+) -> Trial:
+    keys = _trial_keys(recipe, rates, seed, steps, searching=searching)
     return Trial(method, recipe.with_keys(keys | {"run_dir": str(place)}), rates, seed)
 
 
@@ -197,7 +206,9 @@ def _search(
         losses: dict[tuple[float, ...], float] = {}
         for index, by in enumerate(factors, start=1):
             length = max(2, round(steps * part))
-            trial = _trial(method, recipe, points[by], place / f"sweep-{number}-{index}", seed=seed, steps=length)
+            trial = _trial(
+                method, recipe, points[by], place / f"sweep-{number}-{index}", seed=seed, steps=length, searching=True
+            )
             loss = _run(trial, say)["loss"]
             losses[by] = float("inf") if loss is None else loss
         factors = sorted(losses, key=losses.__getitem__)[: len(factors) // 2]

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from poetx.methods.base import Method
-from poetx.optim.baselines.rules import RULES, matrices_and_rest
+from poetx.optim.baselines.rules import RULES, matrices_and_rest, with_matrix_rate
 from poetx.optim.build import build_optimizer
 from poetx.optim.groups import param_groups
 from poetx.recipe.sections import AdamWKeys, LowRankKeys, MatrixKeys
@@ -28,7 +28,9 @@ class Dense(Method):
     def _optimizer(self, model: nn.Module, steps: int, options: dict[str, Any]) -> Optimizer:
         own = self.recipe.optimizer
         groups = param_groups(model, lr=own.lr, poet_lr=own.lr, weight_decay=own.weight_decay)
-        if not isinstance(own, MatrixKeys):
+        assert isinstance(own, MatrixKeys)
+        if own.name not in RULES:
+            groups = groups if own.matrix_lr is None else with_matrix_rate(model, groups, own.matrix_lr)
             return build_optimizer(groups, own.name, **options)
         low_rank = {"rank": own.rank, "gap": own.subspace_gap} if isinstance(own, LowRankKeys) else {}
         rates = {"lr": own.lr, "matrix_lr": own.matrix_lr, "weight_decay": own.weight_decay}

@@ -88,6 +88,12 @@ class Recipe(Section):
             raise UserError(f"optimizer.name={name} trains dense matrices; use it with poet=null and lora=null")
         if self.poet is None and self.model.recompute != "auto":
             raise UserError(f"model.recompute={self.model.recompute}: is for rotated layers; leave it out")
+        kept = self.poet is None or self.poet.config.init == "keep"
+        if self.model.residual_scale != 1 and (self.model.pretrained or not kept):
+            raise UserError(
+                f"model.residual_scale={self.model.residual_scale:g}: is for fresh weights that stay as they are made; "
+                + ("leave it out" if self.model.pretrained else "use poet.residual_scale")
+            )
         growth = self.optimizer.norm_growth if isinstance(self.optimizer, SingleStepKeys) else 0
         if growth >= self.train.steps:
             raise UserError(f"optimizer.norm_growth={growth:g}: must be less than train.steps={self.train.steps}")

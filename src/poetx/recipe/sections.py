@@ -65,6 +65,7 @@ class ModelRecipe(Section):
     num_heads: MaybeCount = None
     num_key_value_heads: MaybeCount = None  # None: as many as num_heads (no grouped-query attention)
     tie_embeddings: Flag = False
+    residual_scale: Real = 1.0  # on fresh weights that write to the residual stream and stay dense
     config: Text | None = None
     pretrained: Text | None = None
     gradient_checkpointing: Flag = False  # keep only every decoder layer's input, and compute the layer again
@@ -209,8 +210,8 @@ class SgdKeys(Section):
 
 
 class MatrixKeys(Section):
-    belongs: ClassVar[str] = f"for optimizers of matrices ({', '.join(MATRIX_OPTIMIZERS)})"
-    matrix_lr: MaybeRate = None  # of the matrices; None: the rule's usual one, lr for muon and rmnp
+    belongs: ClassVar[str] = "for dense matrices (poet=null, lora=null)"
+    matrix_lr: MaybeRate = None  # of those between embedding and head; None: the rule's usual one, else lr
 
 
 class LowRankKeys(Section):
@@ -347,9 +348,11 @@ def optimizer_type(method: str | None, names: frozenset[str], rotations_by_adamw
     parts: list[type[Section]] = []
     if names & {"adamw", *MATRIX_OPTIMIZERS}:
         parts.append(AdamWKeys)
-    kinds = ((("sgd",), SgdKeys), (MATRIX_OPTIMIZERS, MatrixKeys), (LOW_RANK, LowRankKeys))
+    kinds = ((("sgd",), SgdKeys), (LOW_RANK, LowRankKeys))
     parts += [keys for kind, keys in kinds if names.intersection(kind)]
-    if method == "poet-x":
+    if method is None:
+        parts.append(MatrixKeys)
+    elif method == "poet-x":
         parts += [PoetXKeys, *([RotationAdamWKeys] if rotations_by_adamw else [])]
     elif method == "single-step":
         parts.append(SingleStepKeys)
@@ -365,7 +368,7 @@ def section_types(values: Mapping[str, Any]) -> dict[str, type[Section]]:
     poet = poet if isinstance(poet, Mapping) else None
     optimizer = values.get("optimizer")
     optimizer = optimizer if isinstance(optimizer, Mapping) else {}
-    method = None if poet is None else poet.get("method")
+    method = ("lora" if lora else None) if poet is None else poet.get("method")
     if poet is not None and method not in ("single-step", "oft"):
         method = "poet-x"
     name = optimizer.get("name", "adamw")

@@ -3,37 +3,87 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from poetx.errors import UserError
+from poetx.errors import UserError, nearest, one_line
 from poetx.recipe.idle import idle
 from poetx.recipe.loading import Recipe, parsed, recipe_with, shown, split_key, with_method
 from poetx.recipe.sections import belongs
-from poetx.recipe.shorthands import METHODS
+from poetx.recipe.shorthands import METHODS, check_method
 
 logger = logging.getLogger(__name__)
 
 
-def load_methods(source: str, overrides: Sequence[str], methods: Sequence[str]) -> dict[str, Recipe]:
+def methods_in(words: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Methods by label, with settings of their own: of names, and of YAML files that say ``LABEL: {KEY: VALUE, …}``.
+
+    In a file ``method`` names the method where the label does not; ``FILE.yaml:LABEL`` is one entry of it.
+
+    Raises:
+        UserError: a file that cannot be read or says something else, a label twice, an unknown method.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for word in words:
+        file, _, only = word.partition(":")
+        entries = _entries(file) if Path(file).suffix in (".yaml", ".yml") else {word: {}}
+        if only and only not in entries:
+            raise UserError(f"--methods {word}: no {only} there{nearest(only, entries)}")
+        for label, settings in entries.items() if not only else [(only, entries[only])]:
+            if label in found:
+                raise UserError(f"--methods: {label} is there twice; give it another label in the file")
+            check_method(settings.get("method", label))
+            found[label] = settings
+    return found
+
+
+def _entries(path: str) -> dict[str, dict[str, Any]]:
+    from poetx.recipe.plain_yaml import read_yaml
+
+    try:
+        entries = read_yaml(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"--methods {path}: {one_line(error)}") from None
+    if not isinstance(entries, dict):
+        raise UserError(f"--methods {path}: must say LABEL: {{KEY: VALUE, …}} for every method")
+    for label, settings in entries.items():
+        if not re.fullmatch(r"[\w.-]+", str(label)) or not isinstance(settings or {}, Mapping):
+            raise UserError(f"{path}: {label}: must be LABEL: {{KEY: VALUE, …}}, a label of letters, digits, - and _")
+    return {label: dict(settings or {}) for label, settings in entries.items()}
+
+
+def load_methods(
+    source: str, overrides: Sequence[str], methods: Sequence[str] | Mapping[str, Mapping[str, Any]]
+) -> dict[str, Recipe]:
     """``source`` by each of ``methods``; what an override has no effect for is logged, refused where that is all.
+
+    Args:
+        methods: names, or what :func:`methods_in` gives: a label's own settings come last.
 
     Raises:
         UserError: as :func:`poetx.recipe.load_recipe`, or an override that none of the methods has a use for.
     """
+    own_settings = methods if isinstance(methods, Mapping) else {name: {} for name in methods}
+    word = {label: settings.get("method", label) for label, settings in own_settings.items()}
     pairs = parsed(overrides)
     if "method" in dict(pairs):
         raise UserError("--methods and method= are both given; --methods alone says which")
     own = [key for key, _ in pairs if key == "model.recompute" or key.startswith("lora") or belongs(*split_key(key))]
     plain = recipe_with(source, [pair for pair in pairs if pair[0] not in own], text=False)
-    recipes = {name: with_method(plain, name) for name in methods}
+    recipes = {label: with_method(plain, word[label]) for label in own_settings}
     for key, value in pairs:
-        having = [name for name, recipe in recipes.items() if _has_effect(recipe, name, key)]
+        having = [name for name, recipe in recipes.items() if _has_effect(recipe, word[name], key)]
         if not having:
             raise UserError(f"{key}={shown(value)}: has no effect with any of {', '.join(methods)}; leave it out")
         if without := ", ".join(name for name in recipes if name not in having):
             logger.warning("%s=%s: has no effect with %s", key, shown(value), without)
         if key in own:
             recipes |= {name: recipes[name].with_keys({key: value}) for name in having}
+    for label, settings in own_settings.items():
+        keys = {key: value for key, value in settings.items() if key != "method"}
+        recipes[label] = recipes[label].with_keys(keys) if keys else recipes[label]
     return recipes
 
 

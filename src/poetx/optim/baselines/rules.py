@@ -99,6 +99,17 @@ def matrices_and_rest(
     return CombinedOptimizer(first, build_optimizer(left, "adamw", **rest)) if left else first
 
 
+def with_matrix_rate(model: nn.Module, groups: Groups, matrix_lr: float) -> Groups:
+    """``groups`` with the matrices between embedding and head in groups of their own, of rate ``matrix_lr``."""
+    ends, parted = _ends(model), []
+    for group in groups:
+        inner = [p for p in group["params"] if p.ndim == 2 and id(p) not in ends]
+        other = [p for p in group["params"] if p.ndim != 2 or id(p) in ends]
+        parted.append(group | {"name": "matrices", "params": inner, "lr": matrix_lr})
+        parted.append(group | {"params": other})
+    return [group for group in parted if group["params"]]
+
+
 def _ends(model: nn.Module) -> dict[int, str]:
     """Embedding and head by the identity of their weights; a tied one is the head."""
     found = {}
