@@ -17,6 +17,7 @@ from poetx.compare import trials
 from poetx.compare.page import frontier, table
 from poetx.errors import UserError
 from poetx.recipe import Recipe, with_method
+from poetx.recipe.several import load_methods, methods_in
 
 Tiny = Callable[..., Recipe]
 METHODS = ("adamw", "single-step")
@@ -180,3 +181,38 @@ def test_times_are_read_and_a_budget_that_is_too_small_is_refused(tiny: Tiny) ->
         trials.steps_in(recipes, 0.001, seeds=1, sweep=False)
     few, many = (trials.steps_in(recipes, 600, seeds=1, sweep=sweep) for sweep in (True, False))
     assert 20 < few < many
+
+
+def test_methods_have_labels_and_settings_of_their_own(tiny: Tiny, tmp_path: Path) -> None:
+    mine, file = tmp_path / "mine.yaml", tmp_path / "methods.yaml"
+    mine.write_text(tiny().to_yaml())
+    file.write_text(
+        "small: {method: single-step, poet.block_size: 2}\n"
+        "large: {method: single-step, optimizer.angle: 0.02}\n"
+        "adamw: {optimizer.matrix_lr: 3.0e-3, model.residual_scale: 0.5}\n"
+    )
+    recipes = load_methods(str(mine), ["train.steps=3"], methods_in(["muon", str(file)]))
+    assert list(recipes) == ["muon", "small", "large", "adamw"]
+    assert [recipes[name].poet.block_size for name in ("small", "large")] == [2, tiny().poet.block_size]
+    assert trials.rates_of(recipes["adamw"]) == {"optimizer.matrix_lr": 3e-3, "optimizer.lr": tiny().optimizer.lr}
+    assert all(recipe.train.steps == 3 for recipe in recipes.values())
+    assert list(methods_in([f"{file}:large", "lora"])) == ["large", "lora"]
+
+
+@pytest.mark.parametrize(
+    ("words", "text", "said"),
+    [
+        (["adam"], "", "no such method; did you mean 'adamw'"),
+        (["{file}:smal"], "small: {method: lora}", "no smal there; did you mean 'small'"),
+        (["{file}", "lora"], "lora:", "lora is there twice"),
+        (["{file}"], "../up: {method: lora}", "a label of letters"),
+        (["{file}"], "- lora", "must say LABEL"),
+        (["{file}"], "mine: {optimizer.lr: 1}", "method=mine: no such method"),
+        (["no.yaml"], "", "no.yaml: .*No such file"),
+    ],
+)
+def test_methods_that_cannot_be(words: list[str], text: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "methods.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=said):
+        methods_in([word.format(file=file) for word in words])

@@ -17,6 +17,7 @@ from poetx.optim import param_groups
 from poetx.optim.baselines.base import MatrixOptimizer
 from poetx.optim.baselines.hyperball import MuonHyperball
 from poetx.optim.baselines.low_rank import Apollo, GaLore
+from poetx.optim.baselines.muon import Muon
 from poetx.optim.baselines.normalized import RACS, RMNP, Scale, SinkGD
 from poetx.optim.baselines.rules import RULES, matrices_and_rest
 from poetx.optim.gradient_release import release_gradients
@@ -89,6 +90,13 @@ def newton_schulz(x: Array) -> Array:
     return x
 
 
+def muon(w: Array, g: Array, memory: dict[str, Any], t: int) -> Array:
+    memory["m"] = 0.95 * memory.get("m", 0) + 0.05 * g
+    u = 0.05 * g + 0.95 * memory["m"]
+    u = newton_schulz(u) if len(u) <= len(u[0]) else newton_schulz(u.T).T
+    return (1 - LR * 0.1) * w - LR * 0.2 * np.sqrt(max(w.shape)) * u
+
+
 def hyperball(w: Array, g: Array, memory: dict[str, Any], t: int) -> Array:
     c = memory.setdefault("c", np.linalg.norm(w))
     memory["m"] = 0.95 * memory.get("m", 0) + 0.05 * g
@@ -140,6 +148,7 @@ FORMULAS: dict[str, tuple[Callable[..., Array], Callable[..., MatrixOptimizer]]]
     "sinkgd": (sinkgd, lambda p: SinkGD(p, LR)),
     "racs": (racs, lambda p: RACS(p, LR)),
     "rmnp": (rmnp, lambda p: RMNP(p, LR, weight_decay=0.1)),
+    "muon": (muon, lambda p: Muon(p, LR, weight_decay=0.1)),
     "muon-hyperball": (hyperball, lambda p: MuonHyperball(p, LR)),
     "galore": (low_rank, lambda p: GaLore(p, LR, rank=4, subspace_gap=3)),
     "fira": (fira, lambda p: GaLore(p, LR, rank=4, subspace_gap=3, residual=True)),
@@ -191,6 +200,23 @@ def test_bfloat16_moves_by_small_steps_and_nothing_finite_gives_nan(name: str) -
     assert moved
     state = {key: value for key, value in optimizer.state[parameter].items() if isinstance(value, torch.Tensor)}
     assert all(value.isfinite().all() for value in state.values())
+
+
+def test_muon_goes_on_from_the_state_of_torch() -> None:
+    weights = []
+    for follow in (torch.optim.Muon, Muon):
+        parameter = nn.Parameter(torch.randn(12, 7, generator=torch.Generator().manual_seed(0)))
+        optimizer = torch.optim.Muon([parameter], LR, adjust_lr_fn="match_rms_adamw")
+        for t, g in enumerate(gradients((12, 7))):
+            if t == 3:
+                state = optimizer.state_dict()
+                optimizer = follow([parameter], LR)
+                optimizer.load_state_dict(state)
+                before = parameter.detach().clone()
+            parameter.grad = g.float()
+            optimizer.step()
+        weights.append(parameter.detach() - before)
+    assert (weights[0] - weights[1]).norm() < 0.03 * weights[0].norm()  # torch iterates in bfloat16
 
 
 @pytest.mark.parametrize("name", ["galore", "fira", "apollo", "racs", "scale"])

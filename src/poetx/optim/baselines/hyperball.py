@@ -9,7 +9,7 @@ from torch import Tensor
 
 from poetx.errors import UserError
 from poetx.optim.baselines.base import MatrixOptimizer, moving_average
-from poetx.optim.orthogonalize import orthogonalize
+from poetx.optim.baselines.muon import orthogonal
 from poetx.optim.saved_kinds import Kind
 from poetx.optim.sliced import compute_dtype, wide, write_
 
@@ -44,10 +44,7 @@ class MuonHyperball(MatrixOptimizer):
             state["norm"] = torch.linalg.vector_norm(W)
         G = wide(grad, W.dtype)
         M = moving_average(state, "momentum", G, beta, parameter.dtype, noise)
-        U = G.lerp_(M, beta)
-        tall = U.shape[0] > U.shape[1]
-        U = orthogonalize((U.T if tall else U)[None], skew=False)[0]
-        U = U.T if tall else U
+        U = orthogonal(G.lerp_(M, beta))
         size = torch.linalg.vector_norm(U)
         c = state["norm"]
         W.sub_(U * torch.where(size > 0, group["lr"] * c / size, 0.0))

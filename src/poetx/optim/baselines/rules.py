@@ -10,6 +10,7 @@ from torch import nn
 
 from poetx.optim.baselines.hyperball import MuonHyperball
 from poetx.optim.baselines.low_rank import Apollo, GaLore
+from poetx.optim.baselines.muon import Muon
 from poetx.optim.baselines.normalized import RACS, RMNP, Scale, SinkGD
 from poetx.optim.build import build_optimizer
 from poetx.optim.combined import CombinedOptimizer
@@ -37,7 +38,7 @@ class Rule(NamedTuple):
 
 
 RULES: dict[str, Rule] = {
-    "muon": Rule("Muon", lambda groups: torch.optim.Muon(groups, adjust_lr_fn="match_rms_adamw")),
+    "muon": Rule("Muon", Muon),
     "muon-hyperball": Rule("Muon on the hyperball", MuonHyperball, lr=0.012, decays=False),
     "rmnp": Rule("RMNP", RMNP),
     "scale": Rule("SCALE", Scale, lr=1e-3, ends=("embedding", "head")),

@@ -1,0 +1,42 @@
+"""Muon, from here: torch's iterates in bfloat16, slow on a CPU, and rounds narrow weights to the nearest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poetx.optim.baselines.base import MatrixOptimizer, moving_average
+from poetx.optim.orthogonalize import orthogonalize
+from poetx.optim.saved_kinds import Kind
+
+
+class Muon(MatrixOptimizer):
+    """``torch.optim.Muon`` with ``adjust_lr_fn="match_rms_adamw"``, whose states it reads.
+
+    M ← β M + (1 − β) G; U = 0.2 √max(m, n) · Newton–Schulz of (1 − β) G + β M. On a CPU in float32, where bfloat16
+    is slow.
+    """
+
+    kind = Kind("Muon", "ns_steps", lambda p: {"momentum_buffer": (tuple(p.shape),)})
+
+    def __init__(
+        self, params: Any, lr: float = 1e-3, weight_decay: float = 0.0, *, momentum: float = 0.95, seed: int = 0
+    ) -> None:
+        super().__init__(
+            params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "ns_steps": 5}, seed=seed
+        )
+
+    def _direction(
+        self, G: Tensor, state: dict[str, Any], group: dict[str, Any], parameter: Tensor, noise: torch.Generator
+    ) -> Tensor:
+        M = moving_average(state, "momentum_buffer", G, group["momentum"], parameter.dtype, noise)
+        return orthogonal(G.lerp_(M, group["momentum"])).mul_(0.2 * max(G.shape) ** 0.5)
+
+
+def orthogonal(U: Tensor) -> Tensor:
+    """Newton–Schulz of one matrix, over its smaller side."""
+    tall = U.shape[0] > U.shape[1]
+    U = orthogonalize((U.T if tall else U)[None], skew=False)[0]
+    return U.T if tall else U
