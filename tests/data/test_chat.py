@@ -16,7 +16,7 @@ import torch
 from builders import gpt2, llama, train_losses
 from poetx.cli import main
 from poetx.data.chat import DEFAULT_TEMPLATE, ChatTemplate, conversation, format_of
-from poetx.data.packing import LABEL, Packer
+from poetx.data.packing import LABEL, START, Packer
 from poetx.data.prepare import prepare_data
 from poetx.data.tokenizer import read_tokenizer, train_tokenizer
 from poetx.data.tokens import IGNORED, TokenWindows
@@ -136,6 +136,19 @@ def test_text_that_is_packed_loses_nothing_but_labels_of_first_tokens(tiny: Tiny
     before, now = (Counter(data.train.tokens.tolist()) for data in (plain, packed))
     assert not before - now
     assert set(now - before) == {packed.meta.end_of_text_id}  # padding
+
+
+def test_packed_sources_without_weights_keep_to_their_windows(
+    tiny: Tiny, chats: Callable[..., Path], settings: list[str], corpus: Path, tmp_path: Path
+) -> None:
+    sources = [str(chats()), str(corpus)]
+    for number in range(3):
+        (tmp_path / f"{number}.jsonl").write_text("".join(f'{{"text": "{n} of {number}"}}\n' for n in range(90)))
+        sources.append(str(tmp_path / f"{number}.jsonl"))
+    data = prepare_data(tiny(f"data.train={json.dumps(sources)}", *settings))
+    assert data.train.flags is not None
+    assert (data.train.flags[::64] & START).all()  # every window begins with a document
+    assert len(data.train.tokens) % 64 == 1
 
 
 def test_a_mixture_of_conversations_and_text(
@@ -281,6 +294,17 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "output": ({"instruction": "a", "output": None}, r'"output" is NoneType, not a string'),
     "input": ({"instruction": "a", "input": 3, "output": "b"}, r'"input" is int, not a string'),
     "completion": ({"prompt": "a", "completion": {"a": 1}}, r'"completion" is dict, not a string or a list'),
+    "tools": ({"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}, '"tools" is not written'),
+    "history": ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, '"history" is not written into'),
+    "weight": (
+        {"messages": [{"role": "assistant", "content": "a", "weight": 0}]},
+        r"messages\[0\]: is not to be learnt",
+    ),
+    "call": ({"messages": [{"role": "assistant", "tool_calls": [{"name": "f"}]}]}, 'does not write the "tool_calls"'),
+    "thought": (
+        {"prompt": "a", "completion": [{"role": "assistant", "content": "b", "reasoning_content": "c"}]},
+        'does not write the "reasoning_content" of a message; give another by data.chat_template=FILE',
+    ),
     "surrogate": ({"prompt": "a", "completion": [{"role": "assistant", "content": "\ud800"}]}, "half a surrogate pair"),
 }
 
@@ -299,6 +323,18 @@ def test_what_is_wrong_in_a_conversation_is_one_line(
         prepare_data(tiny(f"data.train={path}", *settings))
     assert str(caught.value).startswith(f"{path}, line 2")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_conversations_without_answers_are_refused(
+    held_out: bool, tiny: Tiny, tmp_path: Path, settings: list[str], chats: Callable[..., Path]
+) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps({"messages": turns(f"what is {n}")}) + "\n" for n in range(90)))
+    texts = [f"data.train={chats()}", f"data.validation={path}"] if held_out else [f"data.train={path}"]
+    settings = [setting for setting in settings if not (held_out and "fraction" in setting)]
+    with pytest.raises(UserError, match=f"no answers for {'validation' if held_out else 'train'}, which alone are"):
+        prepare_data(tiny(*texts, *settings, "data.pack=false"))
 
 
 def test_fields_say_what_a_record_is_and_a_key_says_otherwise(

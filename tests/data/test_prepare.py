@@ -342,6 +342,15 @@ def test_an_existing_tokenizer_is_used(tiny: Tiny, tmp_path: Path) -> None:
         prepare_data(tiny(f"data.tokenizer={path}"))
 
 
+def test_an_end_of_text_that_is_declared_anew_is_taken(tiny: Tiny, tmp_path: Path) -> None:
+    own = train_tokenizer(["alpha beta gamma"], vocab_size=300, end_of_text="</s>")
+    own.add_special_tokens(["<stop>"])
+    own.save(str(tmp_path / "tokenizer.json"))
+    for end in ("</s>", "<stop>"):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+        assert prepare_data(tiny(f"data.tokenizer={tmp_path}")).meta.end_of_text == end
+
+
 def test_truncation_and_padding_of_a_tokenizer_file_are_left_aside(tiny: Tiny, corpus: Path, tmp_path: Path) -> None:
     own = train_tokenizer(["alpha beta gamma"], vocab_size=300)
     counts = set()

@@ -236,6 +236,16 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "latin.txt.gz": (gzip.compress(b"caf\xe9 " * 3000), "not UTF-8"),
     "tar.txt.gz": (gzip.compress(bytes(257).replace(b"\0", b"a") + b"ustar\0\0\0"), "a tar archive|NUL bytes"),
     "no.csv": (b"id,words\n1,some\n", r'line 2: no "text" field \(it has: id, words\); name .* by data\.text_field='),
+    "second.txt.bz2": (
+        bz2.compress(b"some words\n" * 99) + b"X" + bz2.compress(b"more\n" * 99)[1:],
+        "damaged bzip2 data",
+    ),
+    "second.txt.xz": (
+        lzma.compress(b"some words\n" * 99) + b"X" + lzma.compress(b"more\n" * 99)[1:],
+        "damaged xz data",
+    ),
+    "zeros.txt": (b"some words\n" * 2000 + bytes(60), "has NUL bytes, so is binary, UTF-16 or damaged; move it away"),
+    "names.tsv": (b"id\ttext\tid\n1\tsome\t2\n", 'its header names "id" twice; rename one'),
     "ragged.csv": (b"id,text\n1,some\n2,a,b\n", r"line 3: 3 fields under a header of 2 \(id, text\); quote"),
     "quote.csv": (b'id,text\n1,"some"x\n', r"line 2: not CSV \(.*\); mend its quotes"),
     "head.tsv": (b"1\twords\n2\tmore\n", r'line 2: no "text" field \(it has: 1, words\)'),
@@ -262,6 +272,43 @@ def test_tables_that_are_cut_off(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=rf"{name}: not a whole (Parquet|Arrow) file \(.*\); fetch it again"):
         list(open_corpus(str(tmp_path / name)).documents())
+
+
+@pytest.mark.parametrize("compress", [bz2.compress, lzma.compress, gzip.compress])
+def test_every_stream_of_a_file_is_read(compress: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    parts = [f"{number}\n".encode() * 9000 for number in range(3)]
+    padding = bytes(8) if compress is not bz2.compress else b""  # which xz and gzip allow
+    path = tmp_path / "a.txt"
+    path.write_bytes(padding.join(map(compress, parts)) + padding)
+    with open_text(path) as file:
+        assert file.read().encode() == b"".join(parts)
+
+
+def test_a_file_in_two_sources_is_refused_and_a_compressed_twin_is_said(
+    tmp_path: Path, corpus: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "link").symlink_to(corpus)
+    for other in (corpus / "3.txt", tmp_path / "link", f"{corpus}/[0-4].txt"):
+        with pytest.raises(UserError, match=rf"data\.train: {corpus}/\d\.txt is in .* and in .*; name it in one"):
+            open_corpus({str(corpus): 1, str(other): 2})
+    place = tmp_path / "twins"
+    place.mkdir()
+    (place / "a.jsonl").write_bytes(jsonl())
+    (place / "a.jsonl.xz").write_bytes(lzma.compress(jsonl()))
+    open_corpus(str(place))
+    assert "a.jsonl and a.jsonl.xz are both there, and both are read; move one away" in caplog.text
+
+
+@pytest.mark.parametrize("setting", ["data.chat_template=a.jinja", "data.text_field=body"])
+def test_a_setting_that_no_text_reads_is_said(setting: str, tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(table(",").replace(b"text", b"body"))
+    said: list[str] = []
+    prepare_data(tiny(setting), progress=said.append)
+    assert any("has no effect, there are no" in text for text in said)
+    if "text_field" in setting:
+        said.clear()
+        prepare_data(tiny(f"data.train={tmp_path / 'a.csv'}", setting), progress=said.append)
+        assert not any("no effect" in text for text in said)
 
 
 def test_patterns_and_names_that_mean_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -52,3 +52,12 @@ def test_windows_longer_than_the_text_are_refused(tiny: Tiny, tmp_path: Path) ->
         evaluate_run(run, data=None, seq_len=9000)
     with pytest.raises(UserError, match=r"short\.txt: \d+ tokens, fewer than one window.*lower --seq-len"):
         evaluate_run(run, data=str(tmp_path / "short.txt"), seq_len=50)
+
+
+def test_records_of_other_text_have_the_field_of_the_run(tiny: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"body": f"alpha beta {n} " * 9}) + "\n" for n in range(60)))
+    result = train(tiny(f"data.train={path}", "data.text_field=body", "train.steps=1"))
+    assert evaluate_run(str(result.run_dir), data=str(path)).tokens > 1000
+    with pytest.raises(UserError, match=r'no "text" field \(it has: body\); .* or call it "text"'):
+        evaluate_run(str(result.export_dir), data=str(path))

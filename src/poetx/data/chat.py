@@ -21,6 +21,9 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant"}
 _ROLES |= {"system": "system"}  # ShareGPT's names
 
+#: What a message may say beside its content.
+_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+
 Message = dict[str, Any]
 Span = tuple[int, int]
 
@@ -65,6 +68,10 @@ def conversation(record: Record, kind: str, place: str) -> list[Message]:
         question = f"{instruction}\n\n{more}" if more else instruction
         answer = _field(record, "output", str, place)
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    if unread := next((name for name in ("tools", "functions", "history") if record.get(name)), None):
+        raise UserError(
+            f'{place}: its "{unread}" is not written into conversations; put it into messages, or remove it'
+        )
     system = record.get("system")
     if isinstance(system, str) and system and messages and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
@@ -97,6 +104,8 @@ def _message(item: Any, place: str) -> Message:
         message |= {"role": role, "content": message.pop("value", None)}
     if not isinstance(message.get("role"), str):
         raise UserError(f'{place}: no "role" (it has: {shown_fields(item)})')
+    if message.get("weight") == 0 or message.get("train") is False:
+        raise UserError(f"{place}: is not to be learnt, and all answers are; leave its conversation out, or this mark")
     content = message.get("content", "" if "tool_calls" in message else None)
     if isinstance(content, list):
         parts = [part["text"] if isinstance(part, Mapping) and "text" in part else part for part in content]
@@ -128,6 +137,12 @@ class ChatTemplate:
         Raises:
             UserError: the template refuses the conversation, or writes earlier messages otherwise once later ones come.
         """
+        for name in _CONTENT:
+            if name not in self.text and any(message.get(name) for message in messages):
+                raise UserError(
+                    f'{place}: the chat template does not write the "{name}" of a message; give another by '
+                    "data.chat_template=FILE, or remove them"
+                )
         if _GENERATION.search(self.text):
             return self._rendered(messages, place, spans=True)
         text, _ = self._rendered(messages, place)

@@ -8,7 +8,7 @@ import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
@@ -86,8 +86,11 @@ def _decompressed(path: Path) -> IO[bytes]:
     compression = _compression(path)
     if compression == "Zstandard":
         return _open_zstandard(path)
-    openers: dict[str | None, Any] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
-    return openers.get(compression, open)(path, "rb")
+    if compression == "bzip2":
+        return io.BufferedReader(_Streams(path, bz2.BZ2Decompressor))
+    if compression == "xz":
+        return io.BufferedReader(_Streams(path, lzma.LZMADecompressor, padding=True))
+    return gzip.open(path) if compression else path.open("rb")
 
 
 def _open_zstandard(path: Path) -> IO[bytes]:
@@ -103,16 +106,26 @@ def _open_zstandard(path: Path) -> IO[bytes]:
         raise UserError(
             f"{path}: Zstandard-compressed; pip install 'poetx[data]' to read it, or decompress it first (unzstd)"
         ) from None
-    return io.BufferedReader(_Frames(path, zstandard))
+    frames = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    return io.BufferedReader(_Streams(path, frames.decompressobj, error=zstandard.ZstdError))
 
 
-class _Frames(io.RawIOBase):
-    """All frames of a Zstandard file. The package's own reader takes a file that is cut off for a whole one."""
+class _Streams(io.RawIOBase):
+    """All streams of a compressed file, one after the other, as parallel compressors write them.
 
-    def __init__(self, path: Path, zstandard: Any) -> None:
-        self._error = zstandard.ZstdError
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        self._file, self._frame, self._waiting = path.open("rb"), None, io.BytesIO()
+    The libraries' own readers take for the end what they cannot read after the first: a damaged one, or (xz) zeros
+    between two; that of Zstandard takes a file that is cut off for a whole one.
+
+    Args:
+        new: makes what decompresses one stream.
+        padding: zeros may lie between streams.
+    """
+
+    def __init__(
+        self, path: Path, new: Callable[[], Any], *, error: type[Exception] = OSError, padding: bool = False
+    ) -> None:
+        self._new, self._error, self._padding = new, error, padding
+        self._file, self._stream, self._waiting = path.open("rb"), None, io.BytesIO()
 
     def readable(self) -> bool:
         return True
@@ -124,7 +137,7 @@ class _Frames(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not (size := self._waiting.readinto(buffer)):
             data = self._file.read(_CHUNK)
-            if not data and self._frame is not None:
+            if not data and self._stream is not None:
                 raise EOFError("it ends in the middle")
             if not data:
                 return 0
@@ -135,9 +148,9 @@ class _Frames(io.RawIOBase):
         return size
 
     def _decompress(self, data: bytes) -> Iterator[bytes]:
-        while data:
-            self._frame = frame = self._frame or self._decompressor.decompressobj()
-            yield frame.decompress(data)
+        while data := data.lstrip(b"\0") if self._padding and self._stream is None else data:
+            self._stream = stream = self._stream or self._new()
+            yield stream.decompress(data)
             data = b""
-            if frame.eof:
-                self._frame, data = None, frame.unused_data
+            if stream.eof:
+                self._stream, data = None, stream.unused_data

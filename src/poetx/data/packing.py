@@ -53,12 +53,13 @@ class Packer:
             yield from self._place(piece, np.full(len(piece), LABEL, np.uint8))
         self._text = None if ends else (ids, ids)
 
-    def flush(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield all windows that are open, and the one token more that the last window's labels need."""
+    def flush(self, *, end: bool = True) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield all windows that are open, and at the ``end`` the one token more that the last window's labels need."""
         for ids, flags in self._open:
             yield self._filled(ids, flags)
         self._open.clear()
-        yield np.array([self.padding]), np.array([START], np.uint8)
+        if end:
+            yield np.array([self.padding]), np.array([START], np.uint8)
 
     def _place(self, ids: np.ndarray, flags: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         flags[0] = START  # nothing before it predicts it

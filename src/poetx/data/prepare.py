@@ -21,11 +21,12 @@ import numpy as np
 
 from poetx.data.chat import DEFAULT_TEMPLATE, ChatTemplate
 from poetx.data.encoding import encode
-from poetx.data.packing import Packer
+from poetx.data.packing import LABEL, Packer
 from poetx.data.sources import Corpus, open_corpus
 from poetx.data.split import Split, split_for
 from poetx.data.tokenizer import (
     END_OF_TEXT,
+    TOKENIZER_CONFIG,
     embeddings_needed,
     find_end_of_text,
     load_tokenizer,
@@ -50,7 +51,7 @@ from poetx.data.tokens import (
     write_meta,
 )
 from poetx.errors import UserError, one_line
-from poetx.files import locked, new_directory
+from poetx.files import locked, new_directory, sha256
 from poetx.recipe import Recipe
 from poetx.recipe.sections import DataRecipe
 
@@ -138,8 +139,13 @@ def plan_data(recipe: Recipe, say: Progress) -> DataPlan:
     tokenizer = data.tokenizer or recipe.model.pretrained
     source = tokenizer_file(tokenizer) if tokenizer else None
     template = None
-    if train.has_chats or (validation and validation.has_chats):
+    texts = (train, validation) if validation else (train,)
+    if any(text.has_chats for text in texts):
         template = _chat_template(data, source)
+    elif data.chat_template:
+        say(f"data.chat_template={data.chat_template}: has no effect, there are no conversations")
+    if data.text_field != "text" and not any(text.has_text_records for text in texts):
+        say(f"data.text_field={data.text_field}: has no effect, there are no records with text")
     directory = recipe.cache_dir / f"data-{_key(data, train, validation, source, template)}"
     return DataPlan(train, validation, source, template, directory)
 
@@ -158,9 +164,9 @@ def _check_apart(recipe: Recipe, text: Corpus, key: str) -> None:
             )
 
 
-def encode_windows(source: str, tokenizer: Any, *, key: str, seq_len: int) -> TokenWindows:
+def encode_windows(source: str, tokenizer: Any, *, key: str, seq_len: int, text_field: str = "text") -> TokenWindows:
     """The windows of a corpus under a transformers tokenizer, for evaluation on other text than the run's own."""
-    corpus = open_corpus(source, key=key)
+    corpus = open_corpus(source, key=key, text_field=text_field)
     backend, end_id = whole_text(tokenizer.backend_tokenizer), tokenizer.eos_token_id
     if not corpus.has_chats:
         chunks = [item.ids for item in encode(corpus, Split(), backend, end_id, None)]
@@ -262,6 +268,7 @@ def _write_tokens(
     names = token_files(labelled)
     digests = {name: hashlib.sha256() for name in names}
     counts: dict[str, int] = dict.fromkeys(PARTS, 0)
+    answers: dict[str, int] = dict.fromkeys(PARTS, 0)
     sizes = [0] * len(train.parts)
     packers: dict[str, Packer] = {part: Packer(packed, end_id) for part in PARTS}
     chats = 0
@@ -275,10 +282,11 @@ def _write_tokens(
                     files[name].write(raw)
                     digests[name].update(raw)
             counts[part] += len(ids)
+            answers[part] += 0 if flags is None else int((flags & LABEL).sum())
             sizes[source] += len(ids) if part == "train" else 0
 
-        def flush(part: str, source: int) -> None:
-            for window in packers[part].flush():
+        def flush(part: str, source: int, *, end: bool) -> None:
+            for window in packers[part].flush(end=end):
                 append(part, source, *window)
 
         for corpus in (train, validation):
@@ -291,14 +299,17 @@ def _write_tokens(
                     append(part, item.source, item.ids, flags if labelled else None)
                     continue
                 if item.source != source and corpus is train:
-                    flush("train", source)  # no window has documents of two
+                    flush("train", source, end=bool(train.weights))  # no window has documents of two
                 source = item.source
                 for window in packers[part].add(item.ids, item.labels, ends=item.ends):
                     append(part, source, *window)
             if packed and corpus is train:
-                flush("train", source)
+                flush("train", source, end=True)
         if packed:
-            flush("validation", 0)
+            flush("validation", 0, end=True)
+    for part, number in answers.items():
+        if template and number == 0 and counts[part]:
+            raise UserError(f"data.train={train.source}: no answers for {part}, which alone are learnt; give some")
     shares = [[size, weight] for size, weight in zip(sizes, train.weights or [], strict=False)]
     if packed:
         _tell_packing(packers.values(), chats, sum(counts.values()), packed, say)
@@ -339,7 +350,7 @@ def _window_size(data: DataRecipe, train: Corpus, validation: Corpus | None) -> 
 def _chat_template(data: DataRecipe, source: Path | None) -> ChatTemplate:
     """The tokenizer's chat template, unless the recipe gives one; a plain one where there is none."""
     text, special = None, {}
-    if source is not None and (source.parent / "tokenizer_config.json").is_file():
+    if source is not None and (source.parent / TOKENIZER_CONFIG).is_file():
         tokenizer = load_tokenizer(source.parent)
         special = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
         text = tokenizer.get_chat_template() if tokenizer.chat_template else None
@@ -379,7 +390,9 @@ def _key(
     if data.text_field != "text":
         parts["text_field"] = data.text_field
     if size := _window_size(data, train, validation):
-        parts["packed"] = size
+        parts["packed"] = [size]
+    if source is not None and (source.parent / TOKENIZER_CONFIG).is_file():  # it names the end of text
+        parts["beside the tokenizer"] = sha256(source.parent / TOKENIZER_CONFIG)
     if template:
         parts["chats"] = [
             template.text,

@@ -93,6 +93,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Record]]:
                 return
             if names is None:
                 names = row
+                if twice := next((name for name in names if name and names.count(name) > 1), None):
+                    raise UserError(f'{path}: its header names "{twice}" twice; rename one of these columns')
             elif row:
                 if len(row) != len(names):
                     raise UserError(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from poetx.data.chat import conversation, format_of
-from poetx.data.opening import check_is_text, open_text
+from poetx.data.opening import check_is_text, name_inside, open_text
 from poetx.data.records import Record, hub_records, kind_of, read_records, shown_fields
 from poetx.errors import UserError
 from poetx.files import read_json, reason
@@ -133,6 +133,11 @@ class Corpus:
         """Whether some of it are conversations."""
         return any(part.format != "text" for part in self.parts)
 
+    @property
+    def has_text_records(self) -> bool:
+        """Whether some of it are records with a field of text."""
+        return any(part.kind in ("jsonl", "table", "hub") and part.format == "text" for part in self.parts)
+
     def documents(self, section: int = SECTION) -> Iterator[Document]:
         """The documents in order, single files' in sections. Each must be consumed before the next is asked for.
 
@@ -174,8 +179,18 @@ def open_corpus(
     """
     weights = source if isinstance(source, Mapping) else {}
     names = [source] if isinstance(source, str) else list(source)
-    found = (_find(name, key, text_field, split, weights.get(name)) for name in names)
+    found = [_find(name, key, text_field, split, weights.get(name)) for name in names]
+    _check_disjoint(found, key)
     return Corpus(tuple(_formatted(part, format, text_field) for part in found), text_field)
+
+
+def _check_disjoint(parts: Sequence[Part], key: str) -> None:
+    """Refuse a file in two sources: it would be learnt twice, and what one of them holds out by the other."""
+    where: dict[tuple[int, int | str], str] = {}
+    for part in parts if len(parts) > 1 else ():
+        for file in part.files:
+            if (other := where.setdefault(_identity(file), part.source)) != part.source:
+                raise UserError(f"{key}: {file} is in {other} and in {part.source}; name it in one of them")
 
 
 def _formatted(part: Part, format: str, text_field: str) -> Part:
@@ -243,11 +258,18 @@ def _visible(directory: Path) -> Iterator[Path]:
 
 def _once(files: Iterable[Path]) -> list[Path]:
     """Sorted, and one name of each file: text that is linked to would else be learnt and held out."""
-    once: dict[tuple[int, int | str], Path] = {}
-    for file in sorted(path.resolve() for path in files):
-        status = file.stat()
-        once[status.st_dev, status.st_ino or str(file)] = file
-    return sorted(once.values())
+    once = {_identity(file): file for file in sorted(path.resolve() for path in files)}
+    names = set(once.values())
+    for file in sorted(names):
+        if (inside := name_inside(file)) != file and inside in names:
+            logger.warning("%s and %s are both there, and both are read; move one away", inside, file.name)
+    return sorted(names)
+
+
+def _identity(file: Path) -> tuple[int, int | str]:
+    """What all names of a file share."""
+    status = file.stat()
+    return status.st_dev, status.st_ino or str(file)
 
 
 def _kind(files: list[Path], what: str, text_field: str, *, alone: bool) -> tuple[Kind, list[Path]]:
@@ -316,6 +338,8 @@ def _pieces(path: Path, size: int = PIECE, *, line: int = SECTION) -> Iterator[s
     filled = 0
     with open_text(path, newline="") as file:
         while text := file.readline(line):
+            if "\0" in text:
+                raise UserError(f"{path}: has NUL bytes, so is binary, UTF-16 or damaged; move it away, or mend it")
             buffer.append(text)
             filled += len(text)
             if filled >= size:
@@ -329,7 +353,7 @@ def _text_of(record: Record, field: str, place: str) -> str:
     if field not in record:
         raise UserError(
             f'{place}: no "{field}" field (it has: {shown_fields(record)}); name the one with the text by '
-            "data.text_field=NAME"
+            f'data.text_field=NAME, or call it "{field}"'
         )
     text = record[field]
     if not isinstance(text, str):

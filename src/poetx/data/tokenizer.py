@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_CONFIG = "tokenizer_config.json"  # beside tokenizer.json
 # Tokens that known tokenizers put between documents, most specific first.
 _USUAL_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
 
@@ -103,7 +104,7 @@ def find_end_of_text(tokenizer: Tokenizer, wanted: str | None, *, file: Path) ->
                 f"data.end_of_text={wanted}: an ordinary token of {file}, which text has as well; name a special one"
             )
         return wanted
-    for candidate in (*_declared_end(file.parent / "tokenizer_config.json"), *_USUAL_ENDS):
+    for candidate in (*_declared_end(file.parent / TOKENIZER_CONFIG), *_USUAL_ENDS):
         if candidate in vocab:
             return candidate
     raise UserError(f"{file}: no end-of-text token found; name one with data.end_of_text=TOKEN")

@@ -98,7 +98,8 @@ def _own_windows(run_dir: Path, loaded: LoadedModel, seq_len: int) -> TokenWindo
 
 def _other_windows(loaded: LoadedModel, data: str, seq_len: int) -> TokenWindows:
     assert loaded.end_of_text_id is not None
-    windows = encode_windows(data, loaded.tokenizer, key="--data", seq_len=seq_len)
+    field = loaded.recipe.data.text_field if loaded.recipe else "text"
+    windows = encode_windows(data, loaded.tokenizer, key="--data", seq_len=seq_len, text_field=field)
     loaded.check_ids(int(windows.tokens.max(initial=0)))
     return _checked(windows, f"--data={data}")
 
