@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import poetx
+from poetx.ops.stored import HOST
 
 NAME = "accel"
 DEVICE = f"{NAME}:0"
@@ -97,7 +98,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     here = [tensor for tensor in tensors if isinstance(tensor, OnAccelerator)]
     host = [tensor for tensor in tensors if not isinstance(tensor, OnAccelerator) and tensor.ndim]
-    if here and host and name not in _BOTH_SIDES:
+    brings = any(isinstance(leaf, str) and leaf.startswith(HOST) for leaf in args)  # an operator of ours, from the host
+    if here and host and name not in _BOTH_SIDES and not brings:
         raise RuntimeError(f"{func}: tensors on the accelerator {_shapes(here)} and on the host {_shapes(host)}")
     device = kwargs.get("device")
     lands = bool(here) if device is None else torch.device(device).type == NAME

@@ -16,7 +16,9 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(not accelerator.available(), reason="this torch takes no device from Python")
-@pytest.mark.parametrize("file", ["accelerator_steps.py", "train/accelerator_runs.py"])
+@pytest.mark.parametrize(
+    "file", ["accelerator_steps.py", "savings/offload_on_accelerator.py", "train/accelerator_runs.py"]
+)
 def test_on_an_accelerator(file: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]
     run = subprocess.run(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,7 @@ def materialize_(
     *,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    ready: Callable[[PoetLinear], object] | None = None,
 ) -> nn.Module:
     """Give a model that was built and converted on the meta device its memory and its weights, in place.
 
@@ -114,6 +115,7 @@ def materialize_(
         checkpoint: directory of safetensors files with the dense model's tensors under the model's own names. None:
             fresh weights, rotated layers as their config says, the rest as the model itself initializes it.
         seed: of the fresh part outside the rotated layers; torch's global generators are left as they were.
+        ready: called with every rotated layer as soon as it has its weight.
 
     A weight of zeros, which no rotation moves, becomes a plain layer again, and a warning says so.
 
@@ -141,6 +143,8 @@ def materialize_(
             layer.reset_parameters()
         else:
             _load_layer(layer, name, source)
+        if ready is not None:
+            ready(layer)
     if source is not None:
         _load_rest(model, inside, source)
         _leave_zeros_dense(model, layers)

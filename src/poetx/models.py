@@ -66,7 +66,7 @@ def build_model(recipe: Recipe, *, vocab_size: int, end_of_text_id: int, device:
     """The dense model of the recipe on ``device`` in the recipe's dtype (which must be resolved already).
 
     On the meta device where the recipe has a ``poet.weight_format``: :func:`poetx.methods.convert_model` then makes it
-    layer by layer, so that the dense weights never exist together.
+    layer by layer, so that the dense weights never exist together. On the CPU where it has ``model.offload``.
     With ``device`` meta no weight is made or read, of a checkpoint either: for plans.
     Fresh weights depend on ``train.seed`` only; the global random generators are left as they were.
 
@@ -82,12 +82,13 @@ def build_model(recipe: Recipe, *, vocab_size: int, end_of_text_id: int, device:
     from poetx.ops.random import seeded
 
     dtype = getattr(torch, recipe.train.dtype)
+    home = torch.device("cpu") if recipe.model.offload and device.type != "meta" else device
     with seeded(recipe.train.seed, device):
         if recipe.model.pretrained and device.type != "meta":
             model = _pretrained(recipe, dtype)
         else:
             config = model_config(recipe, vocab_size=vocab_size, end_of_text_id=end_of_text_id)
-            start = torch.device("meta") if _is_quantized(recipe) else device
+            start = torch.device("meta") if _is_quantized(recipe) else home
             model = model_from_config(config, dtype, start, f"model.config={recipe.model.config}")
     if recipe.model.residual_scale != 1:
         with torch.no_grad():
@@ -98,7 +99,7 @@ def build_model(recipe: Recipe, *, vocab_size: int, end_of_text_id: int, device:
     model.config.use_cache = False
     if next(model.parameters()).is_meta:
         return model
-    return cast(Any, model).to(device)  # transformers' decorator hides nn.Module.to from the type checker
+    return cast(Any, model).to(home)  # transformers' decorator hides nn.Module.to from the type checker
 
 
 def check_fits(model: Any, recipe: Recipe, vocab_size: int) -> None:

@@ -44,6 +44,18 @@ def test_trains_as_on_the_cpu_and_resumes_to_the_bit(name: str, tiny: Tiny, devi
     assert load_run(str(whole.run_dir), device="cpu").model is not None
 
 
+def test_a_run_with_its_weights_in_host_memory_is_the_same_run(tiny: Tiny, device: torch.device) -> None:
+    settings = ("poet.mode=mem", "poet.merge_every=3", "train.steps=7")
+    resident = run.train(tiny(*settings, run_dir="resident"))
+    recipe = tiny(*settings, "model.offload=frozen", run_dir="streamed")
+    assert run.train(recipe, reporter=At(4, interrupt)).signum == signal.SIGINT
+    result = run.train(recipe, resume=True)
+    assert losses(result) == losses(resident)
+    assert {p.device.type for p in result.model.parameters()} == {"cpu"}
+    saved, expected = (load_run(str(r.run_dir), device="cpu").model.state_dict() for r in (result, resident))
+    assert all(torch.equal(saved[key], value) for key, value in expected.items())
+
+
 def losses(result: run.RunResult) -> list[float]:
     return train_losses(result.run_dir)
 

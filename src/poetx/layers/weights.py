@@ -1,14 +1,15 @@
-"""Frozen weights as objects: dense, dense with extra bits, or in low precision.
+"""Frozen weights as objects: dense, dense with extra bits, in low precision, and each of them in host memory.
 
 Each has, for a weight [rows, columns]: ``stored``, what forward and backward take; ``fetch()``, the weight that they
 multiply by, in a wide dtype; ``precise()``, with every bit there is of it; ``write(weight, noise)``, which rounds
 another weight into it, to nearest or (with ``noise``) stochastically; ``staged(weight, noise)``, which instead gives
-the tensors that ``write`` would change with their new values, for :func:`poetx.ops.transaction.swap_`. Others, such as
-weights that live in host memory, need no more than these and a ``kind`` in :mod:`poetx.ops.stored`.
+the tensors that ``write`` would change with their new values, for :func:`poetx.ops.transaction.swap_`. Others need no
+more than these and a ``kind`` in :mod:`poetx.ops.stored`.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from poetx.errors import UserError
+from poetx.ops.host import HostQueue
 from poetx.ops.quantize import Quantized, dequantize, format_of, quantize_
 from poetx.ops.random import join_bits, split_bits, stochastic_round_
-from poetx.ops.stored import Stored
+from poetx.ops.stored import HOST, Stored
 
 Pairs = list[tuple[Tensor, Tensor]]
 
@@ -37,6 +39,11 @@ class DenseWeight:
     def stored(self) -> Stored:
         return Stored((self.weight,))
 
+    def on(self, device: torch.device) -> DenseWeight:
+        """The same weight there."""
+        bits = self.extra_bits
+        return DenseWeight(self.weight.to(device), None if bits is None else bits.to(device))
+
     def fetch(self) -> Tensor:
         return self.weight
 
@@ -52,7 +59,7 @@ class DenseWeight:
             return list(zip((self.weight, self.extra_bits), split_bits(weight), strict=True))
         if noise is None or self.weight.dtype != torch.bfloat16:
             return [(self.weight, weight.detach())]
-        return [(self.weight, stochastic_round_(torch.empty_like(self.weight), weight, noise))]
+        return [(self.weight, stochastic_round_(torch.empty_like(weight, dtype=torch.bfloat16), weight, noise))]
 
 
 #: What the rounding error of a weight is kept in: symmetric about zero, as it is.
@@ -111,6 +118,14 @@ class PackedWeight(nn.Module):
         tensors = (self.codes, self.scale) if self.offset is None else (self.codes, self.scale, self.offset)
         return Stored(tensors, self.format.name, self.group_size)
 
+    def on(self, device: torch.device) -> PackedWeight:
+        """The same weight there."""
+        moved = copy.copy(self)
+        moved._buffers = {name: None if value is None else value.to(device) for name, value in self._buffers.items()}
+        if self.residual is not None:
+            moved._modules = {"residual": self.residual.on(device)}
+        return moved
+
     def fetch(self) -> Tensor:
         """The weight [rows, columns] that forward multiplies by, float32."""
         return dequantize(self.quantized)
@@ -130,7 +145,7 @@ class PackedWeight(nn.Module):
 
     def staged(self, weight: Tensor, *, noise: torch.Generator | None) -> Pairs:
         """What :meth:`write` would change, with the new values."""
-        new = Quantized.empty(self.rows, self.columns, self.format.name, self.group_size, self.codes.device)
+        new = Quantized.empty(self.rows, self.columns, self.format.name, self.group_size, weight.device)
         quantize_(new, weight, noise=None if self.residual is not None else noise)
         pairs = [(self.codes, new.codes), (self.scale, new.scale)]
         if self.offset is not None and new.offset is not None:
@@ -175,3 +190,39 @@ class PackedWeight(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.rows}x{self.columns}, {self.format.name}, group_size={self.group_size}"
+
+
+class HostWeight:
+    """Another weight, whose tensors are in host memory and used on ``device``.
+
+    Args:
+        now: the weight as it is later, for copies ahead of their use; None once it is gone.
+    """
+
+    def __init__(
+        self,
+        weight: DenseWeight | PackedWeight,
+        device: torch.device,
+        queue: HostQueue,
+        now: Callable[[], DenseWeight | PackedWeight | None],
+    ) -> None:
+        self.weight, self.device, self.queue, self._now = weight, device, queue, now
+
+    @property
+    def stored(self) -> Stored:
+        stored, now = self.weight.stored, self._now
+        self.queue.meet(stored.tensors, lambda: None if (weight := now()) is None else weight.stored.tensors)
+        return stored._replace(kind=HOST + stored.kind)
+
+    def fetch(self) -> Tensor:
+        return self.weight.on(self.device).fetch()
+
+    def precise(self) -> Tensor:
+        return self.weight.on(self.device).precise()
+
+    def write(self, weight: Tensor, *, noise: torch.Generator | None) -> None:
+        for target, value in self.staged(weight, noise=noise):
+            target.copy_(value)
+
+    def staged(self, weight: Tensor, *, noise: torch.Generator | None) -> Pairs:
+        return self.weight.staged(weight, noise=noise)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from poetx.layers.walk import rotation_ids, single_step_layers
+from poetx.layers.walk import poet_layers, rotation_ids, single_step_layers
 
 #: What a byte can belong to, in the order of the tables.
 CATEGORIES = ("frozen", "trainable", "gradient", "optimizer", "activations", "temporary")
@@ -70,6 +70,7 @@ class StorageTracker(TorchDispatchMode):
         self._granularity = granularity
         self._hidden = hidden or (lambda operator, args: 0)
         self._alive: dict[int, Record] = {}
+        self._elsewhere: set[int] = set()
         self._records: list[Record] = []
         self._clock = 0
         self._current = 0
@@ -106,6 +107,10 @@ class StorageTracker(TorchDispatchMode):
                 if record is not None:
                     record.category, record.rotation = category, rotation
 
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Do not count these, which are in other memory and stay alive as long as the tracker is on."""
+        self._elsewhere.update(storage._cdata for tensor in tensors for storage in storages(tensor))
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
@@ -130,7 +135,7 @@ class StorageTracker(TorchDispatchMode):
 
     def _add(self, tensor: Tensor, storage: torch.UntypedStorage) -> Record | None:
         size = storage.nbytes()
-        if not size or tensor.is_meta:
+        if not size or tensor.is_meta or storage._cdata in self._elsewhere:
             return None
         size += -size % self._granularity
         self._clock += 1
@@ -196,6 +201,7 @@ def followed(tracker: StorageTracker, model: nn.Module) -> Iterator[None]:
     """Tell ``tracker`` about the model's parameters and buffers now, and about each gradient when it is there."""
     rotations = rotation_ids(model)
     handles = []
+    tracker.leave_out(tensor for _, layer in poet_layers(model) for tensor in layer.host_tensors())
     for parameter in model.parameters():
         rotation = id(parameter) in rotations
         category = "trainable" if parameter.requires_grad else "frozen"

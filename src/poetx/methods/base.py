@@ -124,7 +124,7 @@ def method_of(recipe: Recipe) -> Method:
 
 
 def convert_model(model: nn.Module, recipe: Recipe, device: torch.device | None) -> ConversionReport | None:
-    """Convert in place as the recipe's method does, then set up activation checkpointing where it is asked for.
+    """Convert in place as the recipe's method does, then set up the memory savings that are asked for.
 
     Args:
         model: dense, on any device. One on the meta device is given its weights on ``device``, layer by layer.
@@ -134,13 +134,19 @@ def convert_model(model: nn.Module, recipe: Recipe, device: torch.device | None)
         What was converted, or None where the method converts nothing.
     """
     from poetx.materialize import materialize_
+    from poetx.ops.host import HostQueue
     from poetx.savings.activation_checkpointing import checkpoint_layers_
+    from poetx.savings.offload import offload_frozen_
     from poetx.targets import ZERO
 
     report = method_of(recipe).apply_(model)
     if device is not None and next(model.parameters()).is_meta:
-        materialize_(model, recipe.model.pretrained, device=device, seed=recipe.train.seed)
+        queue = HostQueue()
+        ready = (lambda layer: layer.keep_in_host_memory_(queue, device)) if recipe.model.offload else None
+        materialize_(model, recipe.model.pretrained, device=device, seed=recipe.train.seed, ready=ready)
         report = report and report.with_dense(model, ZERO)
+    if recipe.model.offload:
+        offload_frozen_(model, device or "meta")
     if recipe.model.gradient_checkpointing:
         checkpoint_layers_(model, recompute=recipe.model.recompute)
     return report

@@ -41,7 +41,7 @@ def _linear_fast(
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(y, b)."""
-    weight = fetch(stored, kind, group_size, x.shape[1], x.dtype)
+    weight = fetch(stored, kind, group_size, x.shape[1], x.dtype, x.device)
     b = block_diagonal.gather_rotate(x, perms[0], blocks[0]) @ weight.T
     return block_diagonal.rotate_scatter(b, blocks[1], perms[1], bias), b
 
@@ -65,7 +65,7 @@ def _linear_fast_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dG_in, dG_out); dx is empty when nobody needs it."""
     db, dG_out = block_diagonal.rotate_scatter_backward(b, blocks[1], perms[1], g)
-    da = db @ fetch(stored, kind, group_size, x.shape[1], g.dtype)
+    da = db @ fetch(stored, kind, group_size, x.shape[1], g.dtype, g.device)
     del db
     dx, dG_in = block_diagonal.gather_rotate_backward(x, perms[0], blocks[0], da, needs_dx)
     return dx, dG_in, dG_out
@@ -87,7 +87,7 @@ def _linear_mem(
     order: int,
     bias: Tensor | None,
 ) -> Tensor:
-    weight = fetch(stored, kind, group_size, x.shape[1], x.dtype)
+    weight = fetch(stored, kind, group_size, x.shape[1], x.dtype, x.device)
     G_in, G_out = cayley_blocks(packed, [perm.numel() for perm in perms], block_sizes, order, x.dtype)
     b = block_diagonal.gather_rotate(x, perms[0], G_in) @ weight.T
     del G_in, weight
@@ -113,7 +113,7 @@ def _linear_mem_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dq_in, dq_out)."""
     sizes = [perm.numel() for perm in perms]
-    weight = fetch(stored, kind, group_size, x.shape[1], x.dtype)
+    weight = fetch(stored, kind, group_size, x.shape[1], x.dtype, x.device)
     G_in, G_out = cayley_blocks(packed, sizes, block_sizes, order, x.dtype)
     b = block_diagonal.gather_rotate(x, perms[0], G_in) @ weight.T
     # One buffer [N, m] for b and db, gone before dx is made.

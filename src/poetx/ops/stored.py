@@ -12,13 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from poetx.ops.host import bring
 from poetx.ops.quantize import Quantized, dequantize, format_of
+
+#: Begins the kind of weights that are brought to the device at every use.
+HOST = "host "
 
 
 class Stored(NamedTuple):
     """The tensors of one weight [rows, columns], and how :func:`fetch` reads them.
 
-    kind: ``"dense"``, or the name of a weight format (:func:`poetx.ops.quantize.format_of`).
+    kind: ``"dense"``, or the name of a weight format (:func:`poetx.ops.quantize.format_of`); after :data:`HOST` where
+        the tensors are in host memory.
     tensors: ``(weight,)`` if dense; else ``(codes, scale)``, or ``(codes, scale, offset)`` for an affine format.
     group_size: neighbours of a row that share a scale; 0 if dense.
     """
@@ -28,8 +33,12 @@ class Stored(NamedTuple):
     group_size: int = 0
 
 
-def fetch(tensors: Sequence[Tensor], kind: str, group_size: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """The weight [rows, columns] in ``dtype``: the very tensor where that is what is stored, else a new one."""
+def fetch(
+    tensors: Sequence[Tensor], kind: str, group_size: int, columns: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The weight [rows, columns] in ``dtype`` on ``device``: the very tensor where that is stored, else a new one."""
+    if kind.startswith(HOST):
+        tensors, kind = bring(tuple(tensors), device), kind.removeprefix(HOST)
     if kind == "dense":
         return tensors[0].to(dtype)
     codes, scale, *offset = tensors

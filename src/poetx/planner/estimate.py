@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from poetx.data.tokenizer import embeddings_needed, read_tokenizer, tokenizer_file
 from poetx.errors import UserError
+from poetx.layers.walk import poet_layers
 from poetx.memory.tracker import PHASES, PhasePeak, Split, StorageTracker, adopt_state, followed, peak_of
 from poetx.methods.base import convert_model, method_of
 from poetx.models import check_fits, model_config, model_from_config, settled
@@ -44,6 +45,7 @@ class MemoryEstimate:
         rotations: the part of trainable, gradient and optimizer that belongs to packed rotations.
         phases: the same for the largest moment of each phase.
         tokens: in one backward pass. parameters: all of them; trainable: those that train.
+        host: bytes in host memory (``model.offload``); moved: bytes that a micro-batch brings from there.
         extrapolated: whether decoder layers were extrapolated from a few.
         recipe: what was asked, with ``train.dtype`` settled. device: whose allocator and kernels.
     """
@@ -56,6 +58,8 @@ class MemoryEstimate:
     tokens: int
     parameters: int
     trainable: int
+    host: int
+    moved: int
     extrapolated: bool
     recipe: Recipe
     device: str
@@ -88,6 +92,8 @@ class _Run:
     splits: dict[str, Split] = field(default_factory=dict)
     parameters: int = 0
     trainable: int = 0
+    host: int = 0
+    moved: int = 0
 
 
 def estimate_memory(
@@ -247,7 +253,9 @@ def _take_step(model: nn.Module, recipe: Recipe, device: str) -> _Run:
         # foreach: what torch.optim chooses on CUDA by itself
         optimizer = method.build_optimizer(model, recipe.train.steps, foreach=True if on_cuda else None)
         step = TrainingStep.of(recipe, model, optimizer, phase=lambda phase: setattr(numbers, "phase", phase))
-        step.take([_batch(1, min(8, recipe.data.seq_len))], clip=clip)  # the optimizer's state comes to be
+        seen = transparent_operators(device_type=device) if recipe.model.offload else contextlib.nullcontext()
+        with seen:  # the optimizer's state comes to be, and the order is known in which weights are brought
+            step.take([_batch(1, min(8, recipe.data.seq_len))], clip=clip)
         step.phase = enter
         batches = [_batch(recipe.train.micro_batch, recipe.data.seq_len) for _ in range(passes)]
         with contextlib.ExitStack() as stack:
@@ -256,11 +264,15 @@ def _take_step(model: nn.Module, recipe: Recipe, device: str) -> _Run:
             stack.enter_context(followed(tracker, model))
             adopt_state(tracker, [optimizer], model)
             stack.enter_context(_labels(tracker, model))
+            queues = {id(layer.host): layer.host for _, layer in poet_layers(model) if layer.host is not None}
+            before = sum(queue.moved for queue in queues.values())
             step.take(batches, clip=clip)
     return _Run(
         splits={label: tracker.split(label) for label in tracker.labels},
         parameters=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        host=sum(t.numel() * t.element_size() for _, layer in poet_layers(model) for t in layer.host_tensors()),
+        moved=(sum(queue.moved for queue in queues.values()) - before) // passes,
     )
 
 
@@ -338,6 +350,8 @@ def _extrapolate(few: _Run, more: _Run, depth: int) -> _Run:
     result = _Run(
         parameters=_line(few.parameters, more.parameters, factor),
         trainable=_line(few.trainable, more.trainable, factor),
+        host=_line(few.host, more.host, factor),
+        moved=_line(few.moved, more.moved, factor),
     )
     for label in few.splits.keys() & more.splits.keys():
         operator, _, count = label.partition("#")
@@ -379,6 +393,8 @@ def _result(run: _Run, recipe: Recipe, device: str, *, extrapolated: bool) -> Me
         tokens=recipe.train.micro_batch * recipe.data.seq_len,
         parameters=run.parameters,
         trainable=run.trainable,
+        host=run.host,
+        moved=run.moved,
         extrapolated=extrapolated,
         recipe=recipe,
         device=device,

@@ -70,6 +70,7 @@ class ModelRecipe(Section):
     pretrained: Text | None = None
     gradient_checkpointing: Flag = False  # keep only every decoder layer's input, and compute the layer again
     recompute: Recompute = "auto"  # of rotated layers then
+    offload: Literal["frozen"] | None = None  # "frozen": the weights that rotations turn are in host memory
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelRecipe:

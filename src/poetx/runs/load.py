@@ -105,7 +105,8 @@ def rebuild_run(run_dir: Path, device: torch.device) -> RebuiltRun:
             f"{checkpoint}: is another run's, trained with {key}={its}, and {run_dir}/recipe.yaml says {own}; "
             "bring this run's own checkpoint back"
         )
-    recipe = recipe.with_keys({"run_dir": str(run_dir)})
+    on_the_host = {"model.offload": None} if device.type == "cpu" else {}
+    recipe = recipe.with_keys({"run_dir": str(run_dir)} | on_the_host)
     tokenizer = _run_tokenizer(run_dir)
     model = build_model(
         settled(recipe, device),

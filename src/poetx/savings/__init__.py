@@ -1,4 +1,4 @@
-"""Why memory drops: decoder layers that keep only their input, and a loss without logits."""
+"""Why memory drops: decoder layers that keep only their input, a loss without logits, frozen weights on the host."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from poetx.lazy import lazy_names
 if TYPE_CHECKING:
     from poetx.savings.activation_checkpointing import checkpoint_layers_
     from poetx.savings.chunked_loss import check_head, chunk_loss_, chunked_cross_entropy
+    from poetx.savings.offload import offload_frozen_
 
-__all__ = ["check_head", "checkpoint_layers_", "chunk_loss_", "chunked_cross_entropy"]
+__all__ = ["check_head", "checkpoint_layers_", "chunk_loss_", "chunked_cross_entropy", "offload_frozen_"]
 
 __getattr__ = lazy_names(
     __name__,
     {
         "poetx.savings.activation_checkpointing": ("checkpoint_layers_",),
         "poetx.savings.chunked_loss": ("check_head", "chunk_loss_", "chunked_cross_entropy"),
+        "poetx.savings.offload": ("offload_frozen_",),
     },
 )

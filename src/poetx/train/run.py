@@ -368,6 +368,8 @@ def _train_and_export(run: TrainingRun, start: Path | None, report: ConversionRe
 def _export(run: TrainingRun, directory: Path) -> None:
     run.reporter.stage("Exporting the model")
     method_of(run.recipe).to_dense_(run.model)
+    if run.recipe.model.offload:
+        run.model.to("cpu")  # where its layers are now
     export_model(run.model, run.run_dir / TOKENIZER_DIR, directory)
 
 

@@ -1,0 +1,213 @@
+"""Weights that live in host memory: brought to the device for each use, the next one while the last is used.
+
+A pass through a model uses its weights in an order that repeats: forward, then backward, where activation checkpointing
+runs pieces of the forward again. :class:`HostQueue` remembers that order and starts the copy of the next weight, on a
+stream of its own, as soon as one is asked for. The order is a guess that costs time where it is wrong (layers skipped,
+run twice or in another order), never a wrong weight: a copy is used only if it is of the very tensors that are asked
+for, as they were last written. None is started in one pass for the next, which may be a merge or an export away.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import mmap
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+logger = logging.getLogger(__name__)
+
+Tensors = tuple[Tensor, ...]
+
+
+class Copy:
+    """Tensors on their way to ``device``, on a stream of their own where the device has streams."""
+
+    def __init__(self, sources: Tensors, device: torch.device) -> None:
+        self._versions = [source._version for source in sources]
+        self._sources = tuple(source.detach() for source in sources)  # keeps their memory until they have arrived
+        # Memory of the stream that computes: free for its later work as soon as nobody holds it.
+        self._copies = tuple(torch.empty_like(source, device=device) for source in self._sources)
+        self._device, self._event = device, None
+        side = _stream(device)
+        if side is None:
+            self._fill()
+            return
+        module = torch.get_device_module(device)
+        side.wait_stream(module.current_stream(device))  # what used that memory before
+        with module.stream(side):
+            self._fill()
+            self._event = side.record_event()
+
+    def _fill(self) -> None:
+        for copy, source in zip(self._copies, self._sources, strict=True):
+            copy.copy_(source, non_blocking=True)
+
+    def is_of(self, tensors: Tensors) -> bool:
+        """Whether these are what was copied, not written since."""
+        same = [_address(t) for t in tensors] == [_address(t) for t in self._sources]
+        return same and [t._version for t in tensors] == self._versions
+
+    def arrived(self) -> Tensors:
+        """The copies, for work that the current stream does from here on."""
+        if self._event is not None:
+            torch.get_device_module(self._device).current_stream(self._device).wait_event(self._event)
+        return self._copies
+
+
+@functools.cache
+def _stream(device: torch.device) -> Any:
+    """The stream that copies to ``device``, or None where there are none."""
+    module = None if device.type == "cpu" else torch.get_device_module(device)
+    return module.Stream(device) if hasattr(module, "Stream") else None  # pyright: ignore[reportOptionalMemberAccess]
+
+
+class _Use(NamedTuple):
+    """One use of a weight: which, its place among all of them, and whether it was inside a backward pass."""
+
+    address: int
+    place: int
+    backward: bool
+
+
+class HostQueue:
+    """Copies of the weights of one model, ahead of their use.
+
+    Args:
+        prefetch: weights whose copies are under way, or wait to be used, beyond the one in use. 0: each is waited for.
+
+    Attributes:
+        loads: copies started; moved: their bytes; missed: uses that no copy was under way for.
+    """
+
+    start_copy: Callable[[Tensors, torch.device], Copy] = Copy
+
+    def __init__(self, prefetch: int = 1) -> None:
+        self.prefetch = prefetch
+        self.loads = self.moved = self.missed = 0
+        self._weights: dict[int, tuple[int, Callable[[], Tensors | None]]] = {}
+        self._uses: list[_Use] = []
+        self._next = 0  # the guess: what follows is what followed there
+        self._ahead: list[tuple[_Use, Copy]] = []
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> Any:  # a copy of a model has weights of its own, which are met when they are used
+        return HostQueue, (self.prefetch,)
+
+    def meet(self, tensors: Tensors, now: Callable[[], Tensors | None]) -> None:
+        """Know the tensors of one weight; ``now`` gives them as they are later, None once they are gone."""
+        address = _address(tensors[0])
+        place = self._weights[address][0] if address in self._weights else len(self._weights)
+        self._weights[address] = place, now
+        _QUEUES[address] = self
+
+    def fetch(self, tensors: Tensors, device: torch.device) -> Tensors:
+        """The tensors on ``device``, and the copies of those that will be asked for next under way."""
+        address = _address(tensors[0])
+        with self._lock:
+            use = _Use(address, self._weights[address][0], torch._C._current_graph_task_id() != -1)
+            if self._ahead and self._ahead[0][0] == use and self._ahead[0][1].is_of(tensors):
+                copy = self._ahead.pop(0)[1]
+            else:
+                self._drop()
+                self.missed += 1
+                copy = self._start(tensors, device)
+            self._record(use)
+            self._look_ahead(use, device)
+            return copy.arrived()
+
+    def _start(self, tensors: Tensors, device: torch.device) -> Copy:
+        self.loads += 1
+        self.moved += sum(t.numel() * t.element_size() for t in tensors)
+        return self.start_copy(tensors, device)
+
+    def _drop(self) -> None:
+        for _, copy in self._ahead:
+            copy.arrived()  # its memory is written to until then
+        self._ahead.clear()
+
+    def _record(self, use: _Use) -> None:
+        """Go on in the uses before where they continue like this one; else to the last place that this pair was at."""
+        before = self._uses
+        if self._next < len(before) and before[self._next] == use:
+            self._next += 1
+        else:
+            pairs = range(len(before) - 1, 0, -1)
+            alike = (place for place in pairs if before[place] == use and before[place - 1] == before[-1])
+            self._next = next(alike, len(before)) + 1
+        before.append(use)
+        if len(before) > 16 * len(self._weights) and self._next > (half := len(before) // 2):
+            del before[:half]
+            self._next -= half
+
+    def _look_ahead(self, use: _Use, device: torch.device) -> None:
+        for number, following in enumerate(self._uses[self._next : self._next + self.prefetch]):
+            if not following.backward and (use.backward or following.place <= use.place):
+                return  # the first of another pass
+            use = following
+            if number < len(self._ahead):
+                continue
+            tensors = self._weights[following.address][1]()
+            if tensors is None or _address(tensors[0]) != following.address:
+                return
+            self._ahead.append((following, self._start(tensors, device)))
+
+
+#: Whose weight a tensor is the first of, by address.
+_QUEUES: weakref.WeakValueDictionary[int, HostQueue] = weakref.WeakValueDictionary()
+
+
+def bring(tensors: Tensors, device: torch.device) -> Tensors:
+    """One weight's tensors on ``device``, by way of the queue that has met them, if one has."""
+    queue = _QUEUES.get(_address(tensors[0]))
+    return Copy(tensors, device).arrived() if queue is None else queue.fetch(tensors, device)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def in_host_memory(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy of ``tensor`` in pages of its own, locked where ``device`` is a GPU, so that copies need no help of a CPU.
+
+    Not ``pin_memory``, whose allocator rounds up to powers of two. Meta and fake tensors are given back as they are.
+    """
+    if not tensor.numel() or tensor.is_meta or isinstance(tensor, FakeTensor):
+        return tensor
+    size = tensor.numel() * tensor.element_size()
+    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+    pages = mmap.mmap(-1, size, **flags)
+    copy = torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape)
+    copy.copy_(tensor.detach())
+    if device.type == "cuda":
+        _lock_pages(pages, copy.data_ptr(), size)
+    return copy
+
+
+def _lock_pages(pages: mmap.mmap, address: int, size: int) -> None:
+    runtime = torch.cuda.cudart()
+    status = runtime.cudaHostRegister(address, size, 0)  # pyright: ignore[reportOptionalMemberAccess]
+    if int(status):
+        _say_unlocked(int(status))
+        return
+    weakref.finalize(pages, _unlock_pages, address).atexit = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _unlock_pages(address: int) -> None:
+    torch.cuda.synchronize()  # a copy from there may be under way
+    torch.cuda.cudart().cudaHostUnregister(address)  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@functools.cache
+def _say_unlocked(status: int) -> None:
+    logger.warning(
+        "host memory cannot be locked (CUDA error %d): weights are copied to the device more slowly; raise the limit "
+        "of locked memory (ulimit -l)",
+        status,
+    )

@@ -1,0 +1,58 @@
+"""Frozen weights in host memory, brought to the device for each use."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from poetx.errors import UserError
+from poetx.layers.walk import poet_layers, single_step_layers
+from poetx.ops.host import HostQueue
+
+
+def offload_frozen_(model: nn.Module, device: torch.device | str | None = None, *, prefetch: int = 1) -> nn.Module:
+    """Keep the weights that the rotated layers turn in host memory, in place; all else moves to ``device``.
+
+    A layer's weight, or its codes and scales, with its extra bits where it has them, comes to the device whenever
+    forward or backward multiplies by it, on a stream of its own while the layer before computes. Nothing goes back
+    until a merge, which writes each weight once. Rotations, their gradients and optimizer state stay on the device, and
+    so does everything that is not rotated (embeddings, norms, head). Losses, gradients and merged weights are those of
+    a model that is on the device, bit for bit.
+
+    Device memory: ``1 + prefetch`` of the largest weight, in place of all of them. Host memory: the weights, in locked
+    pages. Traffic in a micro-batch: each weight twice, with activation checkpointing three times.
+
+    Call it after :func:`poetx.convert_`, where the model fits (on the CPU), and before the optimizer is built.
+    ``model.to(device)`` leaves these weights where they are; a copy of the model keeps its own in pages that are not
+    locked, which is slower; :func:`poetx.to_dense_` leaves plain layers in host memory.
+
+    Args:
+        device: what computes; None: where the model's parameters are.
+        prefetch: weights whose copies are ahead of their use; 0 waits for each.
+
+    Raises:
+        UserError: no layer of the paper's form, or one of ``method="single-step"``, whose weight changes at every step;
+            the CPU; ``prefetch`` below 0.
+    """
+    if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
+        raise UserError(f"prefetch={prefetch!r}: must be a whole number of at least 0 (1 is usual)")
+    layers = dict(poet_layers(model))
+    if single := next(single_step_layers(model), None):
+        raise UserError(
+            f"{single[0]}: is of method='single-step', whose weight changes at every step; offload_frozen_ is for "
+            "method='poet-x'"
+        )
+    if not layers:
+        raise UserError("the model has no PoetLinear layer to offload; call poetx.convert_ first")
+    where = next(p.device for p in model.parameters()) if device is None else torch.device(device)
+    if where.type == "cpu":
+        raise UserError(
+            "offload_frozen_: the device is the CPU, where weights are in host memory anyway; give the one that "
+            "computes, such as device='cuda'"
+        )
+    queue = next((layer.host for layer in layers.values() if layer.host), None) or HostQueue(prefetch)
+    queue.prefetch = prefetch
+    for layer in layers.values():
+        if layer.host is None:
+            layer.keep_in_host_memory_(queue, where)
+    return model if where.type == "meta" else model.to(where)
