@@ -147,7 +147,7 @@ def test_the_command_writes_table_page_and_rows(tiny: Tiny, tmp_path: Path, caps
     assert main(command) == 0
     assert "on the frontier of loss and memory" in capsys.readouterr().out
     page = Page((out / "index.html").read_text())
-    assert page.tags.count("svg") == 2
+    assert page.tags.count("svg") == 4
     assert "not searched" in page.words
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert [r["method"] for r in rows] == ["adamw", "rmnp"]

@@ -17,7 +17,7 @@ _EPILOG = (
     "Examples: poetx compare demo --methods adamw,muon,scale,single-step --budget 30m | "
     "poetx compare mine.yaml train.steps=2000 --methods adamw,fast,single-step --seeds 0,1,2 --sweep"
 )
-_SHOWN = (0, 1, 4, 5, 8, 9)  # columns in the terminal; the others are in the files
+_SHOWN = (0, 1, 4, 5, 9)  # columns in the terminal; the others are in the files
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -90,7 +90,7 @@ def _run(
     from rich.console import Console
     from rich.table import Table
 
-    from poetx.compare.page import HEAD, frontier, table, write_results
+    from poetx.compare.page import HEAD, frontier, held, table, write_results
     from poetx.compare.trials import Stopped, open_comparison, steps_in
     from poetx.compare.trials import compare as compared
     from poetx.recipe.several import load_methods
@@ -133,4 +133,5 @@ def _run(
         shown.add_row(*(line[place] for place in _SHOWN))
     console.print(shown)
     say(f"on the frontier of loss and memory: {', '.join(frontier(rows))}")
+    say(f"of loss, state and gradient: {', '.join(frontier(rows, held))}")
     say(f"wrote {directory / 'index.html'}, table.md and results.jsonl")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from poetx.runs.charts import GREY, STYLE, draw, figure, svg
 
 Row = dict[str, Any]
 HEAD = (
-    *("method", "validation loss", "range", "seeds", "tokens/s", "peak, GiB", "predicted", "weights", "state"),
-    *("gradient", "trained, M", "rates"),
+    *("method", "validation loss", "range", "seeds", "tokens/s", "state + gradient, of AdamW's", "state", "gradient"),
+    *("weights", "peak, MiB", "predicted", "trained, M", "rates"),
 )
-_GIB, _MIB = 1 << 30, 1 << 20
+_MIB = 1 << 20
+_BASE = "adamw"  # the method whose state and gradient those of the others are compared with
 
 
 def write_results(directory: Path, title: str, rows: Sequence[Row], *, sweep: bool) -> None:
@@ -31,9 +32,9 @@ def write_results(directory: Path, title: str, rows: Sequence[Row], *, sweep: bo
 
 
 _NOTE = (
-    "Validation loss in nats a token at the last step, mean over the seeds. Weights, optimizer's state and gradient in "
-    "MiB as planned, each at its largest, with those of accumulation. Peak as measured in the last step (on a CPU by "
-    "following every tensor), and as planned. "
+    "Validation loss in nats a token at the last step, mean over the seeds. Optimizer's state, gradient and weights in "
+    "MiB as planned, each at its largest; micro-batches are accumulated in the gradient, of single steps in the state. "
+    "Peak as measured in the last step (on a CPU by following every tensor), and as planned. "
 )
 _RATES = {
     True: "Rates: the best of as many tried for each method, by successive halving with the first seed.",
@@ -43,7 +44,10 @@ _RATES = {
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
     """Cells under :data:`HEAD`, the lowest loss first."""
-    return [_line(found) for found in sorted(_by_method(rows).values(), key=lambda found: _mean(found, last=True))]
+    found = _by_method(rows)
+    base = found.get(_BASE)
+    order = sorted(found.values(), key=lambda of: _mean(of, last=True))
+    return [_line(of, held(of) / held(base) if base else None) for of in order]
 
 
 def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -59,10 +63,20 @@ def _mean(rows: Sequence[Row], *, last: bool = False) -> float:
     return float("inf") if last and None in losses else statistics.fmean(x for x in losses if x is not None)
 
 
-def _line(rows: list[Row]) -> list[str]:
+def held(rows: list[Row]) -> int:
+    """Bytes of optimizer's state and gradient of a method, of which accumulation is a part."""
+    return rows[0]["state"] + rows[0]["gradient"]
+
+
+def peak(rows: list[Row]) -> int:
+    """Bytes of the largest measured peak of a method's runs, the predicted one where none was measured."""
+    return max((row["measured_peak"] for row in rows if row["measured_peak"]), default=rows[0]["predicted_peak"])
+
+
+def _line(rows: list[Row], share: float | None) -> list[str]:
     first, losses = rows[0], [row["loss"] for row in rows if row["loss"] is not None]
     diverged = len(rows) - len(losses)
-    peaks = [row["measured_peak"] for row in rows if row["measured_peak"] is not None]
+    measured = any(row["measured_peak"] for row in rows)
     rates = ", ".join(f"{key.partition('.')[2]} {rate:.3g}" for key, rate in first["rates"].items())
     return [
         first["method"],
@@ -70,19 +84,18 @@ def _line(rows: list[Row]) -> list[str]:
         f"{min(losses):.4f} to {max(losses):.4f}" if len(losses) > 1 else "",
         str(len(rows)),
         f"{statistics.fmean(row['tokens_per_second'] for row in rows):,.0f}",
-        f"{max(peaks) / _GIB:.3f}" if peaks else "",
-        f"{first['predicted_peak'] / _GIB:.3f}",
-        *(f"{first[key] / _MIB:.1f}" for key in ("weights", "state", "gradient")),
+        "" if share is None else f"{share:.2f}",
+        *(f"{first[key] / _MIB:.2f}" for key in ("state", "gradient", "weights")),
+        f"{peak(rows) / _MIB:.1f}" if measured else "",
+        f"{first['predicted_peak'] / _MIB:.1f}",
         f"{first['trained'] / 1e6:.2f}",
         rates + (f" ({first['rates_note']})" if first["rates_note"] else ""),
     ]
 
 
-def frontier(rows: Sequence[Row]) -> list[str]:
-    """Methods that no other beats in both, predicted peak and mean loss; the smallest peak first."""
-    points = sorted(
-        (found[0]["predicted_peak"], _mean(found, last=True), name) for name, found in _by_method(rows).items()
-    )
+def frontier(rows: Sequence[Row], size: Callable[[list[Row]], float] = peak) -> list[str]:
+    """Methods that no other beats in both, ``size`` and mean loss; the smallest first."""
+    points = sorted((size(found), _mean(found, last=True), name) for name, found in _by_method(rows).items())
     best, names = float("inf"), []
     for _, loss, name in points:
         if loss < best:
@@ -94,11 +107,15 @@ def frontier(rows: Sequence[Row]) -> list[str]:
 def _page(title: str, note: str, rows: Sequence[Row], body: list[list[str]]) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in HEAD)
     lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in body)
-    best = f"On the frontier of loss and memory: {', '.join(frontier(rows))}."
+    colours = _colours(rows)
+    legend = "".join(f'<span><b style="color:{c}">●</b> {html.escape(name)}</span>' for name, c in colours.items())
+    best = f"No other is better in both: by state and gradient {', '.join(frontier(rows, held))}; "
+    best += f"by peak {', '.join(frontier(rows))}."
     parts = [
         f'<div class="wide"><table><tr>{head}</tr>{lines}</table></div><p class="note">{html.escape(note)}</p>',
-        f"<h2>Loss against memory</h2><p>{html.escape(best)}</p>{_memory_chart(rows)}",
-        f"<h2>Validation loss over tokens, and over seconds</h2>{_curves(rows)}",
+        f"<h2>Loss against memory</h2><p>{html.escape(best)}</p>{_memory_charts(rows, colours)}",
+        f"<h2>Validation loss over tokens, and over seconds</h2>{_curves(rows, colours)}",
+        f'<p class="legend">{legend}</p>',
     ]
     text = html.escape(title)
     return (
@@ -107,43 +124,68 @@ def _page(title: str, note: str, rows: Sequence[Row], body: list[list[str]]) -> 
     )
 
 
-def _colours(rows: Sequence[Row]) -> dict[str, Any]:
+def _colours(rows: Sequence[Row]) -> dict[str, str]:
     import matplotlib
+    from matplotlib.colors import to_hex
 
     names = list(_by_method(rows))
     palette: Any = matplotlib.colormaps["tab20" if len(names) > 10 else "tab10"]
-    return {name: palette(i % palette.N) for i, name in enumerate(names)}
+    return {name: to_hex(palette(i % palette.N)) for i, name in enumerate(names)}
 
 
-def _memory_chart(rows: Sequence[Row]) -> str:
-    chart, (axis,) = figure(height=4.4)
-    colours, found = _colours(rows), _by_method(rows)
-    points = {name: (of[0]["predicted_peak"] / _GIB, _mean(of)) for name, of in found.items() if _any_loss(of)}
-    for name, (peak, loss) in points.items():
-        axis.plot([peak], [loss], "o", color=colours[name])
-        axis.annotate(name, (peak, loss), xytext=(5, 4), textcoords="offset points", color=GREY, fontsize=9)
-    edge = [points[name] for name in frontier(rows) if name in points]
-    axis.step([x for x, _ in edge], [y for _, y in edge], where="post", color=GREY, linewidth=1, linestyle="--")
-    axis.margins(x=0.15, y=0.12)
-    draw(axis, "validation loss, nats a token")
-    axis.set_xlabel("predicted peak of one step, GiB", color=GREY)
+def _memory_charts(rows: Sequence[Row], colours: dict[str, str]) -> str:
+    """Loss over state and gradient, and over the peak, each with its frontier; what diverged is left out."""
+    found = {name: of for name, of in _by_method(rows).items() if any(row["loss"] is not None for row in of)}
+    unit = held(found[_BASE]) if _BASE in found else _MIB
+    label = f"state + gradient, {'of ' + _BASE if _BASE in found else 'MiB'}"
+    chart, axes = figure(2, height=4.4)
+    for axis, size, by, text in zip(axes, (held, peak), (unit, _MIB), (label, "peak of a step, MiB"), strict=True):
+        points = {name: (size(of) / by, _mean(of)) for name, of in found.items()}
+        edge = [points[name] for name in frontier(rows, size) if name in points]
+        axis.step([x for x, _ in edge], [y for _, y in edge], where="post", color=GREY, linewidth=1, linestyle="--")
+        for name, (x, y) in points.items():
+            axis.plot([x], [y], "o", color=colours[name])
+        axis.margins(x=0.12, y=0.1)
+        draw(axis, "validation loss, nats a token")
+        axis.set_xlabel(text)
+        _name_points(axis, points)
     return svg(chart)
 
 
-def _any_loss(rows: Sequence[Row]) -> bool:
-    return any(row["loss"] is not None for row in rows)
+def _name_points(axis: Any, points: dict[str, tuple[float, float]]) -> None:
+    """Each name beside its point, on the first of eight places that covers no other name and no point."""
+    size = 10
+    axis.figure.tight_layout()  # where the axes will be
+    (left, bottom), (right, top) = axis.transData.inverted().transform(axis.bbox.get_points())
+    width, height = (axis.bbox.get_points()[1] - axis.bbox.get_points()[0]) * 72 / axis.figure.dpi
+    at = {
+        n: ((x - left) / (right - left) * width, (y - bottom) / (top - bottom) * height) for n, (x, y) in points.items()
+    }
+    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in at.values()]
+    for name, (x, y) in at.items():
+        wide, boxes = 0.55 * size * len(name), []
+        for dx, dy in ((5, 3), (5, -9), (-5 - wide, 3), (-5 - wide, -9), (5, 12), (5, -18), (-5 - wide, 12), (5, 21)):
+            boxes.append((dx, dy, (x + dx, y + dy, x + dx + wide, y + dy + size)))
+        free = [(dx, dy, box) for dx, dy, box in boxes if box[0] > 0 and not any(_meet(box, other) for other in taken)]
+        dx, dy, box = (free or boxes)[0]
+        taken.append(box)
+        axis.annotate(name, points[name], xytext=(dx, dy), textcoords="offset points", color=GREY, fontsize=size)
 
 
-def _curves(rows: Sequence[Row]) -> str:
-    """One curve a method, of its first seed."""
+def _meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _curves(rows: Sequence[Row], colours: dict[str, str]) -> str:
+    """One curve a method, of its first seed, from the second evaluation on: the first is before any step."""
     chart, axes = figure(2, height=4.4)
-    colours = _colours(rows)
-    for axis, place, label in zip(axes, (0, 1), ("tokens", "seconds, evaluation included"), strict=True):
+    for axis, place, label in zip(axes, (0, 1), ("tokens, thousands", "seconds, evaluation included"), strict=True):
         curves = []
         for name, found in _by_method(rows).items():
-            points = [(point[place], point[2]) for point in found[0]["curve"] if point[2] is not None]
+            points = [(point[place], point[2]) for point in found[0]["curve"][1:] if point[2] is not None]
+            points = [(x / 1e3, y) for x, y in points] if place == 0 else points
             style = {"color": colours[name], "marker": "o", "markersize": 2.5, "linewidth": 1}
-            curves.append((tuple(zip(*points, strict=True)) or ((), ()), style | ({"label": name} if place else {})))
-        draw(axis, "" if place else "validation loss, nats a token", *curves)
-        axis.set_xlabel(label, color=GREY)
+            curves.append((tuple(zip(*points, strict=True)) or ((), ()), style))
+        draw(axis, "validation loss, nats a token", *curves)
+        axis.set_xlabel(label)
     return svg(chart)

@@ -55,7 +55,8 @@ def _page(run_dir: Path, entries: list[dict[str, Any]], damaged: int) -> str:
     body = "".join(f"<h2>{html.escape(title)}</h2>{content}" for title, content in sections)
     name = html.escape(run_dir.resolve().name)
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{name}</title><style>{STYLE}</style>"
         f"</head><body><h1>{name}</h1>{_summary(run_dir, train, validation, spectra, damaged)}{body}</body></html>\n"
     )
 
