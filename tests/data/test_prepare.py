@@ -79,7 +79,7 @@ def test_json_lines_under_the_name_json(tiny: Tiny, tmp_path: Path, directory: b
 
 
 @pytest.mark.parametrize(
-    "content", ['{"content": "a"}\n', '[{"text": "a"}]', '{\n  "text": "a"\n}', "[" * 20_000, "\n"]
+    "content", ['{"content": "a"}\n', '[{"txt": "a"}]', "[3]", '{\n  "text": "a"\n}', "[" * 20_000, "\n"]
 )
 def test_other_json_is_refused_by_itself_and_text_among_code(tmp_path: Path, content: str) -> None:
     path = tmp_path / "a.json"
@@ -162,15 +162,15 @@ def test_text_that_changes_while_it_is_read_is_refused(
     other = tmp_path / "other.txt"
     other.write_text("some other words\n" * 3000)
     recipe = tiny(f"{name}={other}", f"data.cache_dir={tmp_path / 'cache'}")
-    write = prepare._write_tokens
+    write = prepare.write_tokens
 
-    def grow(*args: Any) -> Any:
-        meta = write(*args)
+    def grow(*args: Any, **options: Any) -> Any:
+        meta = write(*args, **options)
         with other.open("a") as file:
             file.write("one more line\n")
         return meta
 
-    monkeypatch.setattr(prepare, "_write_tokens", grow)
+    monkeypatch.setattr(prepare, "write_tokens", grow)
     with pytest.raises(UserError, match=r"other\.txt: has changed while it was read"):
         prepare_data(recipe)
     assert not list(recipe.cache_dir.glob("data-*"))

@@ -69,6 +69,8 @@ SOURCES: dict[str, Callable[[Path], Any]] = {
     "a.jsonl.bz2": lambda path: path.write_bytes(bz2.compress(jsonl())),
     "b.jsonl": lambda path: path.write_bytes(gzip.compress(jsonl())),  # compressed, whatever it is called
     "a.jsonl.zst": lambda path: path.write_bytes(zstd(jsonl())),
+    "a.json": lambda path: path.write_text(json.dumps([{"text": text} for text in TEXTS], indent=2)),
+    "b.json.gz": lambda path: path.write_bytes(gzip.compress(b"\n[" + jsonl().strip().replace(b"\n", b"\n,") + b"]\n")),
     "a.csv": lambda path: path.write_bytes(table(",")),
     "a.TSV.gz": lambda path: path.write_bytes(gzip.compress(table("\t"))),
     "a.parquet": lambda path: arrow(path, "parquet"),
@@ -81,7 +83,7 @@ SOURCES: dict[str, Callable[[Path], Any]] = {
 def test_every_kind_of_file_has_the_same_documents(name: str, tmp_path: Path) -> None:
     SOURCES[name](tmp_path / name)
     (tmp_path / "README.md").write_text("what it is")  # beside records, it is none
-    for source in (tmp_path / name, tmp_path, tmp_path / "*[ltwvV23z]"):
+    for source in (tmp_path / name, tmp_path, tmp_path / "*[ltwvV23zn]"):
         assert ["".join(document) for document in open_corpus(str(source)).documents()] == TEXTS
 
 
@@ -251,6 +253,16 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "head.tsv": (b"1\twords\n2\tmore\n", r'line 2: no "text" field \(it has: 1, words\)'),
     "none.jsonl": (b'{"text": null}\n', r'line 1: "text" is NoneType, not a string'),
     "half.jsonl": (b'{"text": "\\ud800"}\n', "half a surrogate pair"),
+    "list.jsonl": (b'[{"text": "a"}]\n', "line 1: list, not a record"),
+    "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
+    "cut.json": (json.dumps([{"text": "a"}] * 9)[:-40].encode(), "record 7: not JSON"),
+    "open.json": (b'[{"text": "a"}', "record 2: not JSON .a comma is missing before it, or the list does not end"),
+    "comma.json": (b'[{"text": "a"}, {"text": "b"} {"text": "c"}]', "record 3: not JSON .a comma is missing"),
+    "two.json": (b'[{"text": "a"}]\n[{"text": "b"}]', "goes on after the end of its list"),
+    "mixed.json": (b'[{"text": "a"}, "b"]', r"record 2: str, not a record; write \[\{\"text\": ...\}, ...\]"),
+    "deep.json": (b'[{"text": "a"}, ' + b"[" * 100_000, "record 2: brackets nested too deeply"),
+    "wide.txt": ("words".encode("utf-16"), "UTF-16 text"),
+    "nul.jsonl": (b'{"text": "a"}\0\n', "NUL bytes"),
     "string.jsonl": (b'"words"\n', r"line 1: str, not a record"),
 }
 
@@ -309,6 +321,18 @@ def test_a_setting_that_no_text_reads_is_said(setting: str, tiny: Tiny, tmp_path
         said.clear()
         prepare_data(tiny(f"data.train={tmp_path / 'a.csv'}", setting), progress=said.append)
         assert not any("no effect" in text for text in said)
+
+
+def test_a_list_longer_than_what_is_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from poetx.data import records
+
+    monkeypatch.setattr(records, "_PIECE", 7)  # every place at which a value can be cut
+    rows = [{"text": text, "more": [1, {"a": None}]} for text in (*TEXTS, "", 'a "quoted] one', "\u00e9" * 50)]
+    for name, indent in (("a.json", None), ("b.json", 1)):
+        (tmp_path / name).write_text(json.dumps(rows, indent=indent))
+        assert [record for _, record in records.read_records(tmp_path / name)] == rows
+    (tmp_path / "c.json").write_text(" [ ] ")
+    assert list(records.read_records(tmp_path / "c.json")) == []
 
 
 def test_patterns_and_names_that_mean_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from poetx.cli import chat, env, recipes, runs, train
+from poetx.cli import chat, data, env, recipes, runs, train
 from poetx.cli.bench import app as bench_app
 from poetx.cli.compare import register as register_compare
 from poetx.cli.memory import register as register_memory
@@ -29,7 +29,7 @@ app = typer.Typer(
 )
 
 
-for _group in (train, recipes, chat, runs, env):
+for _group in (train, recipes, data, chat, runs, env):
     _group.register(app)
 register_memory(app)
 register_compare(app)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +17,8 @@ from poetx.data.split import Split
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+_AHEAD = 2  # batches that are tokenized while others are read and written; each uses all cores by itself
 
 
 @dataclass(frozen=True)
@@ -36,28 +40,44 @@ class Encoded:
 
 
 def encode(
-    corpus: Corpus, split: Split, tokenizer: Tokenizer, end_id: int, template: ChatTemplate | None
+    corpus: Corpus, split: Split, tokenizer: Tokenizer, end_id: int, template: ChatTemplate | None, *, skip: int = 0
 ) -> Iterator[Encoded]:
-    """The tokens of a corpus, in order. Texts end with ``end_id``, conversations as their template ends them."""
+    """The tokens of a corpus, in order. Texts end with ``end_id``, conversations as their template ends them.
+
+    Args:
+        skip: so many of the first items are read and left out.
+    """
     held_out = map(split.held_out, itertools.count())
+    number = itertools.count()
     for source, part in enumerate(corpus.parts):
         if part.format == "text":
             pieces = _marked_pieces(part, split.section, corpus.text_field, held_out)
-            for batch in _batches(pieces):
-                encodings = tokenizer.encode_batch_fast([piece[0] for piece in batch], add_special_tokens=False)
-                for encoding, (_, held, ends) in zip(encodings, batch, strict=True):
-                    yield Encoded(np.asarray(encoding.ids + [end_id] * ends, dtype=np.int64), None, ends, held, source)
+            kept = (piece for piece in pieces if next(number) >= skip)
+            for encoding, (_, held, ends) in _encoded(tokenizer.encode_batch_fast, kept):
+                yield Encoded(np.asarray(encoding.ids + [end_id] * ends, dtype=np.int64), None, ends, held, source)
             continue
         assert template is not None
         chats = (
-            (*template.render(conversation(record, part.format, place), place), next(held_out))
-            for place, record in part.records()
+            (*template.render(conversation(record, part.format, place), place), held)
+            for (place, record), held in zip(part.records(), held_out)  # noqa: B905  # as many as there are records
+            if next(number) >= skip
         )
-        for batch in _batches(chats):
-            encodings = tokenizer.encode_batch([chat[0] for chat in batch], add_special_tokens=False)
-            for encoding, (_, spans, held) in zip(encodings, batch, strict=True):
-                labels = _inside(np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2), spans)
-                yield Encoded(np.asarray(encoding.ids, dtype=np.int64), labels, True, held, source)
+        for encoding, (_, spans, held) in _encoded(tokenizer.encode_batch, chats):
+            labels = _inside(np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2), spans)
+            yield Encoded(np.asarray(encoding.ids, dtype=np.int64), labels, True, held, source)
+
+
+def _encoded(encode_batch: Callable[..., list[Any]], items: Iterator[tuple]) -> Iterator[tuple[Any, tuple]]:
+    """The encodings of items that begin with their text, each with its item: read here, tokenized by other threads."""
+    with ThreadPoolExecutor(_AHEAD) as pool:
+        waiting: deque[tuple[list[tuple], Future[list[Any]]]] = deque()
+        for batch in itertools.chain(_batches(items), [None] * _AHEAD):
+            if batch is not None:
+                texts = [item[0] for item in batch]
+                waiting.append((batch, pool.submit(encode_batch, texts, add_special_tokens=False)))
+            if waiting and (batch is None or len(waiting) > _AHEAD):
+                first, future = waiting.popleft()
+                yield from zip(future.result(), first, strict=True)
 
 
 def _inside(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -60,6 +61,19 @@ class Packer:
         self._open.clear()
         if end:
             yield np.array([self.padding]), np.array([START], np.uint8)
+
+    def state(self) -> dict[str, Any]:
+        """Plain values from which :meth:`restore` goes on."""
+        rows = [[ids.tolist(), flags.tolist()] for ids, flags in self._open]
+        text = None if self._text is None else self._text[0].tolist()
+        return {"cut": self.cut, "dropped": self.dropped, "tokens": self.tokens, "open": rows, "text": text}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Be as the packer was whose :meth:`state` this is."""
+        self.cut, self.dropped, self.tokens = state["cut"], state["dropped"], state["tokens"]
+        self._open = [(np.array(ids, np.int64), np.array(flags, np.uint8)) for ids, flags in state["open"]]
+        text = None if state["text"] is None else np.array(state["text"], np.int64)
+        self._text = None if text is None else (text, text)
 
     def _place(self, ids: np.ndarray, flags: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         flags[0] = START  # nothing before it predicts it

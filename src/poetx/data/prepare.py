@@ -12,7 +12,7 @@ import itertools
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +21,12 @@ import numpy as np
 
 from poetx.data.chat import DEFAULT_TEMPLATE, ChatTemplate
 from poetx.data.encoding import encode
-from poetx.data.packing import LABEL, Packer
+from poetx.data.packing import Packer
 from poetx.data.sources import Corpus, open_corpus
 from poetx.data.split import Split, split_for
 from poetx.data.tokenizer import (
     END_OF_TEXT,
     TOKENIZER_CONFIG,
-    embeddings_needed,
     find_end_of_text,
     load_tokenizer,
     read_tokenizer,
@@ -38,21 +37,20 @@ from poetx.data.tokenizer import (
 from poetx.data.tokens import (
     FORMAT,
     META,
-    PARTS,
     TOKENIZER,
     DataMeta,
     PreparedData,
     TokenWindows,
-    fingerprint,
     open_tokens,
-    token_files,
     verified_meta,
     window_count,
     write_meta,
 )
+from poetx.data.writing import PROGRESS, write_tokens
 from poetx.errors import UserError, one_line
 from poetx.files import locked, new_directory, sha256
 from poetx.recipe import Recipe
+from poetx.recipe.places import is_prepared
 from poetx.recipe.sections import DataRecipe
 
 if TYPE_CHECKING:
@@ -75,13 +73,18 @@ def prepare_data(recipe: Recipe, *, progress: Progress | None = None) -> Prepare
             fewer tokens than one window, or a disk that is full.
     """
     data, say = recipe.data, progress or logger.info
-    plan = plan_data(recipe, say)
-    directory = plan.directory
+    if is_prepared(data.train):
+        return _open_prepared(recipe)
+    plan = plan_data(data, recipe.model.pretrained, _places(recipe), say)
+    directory = recipe.cache_dir / f"data-{plan.key}"
     made = [path for path in (directory.parent, *directory.parent.parents) if not path.exists()]
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with locked(directory.with_name(f".{directory.name}.lock"), keep=False) as alone:
-            meta = _found(directory, say) or _build(plan, data, say, alone=alone)
+            if (meta := _found(directory, say)) is None:
+                remedy = "run it again, or with another data.cache_dir=PATH"
+                with new_directory(directory, remedy=remedy, alone=alone) as temporary:
+                    meta = build(plan, data, temporary, say)
             _check_length(meta, data, plan.train)
     except BaseException:
         for path in made:
@@ -92,38 +95,53 @@ def prepare_data(recipe: Recipe, *, progress: Progress | None = None) -> Prepare
     return open_tokens(directory, meta, seq_len=data.seq_len)
 
 
-def find_data(recipe: Recipe) -> tuple[DataPlan, DataMeta | None]:
-    """Where the recipe's text is and what is known of its tokens, None where there are none yet; writes nothing.
+@dataclass(frozen=True)
+class FoundData:
+    """A recipe's text, and what is known of its tokens."""
 
-    Raises:
-        UserError: as :func:`prepare_data` does for text that cannot be read.
-    """
-    plan = plan_data(recipe, logger.info)
-    meta = _found(plan.directory, logger.info)
+    source: str
+    files: list[Path]
+    directory: Path
+    meta: DataMeta | None  # None: not tokenized yet
+
+
+def find_data(recipe: Recipe) -> FoundData:
+    """Where the recipe's text is, and its tokens if there are any; writes nothing. Raises as :func:`prepare_data`."""
+    if is_prepared(recipe.data.train):
+        data = _open_prepared(recipe)
+        return FoundData(str(data.directory), [], data.directory, data.meta)
+    plan = plan_data(recipe.data, recipe.model.pretrained, _places(recipe), logger.info)
+    directory = recipe.cache_dir / f"data-{plan.key}"
+    meta = _found(directory, logger.info)
     if meta is not None:
         _check_length(meta, recipe.data, plan.train)
-    return plan, meta
+    return FoundData(plan.train.source, plan.train.files, directory, meta)
 
 
 @dataclass(frozen=True)
 class DataPlan:
-    """What a recipe's text is, and where its tokens are or will be.
+    """What a text is, and how it becomes tokens.
 
     Attributes:
         source: the file of a tokenizer that is there; None: one is trained.
         template: that conversations are written by; None where there are none.
+        key: of all that decides the tokens.
     """
 
     train: Corpus
     validation: Corpus | None
     source: Path | None
     template: ChatTemplate | None
-    directory: Path
+    key: str
 
 
-def plan_data(recipe: Recipe, say: Progress) -> DataPlan:
-    """Find the recipe's text without writing anything. Raises as :func:`prepare_data` does."""
-    data = recipe.data
+def plan_data(data: DataRecipe, pretrained: str | None, places: Mapping[str, Path], say: Progress) -> DataPlan:
+    """Find the text without writing anything. Raises as :func:`prepare_data` does.
+
+    Args:
+        pretrained: the model whose tokenizer is taken where ``data`` names none.
+        places: where will be written, by name: in none of them may the text be.
+    """
     assert data.train is not None
     train = open_corpus(data.train, text_field=data.text_field, format=data.format)
     validation = None
@@ -131,12 +149,12 @@ def plan_data(recipe: Recipe, say: Progress) -> DataPlan:
         validation = open_corpus(
             data.validation, key="data.validation", text_field=data.text_field, format=data.format, split="validation"
         )
-    _check_apart(recipe, train, "data.train")
+    _check_apart(places, train, "data.train")
     if validation:
-        _check_apart(recipe, validation, "data.validation")
+        _check_apart(places, validation, "data.validation")
     if validation and (shared := set(train.files) & set(validation.files)):
         say(f"data.validation has {len(shared)} files of data.train ({min(shared).name}), which are trained on as well")
-    tokenizer = data.tokenizer or recipe.model.pretrained
+    tokenizer = data.tokenizer or pretrained
     source = tokenizer_file(tokenizer) if tokenizer else None
     template = None
     texts = (train, validation) if validation else (train,)
@@ -146,13 +164,38 @@ def plan_data(recipe: Recipe, say: Progress) -> DataPlan:
         say(f"data.chat_template={data.chat_template}: has no effect, there are no conversations")
     if data.text_field != "text" and not any(text.has_text_records for text in texts):
         say(f"data.text_field={data.text_field}: has no effect, there are no records with text")
-    directory = recipe.cache_dir / f"data-{_key(data, train, validation, source, template)}"
-    return DataPlan(train, validation, source, template, directory)
+    return DataPlan(train, validation, source, template, _key(data, train, validation, source, template))
 
 
-def _check_apart(recipe: Recipe, text: Corpus, key: str) -> None:
+def _places(recipe: Recipe) -> dict[str, Path]:
+    return {"run_dir": recipe.directory, "data.cache_dir": recipe.cache_dir}
+
+
+def _open_prepared(recipe: Recipe) -> PreparedData:
+    """The tokens of a directory that ``poetx data`` made, found to be whole and of the model's own tokenizer."""
+    data, directory = recipe.data, Path(str(recipe.data.train))
+    what = f"data.train={directory}"
+    meta = verified_meta(directory)
+    if data.validation or data.tokenizer or data.chat_template:
+        key = next(key for key in ("validation", "tokenizer", "chat_template") if getattr(data, key))
+        raise UserError(f"data.{key}: {what} is prepared and has its own; leave it out, or give it to poetx data")
+    if recipe.model.pretrained:
+        own, its = (read_tokenizer(tokenizer_file(place)) for place in (str(directory), recipe.model.pretrained))
+        if own.to_str() != its.to_str():
+            raise UserError(
+                f"{what}: prepared with another tokenizer than that of model.pretrained={recipe.model.pretrained}; "
+                "prepare it again with data.tokenizer=" + recipe.model.pretrained
+            )
+    if meta.packed and meta.packed != data.seq_len:
+        raise UserError(f"data.seq_len={data.seq_len}: {what} is packed into windows of {meta.packed}; set it to that")
+    for part, tokens in (("training", meta.train_tokens), ("validation", meta.validation_tokens)):
+        if window_count(tokens, data.seq_len) == 0:
+            raise UserError(f"{what}: {tokens} tokens of {part} text, fewer than data.seq_len={data.seq_len} + 1")
+    return open_tokens(directory, meta, seq_len=data.seq_len)
+
+
+def _check_apart(places: Mapping[str, Path], text: Corpus, key: str) -> None:
     """Refuse to write into the directory of the text: the next start would read what this one wrote, and not resume."""
-    places = {"run_dir": recipe.directory, "data.cache_dir": recipe.cache_dir}
     for part, (name, place) in itertools.product(text.parts, places.items()):
         if part.top is None:
             continue
@@ -192,29 +235,32 @@ def _found(directory: Path, say: Progress) -> DataMeta | None:
         return None
 
 
-def _build(plan: DataPlan, data: DataRecipe, say: Progress, *, alone: bool) -> DataMeta:
-    """Tokenize into the directory of ``plan``. ``alone``: nobody else does so at the same time."""
-    directory, train, validation = plan.directory, plan.train, plan.validation
-    source, template = plan.source, plan.template
+def build(plan: DataPlan, data: DataRecipe, directory: Path, say: Progress, *, resumable: bool = False) -> DataMeta:
+    """Tokenize into ``directory``, which is there; ``resumable``: go on from what an earlier process left in it."""
+    train, validation, template = plan.train, plan.validation, plan.template
     read = [corpus for corpus in (train, validation) if corpus]
     before = [_files(corpus) for corpus in read]
     split = Split() if validation else split_for(train, data.validation_fraction)
     if split.note:
         say(split.note)
-    with new_directory(directory, remedy="run it again, or with another data.cache_dir=PATH", alone=alone) as temporary:
-        tokenizer, end_of_text = _tokenizer(data, train, split, source, say)
-        say("Tokenizing the text")
-        (temporary / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
-        if template:
-            template, end_of_text = _settled(template, tokenizer, end_of_text, data)
-        packed = _window_size(data, train, validation)
-        meta = _write_tokens(temporary, train, validation, split, tokenizer, end_of_text, template, packed, say)
-        for corpus, rows in zip(read, before, strict=True):
-            if changed := [old[0] for old, new in zip(rows, _files(corpus), strict=True) if old != new]:
-                raise UserError(f"{changed[0]}: has changed while it was read; run it again once nobody writes there")
-        _check_split(meta, data, train.source)
-        _check_length(meta, data, train)
-        write_meta(temporary, meta)
+    own = plan.source
+    if resumable and own is None and (directory / PROGRESS).is_file():
+        own = directory / TOKENIZER
+    tokenizer, end_of_text = _tokenizer(data, train, split, own, say)
+    say("Tokenizing the text")
+    (directory / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
+    if template:
+        template, end_of_text = _settled(template, tokenizer, end_of_text, data)
+    packed = _window_size(data, train, validation)
+    meta = write_tokens(
+        directory, train, validation, split, tokenizer, end_of_text, template, packed, say, resumable=resumable
+    )
+    for corpus, rows in zip(read, before, strict=True):
+        if changed := [old[0] for old, new in zip(rows, _files(corpus), strict=True) if old != new]:
+            raise UserError(f"{changed[0]}: has changed while it was read; run it again once nobody writes there")
+    _check_split(meta, data, train.source)
+    _check_length(meta, data, train)
+    write_meta(directory, meta)
     return meta
 
 
@@ -246,99 +292,6 @@ def _training_text(train: Corpus, split: Split) -> Iterator[str]:
             characters += len(piece)
             if characters >= TOKENIZER_CHARACTERS:
                 return
-
-
-def _write_tokens(
-    directory: Path,
-    train: Corpus,
-    validation: Corpus | None,
-    split: Split,
-    tokenizer: Tokenizer,
-    end_of_text: str,
-    template: ChatTemplate | None,
-    packed: int,
-    say: Progress,
-) -> DataMeta:
-    """Write the files of tokens; ``packed``: documents lie in windows of so many tokens, 0: one after the other."""
-    vocab_size = embeddings_needed(tokenizer)
-    end_id = tokenizer.token_to_id(end_of_text)
-    assert end_id is not None
-    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
-    labelled = bool(packed or template)
-    names = token_files(labelled)
-    digests = {name: hashlib.sha256() for name in names}
-    counts: dict[str, int] = dict.fromkeys(PARTS, 0)
-    answers: dict[str, int] = dict.fromkeys(PARTS, 0)
-    sizes = [0] * len(train.parts)
-    packers: dict[str, Packer] = {part: Packer(packed, end_id) for part in PARTS}
-    chats = 0
-    with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context((directory / f"{name}.bin").open("wb")) for name in names}
-
-        def append(part: str, source: int, ids: np.ndarray, flags: np.ndarray | None) -> None:
-            for name, values in ((part, ids.astype(dtype)), (f"{part}-flags", flags)):
-                if values is not None:
-                    raw = values.tobytes()
-                    files[name].write(raw)
-                    digests[name].update(raw)
-            counts[part] += len(ids)
-            answers[part] += 0 if flags is None else int((flags & LABEL).sum())
-            sizes[source] += len(ids) if part == "train" else 0
-
-        def flush(part: str, source: int, *, end: bool) -> None:
-            for window in packers[part].flush(end=end):
-                append(part, source, *window)
-
-        for corpus in (train, validation):
-            source = 0
-            for item in encode(corpus, split, tokenizer, end_id, template) if corpus else ():
-                part = "validation" if item.held_out or corpus is validation else "train"
-                chats += item.labels is not None
-                if not packed:
-                    flags = np.ones(len(item.ids), np.uint8) if item.labels is None else item.labels.astype(np.uint8)
-                    append(part, item.source, item.ids, flags if labelled else None)
-                    continue
-                if item.source != source and corpus is train:
-                    flush("train", source, end=bool(train.weights))  # no window has documents of two
-                source = item.source
-                for window in packers[part].add(item.ids, item.labels, ends=item.ends):
-                    append(part, source, *window)
-            if packed and corpus is train:
-                flush("train", source, end=True)
-        if packed:
-            flush("validation", 0, end=True)
-    for part, number in answers.items():
-        if template and number == 0 and counts[part]:
-            raise UserError(f"data.train={train.source}: no answers for {part}, which alone are learnt; give some")
-    shares = [[size, weight] for size, weight in zip(sizes, train.weights or [], strict=False)]
-    if packed:
-        _tell_packing(packers.values(), chats, sum(counts.values()), packed, say)
-    return DataMeta(
-        format=FORMAT,
-        dtype=dtype,
-        vocab_size=vocab_size,
-        end_of_text=end_of_text,
-        end_of_text_id=end_id,
-        train_tokens=counts["train"],
-        validation_tokens=counts["validation"],
-        fingerprint=fingerprint((digest.hexdigest() for digest in digests.values()), shares),
-        shares=shares or (),
-        labelled=labelled,
-        packed=packed,
-        template=template.text if template else "",
-    )
-
-
-def _tell_packing(packers: Iterable[Packer], chats: int, tokens: int, size: int, say: Progress) -> None:
-    used, cut, dropped = (sum(getattr(packer, name) for packer in packers) for name in ("tokens", "cut", "dropped"))
-    text = f"{tokens // size} windows of {size} tokens, {1 - used / max(1, tokens):.0%} of them padding"
-    if chats:
-        text = f"{chats} conversations in {text}"
-    if cut:
-        text += f"; {cut} conversations are longer than data.seq_len={size} and were cut"
-    if dropped:
-        text += f"; {dropped} are left out because no answer is in what fits"
-    say(text)
 
 
 def _window_size(data: DataRecipe, train: Corpus, validation: Corpus | None) -> int:

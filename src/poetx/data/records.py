@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from poetx.data.opening import name_inside, open_text
 from poetx.errors import UserError, one_line
@@ -20,18 +21,22 @@ KINDS = {
     ".arrow": "Arrow",
 }
 _LONGEST_LINE = 1 << 26  # characters of a .json file's first record, or of one field of a CSV file
+_PIECE = 1 << 16  # characters of a list read at once
+_DECODER = json.JSONDecoder()
 _ROWS = 256  # of a table, in memory at once
 
 
 def kind_of(path: Path, fields: Collection[str]) -> str:
-    """``JSONL``, ``CSV``, ``Parquet``, ``Arrow`` or ``text``, by the name.
+    """``JSONL``, ``JSON`` (one list), ``CSV``, ``Parquet``, ``Arrow`` or ``text``, by the name.
 
-    As ``.json`` may be anything, its first line counts, which must be a record with one of ``fields``.
+    As ``.json`` may be anything, its first line or the first of its list counts: a record with one of ``fields``.
     """
     suffix = name_inside(path).suffix.lower()
     if suffix == ".json":
         first = _first_value(path)
-        return "JSONL" if isinstance(first, dict) and not first.keys().isdisjoint(fields) else "text"
+        if not isinstance(first, dict) or first.keys().isdisjoint(fields):
+            return "text"
+        return "JSON" if _is_array(path) else "JSONL"
     if suffix in (".parquet", ".arrow"):
         suffix = path.suffix.lower()  # these compress by themselves
     return KINDS.get(suffix, "text")
@@ -44,17 +49,97 @@ def read_records(path: Path) -> Iterator[tuple[str, Record]]:
         UserError: what is no record, with its place; a damaged file; a format without its package.
     """
     read = {"CSV": _csv_rows, "Parquet": _parquet_rows, "Arrow": _arrow_rows}
-    return read.get(kind_of(path, ()), _json_lines)(path)
+    json_rows = _json_array if _is_array(path) else _json_lines
+    return read.get(kind_of(path, ()), json_rows)(path)
+
+
+def _is_array(path: Path) -> bool:
+    """Whether a ``.json`` file is one list. Any other is JSON lines by its name, or by its first line."""
+    if name_inside(path).suffix.lower() != ".json":
+        return False
+    with open_text(path) as file:
+        return _first_line(file).lstrip().startswith("[")
+
+
+def _first_line(file: TextIO) -> str:
+    while (line := file.readline(_LONGEST_LINE)).isspace():
+        pass
+    return line
 
 
 def _first_value(path: Path) -> Any:
+    """The first record of a ``.json`` file, lines or a list; None where there is none."""
     try:
+        if _is_array(path):
+            return next(_json_array(path), ("", None))[1]
         with open_text(path) as file:
-            while (line := file.readline(_LONGEST_LINE)).isspace():
-                pass
-        return json.loads(line)
+            return json.loads(_first_line(file))
     except (ValueError, RecursionError):
         return None
+
+
+def _json_array(path: Path) -> Iterator[tuple[str, Record]]:
+    """The records of one list, of which a piece at a time is in memory."""
+    with open_text(path) as file:
+        buffer = _Buffer(file)
+        buffer.take("[")
+        for number in itertools.count(1):
+            place = f"{path}, record {number}"
+            if buffer.take("]"):
+                break
+            if number > 1 and not buffer.take(","):
+                raise UserError(f"{place}: not JSON (a comma is missing before it, or the list does not end)")
+            record = buffer.value(place)
+            if not isinstance(record, dict):
+                raise UserError(f'{place}: {type(record).__name__}, not a record; write [{{"text": ...}}, ...]')
+            yield place, record
+        if buffer.peek():
+            raise UserError(f"{path}: goes on after the end of its list; write one list, or one record a line")
+
+
+class _Buffer:
+    """JSON values one after the other from a stream of text."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file, self._text, self._at = file, "", 0
+
+    def peek(self) -> str:
+        """The next character that is no space; empty at the end."""
+        while True:
+            rest = self._text[self._at : self._at + _PIECE].lstrip()
+            if rest:
+                self._at += self._text[self._at : self._at + _PIECE].index(rest[0])
+                return rest[0]
+            self._at += _PIECE
+            if self._at >= len(self._text) and not self._more():
+                return ""
+
+    def take(self, character: str) -> bool:
+        """Whether the next character is this one, which is then passed."""
+        found = self.peek() == character
+        self._at += found
+        return found
+
+    def value(self, place: str) -> Any:
+        """The next value. Raises :class:`UserError` with ``place`` where it is none."""
+        self.peek()
+        while True:
+            try:
+                value, self._at = _DECODER.raw_decode(self._text, self._at)
+                return value
+            except RecursionError:
+                raise UserError(f"{place}: brackets nested too deeply to be read; remove it") from None
+            except ValueError as error:
+                if len(self._text) - self._at > _LONGEST_LINE or not self._more():
+                    what = getattr(error, "msg", "a number that is too long")
+                    raise UserError(f"{place}: not JSON ({what})") from None
+
+    def _more(self) -> bool:
+        """Read as much again as waits, so that a long value is not begun many times."""
+        waiting = self._text[self._at :]
+        more = self._file.read(max(_PIECE, len(waiting)))
+        self._text, self._at = waiting + more, 0
+        return bool(more)
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Record]]:

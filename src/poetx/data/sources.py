@@ -163,8 +163,9 @@ def open_corpus(
 
     A source is "builtin", a text file, a file of records (JSONL, CSV, Parquet, Arrow), a directory of either, a pattern
     like ``data/*.jsonl.gz``, a directory of ``save_to_disk``, or the name of a data set on the Hub. Any file may be
-    compressed. A ``.json`` file is JSONL when its first line is a record. Any other is refused by itself, and is text
-    among other files, as in a directory of code; so are tables (``.csv``, ``.tsv``) among text.
+    compressed. A ``.json`` file is a list of records, or JSONL when its first line is one. Any other is refused by
+    itself, and is text
+    among other files, as in a directory of code; so are tables (``.csv``, ``.tsv``) and lists among text.
 
     Args:
         source: one, several, or several with their weights.
@@ -280,8 +281,8 @@ def _kind(files: list[Path], what: str, text_field: str, *, alone: bool) -> tupl
     own = [file for file in files if not _BESIDE.fullmatch(file.name)]
     if {kinds[file] for file in own} - {"text"}:
         files = own
-    if not alone and {kinds[file] for file in files} == {"text", "CSV"}:
-        kinds = dict.fromkeys(files, "text")  # tables are text among text, as in a directory of code
+    if not alone and "text" in (found := {kinds[file] for file in files}) and found <= {"text", "CSV", "JSON"}:
+        kinds = dict.fromkeys(files, "text")  # tables and lists are text among text, as in a directory of code
     readable = [file for file in reversed(files) if kinds[file] not in ("Parquet", "Arrow")]
     for file in {file.suffix: file for file in readable}.values():  # one of each kind
         check_is_text(file)
@@ -298,7 +299,7 @@ def _kind(files: list[Path], what: str, text_field: str, *, alone: bool) -> tupl
     held_out = [file.name for file in files if _HELD_OUT.search(file.name)]
     if 0 < len(held_out) < len(files):
         logger.warning("%s: %s is trained on as well; a pattern such as DIR/train* leaves it out", what, held_out[0])
-    return ("jsonl" if kinds[first] == "JSONL" else "table"), files
+    return ("jsonl" if kinds[first] in ("JSONL", "JSON") else "table"), files
 
 
 def _standard_library() -> list[Path]:

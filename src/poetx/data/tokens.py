@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from poetx.data.packing import LABEL, START
+from poetx.data.sampler import evenly_spread
 from poetx.errors import UserError
 from poetx.files import read_json, sha256
 
@@ -158,6 +159,26 @@ class TokenWindows:
         spans = ((at + 1, at + self.seq_len + 1) for at in map(self.start, windows))
         return sum(int((self.flags[first:end] & LABEL).sum()) for first, end in spans)
 
+    def prompts(self, count: int) -> list[tuple[list[int], list[int]]]:
+        """Beginnings to go on from, with their answers where they have any.
+
+        Of conversations in windows the first ones up to their first answer; of texts 16 tokens at places spread evenly.
+        """
+        if not self.packed or self.flags is None:
+            return [(self.tokens[at : at + 16].tolist(), []) for at in map(self.start, evenly_spread(count, len(self)))]
+        flags = np.asarray(self.flags[: 1 << 16])
+        found = []
+        for begin in np.flatnonzero(flags & START)[:-1]:
+            labels = flags[begin:] & LABEL != 0
+            first = int(np.argmax(labels))
+            length = int(np.argmin(labels[first:])) if labels[first:].any() else 0
+            if 1 < first < self.seq_len and not (flags[begin + 1 : begin + first + 1] & START).any():
+                own = self.tokens[begin : begin + first + length].tolist()
+                found.append((own[:first], own[first:]))
+            if len(found) == count:
+                break
+        return found or [(self.tokens[:16].tolist(), [])]
+
     def prompt(self) -> list[int]:
         """The first document up to its first answer; without answers, the first 16 tokens."""
         end = 16 if self.flags is None else max(1, int(np.argmax(self.flags[: 1 << 16] & LABEL)))
@@ -177,6 +198,11 @@ class PreparedData:
     def tokenizer_file(self) -> Path:
         """The ``tokenizer.json`` of this data."""
         return self.directory / TOKENIZER
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """The directory of this data where it has a tokenizer's other settings, too."""
+        return str(self.directory) if (self.directory / "tokenizer_config.json").is_file() else None
 
 
 def token_files(labelled: bool) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from poetx.models import check_fits, model_config, model_from_config, settled
 from poetx.ops.library import transparent_operators
 from poetx.planner.fake import NumbersAreOne, fake_, flash_backward_buffers, fuse_attention_, meta_copy
 from poetx.recipe import Recipe, load_recipe
+from poetx.recipe.places import is_prepared
 from poetx.savings.activation_checkpointing import decoder_layers
 from poetx.savings.chunked_loss import check_head
 from poetx.train.step import TrainingStep
@@ -171,6 +172,8 @@ def planned_recipe(source: Any, overrides: Sequence[str], recipe: Recipe | str |
 
 def vocabulary(recipe: Recipe) -> int:
     """Tokens of the recipe's tokenizer, of the one that would be trained, or 0 where the model decides."""
+    if is_prepared(recipe.data.train):
+        return embeddings_needed(read_tokenizer(tokenizer_file(str(recipe.data.train))))
     if recipe.data.tokenizer is not None:
         return embeddings_needed(read_tokenizer(tokenizer_file(recipe.data.tokenizer)))
     return 0 if recipe.model.config or recipe.model.pretrained else recipe.data.vocab_size

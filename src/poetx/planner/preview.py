@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from poetx.data.prepare import DataPlan, find_data
+from poetx.data.prepare import FoundData, find_data
 from poetx.data.tokens import DataMeta, window_count
 from poetx.errors import UserError
 from poetx.methods.base import convert_model
@@ -29,7 +29,7 @@ def preview(recipe: Recipe, *, ranks: int = 1, overwrite: bool = False) -> Itera
     device = resolve_device(recipe.train.device)
     if not overwrite:
         check_free(recipe.directory)
-    plan, meta = find_data(recipe)
+    data = find_data(recipe)
     recipe = settled(recipe, device)
     planned = recipe.with_keys({"train.batch_size": share, "train.micro_batch_size": micro_batch})
     estimate = estimate_memory(planned, device="cuda" if device.type == "cuda" else "cpu")
@@ -38,8 +38,8 @@ def preview(recipe: Recipe, *, ranks: int = 1, overwrite: bool = False) -> Itera
     yield "method", f"{estimate.method}; {trains}"
     with contextlib.suppress(StopIteration):  # of a method that converts nothing
         yield "layers", next(_layers(recipe))
-    yield "text", _text(plan, meta)
-    yield "tokens", _tokens(recipe, meta)
+    yield "text", _text(data)
+    yield "tokens", _tokens(recipe, data.meta)
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in estimate.categories.items() if size)
     yield "memory", f"{estimate.gib:.2f} GiB planned at the peak of a step, in {estimate.phase} ({parts})"
     yield "run", f"{recipe.directory}{' (an earlier run there would be deleted)' if _taken(recipe) else ''}"
@@ -60,13 +60,13 @@ def _taken(recipe: Recipe) -> bool:
     return False
 
 
-def _text(plan: DataPlan, meta: DataMeta | None) -> str:
-    files = plan.train.files
-    size = sum(file.stat().st_size for file in files) / 1e6
-    text = f"{plan.train.source}: {len(files)} files, {size:,.1f} MB" if files else plan.train.source
-    if meta is None:
+def _text(data: FoundData) -> str:
+    size = sum(file.stat().st_size for file in data.files) / 1e6
+    text = f"{data.source}: {len(data.files)} files, {size:,.1f} MB" if data.files else data.source
+    if data.meta is None:
         return f"{text}; not tokenized yet"
-    return f"{text}; {meta.train_tokens:,} tokens to train on, {meta.validation_tokens:,} held out ({plan.directory})"
+    held_out = f"{data.meta.validation_tokens:,} held out ({data.directory})"
+    return f"{text}; {data.meta.train_tokens:,} tokens to train on, {held_out}"
 
 
 def _tokens(recipe: Recipe, meta: DataMeta | None) -> str:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from poetx.recipe.places import is_prepared
 from poetx.recipe.sections import default_of
+
+_OF_TOKENS = ("data.train", "data.seq_len", "data.cache_dir")  # read where the text is tokenized already
 
 
 def idle(values: Mapping[str, Any], key: str) -> str:
@@ -17,6 +20,8 @@ def idle(values: Mapping[str, Any], key: str) -> str:
         part = part if isinstance(part, Mapping) else {}
         return part[name] if name in part else default_of(section, name)
 
+    if is_prepared(chosen("data.train")) and key.startswith("data.") and key not in _OF_TOKENS:
+        return f"with data.train={chosen('data.train')}, which poetx data has prepared"
     source = next((name for name in ("data.tokenizer", "model.pretrained") if chosen(name)), None)
     if key == "data.vocab_size" and source:
         return f"with the tokenizer of {source}"

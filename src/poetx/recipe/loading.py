@@ -159,6 +159,18 @@ def load_recipe(source: str | None = None, overrides: Sequence[str] = (), *, tex
     return recipe_with(source or DEMOS[0], parsed(overrides), text=text)
 
 
+def load_data(overrides: Sequence[str]) -> DataRecipe:
+    """The ``data`` section by itself, from ``data.…=value`` overrides. Raises :class:`UserError` for any other key."""
+    values: dict[str, Any] = {"data": {}}
+    for key, value in parsed(overrides):
+        if split_key(key)[0] != "data" or split_key(key)[1] not in DataRecipe.model_fields:
+            raise _unknown(key, [f"data.{name}" for name in DataRecipe.model_fields])
+        _set(values, key, value)
+    make_absolute(values)
+    _refuse_idle(values, dict(flat(values)))
+    return _checked(DataRecipe, values["data"], "data")
+
+
 def parsed(overrides: Sequence[str]) -> list[tuple[str, Any]]:
     """Today's dotted keys and values of ``key=value`` overrides, a section's keys one by one.
 

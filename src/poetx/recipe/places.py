@@ -56,3 +56,9 @@ def is_hub_name(source: str) -> bool:
     """
     fits = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]*){0,2}", source)
     return bool(fits) and not Path(source).suffix[1:].isalpha() and not Path(source).parent.exists()
+
+
+def is_prepared(source: Any) -> bool:
+    """Whether ``source`` is a directory of tokens that ``poetx data`` made."""
+    place = Path(source).expanduser() if isinstance(source, str) and source else None
+    return place is not None and all((place / name).is_file() for name in ("meta.json", "train.bin"))

@@ -21,6 +21,8 @@ FREE_ON_RESUME = (
     "train.eval_every",
     "train.spectrum_every",
     "train.eval_windows",
+    "train.sample_tokens",
+    "train.report_to",
     "train.memory_every",
     "train.log_every",
     "train.checkpoint_every",

@@ -265,6 +265,10 @@ class TrainRecipe(Section):
     deterministic: Flag = False  # refuse operations that are not (slower on a GPU; the CPU always is)
     eval_every: Count = 200
     eval_windows: Count = 64  # validation windows, spread evenly over the set
+    sample_tokens: Size = 0  # that the model writes after each of two prompts, at every evaluation
+    report_to: Names | None = (
+        None  # tensorboard, wandb, trackio, mlflow, module:Class, or several; metrics.jsonl always
+    )
     spectrum_every: MaybeCount = None  # steps between measurements of every rotated layer's singular values
     memory_every: MaybeCount = None  # steps between measurements of memory by phase; slow on the CPU, first step too
     log_every: Count = 10  # steps between lines of plain progress; metrics.jsonl has every step

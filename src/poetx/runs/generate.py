@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from poetx.errors import UserError
 from poetx.runs.load import LoadedModel
@@ -30,9 +30,8 @@ def generate_text(
         UserError: the prompt is not Unicode, or the model's output is not finite.
     """
     import torch
-    from transformers import LogitsProcessorList
 
-    from poetx.ops.random import seeded
+    from poetx.train.samples import continued
 
     if not 0 <= temperature < math.inf:
         raise UserError(f"--temperature={temperature}: must be a number from 0 on")
@@ -48,19 +47,15 @@ def generate_text(
         inputs = inputs[:, -max(1, positions - max_new_tokens) :]
         max_new_tokens = max(1, min(max_new_tokens, positions - inputs.shape[1]))
     inputs = inputs.to(device=loaded.device, dtype=torch.long)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > _LOWEST_TEMPERATURE:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": 1.0}
-    with seeded(seed, loaded.device), torch.no_grad():
-        output = cast(Any, loaded.model).generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=loaded.tokenizer.eos_token_id,
-            use_cache=True,
-            logits_processor=LogitsProcessorList([cast(Any, _check_finite)]),
-            **sampling,
-        )
+    output = continued(
+        loaded.model,
+        inputs,
+        max_new_tokens=max_new_tokens,
+        end_of_text=loaded.tokenizer.eos_token_id,
+        temperature=temperature if temperature > _LOWEST_TEMPERATURE else 0,
+        top_k=top_k,
+        seed=seed,
+    )
     return _after(loaded.tokenizer, output[0], inputs.shape[1])
 
 
@@ -72,12 +67,3 @@ def _after(tokenizer: Any, tokens: torch.Tensor, start: int) -> str:
     if whole.startswith(before):
         return whole[len(before) :]
     return tokenizer.decode(tokens[start:], skip_special_tokens=True)
-
-
-def _check_finite(tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Between a model and its sampling, which would end in an assertion on the device."""
-    if not (logits < float("inf")).all():  # -inf, as a mask leaves it, is a probability of 0
-        raise UserError(
-            "the model's output is not finite, so there is nothing to generate; it has diverged in training"
-        )
-    return logits

@@ -34,6 +34,7 @@ from poetx.train.checkpoint import TrainState, checkpoints, load_rng, save_check
 from poetx.train.environment import peak_memory_gib
 from poetx.train.metrics import MetricsWriter, perplexity
 from poetx.train.progress import Reporter
+from poetx.train.samples import samples
 from poetx.train.schedule import clip_value, lr_factor
 from poetx.train.step import StepResult, TrainingStep, language_loss, no_phase
 from poetx.training_check import TrainingReport, check_training
@@ -69,6 +70,7 @@ class TrainingRun:
     metrics: MetricsWriter
     reporter: Reporter
     start_spectrum: dict[str, LayerSpectrum] | None = None  # of the model before its first step, where it is watched
+    mute: bool = False  # it cannot write samples
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Everything in the model that all ranks must hold alike, by name."""
@@ -362,6 +364,8 @@ def _validate(run: TrainingRun, started: float) -> None:
         seconds=round(time.perf_counter() - started, 3),
     )
     run.reporter.validation(entry)
+    if found := samples(run):
+        run.reporter.sample(run.metrics.write("sample", run.state.step, samples=found))
 
 
 def _record_spectrum(run: TrainingRun) -> None:

@@ -4,6 +4,7 @@
      "skipped": false, "tokens_per_second": …, "seconds": …, "peak_memory_gib": …}
     {"event": "validation", "step": 100, "loss": …, "perplexity": …, "seconds": …}
 
+    {"event": "sample", "step": 100, "samples": [{"prompt": …, "text": …, "answer": …}, …]}  (train.sample_tokens)
     {"event": "spectrum", "step": 100, "layers": {name: {"norm_ratio": …, "drift_median": …, …}, …}}
     {"event": "memory", "step": 100, "peak": …, "phases": {"forward": {"total": …, "frozen": …, …}, …}}  (bytes)
     {"event": "training_check", "step": 3, "problems": ["model.…: received no gradient; …"]}  (only where there are any)
@@ -110,6 +111,9 @@ def is_whole(entry: dict[str, Any]) -> bool:
         return known and _are_numbers(numbers, "peak_memory_gib")
     if event == "validation":
         return {"loss", "perplexity"} <= entry.keys() and _are_numbers(numbers)
+    if event == "sample":
+        texts = entry.get("samples")
+        return isinstance(texts, list) and all(isinstance(t, dict) and {"prompt", "text"} <= t.keys() for t in texts)
     nested, needed = {"spectrum": ("layers", _SPECTRUM), "memory": ("phases", ("total",))}.get(str(event), ("", ()))
     rows = entry.get(nested)
     if not nested:

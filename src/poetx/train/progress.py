@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +19,23 @@ _RECENT_STEPS = 20  # the shown loss and speed are means over this many steps
 
 @dataclass(frozen=True)
 class RunInfo:
-    """The facts a display needs before the first step."""
+    """The facts a display needs before the first step; ``recipe`` as plain values."""
 
     title: str
     steps: int
     first_step: int
     log_every: int
+    name: str = ""
+    run_dir: Path = Path()
+    recipe: dict[str, Any] = field(default_factory=dict)
 
 
 class Reporter:
-    """Receives what happens in a run and prints nothing: the library's default, and the base of the displays."""
+    """Receives what happens in a run and prints nothing: the library's default, and the base of displays and loggers.
+
+    One of your own overrides what it wants to know: ``poetx.train.run.train(recipe, reporter=…)``, or
+    ``train.report_to=module:Class``. It is told on the first rank, after ``metrics.jsonl`` has it.
+    """
 
     def stage(self, text: str) -> None:
         """A slow part begins."""
@@ -45,6 +52,9 @@ class Reporter:
 
     def validation(self, entry: dict[str, Any]) -> None:
         """A validation line of metrics.jsonl."""
+
+    def sample(self, entry: dict[str, Any]) -> None:
+        """A line of samples in metrics.jsonl: what the model writes at an evaluation."""
 
     def checkpoint(self, path: Path) -> None:
         """A checkpoint was written."""

@@ -40,6 +40,7 @@ from poetx.spectra import spectrum
 from poetx.train import checkpoint as ckpt
 from poetx.train.environment import describe, peak_memory_gib, versions
 from poetx.train.export import TOKENIZER_DIR, TOKENIZER_SUM, export_model, save_tokenizer, tokenizer_sum
+from poetx.train.loggers import PLACES, TENSORBOARD_DIR, with_loggers
 from poetx.train.loop import TrainingRun, fit
 from poetx.train.metrics import MetricsWriter, UnwrittenMetrics, divergence, is_whole, read_metrics
 from poetx.train.packing import check_packing
@@ -51,8 +52,8 @@ if TYPE_CHECKING:
     from poetx.conversion_report import ConversionReport
 
 # What a run writes: exactly this is deleted by overwrite=True, whatever else lies in the directory.
-_OWN_FILES = ("recipe.yaml", "environment.json", "conversion.txt", "metrics.jsonl")
-_OWN_DIRS = (TOKENIZER_DIR, "checkpoints", "export")
+_OWN_FILES = ("recipe.yaml", "environment.json", "conversion.txt", "metrics.jsonl", PLACES)
+_OWN_DIRS = (TOKENIZER_DIR, "checkpoints", "export", TENSORBOARD_DIR)
 LOCK = ".lock"
 
 
@@ -115,6 +116,7 @@ def _train(
     """The run, on every rank; what is in ``held`` is let go once it has ended."""
     _check_same_start(recipe, resume=resume, overwrite=overwrite)
     agreed(lambda: recipe.train.share(rank_count()))
+    reporter = on_first(lambda: with_loggers(reporter, recipe.train.report_to)) or reporter
     run_dir = recipe.directory
     device = agreed(lambda: resolve_device(recipe.train.device))
 
@@ -312,7 +314,7 @@ def _write_run_files(
     write_text(run_dir / "recipe.yaml", recipe.to_yaml())  # a resumed run writes them again
     text = f"{method_of(recipe).title}: nothing was converted" if report is None else str(report)
     write_text(run_dir / "conversion.txt", text + "\n")
-    source = recipe.data.tokenizer or recipe.model.pretrained
+    source = recipe.data.tokenizer or recipe.model.pretrained or data.tokenizer_source
     place, template = run_dir / TOKENIZER_DIR, data.meta.template
     save_tokenizer(data.tokenizer_file, data.meta.end_of_text, source, place, chat_template=template)
     facts = describe(device) | {"processes": rank_count(), TOKENIZER_SUM: tokenizer_sum(run_dir)}
@@ -327,6 +329,9 @@ def _train_and_export(run: TrainingRun, start: Path | None, report: ConversionRe
             steps=recipe.train.steps,
             first_step=run.state.step,
             log_every=recipe.train.log_every,
+            name=recipe.name,
+            run_dir=run_dir,
+            recipe=recipe.to_dict(),
         )
     )
     started = time.perf_counter()

@@ -1,0 +1,181 @@
+"""``poetx data``: tokens in a directory of their own are those of a run on the same text."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from poetx import UserError
+from poetx.cli import main
+from poetx.data import writing
+from poetx.data.prepare import find_data, prepare_data
+from poetx.data.prepared import prepare_directory
+from poetx.data.tokens import verified_meta
+from poetx.planner.estimate import vocabulary
+from poetx.recipe import Recipe, load_recipe
+from poetx.recipe.loading import load_data
+
+Tiny = Callable[..., Recipe]
+SETTINGS = ("data.vocab_size=400", "data.seq_len=16", "data.validation_fraction=0.1")
+
+
+def lines(count: int) -> list[str]:
+    return [f"document {n}: " + " ".join(f"w{n * k % 31}" for k in range(n % 23 + 3)) for n in range(count)]
+
+
+def texts(place: Path) -> str:
+    (place / "a.txt").write_text("\n".join(lines(900)))
+    return f"data.train={place / 'a.txt'}"
+
+
+def chats(place: Path) -> str:
+    rows = [{"prompt": line[:14], "completion": line[14:]} for line in lines(120)]
+    (place / "chats.json").write_text(json.dumps(rows))
+    return f"data.train={place / 'chats.json'}"
+
+
+def mixture(place: Path) -> str:
+    for name, count in (("a", 90), ("b", 60)):
+        rows = (json.dumps({"text": line}) + "\n" for line in lines(count))
+        (place / f"{name}.jsonl").write_text("".join(rows))
+    return f"data.train={{{place / 'a.jsonl'}: 2, {place / 'b.jsonl'}: 1}}"
+
+
+CASES: dict[str, tuple[Callable[[Path], str], list[str]]] = {
+    "a file": (texts, []),
+    "packed text": (texts, ["data.pack=true"]),
+    "chats": (chats, ["data.seq_len=48"]),
+    "chats one after the other": (chats, ["data.pack=false"]),
+    "a mixture, packed": (mixture, ["data.pack=true"]),
+    "validation of its own": (texts, ["data.validation=[VALIDATION/c.txt, VALIDATION/d.txt]", "data.pack=true"]),
+}
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_preparation_that_is_killed_goes_on_to_the_same_bytes(
+    case: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, more = CASES[case]
+    for name in "cd":
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines(90)))
+    settings = [
+        write(tmp_path),
+        *SETTINGS[: 2 if "validation" in case else 3],
+        *(text.replace("VALIDATION", str(tmp_path)) for text in more),
+    ]
+    data, place = load_data(settings), tmp_path / "tokens"
+    once = prepare_directory(data, tmp_path / "once", lambda text: None)
+
+    monkeypatch.setattr(writing, "TELL_EVERY", 0)
+    encode, told = writing.encode, []
+    for kill_after in (0, 1, 13, 40):
+
+        def killed(*arguments: Any, after: int = kill_after, **options: Any) -> Iterator[Any]:
+            yield from itertools.islice(encode(*arguments, **options), after)
+            raise Killed
+
+        monkeypatch.setattr(writing, "encode", killed)
+        with pytest.raises(Killed):
+            prepare_directory(data, place, told.append)
+        with (place / "train.bin").open("ab") as file:
+            file.write(b"\x01\x02\x03")  # written, but not recorded
+    monkeypatch.setattr(writing, "encode", encode)
+    assert prepare_directory(data, place, told.append) == once == verified_meta(place)
+    assert "Going on where it was stopped" in told
+    assert sum("Training a tokenizer" in text for text in told) <= 2  # until something was recorded
+    assert not (place / writing.PROGRESS).exists()
+    of_a_run = prepare_data(tiny(*settings))
+    assert of_a_run.meta == once
+    for part in ("train", "validation"):
+        assert (place / f"{part}.bin").read_bytes() == (of_a_run.directory / f"{part}.bin").read_bytes()
+
+
+def test_a_run_on_prepared_tokens_is_the_run_on_the_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    texts(tmp_path)
+    assert main(["data", "a.txt", "tokens", "data.vocab_size=400"]) == 0
+    told = capsys.readouterr().out
+    assert "sample, training" in told
+    assert "'document 0: w0 w0 w0" in told
+    (tmp_path / "small.yaml").write_text(
+        "model: {hidden_size: 16, intermediate_size: 24, num_layers: 1, num_heads: 2}\n"
+        "data: {vocab_size: 400, seq_len: 16}\npoet: {block_size: 8, init: normalized}\n"
+        "train: {steps: 3, batch_size: 2, eval_every: 3, device: cpu, export: false}"
+    )
+    losses = []
+    for source, run in (("a.txt", "a"), ("tokens", "b")):
+        assert main(["train", "small.yaml", f"data.train={source}", f"run_dir=runs/{run}"]) == 0
+        lines = (tmp_path / "runs" / run / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line).get("loss") for line in lines])
+    assert losses[0] == losses[1]
+    assert main(["eval", "runs/b"]) == 0
+    recipe = load_recipe("small.yaml", ["data.train=tokens"])
+    assert vocabulary(recipe) == 400
+    assert find_data(recipe).meta == verified_meta(tmp_path / "tokens")
+
+
+def test_what_does_not_fit_prepared_tokens_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    texts(tmp_path)
+    packed = ["data.vocab_size=400", "data.pack=true", "data.seq_len=32"]
+    assert main(["data", "a.txt", "tokens", *packed]) == 0
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    (tmp_path / "other.json").write_text((tmp_path / "tokens/tokenizer.json").read_text())
+    train = ["train", "demo", "data.train=tokens"]
+    for argv, said in (
+        ([*train, "data.vocab_size=500"], "has no effect with data.train=.*tokens, which poetx data has prepared"),
+        ([*train, "data.tokenizer=other.json"], "has no effect"),
+        ([*train, "data.validation=a.txt"], "has no effect"),
+        ([*train, "data.seq_len=16"], "packed into windows of 32; set it to that"),
+        (["data", "a.txt", "tokens", "data.vocab_size=400"], "tokens of other text or settings"),
+        (["data", "a.txt", "other"], "has notes.txt, which is no part of prepared data"),
+        (["data", "a.txt", "a.txt"], "is a file"),
+        (["data", "nowhere", "new"], "no such file"),
+        (["data", "a.txt", "new", "train.steps=3"], "train.steps: unknown key"),
+        (["data", "a.txt", "new", "vocab_size=300"], "did you mean 'data.vocab_size'"),
+        (["data", ".", "new"], "lies in data.train="),
+    ):
+        assert main(argv) == 2, argv
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert re.search(said, error), error
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_model_of_another_tokenizer_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    from builders import llama
+
+    texts(tmp_path)
+    for name, size in (("tokens", 400), ("others", 420)):
+        prepare_directory(
+            load_data([f"data.train={tmp_path / 'a.txt'}", f"data.vocab_size={size}"]),
+            tmp_path / name,
+            lambda text: None,
+        )
+    model = tmp_path / "model"
+    llama(vocab_size=420).save_pretrained(model)
+    (model / "tokenizer.json").write_text((tmp_path / "others/tokenizer.json").read_text())
+    own = {"model.pretrained": str(model), "data.train": str(tmp_path / "others")}
+    recipe = tiny().with_keys({"data.vocab_size": 32000})
+    values = recipe.to_dict()
+    values["model"] = {"pretrained": str(model)}
+    values["data"] = {"train": own["data.train"], "seq_len": 16}
+    values["poet"]["init"] = "keep"
+    assert prepare_data(Recipe.from_dict(values)).meta.vocab_size == 420
+    values["data"]["train"] = str(tmp_path / "tokens")
+    with pytest.raises(UserError, match="prepared with another tokenizer than that of model.pretrained"):
+        prepare_data(Recipe.from_dict(values))
