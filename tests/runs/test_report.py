@@ -46,7 +46,7 @@ def test_page_tells_what_the_run_did_and_loads_nothing(tmp_path):
     page = write_report(run_directory(tmp_path / "run"), tmp_path / "out" / "page.html").read_text()
     for fact in ("1,096.63 at the start, 54.60 at the end", "largest angle folded 0.123", "3.2e-06", "1,234 tokens/s"):
         assert fact in page
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 9
     assert "model.&lt;q_proj&gt;" in page
     assert "converted 2 layers &lt;b&gt;" in page
     assert "<script" not in page
@@ -57,7 +57,7 @@ def test_page_tells_what_the_run_did_and_loads_nothing(tmp_path):
 def test_page_of_a_young_or_wounded_run(tmp_path):
     page = write_report(run_directory(tmp_path / "run", steps=8, spectrum=False, broken=True), tmp_path / "p.html")
     text = page.read_text()
-    assert text.count("<svg") == 3
+    assert text.count("<svg") == 5
     assert "<td>skipped steps</td><td>1</td>" in text
 
 
