@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import threading
 import time
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from poetx import PoetConfig, PoetLinear, UserError, merge_
+from poetx import PoetConfig, PoetLinear, UserError, convert_, merge_
 from poetx.layers.walk import poet_layers
 from poetx.ops.host import Copy, HostQueue
 from poetx.planner.estimate import estimate_memory
@@ -126,6 +127,21 @@ def test_a_repeating_order_is_learnt_and_nothing_is_fetched_for_the_next_pass() 
     for _ in range(40):  # long enough for the memory of the order to be cut
         assert once() == (10, 1)
     assert queue._ahead == []
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight_format": "nf4", "group_size": 8}], ids=["dense", "nf4"])
+def test_a_rotation_of_the_input_alone_takes_its_weight_from_there_too(settings: dict) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    convert_(model, PoetConfig(method="oft", block_size=4, target_modules=("*",), **settings))
+    moved = copy.deepcopy(model)
+    in_host_memory(moved, queue := HostQueue(1))
+    for each in (model, moved):
+        each(torch.ones(2, 8)).square().sum().backward()
+    assert queue.loads == 4
+    for ours, theirs in zip(moved.parameters(), model.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        assert ours.grad is None or torch.equal(ours.grad, theirs.grad)
 
 
 def test_a_weight_written_by_data_between_two_passes_is_the_one_that_is_used() -> None:

@@ -37,7 +37,7 @@ def _one_sided(
 ) -> Tensor:
     (G,) = cayley_blocks([packed], [x.shape[1]], [block_size], order, x.dtype)
     a = block_diagonal.gather_rotate(x, None, G)
-    return torch.nn.functional.linear(a, fetch(stored, kind, group_size, x.shape[1], x.dtype), bias)
+    return torch.nn.functional.linear(a, fetch(stored, kind, group_size, x.shape[1], x.dtype, x.device), bias)
 
 
 def _fake_backward(g, x, stored, kind, group_size, packed, block_size, order, needs_dx):
@@ -57,7 +57,7 @@ def _one_sided_backward(
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor]:
     """(dx, dq)."""
-    da = g @ fetch(stored, kind, group_size, x.shape[1], x.dtype)
+    da = g @ fetch(stored, kind, group_size, x.shape[1], x.dtype, x.device)
     (G,) = cayley_blocks([packed], [x.shape[1]], [block_size], order, x.dtype)
     dx, dG = block_diagonal.gather_rotate_backward(x, None, G, da, needs_dx)
     del da, G
