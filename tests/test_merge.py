@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from builders import descend, function, gpt2, llama, mlp, turn
 from helpers import TOLERANCE, relative_error
-from poetx import PoetConfig, UserError, convert_, merge_, merge_every, param_groups, poet_layers, spectrum
+from poetx import PoetConfig, UserError, convert_, merge_, merge_every, param_groups, poet_layers, spectrum, to_dense_
 from poetx.optim import SMMF, AdamW, HFac, build_optimizer
 
 OPTIMIZERS = {
@@ -445,3 +445,70 @@ def test_merge_reports_the_angle_and_warns_where_the_series_fails(caplog):
     assert report.norm_drift < 1e-5
     assert "2: rotations reached an angle of 0.50" in caplog.text
     assert "use neumann_order=7" in caplog.text
+
+
+def trained(model, steps):
+    """The model after two steps, with its optimizer, which merges every so many steps."""
+    optimizer = torch.optim.SGD(param_groups(model, lr=1e-2, poet_lr=0.5), momentum=0.5)
+    merge_every(optimizer, model, steps=steps)
+    for _ in range(2):
+        descend(model(torch.randn(4, 11)).square().sum(), optimizer)
+    return optimizer
+
+
+def converted_mlp():
+    model = mlp()
+    convert_(model, PoetConfig(block_size=4))
+    return model
+
+
+@pytest.mark.parametrize("names", [None, ["2"]])
+def test_steps_of_layers_that_went_dense_are_refused(names):
+    model = converted_mlp()
+    optimizer = trained(model, 100)
+    to_dense_(copy.deepcopy(model))
+    descend(model(torch.ones(4, 11)).sum(), optimizer)
+    to_dense_(model, names)
+    model(torch.ones(4, 11)).sum().backward()
+    with pytest.raises(UserError, match=r"made dense by to_dense_, and this optimizer holds their rotations"):
+        optimizer.step()
+
+
+def test_layers_that_came_later_are_found_at_the_next_merge():
+    model = converted_mlp()
+    optimizer = trained(model, 3)
+    model[2] = copy.deepcopy(model[2])
+    model(torch.ones(4, 11)).sum().backward()
+    with pytest.raises(UserError, match=r"^2\.skew_in is not in this optimizer"):
+        optimizer.step()
+
+
+def test_rotations_of_another_model_in_the_same_optimizer_are_merged_or_refused():
+    both = nn.ModuleList([converted_mlp(), converted_mlp()])
+    groups = [group for model in both for group in param_groups(model, lr=1e-2, poet_lr=0.1)]
+    optimizer = torch.optim.SGD(groups)
+    with pytest.raises(UserError, match=r"rotations of another model.*nn\.ModuleList"):
+        merge_every(optimizer, both[0], steps=1)
+    merge_every(optimizer, both, steps=1)
+    descend(sum(model(torch.ones(4, 11)).sum() for model in both), optimizer)
+    assert [int(layer.merge_count) for _, layer in poet_layers(both)] == 6 * [1]
+
+
+@pytest.mark.parametrize("how", ["AveragedModel", "state dict"])
+@pytest.mark.parametrize("across", [True, False])
+def test_an_average_across_a_merge_is_warned_of(how, across, caplog):
+    model = converted_mlp()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    trained(model, 2 if across else 100)
+    if how == "AveragedModel":
+        average.n_averaged += 1
+        average.update_parameters(model)
+        model = average
+    else:
+        start, end = average.module.state_dict(), model.state_dict()
+        mean = {key: (value + end[key]) / 2 if value.is_floating_point() else end[key] for key, value in start.items()}
+        model.load_state_dict(mean)
+    for _ in range(2):
+        model.eval()(torch.ones(4, 11))
+    warnings = [record.getMessage() for record in caplog.records if "average of models" in record.getMessage()]
+    assert len(warnings) == across, warnings

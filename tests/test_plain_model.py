@@ -6,6 +6,8 @@ import copy
 import functools
 import pickle
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -272,3 +274,29 @@ def test_a_model_loaded_quantized_is_saved_as_plain_or_refused(tmp_path):
     for save in (poetx.save_pretrained, lambda m, directory: m.save_pretrained(directory)):
         with pytest.raises(UserError, match="LlamaForCausalLM are still in the format of another library"):
             save(model, tmp_path)
+
+
+_YOUNGER_TRANSFORMERS = """
+import sys, torch, poetx
+part = torch.nn.Sequential(torch.nn.Linear(48, 104, bias=False))
+poetx.convert_(part, poetx.PoetConfig(block_size=8))
+assert "transformers" not in sys.modules
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+sizes = dict(vocab_size=9, hidden_size=48, intermediate_size=104, num_hidden_layers=1, num_attention_heads=4)
+model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+model.model.layers[0].mlp.up_proj = part[0]
+ids = torch.arange(5)[None]
+try:
+    model.save_pretrained(sys.argv[1] + "/first")
+    print("saved in silence")
+except poetx.UserError as error:
+    print("call it again" in str(error))
+model.save_pretrained(sys.argv[1])
+print(torch.allclose(model(ids).logits, AutoModelForCausalLM.from_pretrained(sys.argv[1])(ids).logits, atol=1e-5))
+"""
+
+
+def test_a_layer_older_than_transformers_is_saved_whole_or_the_save_is_refused(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", _YOUNGER_TRANSFORMERS, str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["True", "True"], run

@@ -254,6 +254,8 @@ def _dense_layer(layer: ConvertedLinear) -> nn.Module:
     dense.bias = layer.bias
     carry_attributes(layer, dense)
     layer.made_dense = True
+    for parameter in getattr(layer, "rotations", ()):  # all of the layer that an optimizer holds
+        parameter.made_dense = True
     for kind in [key for key in vars(dense) if key.startswith(("_forward_", "_backward_", "_is_full_backward_"))]:
         setattr(dense, kind, getattr(layer, kind))  # the very dictionaries, from which their handles remove them
     for key, hook in list(dense._forward_pre_hooks.items()):

@@ -203,6 +203,11 @@ class MergeHandle:
             group |= {"steps_since_merge": steps_since_merge, "merges": merges}
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if any(getattr(p, "made_dense", False) for group in self._counter_groups() for p in group["params"]):
+            raise UserError(
+                "merge_every: layers of the model were made dense by to_dense_, and this optimizer holds their "
+                "rotations, not their weights; build a new optimizer for the model"
+            )
         self.restart.before_step(self._counter_groups())
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -215,6 +220,7 @@ class MergeHandle:
         since, merges = self.steps_since_merge + 1, self.merges
         self._set(since, merges)
         if since >= self.steps:
+            _check_held(optimizer, self._model)
             self.report = merge_(self._model, optimizer)
             self._set(0, merges + 1)
             layers = [(name, [*layer.parameters(), *layer.buffers()]) for name, layer in poet_layers(self._model)]
@@ -242,6 +248,17 @@ class MergeHandle:
                 "was; remove the handle before loading it, or start the optimizer anew"
             )
         return {**{key: value for key, value in state_dict.items() if key != "poetx"}, "param_groups": groups}
+
+
+def _check_held(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, layer in poet_layers(model):
+        for side, parameter in zip(("skew_in", "skew_out"), layer.rotations, strict=True):
+            if parameter.requires_grad and id(parameter) not in held:
+                raise UserError(
+                    f"{name}.{side} is not in this optimizer, so its state could not be reset; build the "
+                    "optimizer from poetx.param_groups(model, ...) after convert_"
+                )
 
 
 def _refuse_copies() -> Any:
@@ -285,14 +302,13 @@ def merge_every(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int =
         raise UserError(_NOTHING)
     refuse_unfit(optimizer)
     refuse_sharded((p for group in optimizer.param_groups for p in group["params"]), "merge_every", rows=True)
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for name, layer in layers.items():
-        for side, parameter in zip(("skew_in", "skew_out"), layer.rotations, strict=True):
-            if parameter.requires_grad and id(parameter) not in held:
-                raise UserError(
-                    f"{name}.{side} is not in this optimizer, so its state could not be reset; build the "
-                    "optimizer from poetx.param_groups(model, ...) after convert_"
-                )
+    _check_held(optimizer, model)
+    own = rotation_ids(model)
+    if any(id(p) not in own for g in optimizer.param_groups if g.get("name") == "rotations" for p in g["params"]):
+        raise UserError(
+            "merge_every: the optimizer holds rotations of another model, too, which nothing would merge; give one "
+            "module that has both, as nn.ModuleList([first, second])"
+        )
     if merge_handle(optimizer) is not None:
         raise UserError("merge_every is already registered on this optimizer; remove() the first handle")
     return MergeHandle(optimizer, model, steps)

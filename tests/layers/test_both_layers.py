@@ -251,7 +251,7 @@ def test_transforms_of_torch_func_are_refused_in_one_line(transform, method):
 @METHODS
 def test_a_weight_that_wants_a_gradient_is_refused_where_it_would_get_none(method):
     model = converted(method)
-    optimizer_of(model, method)
+    optimizer = optimizer_of(model, method)
     name = f"2.{model[2].weight_name}"
     given = {name: model.get_parameter(name).detach().clone()}
     model_of = functools.partial(torch.func.functional_call, model)
@@ -261,6 +261,7 @@ def test_a_weight_that_wants_a_gradient_is_refused_where_it_would_get_none(metho
         model_of(given, torch.arange(3))
     with torch.no_grad():
         assert torch.equal(model_of(given, torch.arange(3)), model(torch.arange(3)))
+    assert optimizer.param_groups  # it is still there
 
 
 def identity(layer, name):
@@ -291,3 +292,27 @@ def test_a_bias_is_pruned_as_ever():
     prune.l1_unstructured(model[2], "bias", amount=2)
     assert moved(model, "single-step") == [True, True]
     assert (model[2].bias == 0).sum() == 2
+
+
+@METHODS
+@pytest.mark.parametrize("change", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_norms_of_older_kind_are_refused_and_change_nothing(change, method):
+    model = converted(method)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UserError, match=r"weight.* cannot become a function of other parameters"):
+        change(model[1])
+    assert model.state_dict().keys() == before.keys()
+    assert moved(model, method) == [True, True]
+
+
+@METHODS
+def test_scripts_and_traces_that_would_not_train_are_refused(method):
+    model = converted(method)
+    with pytest.raises(UserError, match=r"^1: torch.jit.script cannot read it; call poetx.to_dense_"):
+        torch.jit.script(model)
+    optimizer = optimizer_of(model, method)
+    with pytest.raises(UserError, match=r"^1: (a trace cannot train|torch.jit.trace sees no)"):
+        torch.jit.trace(model.train(), torch.arange(3))
+    if method == "single-step":  # an optimizer is there: it takes the way of training but for the trace
+        assert torch.equal(torch.jit.trace(model.eval(), torch.arange(3))(torch.arange(3)), model(torch.arange(3)))
+    assert optimizer.param_groups

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 
+import poetx
 from poetx import PoetConfig, PoetLinear, UserError
 from poetx.layers.single_step import SingleStepLinear
 
@@ -107,3 +108,20 @@ def test_a_matrix_of_zeros_merges_without_nan(settings, dtype):
     assert float(stats.norm_ratio) == pytest.approx(1, abs=0.01)
     assert layer.dense_weight().isfinite().all()
     assert layer.dense_weight().abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("keep", ["parameters", "base_weight", "perm", "skew"])
+@pytest.mark.parametrize("settings", [{}, {"mode": "mem", "weight_format": "int4"}])
+def test_a_part_of_a_layers_state_is_refused_whatever_strict_says(keep, settings):
+    """Such as the parameters alone: the permutations, which are buffers, would be those of another merge."""
+    model = torch.nn.Sequential(torch.nn.Linear(10, 12), torch.nn.Linear(12, 6))
+    poetx.convert_(model, PoetConfig(block_size=4, **settings))
+    names = dict(model.named_parameters()) if keep == "parameters" else model.state_dict()
+    part = {key: value for key, value in model.state_dict().items() if key in names}
+    if keep != "parameters":
+        part = {key: value for key, value in part.items() if keep in key or "codes" in key or "bias" in key}
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(UserError, match=r"^0: the state has its .*, but not its .*: the tensors of a layer belong"):
+        model.load_state_dict(part, strict=False)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    model.load_state_dict({"1.bias": torch.ones(6)}, strict=False)

@@ -73,6 +73,29 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Parameters(dict[str, Any]):
+    """A module's parameters, where pruning and weight norms neither take away what rotates nor look for it in vain."""
+
+    def __init__(self, computed_from: tuple[str, ...] = ()) -> None:
+        self.computed_from = computed_from
+
+    def __missing__(self, name: str) -> NoReturn:
+        if name in self.computed_from:
+            raise UserError(f"{name} of a rotated layer {_REPARAMETRIZED}")
+        raise KeyError(name)
+
+    def __delitem__(self, name: str) -> None:
+        if name in self.computed_from:
+            raise UserError(f"{name} of a rotated layer {_REPARAMETRIZED}")
+        super().__delitem__(name)
+
+
+_REPARAMETRIZED = (
+    "cannot become a function of other parameters, as pruning and parametrizations make it; apply them before "
+    "poetx.convert_ or after poetx.to_dense_"
+)
+
+
 class ConvertedLinear(nn.Module):
     """A layer in place of ``nn.Linear`` (or of a ``Conv1D``, if ``transposed``), known by its dotted name.
 
@@ -100,6 +123,7 @@ class ConvertedLinear(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
+        self._parameters = _Parameters(self.computed_from)
         self.config = config
         self.in_features, self.out_features = in_features, out_features
         self.block_size_in = min(config.block_size, in_features)
@@ -274,12 +298,12 @@ class ConvertedLinear(nn.Module):
         self._refuse_reparametrization(name)
         super().__delattr__(name)
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise UserError(f"{self.label}: torch.jit.script cannot read it; call poetx.to_dense_(model) first")
+
     def _refuse_reparametrization(self, name: str) -> None:
         if name in self.computed_from:
-            raise UserError(
-                f"{self.label}: {name} cannot become a function of other parameters, as pruning and parametrizations "
-                "make it; apply them before poetx.convert_ or after poetx.to_dense_"
-            )
+            raise UserError(f"{self.label}: {name} {_REPARAMETRIZED}")
 
     def check_needs_no_gradient(self, weight: Tensor) -> None:
         """Raise :class:`UserError` where a gradient of the weight itself is wanted, which no backward here gives."""

@@ -22,13 +22,20 @@ class MergeReminder:
     """A forward hook that warns where its layer's rotations have grown large without a merge.
 
     It looks after 128, 256, 512, … training passes of the layer, and never again after its warning or a first merge.
+
+    And it warns where the layer's buffers were written, by a merge, a state dict or an average of models, and its
+    weight has another norm than they say: a mean of weights from both sides of a merge has.
     """
 
     def __init__(self) -> None:
         self.passes, self.done = 0, False
+        self._seen = 0  # writes to merge_count
 
     def __call__(self, layer: PoetLinear, inputs: Any) -> None:
-        if self.done or torch.compiler.is_compiling() or not (layer.training and torch.is_grad_enabled()):
+        if torch.compiler.is_compiling():
+            return
+        self._check_norm(layer)
+        if self.done or not (layer.training and torch.is_grad_enabled()):
             return
         self.passes += 1
         if self.passes < _FIRST or self.passes & (self.passes - 1) or layer.skew_in.is_meta:
@@ -48,6 +55,23 @@ class MergeReminder:
                 self.passes,
                 angle,
             )
+
+    def _check_norm(self, layer: PoetLinear) -> None:
+        count = layer.merge_count
+        if type(count) is not torch.Tensor or count.is_meta or count.is_inference() or count._version == self._seen:
+            return
+        self._seen = count._version
+        if layer.packed_weight is None:
+            norm = torch.linalg.vector_norm(layer.frozen_weight.precise(), dtype=torch.float64)
+            ratio = float(norm / layer.base_norm)
+            if abs(ratio - 1) > layer.rounding_limit:
+                logger.warning(
+                    "%s: the weight's norm is %.3g of what its state says. If this is an average of models (EMA, SWA), "
+                    "it reaches across a merge and means nothing: average layer.dense_weight(), or train by "
+                    "method='single-step'. If the weight was written on purpose, all is well",
+                    layer.label,
+                    ratio,
+                )
 
 
 def remind_of_merging(layer: PoetLinear) -> None:

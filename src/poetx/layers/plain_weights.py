@@ -16,16 +16,19 @@ from poetx.errors import UserError, one_line
 from poetx.layers.base import ConvertedLinear
 
 
-def save_plain_weights_too() -> None:
+def save_plain_weights_too() -> bool:
     """Have ``PreTrainedModel.save_pretrained`` add the plain weights of rotated layers, wherever they are in a model.
 
     Once a process, and for the class, as nothing else reaches a model that rotated layers are part of: a layer knows
-    none of the modules around it. Models without one are saved as ever. Called for every rotated layer that is made or
-    unpickled; imports nothing.
+    none of the modules around it. Models without one are saved as ever. Called for every rotated layer that is made,
+    unpickled or used; imports nothing.
+
+    Returns:
+        Whether it was this call.
     """
     kind: Any = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
     if kind is None or hasattr(kind.save_pretrained, "adds_plain_weights"):
-        return
+        return False
     save = kind.save_pretrained
 
     @functools.wraps(save)
@@ -50,6 +53,7 @@ def save_plain_weights_too() -> None:
 
     vars(save_pretrained)["adds_plain_weights"] = True
     kind.save_pretrained = save_pretrained
+    return True
 
 
 def rotated_places(model: nn.Module) -> Iterator[tuple[str, ConvertedLinear]]:
@@ -104,7 +108,7 @@ def _as_in(given: Mapping[str, Tensor], name: str, layer: ConvertedLinear) -> Co
     copied = copy.deepcopy(layer)
     try:
         copied.load_state_dict(own)
-    except RuntimeError as error:
+    except (RuntimeError, UserError) as error:
         raise UserError(f"save_pretrained: state_dict is not this model's: {name}: {one_line(error)}") from None
     return copied
 

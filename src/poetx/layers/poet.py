@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -248,6 +249,8 @@ class PoetLinear(ConvertedLinear):
         self.base_norm.copy_(torch.linalg.vector_norm(self.frozen_weight.precise(), dtype=torch.float64))
 
     def _product(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            save_plain_weights_too()  # transformers may be younger than the layer
         if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
             raise UserError(f"{self.label}: torch.jit.trace sees no rotations; call poetx.to_dense_(model) before it")
         mode = self.mode_for(x)
@@ -333,6 +336,18 @@ class PoetLinear(ConvertedLinear):
         swap_(pairs, self.skew_in.zero_, self.skew_out.zero_, lambda: self.merge_count.fill_(count), *also)
         return FoldStats(angle, ratio)
 
+    def train(self, mode: bool = True) -> PoetLinear:
+        save_plain_weights_too()
+        return super().train(mode)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        if save_plain_weights_too() and any(frame.function == "save_pretrained" for frame in inspect.stack(0)):
+            raise UserError(
+                f"{self.label}: it was made before transformers was imported, so this save_pretrained would lack the "
+                "plain weights; call it again"
+            )
+        super()._save_to_state_dict(*args)
+
     def __getstate__(self) -> dict[str, Any]:
         """A copy made inside :func:`poetx.shared_blocks` has rotations of its own, and nobody would free its blocks."""
         return {key: value for key, value in self.__dict__.items() if key != "shared_blocks"}
@@ -355,6 +370,7 @@ class PoetLinear(ConvertedLinear):
         if (plain := state_dict.pop(f"{prefix}weight", None)) is not None and f"{prefix}skew_in" not in state_dict:
             self._take_plain(plain, state_dict, prefix, args[-1])
         self._check_format(state_dict, prefix)
+        self._check_complete(state_dict, prefix)
         own, key = self._settings(), f"{prefix}trained_with"
         saved = state_dict.setdefault(key, own.to(state_dict.get(f"{prefix}perm_in", own).device))
         if not saved.is_meta and saved.tolist() != own.tolist():
@@ -379,6 +395,18 @@ class PoetLinear(ConvertedLinear):
             state_dict.setdefault(f"{prefix}residual", torch.zeros_like(weight, dtype=torch.int8))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._like = torch.empty(0, device=self.skew_in.device, dtype=self.weight_dtype)
+
+    def _check_complete(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Refuse a part of what makes the weight, which ``strict=False`` would mix with what is here."""
+        weight = "packed_weight.codes" if self.base_weight is None else "base_weight"
+        names = (weight, "skew_in", "skew_out", "perm_in", "perm_out")
+        there = [name for name in names if f"{prefix}{name}" in state_dict]
+        if there and len(there) < len(names) and not self.one_sided:
+            missing = next(name for name in names if name not in there)
+            raise UserError(
+                f"{self.label}: the state has its {there[0]}, but not its {missing}: the tensors of a layer belong "
+                "together, buffers too; save and load model.state_dict(), or the plain model (poetx.save_pretrained)"
+            )
 
     def _check_format(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Refuse permutations and rotations whose weight ``strict=False`` would leave out: they are of no other."""
