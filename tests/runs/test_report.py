@@ -2,13 +2,13 @@
 
 import json
 import re
+import shutil
+import subprocess
 
 import pytest
 
 from poetx import UserError
-from poetx.runs import report
 from poetx.runs.report import write_report
-from poetx.train.metrics import read_metrics
 
 
 def run_directory(path, *, steps=30, spectrum=True, broken=False):
@@ -42,23 +42,76 @@ def run_directory(path, *, steps=30, spectrum=True, broken=False):
     return path
 
 
+def numbers(page):
+    return json.loads(re.search(r'id="numbers">(.*?)</script>', page)[1])
+
+
 def test_page_tells_what_the_run_did_and_loads_nothing(tmp_path):
     page = write_report(run_directory(tmp_path / "run"), tmp_path / "out" / "page.html").read_text()
     for fact in ("1,096.63 at the start, 54.60 at the end", "largest angle folded 0.123", "3.2e-06", "1,234 tokens/s"):
         assert fact in page
-    assert page.count("<svg") == 9
+    charts = {chart["title"]: chart["series"] for chart in numbers(page)["charts"]}
+    assert len(charts) == 9
+    training, validation = charts["Loss, nats a token"]
+    assert training["points"][-1] == [30, 15.0, 4.0]
+    assert [point[2] for point in validation["points"]] == [7.0, 4.0]
     assert "model.&lt;q_proj&gt;" in page
     assert "converted 2 layers &lt;b&gt;" in page
-    assert "<script" not in page
-    links = re.findall(r'(?:src|href)\s*=\s*"([^"]*)"', page)
-    assert all(link.startswith("#") for link in links)
+    assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)|(?:src|href|url|import)\s*[=(]", page)
 
 
 def test_page_of_a_young_or_wounded_run(tmp_path):
     page = write_report(run_directory(tmp_path / "run", steps=8, spectrum=False, broken=True), tmp_path / "p.html")
     text = page.read_text()
-    assert text.count("<svg") == 5
+    assert len(numbers(text)["charts"]) == 5
     assert "<td>skipped steps</td><td>1</td>" in text
+
+
+def test_several_runs_are_compared_with_the_baseline(tmp_path):
+    first, second = run_directory(tmp_path / "a"), run_directory(tmp_path / "b", steps=20)
+    with (second / "metrics.jsonl").open("a") as file:
+        for step in (21, 22):  # another process, whose clock begins anew
+            line = {
+                "event": "train",
+                "step": step,
+                "loss": 3.0,
+                "merged": False,
+                "skipped": False,
+                "seconds": step - 20.5,
+            }
+            file.write(json.dumps(line | {"tokens_per_second": 2468.0, "peak_memory_gib": 1.0}) + "\n")
+        texts = [{"prompt": "</script>", "text": "<b>"}]
+        file.write(json.dumps({"event": "sample", "step": 22, "samples": texts}) + "\n")
+        file.write(json.dumps({"event": "audit", "step": 22, "tokens": 22 * 64}) + "\n")
+    page = write_report([second, first], tmp_path / "page.html", baseline=first).read_text()
+    assert "<th>a</th><th>b</th>" in page
+    assert "<td>1.00 GiB <small>2.00×</small></td>" in page
+    assert "<td>0:12 <small>0.77×</small></td>" in page  # 10 s, and 1.5 s
+    found = numbers(page)
+    assert [(run["name"], run["tokens"]) for run in found["runs"]] == [("a", 1), ("b", 64)]
+    assert found["runs"][1]["samples"] == [{"step": 22, "samples": texts}]
+    seconds = [point[1] for point in found["charts"][0]["series"][1]["points"]]
+    assert seconds[-2:] == [10.5, 11.5]
+    assert seconds == sorted(seconds)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_a_browser_draws_every_chart_without_an_error(tmp_path):
+    run = run_directory(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "sample", "step": 30, "samples": [{"prompt": "once", "text": " upon"}]}) + "\n")
+    page = write_report([run, run_directory(tmp_path / "other", steps=9)], tmp_path / "page.html")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
+    command = [CHROMIUM, *options, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr
+    charts = len(numbers(page.read_text())["charts"])
+    assert done.stdout.count("<svg ") == charts
+    assert done.stdout.count('class="line') >= charts
+    assert "once</span> upon" in done.stdout
 
 
 def test_not_a_run(tmp_path):
@@ -70,8 +123,7 @@ def test_not_a_run(tmp_path):
 def test_a_damaged_environment_is_said_in_the_summary(tmp_path, content):
     run = run_directory(tmp_path / "run")
     (run / "environment.json").write_bytes(content)
-    train = [entry for entry in read_metrics(run / "metrics.jsonl") if entry["event"] == "train"]
-    assert "<td>device</td><td>unknown: " in report._summary(run, train, [], [])
+    assert "<td>device</td><td>unknown: " in write_report(run, tmp_path / "page.html").read_text()
 
 
 def test_damaged_lines_and_texts_do_not_spoil_the_page(tmp_path):

@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
     app.command(epilog='Example: poetx generate runs/demo --prompt "def read(path):"')(generate)
     app.command(name="eval", epilog="Example: poetx eval runs/demo --data other-text.txt")(evaluate)
     app.command(epilog="Example: poetx spectrum runs/demo")(spectrum)
-    app.command(epilog="Example: poetx report runs/demo")(report)
+    app.command(epilog="Examples: poetx report runs/demo | poetx report runs/dense runs/demo -o both.html")(report)
 
 
 def export(
@@ -119,13 +119,19 @@ def spectrum(
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: RUN/report.html.")] = None,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, drawn one over the other.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Default: RUN/report.html; of several runs report.html.")
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="The run that others are compared with. Default: the first.")
+    ] = None,
 ) -> None:
-    """Write one self-contained HTML page: loss, speed, memory, merges, spectrum."""
+    """Write one self-contained HTML page: loss, speed, memory, merges, spectrum, samples; several runs overlaid."""
     from poetx.runs.report import write_report
 
-    print(f"wrote {write_report(run, output or run / 'report.html')}")
+    default = runs[0] / "report.html" if len(runs) == 1 and baseline is None else Path("report.html")
+    print(f"wrote {write_report(runs, output or default, baseline=baseline)}")
 
 
 def show_notes(notes: list[str]) -> None:

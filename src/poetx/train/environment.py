@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,23 @@ def device_name(device: torch.device) -> str:
     return next(models, platform.processor() or platform.machine())
 
 
+def commit() -> str | None:
+    """The commit of the checkout that this code runs from, ``-dirty`` if it was changed; None for installed code."""
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
+    try:
+        for asked in (["ls-files", "--error-unmatch", here.name], ["describe", "--always", "--dirty", "--exclude=*"]):
+            told = subprocess.run([*git, *asked], capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return told.strip()
+
+
 def describe(device: torch.device) -> dict[str, Any]:
     """The contents of ``environment.json``."""
     return {
         "versions": versions(),
+        "commit": commit(),
         "platform": platform.platform(),
         "device": str(device),
         "device_name": device_name(device),
