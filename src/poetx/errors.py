@@ -24,6 +24,17 @@ def nearest(word: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str:
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
+def out_of_memory(error: BaseException) -> str:
+    """One line about memory that ran out, and what to do; empty for any other error."""
+    names, text = ("MemoryError", "OutOfMemoryError"), one_line(error)
+    if type(error).__name__ not in names and "can't allocate memory" not in text:
+        return ""
+    return (
+        f"out of memory ({text[:160]}); use a smaller train.micro_batch_size, data.seq_len or --batch-size, "
+        "model.gradient_checkpointing=true or train.chunked_loss=true (poetx memory RECIPE plans it)"
+    )
+
+
 def one_line(error: BaseException) -> str:
     """The text of an exception on one line; its class where it has none."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -62,7 +62,7 @@ def write_text(path: Path, text: str) -> None:
             temporary.unlink()
         if not isinstance(error, OSError):
             raise
-        raise UserError(f"{path}: could not be written ({reason(error)}); {_hint(error)}") from None
+        raise unwritten(path, error) from None
 
 
 @contextlib.contextmanager
@@ -107,7 +107,7 @@ def new_directory(final: Path, *, remedy: str, sync: bool = False, alone: bool =
                 remove(path)
         if not is_write_error(error):
             raise
-        raise UserError(f"{final}: could not be written ({reason(error)}); {_hint(error)}, then {remedy}") from None
+        raise UserError(f"{unwritten(final, error)}, then {remedy}") from None
 
 
 def is_write_error(error: BaseException) -> bool:
@@ -117,11 +117,27 @@ def is_write_error(error: BaseException) -> bool:
     return isinstance(error, OSError) or "os error" in str(error) or type(error).__name__ == "SafetensorError"
 
 
-def _hint(error: BaseException) -> str:
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if full or re.search(r"No space|os error (28|122|27)\b|too large", str(error)):
-        return "free some space"
-    return "make the place writable or choose another"
+def unwritten(path: Path | str, error: BaseException) -> UserError:
+    """One line about a file or directory that could not be written, and what to do."""
+    return UserError(f"{path}: could not be written ({reason(error)}); {hint(error)}")
+
+
+#: What to do about an error of the system, by its number.
+_HINTS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space"),
+    **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.EEXIST), "move what is there away, or choose another place"),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP), "choose another place"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit on open files (ulimit -n)"),
+    **dict.fromkeys((errno.EIO, errno.ESTALE), "see that the disk is well and there"),
+    errno.ENOENT: "see that nobody removes it meanwhile",
+}
+
+
+def hint(error: BaseException) -> str:
+    """What to do about an error of reading or writing."""
+    if re.search(r"No space|os error (28|122|27)\b|too large", str(error)):
+        return _HINTS[errno.ENOSPC]
+    return _HINTS.get(getattr(error, "errno", None) or 0, "make the place writable or choose another")
 
 
 def _beside(final: Path, parent: Path) -> Path:

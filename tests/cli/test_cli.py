@@ -5,14 +5,18 @@ from __future__ import annotations
 import io
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
+import torch
 
 from poetx.cli import main
 from poetx.errors import UserError
@@ -185,6 +189,81 @@ def test_a_run_goes_on_when_what_it_says_cannot_be_written(place: Path) -> None:
     assert run.returncode == 0
     assert run.stderr.count("standard output cannot be written (No space left on device): training goes on") == 1
     assert (place / "runs/small/export/config.json").is_file()
+
+
+@pytest.mark.parametrize("words", ["env", "recipes demo", "report runs/small", "--version"])
+def test_what_cannot_be_written_is_said(words: str, trained: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        assert in_a_child(words, full) == (
+            *(2, "error: standard output: could not be written (No space left on device); free some space\n"),
+        )
+
+
+def test_a_run_goes_on_where_the_shell_has_closed_its_streams(place: Path) -> None:
+    command = f"{shlex.quote(sys.executable)} -m poetx train small.yaml data.train=text.txt train.export=false"
+    assert subprocess.run(f"{command} <&- >&- 2>&-", shell=True).returncode == 0
+    lines = (place / "runs/small/metrics.jsonl").read_text().splitlines()
+    assert all(line.startswith('{"event"') for line in lines)
+
+
+def in_a_child(words: str, stdout: IO[str]) -> tuple[int, str]:
+    """Exit code and standard error of a command, run by a copy of this process, which has everything loaded."""
+    with tempfile.TemporaryFile() as error:
+        child = os.fork()
+        if child == 0:
+            code = 99
+            try:
+                os.dup2(stdout.fileno(), 1)
+                os.dup2(error.fileno(), 2)
+                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+                code = main(words.split())
+                sys.stderr.flush()
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        error.seek(0)
+        return code, error.read().decode()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError(13, "Permission denied", "a/b"), "a/b: Permission denied; make the place readable and writ"),
+        (IsADirectoryError(21, "Is a directory", "a/b"), "a/b: Is a directory; move what is there away, or choose"),
+        (OSError(36, "File name too long", "a/b"), "a/b: File name too long; choose another place"),
+        (OSError(24, "Too many open files"), "Too many open files; raise the limit on open files"),
+        (MemoryError(), "out of memory (MemoryError); use a smaller train.micro_batch_size"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "out of memory (CUDA out of memory. Tried); use"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory ([enforce fail]"),
+    ],
+)
+@pytest.mark.parametrize("command", ["report", "train"])
+def test_an_error_of_the_system_has_a_remedy(
+    command: str,
+    error: Exception,
+    message: str,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fails: Callable[..., str],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("poetx.runs.report.write_report", fail)
+    monkeypatch.setattr("poetx.train.run.train", fail)
+    words = ["report", "runs/small"] if command == "report" else ["train", "small.yaml", "data.train=text.txt"]
+    assert fails(*words).startswith(f"error: {message}")
+
+
+def test_overwrite_empties_what_a_link_points_to(trained: Path) -> None:
+    checkpoints, disk = Path("runs/small/checkpoints"), Path("disk")
+    checkpoints.rename(disk)
+    checkpoints.symlink_to(disk.absolute())
+    assert main(["train", "runs/small", "--overwrite", "train.seed=4", "train.steps=1"]) == 0
+    assert checkpoints.is_symlink()
+    assert [path.name for path in disk.iterdir()] == ["step-00000001"]
 
 
 def test_a_report_replaces_pages_only(trained: Path, fails: Callable[..., str]) -> None:

@@ -75,9 +75,39 @@ def test_another_comparison_in_the_same_place_is_refused(tiny: Tiny, tmp_path: P
         trials.open_comparison(place, other, [0], sweep=False, steps=lambda: 7)
     with pytest.raises(UserError, match=r"seeds=\[0\], not \[0, 1\]"):
         trials.open_comparison(place, by, [0, 1], sweep=False, steps=lambda: 7)
+    with pytest.raises(UserError, match=r"budget=None, not 60; give another --out"):
+        trials.open_comparison(place, by, [0], sweep=False, steps=lambda: 7, budget=60)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds no comparison"):
         trials.open_comparison(tmp_path, by, [0], sweep=False, steps=lambda: 7)
+
+
+@pytest.mark.parametrize("change", [{"steps": "7"}, {"steps": 0}, {"methods": []}, {"methods": {"adamw": 1}}])
+def test_a_damaged_comparison_is_one_line(change: dict[str, Any], tiny: Tiny, tmp_path: Path) -> None:
+    by = {"adamw": with_method(tiny("train.dtype=float32"), "adamw")}
+    trials.open_comparison(tmp_path, by, [0], sweep=False, steps=lambda: 7)
+    file = tmp_path / trials.SETTINGS
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=r"comparison\.json: damaged; remove its directory, or give another --out"):
+        trials.open_comparison(tmp_path, by, [0], sweep=False, steps=lambda: 7)
+
+
+def test_runs_on_text_that_has_changed_are_not_compared_and_lost_lines_are_trained_again(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    text, place = tmp_path / "text.txt", tmp_path / "place"
+    text.write_text("some words in a row\n" * 900)
+    recipe = tiny("train.dtype=float32", f"data.train={text}")
+    whole = rows_of(recipe, place, methods=("adamw",))
+    metrics = place / "adamw/seed-0/metrics.jsonl"
+    for lost in ('"validation"', '"step": 3,', '"audit"'):
+        lines = metrics.read_text().splitlines(keepends=True)
+        metrics.write_text("".join(line for line in lines if lost not in line))
+        assert told(rows_of(recipe, place, methods=("adamw",))) == told(whole)
+    text.write_text("other words in a line\n" * 900)
+    with pytest.raises(UserError, match=r"place: was begun on other text .* give another --out"):
+        rows_of(recipe, place, methods=("adamw", "rmnp"))
+    assert not (place / "rmnp").exists()
 
 
 @pytest.mark.parametrize("method", ["adamw", "scale", "single-step", "fast", "lora"])
@@ -153,6 +183,10 @@ def test_the_command_writes_table_page_and_rows(tiny: Tiny, tmp_path: Path, caps
     assert [r["method"] for r in rows] == ["adamw", "rmnp"]
     assert all(f"| {name} | " in (out / "table.md").read_text() for name in ("adamw", "rmnp"))
     assert not list(out.rglob("checkpoints"))
+    assert main([*command[:3], "sgd", *command[4:]]) == 0  # another method, later
+    assert [json.loads(line)["method"] for line in (out / "results.jsonl").read_text().splitlines()] == [
+        *("adamw", "rmnp", "sgd")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -164,6 +198,8 @@ def test_the_command_writes_table_page_and_rows(tiny: Tiny, tmp_path: Path, caps
         (["--methods", "adamw", "--seeds", "0,0"], "--seeds 0,0: write different whole numbers"),
         (["--methods", "adamv"], "method=adamv: no such method; did you mean"),
         ([], "--methods is missing"),
+        (["--methods", "adamw", "train.seed=3"], "train.seed: is what compare settles for all runs (--seeds); leave"),
+        (["--methods", "adamw", "train={export: true}"], "train.export: is what compare settles for all runs"),
         (["--methods", "adamw", "--lr", "3"], "--lr: no such option"),
     ],
 )

@@ -57,6 +57,21 @@ def test_a_temperature_that_is_none_is_refused(temperature: float) -> None:
         generate_text(always("▁one"), "one", temperature=temperature)
 
 
+@pytest.mark.parametrize(("words", "wanted", "seen", "written"), [(5, 30, 5, 11), (40, 2, 14, 2), (40, 30, 12, 4)])
+def test_what_does_not_fit_is_said_and_the_prompt_comes_first(
+    words: int, wanted: int, seen: int, written: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded = always("▁two")
+    assert generate_text(loaded, "one", max_new_tokens=15, temperature=0) == " two" * 15
+    assert not caplog.messages
+    text = generate_text(loaded, ("one " * words).strip(), max_new_tokens=wanted, temperature=0)
+    assert text.count("two") == written
+    assert caplog.messages == [
+        f"the model has 16 positions: the last {seen} of the prompt's {words} tokens are seen, and at most {written} "
+        "written"
+    ]
+
+
 def test_a_prompt_that_is_no_unicode_is_refused() -> None:
     prompt = b"caf\xe9".decode("utf-8", "surrogateescape")  # as Python hands over such an argument
     with pytest.raises(UserError, match=r"--prompt='caf\\udce9': not valid Unicode") as caught:
@@ -178,12 +193,15 @@ def test_a_run_that_trains_on_is_read_at_its_newer_checkpoint(
         load_run(str(run_dir), device="cpu")
 
 
-@pytest.mark.parametrize("change", ["poet.block_size=4", "train.seed=5", "optimizer.lr=1e-3"])
+@pytest.mark.parametrize("change", ["poet.block_size=4", "train.seed=5", "optimizer.lr=1e-3", "other text"])
 def test_a_checkpoint_of_another_run_is_refused(change: str, tiny: Tiny, tmp_path: Path) -> None:
+    if change == "other text":
+        (tmp_path / "text.txt").write_text("alpha and the quick beta\n" * 900)
+        change = f"data.train={tmp_path / 'text.txt'}"
     runs = [train(tiny("train.steps=1", "train.export=false", f"run_dir={tmp_path / name}", *more)).run_dir
             for name, more in (("a", ()), ("b", (change,)))]  # fmt: skip
     shutil.rmtree(runs[0] / "checkpoints")
     shutil.copytree(runs[1] / "checkpoints", runs[0] / "checkpoints")
-    with pytest.raises(UserError, match=rf"^{runs[0]}.*: is another run's, trained with "):
+    with pytest.raises(UserError, match=rf"^{runs[0]}.*: is another run's, (trained with|of other text)"):
         load_run(str(runs[0]))
     assert load_run(str(runs[1]))

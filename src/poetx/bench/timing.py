@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from poetx.errors import UserError
+from poetx.files import unwritten
 from poetx.train.environment import device_name
 
 #: Relative error that a candidate may have, by dtype. float32 leaves room for TF32, which is then said in the row.
@@ -44,10 +45,13 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Add one JSON line a row to ``path``, which is made with its directory where it is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        for row in rows:
-            file.write(json.dumps(row) + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            for row in rows:
+                file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise unwritten(path, error) from None
 
 
 #: What a GPU spins before a call whose launches are to be queued by then: 5 ms at 2 GHz, more than a host needs.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from typing import Annotated
 
@@ -13,7 +14,8 @@ from poetx.cli.bench import app as bench_app
 from poetx.cli.compare import register as register_compare
 from poetx.cli.memory import register as register_memory
 from poetx.distributed.launch import started_ranks
-from poetx.errors import UserError, one_line
+from poetx.errors import UserError, one_line, out_of_memory
+from poetx.files import hint, reason, unwritten
 
 SIGINT, SIGPIPE = 2, 13  # Windows has no SIGPIPE
 _ON_RANKS = ("train", "eval")
@@ -38,21 +40,58 @@ app.add_typer(bench_app)
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit code. A user's mistake is one line on stderr and exit code 2."""
+    _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model's text may have any character, a terminal's encoding not
     try:
-        app(args=argv)
+        try:
+            app(args=argv)
+        finally:
+            _flush()
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
     except BrokenPipeError:  # `poetx ... | head`
         return 128 + SIGPIPE
-    except (UserError, OSError) as error:
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        readable = hint(error).replace("writable", "readable and writable for you")
+        print(f"error: {place}{reason(error)}; {readable}", file=sys.stderr)
+        return 2
+    except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        print(f"error: {out_of_memory(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + SIGINT
     return 0
+
+
+def _flush() -> None:
+    """Write what is left of standard output now, where a full disk can still be told of."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # else the interpreter tries again at its end
+        raise unwritten("standard output", error) from None
+
+
+def _open_closed_streams() -> None:
+    """Open what the shell has closed (``>&-``) on nothing: the next file that is opened would get its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
 
 
 @app.callback(invoke_without_command=True)

@@ -148,8 +148,8 @@ def _numbers(option: str, text: str) -> list[int]:
         numbers = [int(part) for part in _split(text)]
     except ValueError:
         raise UserError(f"--{option}={text}: must be whole numbers separated by commas") from None
-    if any(number < 1 for number in numbers):
-        raise UserError(f"--{option}={text}: every number must be at least 1")
+    if any(number < 1 for number in numbers) or (text.strip() and not numbers):
+        raise UserError(f"--{option}={text}: must be numbers of at least 1, separated by commas")
     return numbers
 
 

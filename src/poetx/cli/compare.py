@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ _EPILOG = (
     "poetx compare mine.yaml train.steps=2000 --methods adamw,fast,single-step --seeds 0,1,2 --sweep"
 )
 _SHOWN = (0, 1, 4, 5, 9)  # columns in the terminal; the others are in the files
+_WIDTH = 160
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -77,6 +79,16 @@ def _numbers(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
+def _check_own(settings: Sequence[str]) -> None:
+    """Refuse settings that every run of a comparison gets from it."""
+    from poetx.compare.trials import OWN
+    from poetx.recipe.loading import parsed
+
+    for key, _ in parsed(settings):
+        if key in OWN:
+            raise UserError(f"{key}: is what compare settles for all runs{OWN[key]}; leave it out")
+
+
 def _run(
     source: str,
     settings: list[str],
@@ -91,7 +103,7 @@ def _run(
     from rich.table import Table
 
     from poetx.compare.page import HEAD, frontier, held, table, write_results
-    from poetx.compare.trials import Stopped, open_comparison, steps_in
+    from poetx.compare.trials import Stopped, finished_methods, open_comparison, steps_in
     from poetx.compare.trials import compare as compared
     from poetx.recipe.several import load_methods
 
@@ -112,7 +124,9 @@ def _run(
         say("timing a few steps of each method ...")
         return steps_in(recipes, seconds, seeds=len(seeds), sweep=sweep)
 
-    number = open_comparison(directory, recipes, seeds, sweep=sweep, steps=length)
+    _check_own(settings)
+    number = open_comparison(directory, recipes, seeds, sweep=sweep, steps=length, budget=seconds)
+    recipes = {**finished_methods(directory, seeds), **recipes}  # the table keeps those of former commands
     tokens = number * first.train.batch_size * first.data.seq_len
     title = f"{first.name}: {len(recipes)} methods, {number} steps, {tokens / 1e6:.3g}M tokens"
     say(title)
@@ -131,7 +145,8 @@ def _run(
         shown.add_column(HEAD[place], no_wrap=True, justify="right" if place else "left")
     for line in table(rows):
         shown.add_row(*(line[place] for place in _SHOWN))
-    console.print(shown)
-    say(f"on the frontier of loss and memory: {', '.join(frontier(rows))}")
-    say(f"of loss, state and gradient: {', '.join(frontier(rows, held))}")
+    Console(width=max(console.width, _WIDTH)).print(shown)  # whole numbers, whatever the terminal's width
+    none = "none, all diverged"
+    say(f"on the frontier of loss and memory: {', '.join(frontier(rows)) or none}")
+    say(f"of loss, state and gradient: {', '.join(frontier(rows, held)) or none}")
     say(f"wrote {directory / 'index.html'}, table.md and results.jsonl")

@@ -12,6 +12,7 @@ import typer
 
 from poetx.cli.bench import names_in
 from poetx.errors import UserError
+from poetx.files import unwritten
 
 if TYPE_CHECKING:
     from poetx.planner.batch_limit import BatchLimit
@@ -26,7 +27,7 @@ _COLOURS = {
     "activations": "green",
     "temporary": "red",
 }
-_WIDTH = 124  # that a table with a line for each method needs
+_WIDTH = 160  # that a table with a line for each method needs
 _EPILOG = (
     "Examples: poetx memory llama-8b | poetx memory llama-8b --methods adamw,fast,mem,int8 --gpu 24 | "
     "poetx memory mine.yaml model.pretrained=DIR data.seq_len=2048 --json"
@@ -215,5 +216,8 @@ def draw(path: Path, title: str, estimates: dict[str, MemoryEstimate]) -> None:
     axes.set(xlabel="GB (2³⁰ bytes)", title=f"{title}: predicted peak")
     axes.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.35), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    try:
+        figure.savefig(path, dpi=120, bbox_inches="tight")
+    except OSError as error:
+        raise unwritten(path, error) from None
     plt.close(figure)

@@ -12,6 +12,7 @@ import typer
 
 from poetx.cli.quiet import quiet_transformers
 from poetx.cli.voices import one_voice
+from poetx.distributed.launch import started_ranks
 from poetx.errors import UserError
 
 DEVICE = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -135,7 +136,7 @@ def report(
 
 
 def show_notes(notes: list[str]) -> None:
-    if os.environ.get("RANK", "0") not in ("", "0"):
+    if started_ranks() > 1 and os.environ.get("RANK", "0") not in ("", "0"):
         return
     for note in notes:
         print(f"note: broken checkpoint passed over: {note}", file=sys.stderr)

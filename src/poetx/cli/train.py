@@ -19,7 +19,7 @@ from poetx.cli.quiet import quiet_transformers
 from poetx.cli.recipes import CommandOfRecipes, complete_recipe, complete_setting
 from poetx.cli.voices import end, on_every_rank, one_voice
 from poetx.distributed.launch import LostRankError, started_ranks, was_restarted
-from poetx.errors import UserError
+from poetx.errors import UserError, out_of_memory
 from poetx.files import reason
 
 if TYPE_CHECKING:
@@ -103,10 +103,13 @@ def _train(source: str | None, overrides: list[str], *, resume: bool, overwrite:
             result = run_training(recipe, resume=resume, overwrite=overwrite, reporter=reporter)
     except (UserError, OSError, LostRankError):
         raise
-    except Exception as error:  # ours, or a library's: whoever reports it needs the traceback
-        traceback.print_exc()
+    except Exception as error:
+        if text := out_of_memory(error):
+            print(f"error: {text}", file=sys.stderr)
+        else:  # ours, or a library's: whoever reports it needs the traceback
+            traceback.print_exc()
         console.print(_failed_text(recipe.directory, error), markup=False, highlight=False, soft_wrap=True)
-        return end(1)
+        return end(2 if text else 1)
     if rank() == 0 and result.signum is not None:
         console.print(_stopped_text(result), markup=False, highlight=False, soft_wrap=True)
     elif rank() == 0:
@@ -192,7 +195,7 @@ def _stopped_text(result: RunResult) -> str:
     stopped = f"stopped by {signal.Signals(result.signum or 0).name} after step {result.step} of {result.steps}"
     if result.checkpoint is None:
         return f"{stopped}; there was nothing to save yet"
-    return f"{stopped}; saved {result.checkpoint}\ncontinue with: poetx train {result.run_dir} --resume"
+    return f"{stopped}; saved {result.checkpoint}\ncontinue with: poetx train {_word(result.run_dir)} --resume"
 
 
 def _failed_text(run_dir: Path, error: Exception) -> str:
@@ -203,7 +206,7 @@ def _failed_text(run_dir: Path, error: Exception) -> str:
         return f"failed unexpectedly ({type(error).__name__}, above); there was nothing saved yet that could be lost"
     return (
         f"failed unexpectedly ({type(error).__name__}, above); nothing that was saved is lost: {saved[-1]}\n"
-        f"continue with: poetx train {run_dir} --resume"
+        f"continue with: poetx train {_word(run_dir)} --resume"
     )
 
 
@@ -232,13 +235,18 @@ def _show_result(console: Console, recipe: Recipe, result: RunResult) -> None:
         say(f"model      {result.export_dir}  (plain Hugging Face model)")
     say("try next")
     words = "" if result.chats else " ".join(prompt.split()[:6])
-    say(f"  poetx generate {result.run_dir}" + (f" --prompt {shlex.quote(words)}" if words else ""))
-    say(f"  poetx eval {result.run_dir}")
-    say(f"  poetx report {result.run_dir}")
+    say(f"  poetx generate {_word(result.run_dir)}" + (f" --prompt {_word(words)}" if words else ""))
+    say(f"  poetx eval {_word(result.run_dir)}")
+    say(f"  poetx report {_word(result.run_dir)}")
     if recipe.name in DEMOS and recipe.poet is not None:
         # AdamW's best rate of those tried: a dense model does not bear the demos' own.
         say("  poetx train demo poet=null optimizer.lr=1.5e-3 run_dir=runs/dense  # dense with AdamW, to compare")
         say(f"  poetx train {recipe.name} data.train=PATH run_dir=runs/mine  # the same on your own text")
+
+
+def _word(text: str | Path) -> str:
+    """As a shell takes it."""
+    return shlex.quote(str(text))
 
 
 def _audit_text(audit: dict[str, Any]) -> str:
@@ -263,7 +271,8 @@ def _continuation(result: RunResult, prompt: str) -> str:
     from poetx.runs.load import LoadedModel
 
     loaded = LoadedModel(result.model.eval(), _tokenizer(result), result.model.device, None, [])
-    return generate_text(loaded, prompt, max_new_tokens=80)
+    positions = getattr(result.model.config, "max_position_embeddings", None) or 320
+    return generate_text(loaded, prompt, max_new_tokens=max(1, min(80, positions // 4)))
 
 
 def _tokenizer(result: RunResult) -> Any:

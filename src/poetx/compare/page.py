@@ -110,7 +110,7 @@ def _page(title: str, note: str, rows: Sequence[Row], body: list[list[str]]) -> 
     colours = _colours(rows)
     legend = "".join(f'<span><b style="color:{c}">●</b> {html.escape(name)}</span>' for name, c in colours.items())
     best = f"No other is better in both: by state and gradient {', '.join(frontier(rows, held))}; "
-    best += f"by peak {', '.join(frontier(rows))}."
+    best += f"by peak {', '.join(frontier(rows)) or 'none, all diverged'}."
     parts = [
         f'<div class="wide"><table><tr>{head}</tr>{lines}</table></div><p class="note">{html.escape(note)}</p>',
         f"<h2>Loss against memory</h2><p>{html.escape(best)}</p>{_memory_charts(rows, colours)}",

@@ -19,6 +19,7 @@ import torch
 
 from poetx.bench.step import build_run
 from poetx.bench.timing import milliseconds
+from poetx.data.prepare import prepare_data
 from poetx.errors import UserError
 from poetx.files import read_json, write_text
 from poetx.models import resolve_device
@@ -38,6 +39,12 @@ RUNGS = (1 / 8, 1 / 4, 1 / 2)
 _EVALUATIONS = 5
 #: Of a budget for steps; the rest is for evaluation, building and planning.
 _SHARE = 0.75
+#: Settings that each run gets from the comparison, and what says them there.
+OWN = {
+    **dict.fromkeys(("train.seed", "poet.seed"), " (--seeds)"),
+    **{"run_dir": " (--out)", "train.export": "", "train.keep_checkpoints": "", "train.memory_every": ""},
+    **dict.fromkeys(("train.eval_every", "train.checkpoint_every"), " (every fifth of the steps)"),
+}
 Say = Callable[[str], None]
 
 
@@ -98,40 +105,81 @@ def compared(recipe: Recipe, steps: int, *, searching: bool = False) -> dict[str
 
 
 def open_comparison(
-    directory: Path, recipes: Mapping[str, Recipe], seeds: Sequence[int], *, sweep: bool, steps: Callable[[], int]
+    directory: Path,
+    recipes: Mapping[str, Recipe],
+    seeds: Sequence[int],
+    *,
+    sweep: bool,
+    steps: Callable[[], int],
+    budget: float | None = None,
 ) -> int:
     """Make ``directory`` this comparison's, or check that it is; returns the steps of a whole run.
 
     Args:
         steps: called where the comparison is new. Methods may be added to an older one, nothing else changes.
+        budget: seconds from which ``steps`` follow; None: from no time.
 
     Raises:
-        UserError: another comparison, or something else, is there.
+        UserError: another comparison, something else, or a damaged one is there.
     """
-    path = directory / SETTINGS
-    common = {"sweep": sweep, "seeds": list(seeds)}
+    path, there = directory / SETTINGS, {}
+    common: dict[str, Any] = {"sweep": sweep, "seeds": list(seeds), "budget": budget}
     mine = {name: recipe.to_dict() | {"name": "", "run_dir": None} for name, recipe in recipes.items()}
     if path.is_file():
-        there = read_json(path)
+        there = _settings(path)
         for key, value in common.items():
-            if there.get(key) != value:
+            if there.get(key, value) != value:
                 raise UserError(
                     f"{directory}: has a comparison with {key}={there.get(key)}, not {value}; give another --out"
                 )
-        known = there.get("methods", {})
+        known = there["methods"]
         for name, values in mine.items():
             if name in known and known[name] != json.loads(json.dumps(values)):
                 changed = _difference(known[name], json.loads(json.dumps(values)))
                 raise UserError(f"{directory}: compares {name} with another recipe ({changed}); give another --out")
-        number = int(there["steps"])
+        number = there["steps"]
         mine = known | mine
     else:
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise UserError(f"{directory}: exists and holds no comparison; choose another with --out")
         number = steps()
     directory.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps({"steps": number, **common, "methods": mine}, indent=1))
+    write_text(path, json.dumps({**there, "steps": number, **common, "methods": mine}, indent=1))
     return number
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """What ``comparison.json`` says. Raises :class:`UserError` where it is damaged."""
+    there = read_json(path)
+    methods, steps = there.get("methods"), there.get("steps")
+    known = isinstance(methods, dict) and all(isinstance(values, dict) for values in methods.values())
+    if not known or type(steps) is not int or steps < 2:
+        raise UserError(f"{path}: damaged; remove its directory, or give another --out")
+    return there
+
+
+def finished_methods(directory: Path, seeds: Sequence[int]) -> dict[str, Recipe]:
+    """The methods of the comparison in ``directory`` all of whose runs have reached their end."""
+    there = _settings(directory / SETTINGS)
+    places = {
+        name: [directory / name / f"seed-{seed}" / "metrics.jsonl" for seed in seeds] for name in there["methods"]
+    }
+    return {
+        name: Recipe.from_dict(values | {"name": name})
+        for name, values in there["methods"].items()
+        if all(_finished(metrics, there["steps"]) for metrics in places[name])
+    }
+
+
+def _check_text(directory: Path, recipe: Recipe) -> None:
+    """Remember the text of a comparison. Raises :class:`UserError` where it has changed since another method's run."""
+    there, text = _settings(directory / SETTINGS), prepare_data(recipe).meta.fingerprint
+    if there.setdefault("text", text) != text:
+        raise UserError(
+            f"{directory}: was begun on other text (the files of data.train or the tokenizer have changed since), so "
+            "that methods could not be compared; bring them back, or give another --out"
+        )
+    write_text(directory / SETTINGS, json.dumps(there, indent=1))
 
 
 def _difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
@@ -157,6 +205,7 @@ def compare(
         place = directory / method
         cache = recipe.data.cache_dir or str(directory.absolute())
         recipe = recipe.with_keys({"data.cache_dir": cache, "name": method})
+        _check_text(directory, recipe)
         rates, note = rates_of(recipe), ""
         if sweep:
             rates, note = _search(method, recipe, rates, place, steps=steps, seed=seeds[0], say=say)
@@ -233,7 +282,11 @@ def _run(trial: Trial, say: Say) -> dict[str, Any]:
 
 
 def _finished(metrics: Path, steps: int) -> bool:
-    return any(entry["event"] == "audit" and entry["step"] == steps for entry in read_metrics(metrics))
+    """Whether a run's lines are all there, to the last: else, as after a fault of the disk, it is trained again."""
+    entries = [entry for entry in read_metrics(metrics) if is_whole(entry)]
+    found = {(entry["event"], entry["step"]) for entry in entries if entry["event"] != "audit" or "tokens" in entry}
+    needed = {("train", step) for step in range(1, steps + 1)}
+    return needed | {("validation", steps), ("audit", steps)} <= found
 
 
 def _row(trial: Trial, entries: list[dict[str, Any]]) -> dict[str, Any]:

@@ -38,6 +38,13 @@ def started_ranks() -> int:
     return int(world)
 
 
+def _number(name: str, end: int) -> int:
+    value = os.environ[name]
+    if not value.isdecimal() or int(value) >= end:
+        raise UserError(f"{name}={value}: must be a whole number below {end}; start the processes with torchrun")
+    return int(value)
+
+
 def was_restarted() -> bool:
     """Whether ``torchrun --max-restarts`` has started this process again, after one of the group failed."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
@@ -75,9 +82,9 @@ def joined() -> Iterator[None]:
         on_cuda = torch.cuda.is_available()
         if on_cuda:
             torch.cuda.set_device(local_device())
-        rank, ranks = int(os.environ["RANK"]), started_ranks()
+        rank, ranks = _number("RANK", started_ranks()), started_ranks()
         hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        place = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 1 << 16)
         # torchrun may keep its store over restarts, and with it the addresses of processes that are gone.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
@@ -122,7 +129,8 @@ def local_device() -> int:
     """
     import torch
 
-    index, count = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
+    count = torch.cuda.device_count()
+    index = _number("LOCAL_RANK", 1 << 16) if os.environ.get("LOCAL_RANK") else 0
     if index >= count:
         raise UserError(
             f"local rank {index}: this machine has {count} CUDA devices; start as many processes "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ from poetx.runs.load import LoadedModel
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 _LOWEST_TEMPERATURE = 1e-6  # the likeliest token, but for ties; a logit of 30 divided by 1e-37 is infinite in float32
 
@@ -44,8 +47,12 @@ def generate_text(
     loaded.check_ids(int(inputs.max()))
     positions = getattr(loaded.model.config, "max_position_embeddings", None)
     if positions is not None:  # the end of the prompt, and no more new tokens than there is room for
-        inputs = inputs[:, -max(1, positions - max_new_tokens) :]
-        max_new_tokens = max(1, min(max_new_tokens, positions - inputs.shape[1]))
+        given, wanted = inputs.shape[1], max_new_tokens
+        inputs = inputs[:, -max(1, positions - wanted, positions * 3 // 4) :]
+        max_new_tokens = max(1, min(wanted, positions - inputs.shape[1]))
+        if inputs.shape[1] < given or max_new_tokens < wanted:
+            seen = f"the last {inputs.shape[1]} of the prompt's {given} tokens are seen"
+            logger.warning("the model has %d positions: %s, and at most %d written", positions, seen, max_new_tokens)
     inputs = inputs.to(device=loaded.device, dtype=torch.long)
     output = continued(
         loaded.model,

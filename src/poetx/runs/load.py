@@ -14,7 +14,7 @@ from poetx.methods.base import convert_model, method_of
 from poetx.models import build_model, load_checkpoint, resolve_device, settled
 from poetx.recipe import Recipe, differing_keys, load_recipe, settled_as
 from poetx.train.checkpoint import checkpoints, find_checkpoint, load_model, read_state, tensor_shapes
-from poetx.train.export import TOKENIZER_DIR, TOKENIZER_SUM, stop_at_, tokenizer_sum
+from poetx.train.export import TEXT_SUM, TOKENIZER_DIR, TOKENIZER_SUM, stop_at_, tokenizer_sum
 
 if TYPE_CHECKING:
     import torch
@@ -105,6 +105,9 @@ def rebuild_run(run_dir: Path, device: torch.device) -> RebuiltRun:
             f"{checkpoint}: is another run's, trained with {key}={its}, and {run_dir}/recipe.yaml says {own}; "
             "bring this run's own checkpoint back"
         )
+    text = _recorded(run_dir, TEXT_SUM)
+    if text is not None and read_state(checkpoint).data_fingerprint != text:
+        raise UserError(f"{checkpoint}: is another run's, of other text; bring this run's own checkpoint back")
     on_the_host = {"model.offload": None} if device.type == "cpu" else {}
     recipe = recipe.with_keys({"run_dir": str(run_dir)} | on_the_host)
     tokenizer = _run_tokenizer(run_dir)
@@ -152,13 +155,18 @@ def _load_exported(path: Path, device: torch.device) -> LoadedModel:
     return LoadedModel(cast(Any, model).to(device).eval(), load_tokenizer(path), device, None, [])
 
 
+def _recorded(run_dir: Path, key: str) -> Any:
+    """A fact of ``environment.json``; None without it: it is for people, and a run of a former version is whole."""
+    try:
+        return read_json(run_dir / "environment.json").get(key)
+    except UserError:
+        return None
+
+
 def _run_tokenizer(run_dir: Path) -> Any:
     """The tokenizer that the run was trained with: text of another one means other tokens to its model."""
     remedy = f"; poetx train {run_dir} --resume writes it again"
-    try:
-        recorded = read_json(run_dir / "environment.json").get(TOKENIZER_SUM)
-    except UserError:  # it is for people, and a run without it, or of a former version, is whole
-        recorded = None
+    recorded = _recorded(run_dir, TOKENIZER_SUM)
     tokenizer = load_tokenizer(run_dir / TOKENIZER_DIR, remedy)
     if recorded is not None and tokenizer_sum(run_dir) != recorded:
         raise UserError(f"{run_dir / TOKENIZER_DIR}: not the tokenizer that the run was trained with{remedy}")

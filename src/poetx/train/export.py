@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 TOKENIZER_DIR = "tokenizer"
 TOKENIZER_SUM = "tokenizer_sha256"  # in environment.json
+TEXT_SUM = "text_fingerprint"  # there, too
 
 
 def tokenizer_sum(run_dir: Path) -> str | None:

@@ -30,7 +30,7 @@ from poetx.distributed.agreement import agreed, check_equal, first_then_others, 
 from poetx.distributed.launch import joined
 from poetx.distributed.ranks import rank, rank_count
 from poetx.errors import UserError
-from poetx.files import locked, write_text
+from poetx.files import locked, remove, write_text
 from poetx.methods.base import convert_model, merge_handle, method_of
 from poetx.models import build_model, resolve_device, settled
 from poetx.recipe import Recipe, differing_keys, load_recipe, settled_as
@@ -39,7 +39,7 @@ from poetx.savings.chunked_loss import check_head
 from poetx.spectra import spectrum
 from poetx.train import checkpoint as ckpt
 from poetx.train.environment import describe, peak_memory_gib, versions
-from poetx.train.export import TOKENIZER_DIR, TOKENIZER_SUM, export_model, save_tokenizer, tokenizer_sum
+from poetx.train.export import TEXT_SUM, TOKENIZER_DIR, TOKENIZER_SUM, export_model, save_tokenizer, tokenizer_sum
 from poetx.train.loggers import PLACES, TENSORBOARD_DIR, with_loggers
 from poetx.train.loop import TrainingRun, fit
 from poetx.train.metrics import MetricsWriter, UnwrittenMetrics, divergence, is_whole, read_metrics
@@ -307,8 +307,10 @@ def _write_run_files(
     fresh: bool,
 ) -> None:
     if fresh:
-        for name in _OWN_DIRS:
-            shutil.rmtree(run_dir / name, ignore_errors=True)
+        for place in (run_dir / name for name in _OWN_DIRS):
+            linked = place.is_symlink() and place.is_dir()  # to a larger disk, say: the link stays
+            for path in place.iterdir() if linked else (place,):
+                remove(path)
         for name in _OWN_FILES:
             (run_dir / name).unlink(missing_ok=True)
     write_text(run_dir / "recipe.yaml", recipe.to_yaml())  # a resumed run writes them again
@@ -318,6 +320,7 @@ def _write_run_files(
     place, template = run_dir / TOKENIZER_DIR, data.meta.template
     save_tokenizer(data.tokenizer_file, data.meta.end_of_text, source, place, chat_template=template)
     facts = describe(device) | {"processes": rank_count(), TOKENIZER_SUM: tokenizer_sum(run_dir)}
+    facts[TEXT_SUM] = data.meta.fingerprint
     write_text(run_dir / "environment.json", json.dumps(facts, indent=2))
 
 
