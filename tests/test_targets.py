@@ -277,3 +277,30 @@ def test_rotations_that_nobody_merges_are_spoken_of_once(merged, caplog):
     model.eval()
     model(x)
     assert reminder.passes <= 600
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e-30, 1e-42])
+@pytest.mark.parametrize("settings", [{}, {"method": "single-step"}, {"mode": "mem", "weight_format": "nf4"}])
+def test_weights_whose_squares_vanish_count_as_zeros(settings, size):
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight.mul_(size)
+    report = convert_(model, PoetConfig(block_size=4, **settings))
+    assert [layer.name for layer in report.converted] == ["0", "4"]
+    with torch.no_grad():
+        plain = mlp()
+        for layer in plain[::2]:
+            layer.weight.mul_(size)
+    with pytest.raises(UserError, match="its weight is zero, or next to the others'"):
+        POETX(plain)
+
+
+@pytest.mark.parametrize("size", [1e19, 1e37])
+def test_weights_whose_squares_overflow_are_refused(size):
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight.mul_(size)
+    with pytest.raises(UserError, match=r"^2: its norm is .* a row; its square may overflow"):
+        convert_(model, PoetConfig(block_size=4))
+    with pytest.raises(UserError, match=r"a row; its square may overflow"):
+        POETX([{"params": [model[2].weight], "rotate": True}])

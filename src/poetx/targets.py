@@ -26,6 +26,8 @@ from poetx.layers.prequantized import is_foreign
 K = TypeVar("K")
 ZERO = "its weight is zero, or next to the others': a rotation of nothing stays nothing"
 ONE = "it has one element, which no rotation moves"
+#: Norms a row between which squares, and the codes of a ``weight_format``, neither vanish nor overflow in float32.
+_SMALLEST, _LARGEST = 1e-15, 1e15
 #: A weight whose norm a row is below this part of the median layer's could only grow, which a held norm forbids.
 _NEXT_TO_NOTHING = 1e-3
 
@@ -192,12 +194,20 @@ def norm_per_row(weight: torch.Tensor) -> torch.Tensor:
 
 
 def next_to_nothing(norms: Mapping[K, torch.Tensor]) -> list[K]:
-    """The layers whose norm a row is zero, or below a thousandth of the median of all that are not zero."""
+    """The layers whose norm a row is zero, in effect, or below a thousandth of the median of all that are not zero.
+
+    Raises:
+        UserError: a norm so large that its square would overflow.
+    """
     if not norms:
         return []
     values = torch.stack([norm.cpu().double() for norm in norms.values()])
-    others = values[values > 0]
-    limit = _NEXT_TO_NOTHING * float(others.median()) if others.numel() else 0.0
+    if (values > _LARGEST).any():
+        name, size = next((name, size) for name, size in zip(norms, values.tolist(), strict=True) if size > _LARGEST)
+        where = name if isinstance(name, str) else f"a parameter of shape {tuple(getattr(name, 'shape', ()))}"
+        raise UserError(f"{where}: its norm is {size:.1e} a row; its square may overflow: scale it down")
+    others = values[values > _SMALLEST]
+    limit = max(_SMALLEST, _NEXT_TO_NOTHING * float(others.median()) if others.numel() else 0.0)
     return [name for name, value in zip(norms, values.tolist(), strict=True) if value <= limit]
 
 

@@ -176,3 +176,17 @@ def test_every_code_of_fp8_reads_as_torch_casts_it():
     quantized.scale.copy_(torch.tensor([[0.75], [2.0**-120]]))
     want = codes.view(torch.float8_e4m3fn).float() * quantized.scale.float()
     assert torch.equal(dequantize(quantized), want)
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("name", WEIGHT_FORMATS)
+def test_groups_of_subnormal_weights_are_zeros_beside_usual_ones(name, noisy):
+    weight = draw(6, 32)
+    weight[1] *= 1e-42
+    weight[3, :16] *= 3e-39
+    weight[4, 5] = 2e-45
+    noise = torch.Generator().manual_seed(0) if noisy else None
+    got = dequantize(stored(weight, name, 16, noise))
+    assert got.isfinite().all()
+    assert got[1].abs().max() < 1e-30
+    assert got[3, :16].abs().max() < 1e-30

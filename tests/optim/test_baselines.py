@@ -271,3 +271,38 @@ def test_refusals() -> None:
     saved = RMNP([matrix]).state_dict()
     with pytest.raises(UserError, match="this state was saved by RMNP, and here SinkGD steps"):
         SinkGD([matrix]).load_state_dict(saved)
+
+
+def test_a_gradient_of_nan_is_passed_on_as_in_any_optimizer():
+    for build in (lambda p: GaLore(p, rank=2), lambda p: GaLore(p, rank=9, residual=True)):
+        weight = nn.Parameter(torch.ones(4, 6))
+        optimizer = build([weight])
+        weight.grad = torch.full((4, 6), float("nan"))
+        optimizer.step()
+        assert weight.isnan().all()
+
+
+def test_the_hyperball_holds_the_norm_that_was_written_last_and_takes_no_zeros():
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(6, 4))
+    optimizer = MuonHyperball([weight])
+    for factor in (1.0, 0.25, 8.0, 1.001):
+        with torch.no_grad():
+            weight.mul_(factor)
+        wanted = weight.norm().item()
+        for _ in range(3):
+            weight.grad = torch.randn(6, 4)
+            optimizer.step()
+        assert weight.norm().item() == pytest.approx(wanted, rel=2e-3)
+    with pytest.raises(UserError, match=r"shape \(3, 2\) is all zeros, and would stay so"):
+        MuonHyperball([nn.Parameter(torch.zeros(3, 2))])
+
+
+def test_the_hyperball_leaves_a_matrix_of_zeros_of_a_model_to_adamw():
+    model = llama()
+    zero = model.model.layers[0].mlp.down_proj.weight
+    nn.init.zeros_(zero)
+    groups = param_groups(model, lr=1e-3, poet_lr=1e-3)
+    optimizer = matrices_and_rest(model, groups, "muon-hyperball", lr=1e-3, matrix_lr=None, weight_decay=0.0, rest={})
+    descend(model(input_ids=torch.arange(9)[None]).logits.square().mean(), optimizer)
+    assert zero.any()

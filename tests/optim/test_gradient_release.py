@@ -1,5 +1,7 @@
 """Gradients released during backward change memory, not numbers; what they cannot do they refuse."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ import poetx
 from builders import llama
 from poetx import UserError
 from poetx.optim import SMMF, AdamW, release_gradients
+from ranks import run_on_two_ranks
 
 IDS = torch.arange(34).view(2, 17) % 97
 OPTIMIZERS = [
@@ -105,3 +108,28 @@ def test_a_released_gradient_that_is_not_finite_counts_as_none_and_a_skipped_ste
     optimizer.zero_grad()
     parameter.sum().backward()
     assert torch.equal(parameter.detach(), torch.zeros(3))
+
+
+def skip_differently(rank, directory, order):
+    """Both ranks use the first expert, and then each another one, or one of them none."""
+    experts = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+    optimizer = torch.optim.SGD(experts.parameters(), lr=0.1)
+    release_gradients(optimizer, [expert.weight for expert in experts])
+    for used in ([0, 1], [0, *order[rank]]):
+        try:
+            sum(experts[index](torch.ones(2, 3)).sum() for index in used).backward()
+            optimizer.step()
+            words = ""
+        except UserError as error:
+            words = str(error)
+        optimizer.zero_grad()
+    (Path(directory) / f"{rank}.txt").write_text(words)
+
+
+@pytest.mark.parametrize("order", [([1], [2]), ([1, 2], [1]), ([2], [2])])
+def test_ranks_that_use_other_parameters_are_refused_on_both(order, tmp_path):
+    run_on_two_ranks(skip_differently, str(tmp_path), order)
+    words = "gradients of other parameters in this step" if order[0] != order[1] else ""
+    for rank in range(2):
+        assert words in (text := (tmp_path / f"{rank}.txt").read_text())
+        assert bool(text) == bool(words)

@@ -1,6 +1,7 @@
 """The chunked loss is the plain loss: value, every gradient, and none of the logits."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -156,3 +157,64 @@ def test_misuse_is_refused(model):
     model.config.output_router_logits = True
     with pytest.raises(UserError, match="the routers' loss"):
         chunk_loss_(model)
+
+
+@pytest.mark.parametrize("label", [-1, -99, 101, 4000])
+def test_a_label_that_is_no_word_is_refused(label):
+    (x, W, b), labels = problem(torch.float32)
+    labels[3] = label
+    with pytest.raises(UserError, match=r"^labels: .* must be 0 to 100 or -100"):
+        chunked_cross_entropy(x, W, labels, bias=b)
+    ignored = labels.masked_fill(labels == -100, label)
+    assert chunked_cross_entropy(x, W, ignored, bias=b, ignore_index=label).isfinite()
+
+
+def test_labels_that_are_shares_are_refused():
+    (x, W, _), labels = problem(torch.float32)
+    with pytest.raises(UserError, match=r"^labels: torch.float64, must be whole numbers"):
+        chunked_cross_entropy(x, W, labels.double())
+
+
+def replace_loss(model):
+    model.loss_function = lambda logits, labels, vocab_size, **more: logits.sum()
+
+
+def wrap_head(model):
+    model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.Identity())
+
+
+AFTERWARDS = {
+    "loss_function was replaced": replace_loss,
+    "the head has hooks": lambda model: model.lm_head.register_forward_hook(lambda head, inputs, logits: 2 * logits),
+    "not a plain nn.Linear": wrap_head,
+}
+
+
+@pytest.mark.parametrize("words", AFTERWARDS)
+@pytest.mark.parametrize("late", [True, False])
+def test_what_the_chunks_would_leave_out_is_refused_whenever_it_came(words, late, model):
+    ids = torch.randint(0, 301, (2, 5))
+    chunk_loss_(model) if late else None
+    AFTERWARDS[words](model)
+    with pytest.raises(UserError, match=words):
+        chunk_loss_(model)(input_ids=ids, labels=ids)
+    assert model.eval()(input_ids=ids).logits.shape == (2, 5, 301)
+
+
+def test_other_outputs_settings_of_the_loss_and_tuples_are_as_without(model):
+    ids = torch.randint(0, 301, (2, 5))
+    calls = (
+        {"output_hidden_states": True},
+        {"ignore_index": int(ids[0, 2])},
+        {"return_dict": False, "use_cache": False},
+    )
+    plain = [model(input_ids=ids, labels=ids, **call) for call in calls]
+    chunk_loss_(model)
+    ours = [model(input_ids=ids, labels=ids, **call) for call in calls]
+    assert (
+        list(inspect.signature(model.forward).parameters) == list(inspect.signature(type(model).forward).parameters)[1:]
+    )
+    assert all(map(torch.equal, plain[0].hidden_states, ours[0].hidden_states))
+    torch.testing.assert_close(ours[1].loss, plain[1].loss)
+    assert isinstance(ours[2], tuple)
+    torch.testing.assert_close(ours[2][0], plain[2][0])

@@ -28,6 +28,8 @@ from poetx.ops.dispatch import SMALLEST_BLOCK, use_triton
 from poetx.ops.library import cached_tensors, device_type
 from poetx.ops.side import block_count
 
+#: Smaller weights count as zero, so that no scale is subnormal.
+_LEAST = 1e-30
 #: Weights that are worked on at once: what float32 (or int64, where a table is searched) temporaries are bounded by.
 #: The noise of stochastic rounding is drawn slice by slice, so this is part of what a seed means.
 _SLICE = 1 << 18
@@ -227,6 +229,7 @@ def quantize_(quantized: Quantized, weight: Tensor, *, noise: torch.Generator | 
     tiny = torch.finfo(torch.float32).tiny  # 0 / tiny for a group of zeros
     for rows in _slices(weight.shape[0], weight.shape[1], _SLICE):
         w = _groups(weight[rows].float(), min(quantized.group_size, weight.shape[1]))
+        w = torch.where(w.abs() < _LEAST, 0.0, w)
         if quantized.offset is not None:
             low, high = w.aminmax(dim=2)
             offset = -_up(-low)

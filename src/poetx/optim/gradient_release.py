@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from poetx.distributed.ranks import rank_count, sum_
-from poetx.errors import UserError
+from poetx.errors import AgreedError, UserError
 from poetx.optim.settings import check_numbers
 
 
@@ -56,6 +56,8 @@ class ReleaseHandle:
     def __init__(self, optimizer: torch.optim.Optimizer, params: list[nn.Parameter], max_norm: float | None) -> None:
         self._optimizer, self._max_norm = optimizer, max_norm
         self._released: set[int] = set()
+        self._number = {id(p): number for number, p in enumerate(params)}
+        self._device = params[0].device if params else torch.device("cpu")
         # The undecorated step: a hook that counts steps (merging does) must not count every parameter.
         self._step: Any = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)
         self._hooks: list[Any] = [hand_over_gradient(p, self._release) for p in params]
@@ -70,7 +72,21 @@ class ReleaseHandle:
             hook.remove()
 
     def _finish(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._agree(-1)
         self.reset()
+
+    def _agree(self, number: int) -> None:
+        """Raise on every rank where one is at another parameter: other gradients would be added up."""
+        if rank_count() == 1:
+            return
+        ends = torch.tensor([number, -number], device=self._device)
+        torch.distributed.all_reduce(ends, op=torch.distributed.ReduceOp.MAX)
+        high, low = ends.tolist()
+        if high != -low:
+            raise AgreedError(
+                "release_gradients: the ranks have gradients of other parameters in this step, as where experts get no "
+                "token on one of them; release those alone that every rank uses in every step"
+            )
 
     @torch.no_grad()
     def _release(self, parameter: Tensor) -> None:
@@ -80,6 +96,7 @@ class ReleaseHandle:
                 "used and gone; train without gradient accumulation, or without releasing gradients"
             )
         self._released.add(id(parameter))
+        self._agree(self._number[id(parameter)])
         assert parameter.grad is not None
         sum_(parameter.grad.div_(rank_count()))
         # Nobody can skip this step later: numbers that are not finite would stay in weight and state.
@@ -115,7 +132,7 @@ def release_gradients(
     The same numbers as without it: the optimizer's own step runs on each parameter with its group's learning rate
     and its own state, so set the learning rate before backward. Parameters of other optimizers are passed over. A
     gradient that is not finite is taken for zero, because nobody can skip that step any more. In a process group each
-    is averaged over the ranks first, all of which must use the same parameters in a step.
+    is averaged over the ranks first, all of which must use the same parameters in a step: refused on all where not.
 
     Args:
         optimizer: any torch optimizer whose step treats parameters one by one.

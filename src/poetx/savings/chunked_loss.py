@@ -17,10 +17,12 @@ the plain loss and this one by 1.2e-5 and 8e-4.
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from poetx.errors import UserError
@@ -34,6 +36,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, labels, ignore_index, rows):
+        _check_labels(labels, weight.shape[0], ignore_index)
         dtype = torch.float32 if x.dtype != torch.float64 else torch.float64
         lse = x.new_full((x.shape[0],), -float("inf"), dtype=dtype)
         picked = torch.zeros_like(lse)
@@ -49,6 +52,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return torch.where(labels == ignore_index, 0, lse - picked)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, weight, bias, labels, lse = ctx.saved_tensors
         needs_dx, needs_dW, needs_db = ctx.needs_input_grad[:3]
@@ -103,7 +107,8 @@ def chunked_cross_entropy(
         chunk_bytes: bound on one chunk of float32 logits.
 
     Raises:
-        UserError: a reduction that does not exist, or shapes that do not fit.
+        UserError: a reduction that does not exist, shapes that do not fit, labels that are no integers or (on a CPU;
+            elsewhere the device's own assertion) are no words.
     """
     if reduction not in ("mean", "sum", "none"):
         raise UserError(f"reduction={reduction!r}: must be mean, sum or none")
@@ -124,6 +129,21 @@ def chunked_cross_entropy(
     return total / (flat != ignore_index).sum() if reduction == "mean" else total
 
 
+def _check_labels(labels: Tensor, words: int, ignore_index: int) -> None:
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise UserError(f"labels: {labels.dtype}, must be whole numbers (int64), not shares of classes")
+    if labels.is_meta or type(labels) is not Tensor or torch.compiler.is_compiling():
+        return
+    fit = (((labels >= 0) & (labels < words)) | (labels == ignore_index)).all()
+    if labels.device.type != "cpu":
+        torch._assert_async(fit, f"chunked loss: a label is not below {words}, the rows of weight")
+    elif not fit:
+        raise UserError(
+            f"labels: {int(labels.min())} to {int(labels.max())}, must be 0 to {words - 1} or "
+            f"{ignore_index}, which is ignored"
+        )
+
+
 def chunk_loss_(model: nn.Module, *, chunk_bytes: int = _CHUNK_BYTES) -> nn.Module:
     """Let a ``transformers`` causal language model compute its loss through :func:`chunked_cross_entropy`, in place.
 
@@ -140,7 +160,9 @@ def chunk_loss_(model: nn.Module, *, chunk_bytes: int = _CHUNK_BYTES) -> nn.Modu
         return model
     check_head(model)
     # The class's own forward, so that a copy of the model calls the copy's.
-    model.forward = functools.partial(_forward, model, chunk_bytes)  # type: ignore[method-assign]
+    forward: Any = functools.partial(_forward, model, chunk_bytes)
+    forward.__signature__ = inspect.signature(plain)  # by which the Trainer tells the columns that the model takes
+    model.forward = forward  # type: ignore[method-assign]
     return model
 
 
@@ -153,8 +175,6 @@ def check_head(model: nn.Module) -> None:
             and the head (BERT's transform) or between the head and the logits (soft capping, scaling).
     """
     head, base = _parts(model)
-    if type(head) is not nn.Linear:
-        raise UserError(f"chunked loss: the head is a {type(head).__name__}, not a plain nn.Linear; exclude it")
     if getattr(getattr(model, "config", None), "output_router_logits", False):
         raise UserError(
             "chunked loss: output_router_logits=True of this model's config adds the routers' loss, which would be "
@@ -239,6 +259,15 @@ def _parts(model: nn.Module) -> tuple[Any, Any]:
             f"chunked loss: {type(model).__name__} is not a transformers causal language model with a base model and "
             "a head; call poetx.savings.chunked_cross_entropy on its last hidden state instead"
         )
+    if type(head) is not nn.Linear:
+        raise UserError(f"chunked loss: the head is a {type(head).__name__}, not a plain nn.Linear; exclude it")
+    if head._forward_hooks or head._forward_pre_hooks:
+        raise UserError("chunked loss: the head has hooks, which would not be called; use the plain loss")
+    loss = getattr(model, "_loss_function", None)
+    if loss is not None and getattr(loss, "__name__", "") != "ForCausalLMLoss":
+        raise UserError(
+            "chunked loss: model.loss_function was replaced, and would be left out; train with the plain loss"
+        )
     return head, base
 
 
@@ -251,18 +280,23 @@ def _forward(model: nn.Module, chunk_bytes: int, *args: Any, labels: Tensor | No
     items = kwargs.pop("num_items_in_batch", None)
     shifted = kwargs.pop("shift_labels", None)
     kwargs.pop("logits_to_keep", None)
+    ignore_index = kwargs.pop("ignore_index", -100)
+    return_dict = kwargs.pop("return_dict", None)
     out = base(*args, **kwargs)
     if shifted is None:
         # The last position predicts nothing: one ignored label instead of a copy of the hidden states without it.
-        shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)
     loss = chunked_cross_entropy(
         out[0],
         head.weight,
         shifted.to(out[0].device),
         bias=head.bias,
         reduction="mean" if items is None else "sum",
+        ignore_index=ignore_index,
         chunk_bytes=chunk_bytes,
     )
     if items is not None:
         loss = loss / items
-    return CausalLMOutputWithPast(loss=loss, past_key_values=getattr(out, "past_key_values", None))  # type: ignore[arg-type]
+    kept: Any = {name: getattr(out, name, None) for name in ("past_key_values", "hidden_states", "attentions")}
+    output = CausalLMOutputWithPast(loss=loss, **kept)
+    return output.to_tuple() if return_dict is False else output

@@ -87,7 +87,7 @@ def test_a_momentum_that_decays_into_nothing_stays_finite(form):
 @settings(max_examples=60, deadline=None)
 @given(
     exponents=st.lists(st.floats(-38, 38), min_size=6, max_size=6),
-    weight_exponent=st.floats(-38, 16),
+    weight_exponent=st.floats(-14, 14),  # smaller or larger ones are not rotated
     form=st.sampled_from(FORMS),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
     momentum_dtype=st.sampled_from(["float32", "bfloat16"]),

@@ -109,8 +109,9 @@ class GaLore(_LowRank):
         rank = min(group["rank"], G.shape[0])
         if (state["step"] - 1) % group["subspace_gap"] == 0 or "subspace" not in state:
             # Eigenvectors of the small Gram matrix: the same subspace as by an SVD, in m × m memory.
+            # Of NaN it finds nothing to decompose; R has it all the same.
             # Their signs are arbitrary, and moments outlive them: the largest entry of each is positive here.
-            vectors = torch.linalg.eigh(G @ G.T)[1][:, -rank:].flip(1)
+            vectors = torch.linalg.eigh((G @ G.T).nan_to_num(0.0, 0.0, 0.0))[1][:, -rank:].flip(1)
             signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
             state["subspace"] = (vectors * signs).to(parameter.dtype).contiguous()
         P = state["subspace"].to(G.dtype)

@@ -15,6 +15,7 @@ from poetx.optim.baselines.normalized import RACS, RMNP, Scale, SinkGD
 from poetx.optim.build import build_optimizer
 from poetx.optim.combined import CombinedOptimizer
 from poetx.optim.settings import LOW_RANK
+from poetx.targets import has_values
 
 Groups = list[dict[str, Any]]
 
@@ -27,7 +28,7 @@ class Rule(NamedTuple):
             scale of 0.05, which moves a weight by 5e-5 a step), and so is the hyperball's angle; the others are the
             papers'.
         ends: of embedding and head, which it steps, too; AdamW steps the others.
-        decays: whether weight decay acts on the matrices.
+        decays: whether weight decay acts on the matrices; if not, their norm is held, and AdamW has those of zeros.
     """
 
     title: str
@@ -83,6 +84,8 @@ def matrices_and_rest(
     for parameter in (p for group in groups for p in group["params"] if p.ndim == 2):
         end = ends.get(id(parameter))
         if end is not None and end not in rule.ends:
+            continue
+        if not rule.decays and has_values(parameter) and not parameter.any():  # a held norm of zero
             continue
         settings = _OF_ENDS.get((name, end), {}) if end else {}
         if name in LOW_RANK:
