@@ -8,7 +8,7 @@ PIP := pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-lowest lint bench clean
+.PHONY: help install demo demo-sft test test-lowest lint bench clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -24,6 +24,14 @@ install: $(STAMP)  ## make .venv with the project and its development extras
 
 demo: install  ## pre-train a small Llama on the built-in corpus and show what it learnt
 	$(RUN) poetx train
+
+BASE := runs/demo-single-step/export
+TINY := data.seq_len=128 train.steps=150 train.batch_size=8 train.micro_batch_size=8 train.eval_every=50 train.eval_windows=16 \
+  model.gradient_checkpointing=false poet.block_size=64 optimizer.lr=1e-3 optimizer.poet_lr=2e-3 poet.merge_every=50
+demo-sft: install  ## fine-tune what `make demo` trained on instructions made of docstrings, and compare it with the untouched model
+	test -d $(BASE) || $(RUN) poetx train run_dir=runs/demo-single-step
+	$(RUN) benchmarks.docstrings runs/docstrings.jsonl
+	$(RUN) poetx train sft model.pretrained=$(BASE) data.train=runs/docstrings.jsonl run_dir=runs/demo-sft $(TINY) --overwrite
 
 test: install  ## run the tests
 	$(RUN) pytest -n auto --maxprocesses 8

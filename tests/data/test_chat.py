@@ -371,3 +371,8 @@ def test_fine_tuning_works_out_of_the_box(tiny: Tiny, tmp_path: Path, chats: Cal
     tuned = train(recipe)
     assert tuned.last_perplexity < tuned.first_perplexity
     assert tuned.chats
+    untouched, trained = tuned.samples
+    for first, last in zip(untouched, trained, strict=True):
+        assert first["prompt"] == last["prompt"]
+        assert first["prompt"].endswith("### assistant\n")
+        assert first["answer"] == last["answer"] != ""

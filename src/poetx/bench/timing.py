@@ -6,7 +6,6 @@ import datetime
 import json
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,18 +15,10 @@ import torch
 
 from poetx.errors import UserError
 from poetx.files import unwritten
-from poetx.train.environment import device_name
+from poetx.train.environment import commit, device_name
 
 #: Relative error that a candidate may have, by dtype. float32 leaves room for TF32, which is then said in the row.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2}
-
-
-def _commit() -> str:
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -35,7 +26,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": _commit(),
+        "commit": commit() or "unknown",
         "device": device_name(device) + threads,
         "torch": torch.__version__,
         "python": platform.python_version(),

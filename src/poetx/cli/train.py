@@ -220,21 +220,27 @@ def _show_result(console: Console, recipe: Recipe, result: RunResult) -> None:
     say()
     say(f"reached step {result.step} in {minutes}:{seconds:02d}, peak memory {result.peak_memory_gib:.2f} GiB")
     say(_audit_text(result.audit))
+    before = "of the untouched model" if recipe.model.pretrained else "before"
     if result.first_perplexity and result.last_perplexity:
-        say(f"validation perplexity {result.first_perplexity:,.1f} before, {result.last_perplexity:,.1f} after")
+        say(f"validation perplexity {result.first_perplexity:,.1f} {before}, {result.last_perplexity:,.1f} after")
     prompt = _prompt(recipe, result)
-    try:
-        text = _continuation(result, prompt)
-        say("\nthe model continues:", style="dim")
-        say(prompt + text)
-    except Exception as error:  # the run is finished and saved, and a model may generate otherwise: no failure
-        say(f"\nno sample: {error if isinstance(error, UserError) else repr(error)}")
+    if recipe.model.pretrained and len(result.samples) > 1:
+        for first, last in zip(result.samples[0], result.samples[-1], strict=False):
+            say(f"\n{first['prompt'].strip()}", style="dim")
+            said = {"untouched": first["text"], "trained": last["text"], "in the data": last.get("answer", "")}
+            for name, text in said.items():
+                if text:
+                    say(f"{name + ':':13}{' '.join(text.split())}")
+    else:
+        _show_continuation(say, result, prompt)
     say()
     say(f"run        {result.run_dir}  (metrics.jsonl, checkpoints/)")
     if result.export_dir:
         say(f"model      {result.export_dir}  (plain Hugging Face model)")
     say("try next")
     words = "" if result.chats else " ".join(prompt.split()[:6])
+    if result.chats:
+        say(f"  poetx chat {_word(result.run_dir)}")
     say(f"  poetx generate {_word(result.run_dir)}" + (f" --prompt {_word(words)}" if words else ""))
     say(f"  poetx eval {_word(result.run_dir)}")
     say(f"  poetx report {_word(result.run_dir)}")
@@ -247,6 +253,15 @@ def _show_result(console: Console, recipe: Recipe, result: RunResult) -> None:
 def _word(text: str | Path) -> str:
     """As a shell takes it."""
     return shlex.quote(str(text))
+
+
+def _show_continuation(say: Callable[..., None], result: RunResult, prompt: str) -> None:
+    try:
+        text = _continuation(result, prompt)
+        say("\nthe model continues:", style="dim")
+        say(prompt + text)
+    except Exception as error:  # the run is finished and saved, and a model may generate otherwise: no failure
+        say(f"\nno sample: {error if isinstance(error, UserError) else repr(error)}")
 
 
 def _audit_text(audit: dict[str, Any]) -> str:

@@ -68,6 +68,7 @@ class RunResult:
         model: dense after an export, else still converted.
         first_validation_tokens: a prompt from the validation text; of conversations, the first one up to its answer.
         chats: whether the text was conversations.
+        samples: of every evaluation, see :func:`poetx.train.samples.samples`; the first ones are the untouched model's.
         audit: the ``audit`` line of metrics.jsonl.
         diverged: what says so, where the run did; else empty.
     """
@@ -86,6 +87,7 @@ class RunResult:
     model: PreTrainedModel
     first_validation_tokens: list[int]
     chats: bool
+    samples: list[list[dict[str, str]]]
     audit: dict[str, Any]
     diverged: str
 
@@ -368,6 +370,7 @@ def _train_and_export(run: TrainingRun, start: Path | None, report: ConversionRe
         model=run.model,
         first_validation_tokens=run.data.validation.prompt(),
         chats=bool(run.data.meta.template),
+        samples=[entry["samples"] for entry in entries if entry["event"] == "sample"],
         audit=audit,
         diverged=from_first(lambda: divergence(entries)),
     )

@@ -1,0 +1,60 @@
+"""Fine-tuning by each method at a few rates: loss on the answers before and after, speed and memory.
+
+python -m benchmarks.fine_tuning MODEL CHATS [--steps 150] [--only mem,lora]    (MODEL: what `make demo` exported)
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from benchmarks.record import RESULTS, append, provenance
+from poetx.recipe import load_recipe
+from poetx.train.metrics import read_metrics
+from poetx.train.run import train
+
+SETTINGS = (
+    *("data.seq_len=128", "train.batch_size=8", "train.micro_batch_size=8", "model.gradient_checkpointing=false"),
+    *("train.eval_windows=16", "train.export=false", "train.sample_tokens=0", "train.device=cpu"),
+)
+_POET = ("poet.block_size=64", "poet.merge_every=50")
+#: Name of the row: method and rates.
+TRIALS: dict[str, tuple[str, ...]] = {
+    f"{method} {' '.join(rates)}": (*method_keys, *(f"optimizer.{rate}" for rate in rates))
+    for method, method_keys, grid in (
+        ("mem", _POET, (("poet_lr=1e-4", "lr=1e-5"), ("poet_lr=1e-3", "lr=1e-4"), ("poet_lr=2e-3", "lr=1e-3"))),
+        ("single-step", ("method=single-step", _POET[0]), (("angle=0.003", "lr=1e-4"), ("angle=0.012", "lr=1e-3"))),
+        ("adamw", ("method=adamw",), (("lr=1e-5",), ("lr=1e-4",), ("lr=1e-3",))),
+        ("lora", ("method=lora",), (("lr=1e-4",), ("lr=1e-3",))),
+    )
+    for rates in grid
+}
+
+
+def main() -> None:
+    """Run the trials and append a row for each to benchmarks/results/fine_tuning.jsonl."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("chats")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--only", default="")
+    arguments = parser.parse_args()
+    places = [f"model.pretrained={arguments.model}", f"data.train={arguments.chats}"]
+    length = [f"train.steps={arguments.steps}", f"train.eval_every={arguments.steps}"]
+    length += [f"optimizer.warmup_steps={max(1, arguments.steps // 20)}"]
+    with tempfile.TemporaryDirectory() as directory:
+        for number, (name, keys) in enumerate(TRIALS.items()):
+            if arguments.only and name.split()[0] not in arguments.only.split(","):
+                continue
+            run = [f"run_dir={Path(directory) / str(number)}"]
+            result = train(load_recipe("sft", [*places, *SETTINGS, *length, *run, *keys]))
+            losses = [e["loss"] for e in read_metrics(result.run_dir / "metrics.jsonl") if e["event"] == "validation"]
+            row = {"trial": name, "steps": arguments.steps, "before": losses[0], "after": losses[-1]}
+            row |= {"seconds": round(result.seconds, 1), "peak_memory_gib": round(result.peak_memory_gib, 3)}
+            append(RESULTS / "fine_tuning.jsonl", [row | provenance(result.model.device)])
+            print(f"{name:36}{losses[0]:.4f} -> {losses[-1]:.4f}  {result.seconds:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
