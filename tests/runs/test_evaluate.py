@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,21 @@ def test_records_of_other_text_have_the_field_of_the_run(tiny: Tiny, tmp_path: P
     assert evaluate_run(str(result.run_dir), data=str(path)).tokens > 1000
     with pytest.raises(UserError, match=r'no "text" field \(it has: body\); .* or call it "text"'):
         evaluate_run(str(result.export_dir), data=str(path))
+
+
+def test_tasks_need_their_package_and_scores_are_lines(monkeypatch, capsys):
+    from poetx.cli import main
+    from poetx.runs.tasks import score_lines
+
+    for module in ("lm_eval", "lm_eval.models.huggingface", "lm_eval.tasks"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert main(["eval", "nowhere", "--tasks", "arc_easy"]) == 2
+    assert "pip install 'poetx[eval]'" in capsys.readouterr().err
+    assert main(["eval", "nowhere", "--tasks", "arc_easy", "--data", "a.txt"]) == 2
+    assert main(["eval", "nowhere", "--limit", "3"]) == 2
+    results = {
+        "own": {"alias": "own", "acc,none": 0.5, "acc_stderr,none": 0.25, "f1,strict": 1, "f1_stderr,strict": "N/A"}
+    }
+    first, second = (line.split() for line in score_lines(results))
+    assert first == ["own", "acc", "0.5000", "±", "0.2500"]
+    assert second == ["own", "f1", "(strict)", "1.0000"]

@@ -6,10 +6,11 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from poetx.cli.bench import names_in
 from poetx.cli.quiet import quiet_transformers
 from poetx.cli.voices import one_voice
 from poetx.distributed.launch import started_ranks
@@ -77,9 +78,21 @@ def evaluate(
     seq_len: Annotated[
         int | None, typer.Option(min=1, help="Tokens in a window. Default: the run's; of a model, up to 256.")
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness by name, separated by commas, instead of text.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Of each task, so many questions.")] = None,
+    include_path: Annotated[str | None, typer.Option(help="Directory with tasks of your own, as YAML.")] = None,
     device: DEVICE = "auto",
 ) -> None:
-    """Loss and perplexity on validation text. Under torchrun each process takes a part of it."""
+    """Loss and perplexity on validation text, under torchrun each process on a part of it; or scores of tasks."""
+    if tasks is not None:
+        _show_scores(
+            run, tasks, data=data, limit=limit, include_path=include_path, batch_size=batch_size, device=device
+        )
+        return
+    if limit is not None or include_path is not None:
+        raise UserError("--limit and --include-path are for --tasks")
     from poetx.runs.evaluate import evaluate_run
 
     quiet_transformers()
@@ -90,6 +103,19 @@ def evaluate(
             f"loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.2f} "
             f"({result.tokens:,} tokens of {result.source}, windows of {result.seq_len})"
         )
+
+
+def _show_scores(run: str, tasks: str, *, data: str | None, device: str, **options: Any) -> None:
+    from poetx.distributed.launch import started_ranks
+    from poetx.runs.tasks import evaluate_tasks, score_lines
+
+    if data is not None:
+        raise UserError("--data and --tasks exclude each other")
+    if started_ranks() > 1:
+        raise UserError("--tasks is one process; start it without torchrun")
+    quiet_transformers()
+    for line in score_lines(evaluate_tasks(run, names_in("tasks", tasks), device=device, **options)):
+        print(line)
 
 
 def spectrum(

@@ -84,7 +84,7 @@ function draw(chart, box) {
   if (chart.zero) y0 = Math.min(0, y0);
   const pad = (y1 - y0 || Math.abs(y1) * 0.1 || 1) * 0.06;
   y1 += pad; if (!chart.zero || y0 < 0) y0 -= pad;
-  if (x1 === x0) x1 = x0 + 1;
+  if (x1 === x0) [x0, x1] = [Math.min(0, x0), Math.max(1, x1)];
   const px = (x) => LEFT + ((x - x0) / (x1 - x0)) * inner, py = (y) => TOP + (1 - (scale(y) - y0) / (y1 - y0)) * tall;
 
   for (const tick of chart.log ? logTicks(y0, y1) : ticks(y0, y1, 4)) {
@@ -92,7 +92,7 @@ function draw(chart, box) {
     make("line", { x1: LEFT, x2: width - RIGHT, y1: y, y2: y, class: "grid" }, svg);
     make("text", { x: LEFT - 6, y: y + 4, "text-anchor": "end" }, svg).textContent = short(chart.log ? 10 ** tick : tick);
   }
-  for (const tick of ticks(x0, x1, width < 420 ? 3 : 5)) {
+  for (const tick of ticks(x0, x1, width < 420 ? 4 : 5)) {
     const text = state.x === "seconds" ? clock(tick) : short(tick);
     make("line", { x1: px(tick), x2: px(tick), y1: TOP + tall, y2: TOP + tall + 4, class: "axis" }, svg);
     make("text", { x: px(tick), y: TOP + tall + 18, "text-anchor": "middle" }, svg).textContent = text;

@@ -112,7 +112,7 @@ def _tokens_a_step(place: Path, entries: list[Entry]) -> int:
 
 
 def _page(runs: list[_Run]) -> str:
-    wide = ' class="wide"' if len(runs) > 1 else ""
+    wide = ' class="runs"' if len(runs) > 1 else ""
     sections = [("", f'<div{wide}>{_summary(runs)}</div><div id="controls"></div><div id="charts"></div>')]
     if any(run.of("sample") for run in runs):
         sections.append(("What the model writes", '<div id="samples"></div>'))
@@ -151,7 +151,7 @@ def _texts(entry: Entry) -> Entry:
 def _summary(runs: list[_Run]) -> str:
     """A table of facts: a column a run, and what the others differ in from the first."""
     columns = [dict(_facts(run)) for run in runs]
-    names = list(dict.fromkeys(name for column in columns for name in column))
+    names = list(dict.fromkeys(name for column in sorted(columns, key=len, reverse=True) for name in column))
     head = (
         "" if len(runs) == 1 else "<tr><th></th>" + "".join(f"<th>{html.escape(r.name)}</th>" for r in runs) + "</tr>"
     )
