@@ -249,13 +249,22 @@ def load_checkpoint(path: Path, dtype: torch.dtype | str, name: str) -> PreTrain
 
 
 def not_finite(model: torch.nn.Module) -> list[str]:
-    """Names of the parameters, and of the converted layers' buffers (scales, say), that have NaN or infinity."""
+    """Names of the parameters, and of the converted layers' buffers (scales, say), that have NaN or infinity.
+
+    Of sharded ones on any rank, alike on all.
+    """
+    from poetx.distributed.ranks import on_any_rank
+    from poetx.distributed.sharded import is_sharded, local
     from poetx.layers.walk import poet_layers
 
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
     for name, layer in poet_layers(model):
         tensors |= {f"{name}.{key}": buffer for key, buffer in layer.named_buffers()}
-    return [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    broken = [not local(tensor).isfinite().all() for tensor in floating.values()]
+    if any(map(is_sharded, floating.values())):
+        broken = on_any_rank(broken, next(iter(floating.values())).device)
+    return [name for name, is_broken in zip(floating, broken, strict=True) if is_broken]
 
 
 def _some(names: Collection[str]) -> str:

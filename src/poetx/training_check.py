@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from poetx.distributed.sharded import is_sharded
 from poetx.layers.poet import PoetLinear
 from poetx.layers.single_step import SingleStepLinear
 from poetx.layers.walk import check_model, poet_layers, single_step_layers
@@ -169,7 +170,8 @@ class TrainingCheck:
         if not seen.arrived:
             what, remedy = _NOT_CALLED if self._taken > 1 and not seen.called else _NO_GRADIENT
             return TrainingProblem(seen.name, what, remedy)
-        if seen.nonzero is not None and not bool(seen.nonzero):
+        sharded = is_sharded(seen.parameter)  # of which others may have the rows that are used
+        if seen.nonzero is not None and not bool(seen.nonzero) and not sharded:
             return TrainingProblem(
                 seen.name,
                 "its gradient was exactly zero",
@@ -180,7 +182,7 @@ class TrainingCheck:
             return TrainingProblem(
                 seen.name, "its learning rate was 0 in every step", "set lr of its group, or check the schedule"
             )
-        if self._moved(seen):
+        if sharded or self._moved(seen):
             return None
         return TrainingProblem(
             seen.name,

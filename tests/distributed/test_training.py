@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from builders import At, curve, interrupt, poison, train_losses
+from helpers import relative_error
 from poetx.distributed.gradients import GradientAverage
 from poetx.errors import UserError
 from poetx.layers.walk import poet_layers
 from poetx.recipe import load_recipe
-from poetx.train import loop
-from poetx.train.checkpoint import checkpoints
+from poetx.train import loop, tensor_file
+from poetx.train.checkpoint import checkpoints, step_of, tensor_shapes
 from poetx.train.run import train
 from ranks import run_on_two_ranks
 
@@ -27,16 +31,27 @@ FORMS = {
     "int8, checkpointed, no logits": ["method=int8", "model.gradient_checkpointing=true", "train.chunked_loss=true"],
     "single-step": ["method=single-step", "train.micro_batch_size=1"],
     "single-step, rotation": ["method=single-step", "poet.update=rotation", "model.gradient_checkpointing=true"],
+    "sharded": ["method=fast", "parallel=fsdp", "model.tie_embeddings=true"],
+    "sharded, int8, no logits": [
+        *("method=int8", "model.gradient_checkpointing=true", "train.chunked_loss=true", "train.export=true"),
+        "parallel=fsdp",
+    ],
     "released": ["method=mem", "optimizer.release_gradients=true", "optimizer.clip=null", "train.eval_windows=3"],
 }
 #: What happens to a run, by what is done on one of the ranks; all of it to a single step, whose backward acts.
-EVENTS = {
+EVENTS: dict[str, list[str]] = {
     "not finite on rank 1": ["method=single-step", "train.max_bad_steps=3"],
     "stopped on rank 1": ["method=single-step"],
     "a full disk on rank 0": ["method=fast"],
+    "a full disk on rank 0, sharded": ["method=fast", "parallel=fsdp", "train.steps=2", "train.checkpoint_every=1"],
     "another recipe on rank 1": ["method=fast"],
     "not divisible": ["method=fast", "train.batch_size=5"],
     "other weights on rank 1": ["method=fast"],
+}
+#: Runs that one process began, and stopped after step 5.
+CONTINUED = {
+    "one, then two": ["method=single-step"],
+    "one, then two, sharded": [*FORMS["sharded"], "train.checkpoint_every=8"],
 }
 
 
@@ -48,7 +63,7 @@ def on_a_rank(rank: int, directory: str, yaml: str, runs: dict[str, list[str]]) 
             if rank == (0 if "rank 0" in name else 1) and name in EVENTS:
                 overrides = [*overrides, *meddle(name, patch)]
             try:
-                result = train(load_recipe(yaml, overrides), resume=name == "one, then two")
+                result = train(load_recipe(yaml, overrides), resume=name in CONTINUED)
                 outcome = {"step": result.step, "signum": result.signum, "skipped": result.skipped_steps}
             except UserError as error:
                 outcome = {"error": str(error)}
@@ -83,8 +98,8 @@ def meddle(name: str, patch: pytest.MonkeyPatch) -> list[str]:
         poison(patch, 4, 5)
     elif name == "stopped on rank 1":
         patched_step(patch, 5, lambda run: os.kill(os.getpid(), signal.SIGTERM))
-    elif name == "a full disk on rank 0":
-        patch.setattr(loop, "save_checkpoint", lambda *args, **settings: fail("the disk is full"))
+    elif name.startswith("a full disk on rank 0"):
+        patch.setattr(tensor_file, "save_tensors", lambda *args: fail(OSError(errno.ENOSPC, "no room")))
     elif name == "other weights on rank 1":
         patched_step(patch, 7, swap_two_columns)
     return ["train.steps=13"] if name == "another recipe on rank 1" else []
@@ -108,8 +123,8 @@ def swap_two_columns(run: loop.TrainingRun) -> None:
     weight[:, [0, 1]] = weight[:, [1, 0]]
 
 
-def fail(text: str) -> None:
-    raise UserError(text)
+def fail(error: Exception) -> None:
+    raise error
 
 
 @pytest.fixture(scope="module")
@@ -119,13 +134,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_yaml: Path, corpus: P
     text = [f"data.train={corpus}", f"data.cache_dir={cache_dir}", "train.checkpoint_every=12", "train.export=false"]
 
     def settings(ranks: int, name: str) -> list[str]:
-        own = (FORMS | EVENTS | {"one, then two": ["method=single-step"]})[name]
+        own = (FORMS | EVENTS | CONTINUED)[name]
         return [*text, *own, f"run_dir={place / str(ranks) / name}"]
 
     for name in FORMS:
         train(load_recipe(str(tiny_yaml), settings(1, name)))
-    train(load_recipe(str(tiny_yaml), settings(2, "one, then two")), reporter=At(5, interrupt))
-    names = [*FORMS, *EVENTS, "one, then two"]
+    for name in CONTINUED:
+        train(load_recipe(str(tiny_yaml), settings(2, name)), reporter=At(5, interrupt))
+    names = [*FORMS, *EVENTS, *CONTINUED]
     run_on_two_ranks(on_a_rank, str(place), str(tiny_yaml), {name: settings(2, name) for name in names})
     with pytest.MonkeyPatch.context() as patch:
         poison(patch, 4, 5)
@@ -191,10 +207,33 @@ def test_ranks_go_on_with_the_run_of_one_process(trained: Path) -> None:
     assert_same_curve(trained / "1" / "stopped on rank 1", trained / "2" / "one, then two")
 
 
+def test_sharded_ranks_go_on_with_the_run_of_one_process_which_goes_on_with_theirs(trained: Path) -> None:
+    name = "one, then two, sharded"
+    assert outcomes(trained, name) == [{"step": 12, "signum": None, "skipped": 0}] * 2
+    alone, together = trained / "1" / "sharded", trained / "2" / name
+    assert_same_curve(alone, together)
+    (at_8, at_12), (own,) = checkpoints(together), checkpoints(alone)
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert tensor_shapes(at_12, file) == tensor_shapes(own, file)
+    shutil.rmtree(at_12)
+    assert step_of(at_8) == 8
+    train(load_recipe(str(together)), resume=True)
+    assert_same_curve(alone, together)
+
+
+def test_a_sharded_run_exports_the_model_of_one_process(trained: Path) -> None:
+    files = [trained / str(ranks) / "sharded, int8, no logits" / "export" / "model.safetensors" for ranks in (1, 2)]
+    one, two = map(load_file, files)
+    assert one.keys() == two.keys()
+    for name in one:
+        assert relative_error(two[name], one[name]) < 1e-3, name  # a weight may round to a neighbouring code
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("a full disk on rank 0", "the disk is full"),
+        ("a full disk on rank 0", "could not be written (no room); free some space"),
+        ("a full disk on rank 0, sharded", "could not be written (no room); free some space"),
         ("another recipe on rank 1", "rank 1 differs from rank 0: train.steps is 13 there, and 12 on rank 0"),
         ("not divisible", "train.batch_size=5: cannot be parted evenly over 2 processes; use a multiple of 2"),
         ("other weights on rank 1", "model.layers.0.self_attn.q_proj: differs between ranks after merge 2 (1 of "),

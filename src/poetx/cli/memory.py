@@ -73,6 +73,8 @@ def memory(
 
 def _part_of(recipe: Recipe, gpus: int) -> Recipe:
     """What one of so many processes trains: all of the model, on its part of each batch."""
+    if gpus > 1 and recipe.parallel == "fsdp":
+        raise UserError("parallel=fsdp: what is sharded is not planned yet; use parallel=ddp to see the whole model")
     share, micro_batch = recipe.train.share(gpus)
     return recipe.with_keys({"train.batch_size": share, "train.micro_batch_size": micro_batch}) if gpus > 1 else recipe
 

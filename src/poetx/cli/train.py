@@ -282,9 +282,12 @@ def _prompt(recipe: Recipe, result: RunResult) -> str:
 
 
 def _continuation(result: RunResult, prompt: str) -> str:
+    from poetx.distributed.sharded import is_sharded
     from poetx.runs.generate import generate_text
     from poetx.runs.load import LoadedModel
 
+    if any(map(is_sharded, result.model.parameters())):
+        raise UserError("the model is spread over the processes; see poetx generate")
     loaded = LoadedModel(result.model.eval(), _tokenizer(result), result.model.device, None, [])
     positions = getattr(result.model.config, "max_position_embeddings", None) or 320
     return generate_text(loaded, prompt, max_new_tokens=max(1, min(80, positions // 4)))

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poetx.distributed.ranks import rank_count
+from poetx.distributed.ranks import rank_count, sum_
+from poetx.distributed.sharded import is_sharded, local
 
 #: Gradients are sent together up to so many bytes; one that is larger is sent where it is.
 BUCKET_BYTES = 25 << 20
@@ -78,6 +79,28 @@ class GradientAverage:
             p.grad = piece.view(p.shape)
         self._works.append(torch.distributed.all_reduce(flat, async_op=True))
         self._sent += 1
+
+
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of all gradients together, of sharded ones over all ranks; a scalar, the same on every rank."""
+    shards = [local(gradient) for gradient in gradients if is_sharded(gradient)]
+    norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if not is_sharded(gradient)])
+    if not shards:
+        return norm
+    square = sum_(torch.nn.utils.get_total_norm(shards).double().square())
+    return (square + norm.double().square()).sqrt()
+
+
+def clip_(parameters: Iterable[Tensor], largest: float, norm: Tensor) -> None:
+    """Scale gradients, whose norm is ``norm`` over all ranks, down to the largest one."""
+    parameters = list(parameters)
+    shards = [local(p.grad) for p in parameters if p.grad is not None and is_sharded(p.grad)]
+    if shards:
+        factor = (largest / (norm + 1e-6)).clamp(max=1)
+        for shard in shards:
+            shard.mul_(factor)
+    whole = [p for p in parameters if not is_sharded(p.grad)]
+    torch.nn.utils.clip_grads_with_norm_(whole, largest, norm)
 
 
 def _buckets(parameters: list[Tensor], bucket_bytes: int) -> list[list[Tensor]]:

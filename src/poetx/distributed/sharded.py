@@ -30,6 +30,7 @@ from poetx.ops.transaction import swap_
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+T = TypeVar("T")
 L = TypeVar("L", bound=nn.Module)
 
 
@@ -93,7 +94,7 @@ class _Whole(Generic[L]):
     def gather(self) -> None:
         """Send the rows of every parameter to the owner, and put whole parameters in place there."""
         for module, name, parameter in self._places:
-            chunk = _padded(parameter)
+            chunk = padded(local(parameter), parameter)
             pieces = None
             if self.is_mine:
                 self._buffers.append(chunk.new_empty(self.group.size(), chunk.numel()))
@@ -112,7 +113,7 @@ class _Whole(Generic[L]):
         """This rank's rows of what the owner has, beside those that they replace."""
         pairs = []
         for index, (_, _, parameter) in enumerate(self._places):
-            chunk = torch.empty_like(_padded(parameter))
+            chunk = torch.empty_like(padded(local(parameter), parameter))
             pieces = list(self._buffers[index]) if self.is_mine else None
             torch.distributed.scatter(chunk, pieces, group=self.group, group_src=self.owner)
             target = local(parameter)
@@ -130,9 +131,12 @@ class _Whole(Generic[L]):
         return [(t, piece.clone().view(t.dtype).view(t.shape)) for t, piece in zip(targets, pieces, strict=True)]
 
 
-def _padded(parameter: DTensor) -> Tensor:
-    """This rank's rows as bytes, on the group's kind of device, and as many as the first rank's."""
-    own = local(parameter).to(parameter.device_mesh.device_type).flatten()
+def padded(own: Tensor, parameter: DTensor) -> Tensor:
+    """This rank's ``own`` values, one for each of ``parameter``, as bytes on the group's kind of device.
+
+    As many as the first rank's: as collectives want them.
+    """
+    own = own.to(parameter.device_mesh.device_type).flatten()
     rows = parameter.shape[0]
     size = -(-rows // shard_group(parameter).size()) * (parameter.numel() // rows)
     if own.numel() < size:
@@ -148,6 +152,20 @@ def reshard_(model: nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+def as_forward(model: nn.Module, function: Callable[..., T]) -> Callable[..., T]:
+    """``function`` with the parameters of ``model`` whole inside, as in a forward pass, if ``fully_shard`` is on it."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return function
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+    if not isinstance(model, FSDPModule):
+        return function
+    name = "_as_forward"
+    vars(model)[name] = lambda *args, **kwargs: function(*args, **kwargs)
+    register_fsdp_forward_method(model, name)
+    return vars(model).pop(name)
 
 
 def deal_(

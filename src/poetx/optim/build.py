@@ -93,6 +93,7 @@ def build_optimizer(
         if kind == "sgd":
             return torch.optim.SGD(chosen, lr=lr, momentum=momentum)
         if kind == "adafactor":
+            refuse_sharded((p for group in chosen for p in group["params"]), "Adafactor")
             return torch.optim.Adafactor(chosen, lr=lr)
         return SMMF(chosen, lr=lr, seed=seed) if kind == "smmf" else HFac(chosen, lr=lr, seed=seed)
 
@@ -114,7 +115,7 @@ def build_optimizer(
             )
         group["params"] = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
         check_group(group, "build_optimizer")
-        refuse_sharded(group["params"], "build_optimizer")
+        refuse_sharded(group["params"], "build_optimizer", rows=True)
     rotations = [group for group in groups if group.get("name") == "rotations"]
     rest = [group for group in groups if group.get("name") != "rotations"]
     if dense_optimizer is None or dense_optimizer == name:

@@ -59,7 +59,8 @@ class Recipe(Section):
 
     name: Text = "run"
     run_dir: Text | None = None  # None: runs/<name>
-    parallel: Literal["ddp"] = "ddp"  # what torchrun's processes do: each holds the whole model and a part of the batch
+    #: What torchrun's processes hold beside their part of each batch: the whole model (ddp), or a part of it (fsdp).
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     model: ModelRecipe
     data: DataRecipe
     poet: PoetRecipe | None = None

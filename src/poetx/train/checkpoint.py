@@ -12,12 +12,13 @@ Everything is written to a hidden directory, synced to disk and renamed. Loading
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import logging
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +31,8 @@ from poetx.optimizer_restart import COUNTERS
 
 if TYPE_CHECKING:
     import torch
+
+    from poetx.distributed.rows import Part
 
 logger = logging.getLogger(__name__)
 
@@ -113,15 +116,30 @@ def save_checkpoint(
     recipe_yaml: str,
     keep: int,
 ) -> Path:
-    """Write ``step-<state.step>`` and remove all but the newest ``keep``.
+    """Write ``step-<state.step>``, one whole tensor after another, and remove all but the newest ``keep``.
+
+    The first rank writes. Where parameters are sharded the others call this, too, and hand over what they have.
 
     Raises:
         UserError: the disk is full or not writable; earlier checkpoints are as they were.
     """
+    from poetx.distributed.ranks import rank
+    from poetx.distributed.rows import whole_on_first
+    from poetx.distributed.sharded import reshard_
+
     final = checkpoint_dir(run_dir) / f"step-{state.step:08d}"
+    reshard_(model)
+    tensors, state.aliases = _without_aliases(model)
+    optimizer_tensors, optimizer_json = _split_optimizer(model, optimizer)
+    whole = whole_on_first([*tensors, *optimizer_tensors])
     remedy = "continue with --resume; earlier checkpoints are untouched"
-    with new_directory(final, remedy=remedy, sync=True) as temporary:
-        _write_files(temporary, model, optimizer, state, recipe_yaml)
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: collections.deque(whole, maxlen=0))  # whatever fails here, others are waiting
+        if rank():
+            return final
+        temporary = stack.enter_context(new_directory(final, remedy=remedy, sync=True))
+        document = {"train": state.model_dump(), "optimizer": optimizer_json}
+        _write_files(temporary, (tensors, optimizer_tensors), whole, document, recipe_yaml)
         files = {
             file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in sorted(temporary.iterdir())
         }
@@ -209,19 +227,20 @@ def _read(path: Path) -> _Saved:
     return saved
 
 
-def tensor_shapes(path: Path) -> dict[str, list[int]]:
-    """Shapes of the model's tensors in a checkpoint, tied ones once."""
+def tensor_shapes(path: Path, name: str = "model.safetensors") -> dict[str, list[int]]:
+    """Shapes of the model's tensors in a checkpoint, tied ones once, or of those in another file of it."""
     from safetensors import safe_open
 
-    with _readable(path / "model.safetensors") as file, safe_open(file, framework="pt") as tensors:
+    with _readable(path / name) as file, safe_open(file, framework="pt") as tensors:
         return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
 
 
-def _tensors(file: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
+def _tensors(file: Path, like: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a file; of those that belong to sharded ones, by name, what this rank keeps."""
+    from poetx.train.tensor_file import read_tensors
 
     with _readable(file):
-        return load_file(file)
+        return read_tensors(file, like or {})
 
 
 @contextlib.contextmanager
@@ -240,7 +259,10 @@ def load_model(path: Path, model: torch.nn.Module) -> None:
     Raises:
         UserError: names or shapes differ from the model's, or a weight is not finite, which none is when it is saved.
     """
-    tensors = _tensors(path / "model.safetensors")
+    from poetx.distributed.sharded import reshard_
+
+    reshard_(model)
+    tensors = _tensors(path / "model.safetensors", model.state_dict())
     for alias, stored in read_state(path).aliases.items():
         tensors[alias] = tensors[stored]
     try:
@@ -264,7 +286,10 @@ def load_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.Op
     names = _names_by_index(model, optimizer)
     if [group.names for group in saved.groups] != [[names[i] for i in group["params"]] for group in groups]:
         raise UserError(f"{path}: the optimizer's parameter groups differ from this recipe's")
-    tensors = _tensors(path / "optimizer.safetensors")
+    of = dict(model.named_parameters())
+    keys = tensor_shapes(path, "optimizer.safetensors")
+    like = {key: of[name] for key in keys if (name := key.rpartition(_SEPARATOR)[0]) in of}
+    tensors = _tensors(path / "optimizer.safetensors", like)
     entries: dict[Any, Any] = {key.rpartition(_SEPARATOR)[::2]: tensor for key, tensor in tensors.items()}
     entries |= {(name, key): value for name, values in saved.values.items() for key, value in values.items()}
     index_of = {name: index for index, name in names.items()}
@@ -306,52 +331,60 @@ def remove_leftovers(run_dir: Path) -> None:
 
 def _write_files(
     directory: Path,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: TrainState,
+    parts: tuple[list[Part], list[Part]],
+    whole: Iterator[torch.Tensor],
+    document: dict[str, Any],
     recipe_yaml: str,
 ) -> None:
-    from safetensors.torch import save_file
+    from poetx.distributed.rows import Part, whole_on_first
+    from poetx.train.tensor_file import save_tensors
 
-    tensors, state.aliases = _without_aliases(model.state_dict())
-    save_file(tensors, directory / "model.safetensors")
-    optimizer_tensors, optimizer_json = _split_optimizer(model, optimizer)
-    save_file(optimizer_tensors, directory / "optimizer.safetensors")
-    save_file(_rng_states(), directory / "rng.safetensors")
-    document = {"train": state.model_dump(), "optimizer": optimizer_json}
+    for name, own in zip(("model", "optimizer"), parts, strict=True):
+        save_tensors(directory / f"{name}.safetensors", own, whole)
+    rng = [Part(name, state, None) for name, state in _rng_states().items()]
+    save_tensors(directory / "rng.safetensors", rng, whole_on_first(rng))
     (directory / "state.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     (directory / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
 
 
-def _without_aliases(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors that are the very same memory once only, and name -> stored name for the others."""
-    stored: dict[str, torch.Tensor] = {}
+def _without_aliases(model: torch.nn.Module) -> tuple[list[Part], dict[str, str]]:
+    """Tensors of the model that are the very same memory once only, and name -> stored name for the others."""
+    from poetx.distributed.rows import Part
+    from poetx.distributed.sharded import is_sharded, local
+    from poetx.train.tensor_file import by_size
+
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    stored: list[Part] = []
     aliases: dict[str, str] = {}
-    owner: dict[tuple[Any, ...], str] = {}
-    for name, tensor in tensors.items():
-        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+    owner: dict[Any, str] = {}
+    for name, tensor in model.state_dict().items():
+        place: Any = (tensor.device, local(tensor).data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if is_sharded(tensor):  # of which there may be nothing on this rank
+            place = id(parameters[name])
         if tensor.numel() and place in owner:
             aliases[name] = owner[place]
             continue
         owner[place] = name
-        stored[name] = tensor.detach().contiguous()
-    return stored, aliases
+        stored.append(Part.of(name, tensor, tensor))
+    return by_size(stored), aliases
 
 
-def _split_optimizer(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _split_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[list[Part], dict[str, Any]]:
     """The optimizer's state_dict as tensors by name and everything else as JSON."""
     import torch
 
+    from poetx.distributed.rows import Part
+    from poetx.train.tensor_file import by_size
+
     whole = _state_by_parameter(optimizer)
     names = _names_by_index(model, optimizer)
-    tensors: dict[str, torch.Tensor] = {}
+    parameters = dict(model.named_parameters())
+    tensors: list[Part] = []
     values: dict[str, dict[str, Any]] = {}
     for index, entries in whole["state"].items():
         for key, value in entries.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{names[index]}{_SEPARATOR}{key}"] = value.detach().contiguous()
+                tensors.append(Part.of(f"{names[index]}{_SEPARATOR}{key}", value, parameters[names[index]]))
             else:
                 values.setdefault(names[index], {})[key] = value
     groups = [
@@ -362,7 +395,7 @@ def _split_optimizer(
         for group in whole["param_groups"]
     ]
     extra = {key: value for key, value in whole.items() if key not in ("state", "param_groups")}
-    return tensors, {"groups": groups, "values": values, "extra": extra}
+    return by_size(tensors), {"groups": groups, "values": values, "extra": extra}
 
 
 def _state_by_parameter(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from poetx.data.tokens import PreparedData, TokenWindows
 from poetx.distributed.agreement import agreed, largest, on_first
 from poetx.distributed.checksum import check_alike
 from poetx.distributed.ranks import rank, rank_count, sum_
+from poetx.distributed.sharded import is_sharded, reshard_
 from poetx.errors import UserError
 from poetx.memory.measure import measure_memory
 from poetx.models import not_finite
@@ -71,6 +72,11 @@ class TrainingRun:
     reporter: Reporter
     start_spectrum: dict[str, LayerSpectrum] | None = None  # of the model before its first step, where it is watched
     mute: bool = False  # it cannot write samples
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every rank holds its own part of the parameters."""
+        return any(map(is_sharded, self.model.parameters()))
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Everything in the model that all ranks must hold alike, by name."""
@@ -142,7 +148,8 @@ def _take_steps(run: TrainingRun, stop: StopRequest) -> None:
         due = state.step % settings.checkpoint_every == 0 and state.bad_steps_in_a_row == 0
         if due or last or signum:
             check_alike(run.tensors(), f"after step {state.step}")
-            on_first(partial(_save_in_place, run, last=last))
+            save_now = partial(_save_in_place, run, last=last)
+            agreed(save_now) if run.is_sharded else on_first(save_now)
     stop.signum = signum or None
 
 
@@ -167,7 +174,7 @@ def _check_in_place(run: TrainingRun) -> None:
     """Stop where the run's directory has been moved or removed; saved where the system tells the new place."""
     if run.metrics.in_place():
         return
-    now = run.metrics.place()
+    now = None if run.is_sharded else run.metrics.place()  # the other ranks would have to hand their parts over
     found = now is not None and now.is_dir() and now != run.run_dir.resolve()
     there = f"is at {now} now" if found else "has been moved or removed"
     text = f"{run.run_dir}: {there}, which training does not follow; stopped after step {run.state.step}"
@@ -275,6 +282,7 @@ def evaluate(
             body = model.base_model if chunked else model
             total += float(language_loss(model, body, *batch.to(device), chunked=chunked)[0])
     model.train(was_training)
+    reshard_(model)
     if rank_count() > 1:
         total, tokens = sum_(torch.tensor([total, tokens], dtype=torch.float64, device=device)).tolist()
     return total / max(1, tokens)

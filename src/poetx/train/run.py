@@ -27,6 +27,7 @@ import torch
 from poetx.data.prepare import prepare_data
 from poetx.data.tokens import PreparedData
 from poetx.distributed.agreement import agreed, check_equal, first_then_others, from_first, on_first
+from poetx.distributed.checksum import check_alike
 from poetx.distributed.launch import joined
 from poetx.distributed.ranks import rank, rank_count
 from poetx.errors import UserError
@@ -45,6 +46,7 @@ from poetx.train.loop import TrainingRun, fit
 from poetx.train.metrics import MetricsWriter, UnwrittenMetrics, divergence, is_whole, read_metrics
 from poetx.train.packing import check_packing
 from poetx.train.progress import Reporter, RunInfo, SilentReporter
+from poetx.train.sharding import check_shardable, shard_model_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -119,6 +121,9 @@ def _train(
     _check_same_start(recipe, resume=resume, overwrite=overwrite)
     agreed(lambda: recipe.train.share(rank_count()))
     reporter = on_first(lambda: with_loggers(reporter, recipe.train.report_to)) or reporter
+    sharded = recipe.parallel == "fsdp" and rank_count() > 1
+    if sharded:
+        agreed(lambda: check_shardable(recipe))
     run_dir = recipe.directory
     device = agreed(lambda: resolve_device(recipe.train.device))
 
@@ -149,14 +154,18 @@ def _train(
     def build() -> tuple[Any, ConversionReport | None, torch.optim.Optimizer, Any]:
         reporter.stage("Building the model")
         vocabulary = {"vocab_size": data.meta.vocab_size, "end_of_text_id": data.meta.end_of_text_id}
-        model = build_model(recipe, **vocabulary, device=device)
-        report = convert_model(model, recipe, device)
+        place = torch.device("cpu") if sharded else device  # as a whole it may not fit
+        model = build_model(recipe, **vocabulary, device=place)
+        report = convert_model(model, recipe, place)
         if recipe.train.chunked_loss:
             check_head(model)
         if data.meta.packed:
             check_packing(model)
         for text in _remarks(recipe, model):
             reporter.note(text)
+        if sharded:
+            check_alike([*model.named_parameters(), *model.named_buffers()], "before they are sharded")
+            shard_model_(model, device)
         optimizer = method_of(recipe).build_optimizer(model, recipe.train.steps)
         start_spectrum = None
         if report is not None and recipe.train.spectrum_every is not None and rank() == 0:
@@ -378,10 +387,22 @@ def _train_and_export(run: TrainingRun, start: Path | None, report: ConversionRe
 
 def _export(run: TrainingRun, directory: Path) -> None:
     run.reporter.stage("Exporting the model")
+    if run.is_sharded:
+        run.model = _from_checkpoint(run)
     method_of(run.recipe).to_dense_(run.model)
     if run.recipe.model.offload:
         run.model.to("cpu")  # where its layers are now
     export_model(run.model, run.run_dir / TOKENIZER_DIR, directory)
+
+
+def _from_checkpoint(run: TrainingRun) -> PreTrainedModel:
+    """The whole trained model on the CPU of this rank, from the checkpoint that ends the run."""
+    recipe, meta, place = run.recipe, run.data.meta, torch.device("cpu")
+    vocabulary = {"vocab_size": meta.vocab_size, "end_of_text_id": meta.end_of_text_id}
+    model = build_model(recipe, **vocabulary, device=place)
+    convert_model(model, recipe, place)
+    ckpt.load_model(ckpt.find_checkpoint(run.run_dir)[0], model)
+    return model
 
 
 def _audit(run: TrainingRun, entries: list[dict[str, Any]]) -> dict[str, Any]:

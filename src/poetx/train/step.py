@@ -6,14 +6,16 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from poetx.distributed.gradients import GradientAverage
+from poetx.distributed.gradients import GradientAverage, clip_, total_norm
 from poetx.distributed.ranks import on_any_rank, rank_count, sum_
+from poetx.distributed.sharded import as_forward, is_sharded
 from poetx.errors import UserError
 from poetx.layers.shared_blocks import shared_blocks
 from poetx.methods.base import method_of, release_handle
@@ -84,7 +86,7 @@ class TrainingStep:
         settings = recipe.train
         body: Any = model.base_model if settings.chunked_loss else model
         gradients = None
-        if rank_count() > 1:
+        if rank_count() > 1 and not any(map(is_sharded, model.parameters())):  # fully_shard averages by itself
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             kept = [p for p in model.parameters() if id(p) in held and not is_handed_over(p)]
             gradients = GradientAverage(kept, overlap=release_handle(optimizer) is None)
@@ -116,7 +118,7 @@ class TrainingStep:
             tokens = int(sum_(torch.tensor(tokens, device=micro_batches[0][0].device)))
         share = None if tokens is None else max(1, tokens) / rank_count()
         total, router = self._accumulate(micro_batches, share, reads=True)
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters() if p.grad is not None])
+        grad_norm = total_norm([p.grad for p in self._parameters() if p.grad is not None])
         numbers = [total.double(), grad_norm.to(total.device).double(), *([] if router is None else [router.double()])]
         mean = sum_(torch.stack(numbers) / rank_count())  # so that all ranks skip, or clip, alike
         loss, norm, *rest = mean.cpu().tolist()
@@ -125,7 +127,7 @@ class TrainingStep:
             self._discard()
         else:
             if clip and norm > clip:
-                torch.nn.utils.clip_grads_with_norm_(self._parameters(), clip, mean[1].to(grad_norm))
+                clip_(self._parameters(), clip, mean[1].to(grad_norm))
             self._step()
         return StepResult(loss, rest[0] if rest else None, norm, skipped)
 
@@ -206,14 +208,18 @@ def language_loss(
         chunked: through the last hidden state, so that the logits never exist as a whole; no routers' loss.
     """
     packed = {} if position_ids is None else {"position_ids": position_ids}
-    out = forward(input_ids=inputs, use_cache=False, **packed)
     if chunked:
-        head = model.get_output_embeddings()
-        hidden = out.last_hidden_state
-        return chunked_cross_entropy(hidden, head.weight, labels, bias=head.bias, reduction="sum"), None
+        return as_forward(model, partial(_chunked_loss, model, forward, packed))(inputs, labels), None
+    out = forward(input_ids=inputs, use_cache=False, **packed)
     loss = F.cross_entropy(out.logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
     auxiliary = getattr(out, "aux_loss", None)
     return loss, None if auxiliary is None else auxiliary.to(loss.device) * router_weight(model)
+
+
+def _chunked_loss(model: Any, forward: Any, packed: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
+    hidden = forward(input_ids=inputs, use_cache=False, **packed).last_hidden_state
+    head = model.get_output_embeddings()
+    return chunked_cross_entropy(hidden, head.weight, labels, bias=head.bias, reduction="sum")
 
 
 def router_weight(model: Any) -> float:

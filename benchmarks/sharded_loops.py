@@ -1,0 +1,170 @@
+"""A loop of one's own by 1, 2 and 4 processes under DistributedDataParallel and FSDP2, in float64: losses and bytes.
+
+    python -m benchmarks.sharded_loops --steps 50 --out benchmarks/results/sharded_loops.jsonl
+
+Two decoder-like layers with biases and sizes that divide by nothing, over gloo, with two merges; each form plain and
+with activation checkpointing. Bytes are what one rank gives to collectives in a step without a merge, and in a merge.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import start_processes
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.record import append, provenance
+from poetx import PoetConfig, convert_, merge_, merge_every, param_groups
+
+FORMS: dict[str, dict[str, Any]] = {
+    "fast": {"mode": "fast"},
+    "mem": {"mode": "mem"},
+    "int8": {"mode": "mem", "weight_format": "int8"},
+}
+WAYS = ("ddp", "fsdp")
+RANKS = (1, 2, 4)
+TOLERANCE = 1e-12
+BATCH, TOKENS, VOCABULARY = 4, 16, 64
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int, hidden: int, *, checkpointed: bool) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(2))
+        self.mix, self.up, self.down = nn.Linear(width, width), nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.checkpointed = checkpointed
+
+    def body(self, x: Tensor) -> Tensor:
+        x = x + self.mix(self.norms[0](x)).cumsum(1) / 4
+        return x + self.down(nn.functional.silu(self.up(self.norms[1](x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.body, x, use_reentrant=False) if self.checkpointed else self.body(x)
+
+
+class Model(nn.Module):
+    def __init__(self, *, checkpointed: bool, width: int = 40, hidden: int = 52) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, width)
+        self.layers = nn.ModuleList(Layer(width, hidden, checkpointed=checkpointed) for _ in range(2))
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+class SentBytes(TorchDispatchMode):
+    """Bytes of the tensors that this rank gives to operators of c10d, inputs and outputs of each, the larger."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            sizes = [sum(t.nbytes for t in tree_leaves(arg) if isinstance(t, Tensor)) for arg in args]
+            self.total += max(sizes, default=0)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted(into: dict[str, int], name: str) -> Iterator[None]:
+    with SentBytes() as sent:
+        yield
+    into[name] = sent.total
+
+
+def train(form: str, way: str, rank: int, ranks: int, steps: int, *, checkpointed: bool) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = Model(checkpointed=checkpointed).double()
+    convert_(model, PoetConfig(block_size=16, init="normalized", exclude_modules=("head",), **FORMS[form]))
+    called: nn.Module = model
+    if ranks > 1 and way == "ddp":
+        called = DistributedDataParallel(model, broadcast_buffers=False)
+    elif ranks > 1:
+        for layer in model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    optimizer = torch.optim.AdamW(param_groups(model, lr=3e-3, poet_lr=2e-3))
+    merge_every(optimizer, model, steps=steps * 2 // 5)
+    generator, losses, sent = torch.Generator().manual_seed(1), [], {}
+    share = BATCH // ranks
+    for step in range(steps):
+        tokens = torch.randint(VOCABULARY, (BATCH, TOKENS), generator=generator)[rank * share : (rank + 1) * share]
+        with counted(sent, "step" if step == 1 else "unused"):
+            loss = nn.functional.cross_entropy(called(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+            loss.backward()
+            optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach() / ranks
+        if ranks > 1:
+            dist.all_reduce(mean)
+        losses.append(float(mean))
+    with counted(sent, "merge"):
+        merge_(model, optimizer)
+    return {"losses": losses, "step": sent["step"], "merge": sent["merge"]}
+
+
+def _rank(rank: int, ranks: int, steps: int, directory: str) -> None:
+    torch.set_num_threads(1)
+    if ranks > 1:
+        dist.init_process_group("gloo", init_method=f"file://{directory}/store-{ranks}", rank=rank, world_size=ranks)
+    found = {
+        (form, way, checkpointed): train(form, way, rank, ranks, steps, checkpointed=checkpointed)
+        for form in FORMS
+        for way in (WAYS if ranks > 1 else WAYS[:1])
+        for checkpointed in (False, True)
+    }
+    if rank == 0:
+        torch.save(found, Path(directory) / f"{ranks}.pt")
+    if ranks > 1:
+        dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=50, help="two merges fall into them")
+    parser.add_argument("--out", type=Path, help="append JSON lines here")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        for ranks in RANKS:
+            began = time.perf_counter()
+            start_processes(_rank, args=(ranks, args.steps, directory), nprocs=ranks, start_method="fork")
+            print(f"{ranks} processes: {time.perf_counter() - began:.0f} s", flush=True)
+        found = {ranks: torch.load(Path(directory) / f"{ranks}.pt") for ranks in RANKS}
+    rows = []
+    for ranks in RANKS[1:]:
+        for (form, way, checkpointed), run in found[ranks].items():
+            alone = found[1][form, "ddp", checkpointed]["losses"]
+            largest = max(abs(a - b) / a for a, b in zip(alone, run["losses"], strict=True))
+            row = {"benchmark": "sharded_loops", "form": form, "parallel": way, "checkpointed": checkpointed}
+            row |= {"ranks": ranks, "steps": args.steps, "dtype": "float64", "largest_difference": largest}
+            rows.append(row | {"last": run["losses"][-1], "step_bytes": run["step"], "merge_bytes": run["merge"]})
+    for row in rows:
+        print(row)
+    if args.out:
+        append(args.out, [row | provenance(torch.device("cpu")) for row in rows])
+    if (worst := max(row["largest_difference"] for row in rows)) > TOLERANCE:
+        raise SystemExit(f"losses differ by {worst}, more than {TOLERANCE}")
+
+
+if __name__ == "__main__":
+    main()
