@@ -79,7 +79,7 @@ def merge_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
     restart = handle.restart if handle else GroupRestart()
     if optimizer is not None:
         restart.check(optimizer, rotations)
-    sharded = any(is_sharded(layer.skew_in) for layer in layers.values())
+    sharded = _are_sharded(layers)
     _check_finite(list(layers.values()), sharded=sharded)
     layers = {name: layer for name, layer in layers.items() if not layer.frozen}
     if sharded:
@@ -89,6 +89,15 @@ def merge_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
     if optimizer is not None:
         restart(optimizer, rotations)
     return _report(layers, stats)
+
+
+def _are_sharded(layers: Mapping[str, PoetLinear]) -> bool:
+    """Whether the rotations are sharded. Raises :class:`UserError` where the weights could not be gathered then."""
+    sharded = [layer for layer in layers.values() if is_sharded(layer.skew_in)]
+    for layer in sharded:
+        if layer.host is not None:
+            raise UserError(f"{layer.label}: sharded, and its weight in host memory; leave out offload_frozen_")
+    return bool(sharded)
 
 
 def _check_finite(layers: list[PoetLinear], *, sharded: bool) -> None:

@@ -395,7 +395,7 @@ def _export(run: TrainingRun, directory: Path) -> None:
     export_model(run.model, run.run_dir / TOKENIZER_DIR, directory)
 
 
-def _from_checkpoint(run: TrainingRun) -> PreTrainedModel:
+def _from_checkpoint(run: TrainingRun) -> Any:
     """The whole trained model on the CPU of this rank, from the checkpoint that ends the run."""
     recipe, meta, place = run.recipe, run.data.meta, torch.device("cpu")
     vocabulary = {"vocab_size": meta.vocab_size, "end_of_text_id": meta.end_of_text_id}

@@ -17,7 +17,7 @@ _UNFIT = (
     "train.compile",
     "train.spectrum_every",
     "train.memory_every",
-    "train.sample_every",
+    "train.sample_tokens",
 )
 
 
@@ -29,7 +29,7 @@ def check_shardable(recipe: Recipe) -> None:
     """
     keys = dict(flat(recipe.to_dict()))
     for key in _UNFIT:
-        if keys.get(key) not in (None, False, "none"):
+        if keys.get(key):
             raise UserError(f"{key}={keys[key]}: not with parallel=fsdp; leave it out, or use parallel=ddp")
 
 
