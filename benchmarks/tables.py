@@ -19,7 +19,15 @@ from typing import Any
 from benchmarks.record import LATER, RESULTS, by_setting, mean_loss, setting
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/integrations.md", "docs/log.md", "docs/memory.md", "docs/single-step.md", "docs/speed.md")
+PAGES = (
+    "README.md",
+    "docs/compare.md",
+    "docs/integrations.md",
+    "docs/log.md",
+    "docs/memory.md",
+    "docs/single-step.md",
+    "docs/speed.md",
+)
 
 
 def _rows(name: str) -> list[dict[str, Any]]:
@@ -44,6 +52,23 @@ def integrations() -> str:
         versions = rows[0]["versions"]
         body.append([title, *cells, ", ".join(f"{name} {versions[name]}" for name in libraries) or "torch"])
     return _markdown(["loop", *FORMS, "with"], body)
+
+
+def compare_tiny() -> str:
+    return _compared("tiny")
+
+
+def _compared(scale: str) -> str:
+    """A comparison as its page shows it, predicted bytes over measured ones in place of the two."""
+    from poetx.compare.page import HEAD, table
+
+    rows = [row for row in _rows("compare") if row["scale"] == scale]
+    shown = [HEAD.index(name) for name in HEAD if name not in ("seeds", "peak, MiB", "predicted", "weights", "rates")]
+    ratio = {r["method"]: r["predicted_peak"] / r["measured_peak"] for r in rows if r["measured_peak"]}
+    body = [
+        [*(line[place] for place in shown), f"{ratio[line[0]]:.4f}", line[HEAD.index("rates")]] for line in table(rows)
+    ]
+    return _markdown([*(HEAD[place] for place in shown), "predicted / measured peak", "rates"], body)
 
 
 def merges() -> str:
@@ -480,6 +505,7 @@ def quantised_build() -> str:
 
 
 _TABLES = (
+    compare_tiny,
     integrations,
     merges,
     merges_spectra,

@@ -221,10 +221,10 @@ def test_times_are_read_and_a_budget_that_is_too_small_is_refused(tiny: Tiny) ->
 
 def test_methods_have_labels_and_settings_of_their_own(tiny: Tiny, tmp_path: Path) -> None:
     mine, file = tmp_path / "mine.yaml", tmp_path / "methods.yaml"
-    mine.write_text(tiny().to_yaml())
+    mine.write_text(tiny("optimizer.betas=[0.8, 0.9]").to_yaml())
     file.write_text(
         "small: {method: single-step, poet.block_size: 2}\n"
-        "large: {method: single-step, optimizer.angle: 0.02}\n"
+        "large: {method: single-step, optimizer.angle: 0.02, optimizer.name: smmf}\n"
         "adamw: {optimizer.matrix_lr: 3.0e-3, model.residual_scale: 0.5}\n"
     )
     recipes = load_methods(str(mine), ["train.steps=3"], methods_in(["muon", str(file)]))

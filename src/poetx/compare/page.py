@@ -113,7 +113,7 @@ def _page(title: str, note: str, rows: Sequence[Row], body: list[list[str]]) -> 
     best += f"by peak {', '.join(frontier(rows)) or 'none, all diverged'}."
     parts = [
         f'<div class="wide"><table><tr>{head}</tr>{lines}</table></div><p class="note">{html.escape(note)}</p>',
-        f"<h2>Loss against memory</h2><p>{html.escape(best)}</p>{_memory_charts(rows, colours)}",
+        f"<h2>Loss against memory</h2><p>{html.escape(best)}</p>{svg(memory_figures(rows))}",
         f"<h2>Validation loss over tokens, and over seconds</h2>{_curves(rows, colours)}",
         f'<p class="legend">{legend}</p>',
     ]
@@ -133,8 +133,9 @@ def _colours(rows: Sequence[Row]) -> dict[str, str]:
     return {name: to_hex(palette(i % palette.N)) for i, name in enumerate(names)}
 
 
-def _memory_charts(rows: Sequence[Row], colours: dict[str, str]) -> str:
+def memory_figures(rows: Sequence[Row]) -> list[Any]:
     """Loss over state and gradient, and over the peak, each with its frontier; what diverged is left out."""
+    colours = _colours(rows)
     found = {name: of for name, of in _by_method(rows).items() if any(row["loss"] is not None for row in of)}
     unit = held(found[_BASE]) if _BASE in found else _MIB
     label = f"state + gradient, {'of ' + _BASE if _BASE in found else 'MiB'}"
@@ -149,7 +150,7 @@ def _memory_charts(rows: Sequence[Row], colours: dict[str, str]) -> str:
         draw(axis, "validation loss, nats a token")
         axis.set_xlabel(text)
         _name_points(axis, points)
-    return svg(chart)
+    return chart
 
 
 def _name_points(axis: Any, points: dict[str, tuple[float, float]]) -> None:

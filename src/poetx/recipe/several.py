@@ -10,7 +10,7 @@ from typing import Any
 
 from poetx.errors import UserError, nearest, one_line
 from poetx.recipe.idle import idle
-from poetx.recipe.loading import Recipe, parsed, recipe_with, shown, split_key, with_method
+from poetx.recipe.loading import Recipe, parsed, recipe_with, shown, split_key, with_method, with_settings
 from poetx.recipe.sections import belongs
 from poetx.recipe.shorthands import METHODS, check_method
 
@@ -83,7 +83,7 @@ def load_methods(
             recipes |= {name: recipes[name].with_keys({key: value}) for name in having}
     for label, settings in own_settings.items():
         keys = {key: value for key, value in settings.items() if key != "method"}
-        recipes[label] = recipes[label].with_keys(keys) if keys else recipes[label]
+        recipes[label] = with_settings(recipes[label], keys)
     return recipes
 
 
