@@ -70,6 +70,10 @@ def test_another_comparison_in_the_same_place_is_refused(tiny: Tiny, tmp_path: P
     by = {"adamw": with_method(recipe, "adamw")}
     assert trials.open_comparison(place, by, [0], sweep=False, steps=lambda: 7) == 7
     assert trials.open_comparison(place, by, [0], sweep=False, steps=lambda: 9) == 7
+    told = json.loads((place / trials.SETTINGS).read_text())
+    del told["methods"]["adamw"]["data"]["text_field"]  # as a version wrote it that did not have the key
+    (place / trials.SETTINGS).write_text(json.dumps(told))
+    assert trials.open_comparison(place, by, [0], sweep=False, steps=lambda: 9) == 7
     other = {"adamw": by["adamw"].with_keys({"optimizer.lr": 0.5})}
     with pytest.raises(UserError, match=r"compares adamw with another recipe \(optimizer.lr: .* -> 0.5\)"):
         trials.open_comparison(place, other, [0], sweep=False, steps=lambda: 7)

@@ -26,6 +26,7 @@ from poetx.models import resolve_device
 from poetx.optim.baselines.rules import RULES
 from poetx.planner.estimate import MemoryEstimate, estimate_memory
 from poetx.recipe import Recipe
+from poetx.recipe.loading import flat
 from poetx.train.checkpoint import checkpoints
 from poetx.train.metrics import divergence, is_whole, read_metrics
 from poetx.train.run import train
@@ -124,7 +125,7 @@ def open_comparison(
     """
     path, there = directory / SETTINGS, {}
     common: dict[str, Any] = {"sweep": sweep, "seeds": list(seeds), "budget": budget}
-    mine = {name: recipe.to_dict() | {"name": "", "run_dir": None} for name, recipe in recipes.items()}
+    mine = {name: recipe.to_dict() | {"name": name, "run_dir": None} for name, recipe in recipes.items()}
     if path.is_file():
         there = _settings(path)
         for key, value in common.items():
@@ -133,10 +134,13 @@ def open_comparison(
                     f"{directory}: has a comparison with {key}={there.get(key)}, not {value}; give another --out"
                 )
         known = there["methods"]
-        for name, values in mine.items():
-            if name in known and known[name] != json.loads(json.dumps(values)):
-                changed = _difference(known[name], json.loads(json.dumps(values)))
-                raise UserError(f"{directory}: compares {name} with another recipe ({changed}); give another --out")
+        for name, recipe in recipes.items():
+            values = recipe if name not in known else Recipe.from_dict(known[name] | {"name": name})
+            before, now = (dict(flat(one.to_dict())) for one in (values, recipe))
+            changed = [key for key in before | now if before.get(key) != now.get(key)]
+            if other := next((key for key in changed if key not in ("name", "run_dir")), None):
+                what = f"{other}: {before.get(other)} -> {now.get(other)}"
+                raise UserError(f"{directory}: compares {name} with another recipe ({what}); give another --out")
         number = there["steps"]
         mine = known | mine
     else:
@@ -180,17 +184,6 @@ def _check_text(directory: Path, recipe: Recipe) -> None:
             "that methods could not be compared; bring them back, or give another --out"
         )
     write_text(directory / SETTINGS, json.dumps(there, indent=1))
-
-
-def _difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
-    for section in second:
-        a, b = first.get(section), second[section]
-        if isinstance(a, dict) and isinstance(b, dict):
-            if changed := next((key for key in b if a.get(key) != b[key]), None):
-                return f"{section}.{changed}: {a.get(changed)} -> {b[changed]}"
-        elif a != b:
-            return f"{section}: {a} -> {b}"
-    return "fewer keys"
 
 
 def compare(
