@@ -58,6 +58,38 @@ def compare_tiny() -> str:
     return _compared("tiny")
 
 
+def compare_tiny_budgets() -> str:
+    return _budgets("tiny")
+
+
+def _budgets(scale: str) -> str:
+    """The lowest mean loss within each share of AdamW's state and gradient: of the forms of POET, and of the others."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in _rows("compare"):
+        if row["scale"] == scale:
+            found.setdefault(row["method"], []).append(row)
+    of = {name: (rows[0]["state"] + rows[0]["gradient"], mean_loss(rows)) for name, rows in found.items()}
+    base, body = of["adamw"][0], []
+    for budget in (0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0):
+        cells = []
+        for ours in (True, False):
+            fits = [
+                (loss, name)
+                for name, (size, loss) in of.items()
+                if name.startswith(("single-step", "poet-x", "oft")) == ours and size <= budget * base
+            ]
+            cells.append(min(fits, default=(math.inf, "")))
+        best = min(cells)[0]
+        shown = [f"{name} {loss:.3f}" if name else "none" for loss, name in cells]
+        body.append(
+            [
+                f"{budget:g}",
+                *(f"**{s}**" if loss == best and name else s for s, (loss, name) in zip(shown, cells, strict=True)),
+            ]
+        )
+    return _markdown(["state + gradient, at most, of AdamW's", "best form of POET", "best other method"], body)
+
+
 def _compared(scale: str) -> str:
     """A comparison as its page shows it, predicted bytes over measured ones in place of the two."""
     from poetx.compare.page import HEAD, table
@@ -506,6 +538,7 @@ def quantised_build() -> str:
 
 _TABLES = (
     compare_tiny,
+    compare_tiny_budgets,
     integrations,
     merges,
     merges_spectra,
