@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +39,9 @@ ONE_RATE: tuple[tuple[float, ...], ...] = ((1,), (2,), (1 / 2,), (4,), (1 / 4,),
 #: Of the steps of a whole run: how long the trials of each rung of a sweep are; half of them goes on to the next.
 RUNGS = (1 / 8, 1 / 4, 1 / 2)
 _EVALUATIONS = 5
-#: Of a budget for steps; the rest is for evaluation, building and planning.
-_SHARE = 0.75
+#: Of what a budget has left for steps; the rest is for planning, checkpoints and measuring memory.
+_SHARE = 0.85
+_FORWARD = 1 / 3  # of a step's time
 #: Settings that each run gets from the comparison, and what says them there.
 OWN = {
     **dict.fromkeys(("train.seed", "poet.seed"), " (--seeds)"),
@@ -308,12 +310,21 @@ def _row(trial: Trial, entries: list[dict[str, Any]]) -> dict[str, Any]:
 def steps_in(recipes: Mapping[str, Recipe], seconds: float, *, seeds: int, sweep: bool) -> int:
     """How many steps every whole run may have, so that all of them take about so many seconds, by timing a few.
 
+    Evaluations and the building of every trial are counted, reading text is not.
+
     Raises:
         UserError: fewer than 20.
     """
+    began, trials = time.perf_counter(), sum(len(ONE_RATE) >> i for i in range(len(RUNGS))) if sweep else 0
     units = seeds + (sum(len(ONE_RATE) / 2**i * part for i, part in enumerate(RUNGS)) if sweep else 0)
-    taken = sum(_seconds_a_step(recipe) for recipe in recipes.values())
-    number = int(_SHARE * seconds / (taken * units))
+    taken = beside = 0.0
+    for recipe in recipes.values():
+        step, building = _seconds_a_step(recipe)
+        evaluation = _FORWARD * step * recipe.train.eval_windows / recipe.train.batch_size
+        taken += step * units
+        beside += seeds * (building + (_EVALUATIONS + 1) * evaluation) + trials * (building + 2 * evaluation)
+    left = seconds - (time.perf_counter() - began) - beside
+    number = max(0, int(_SHARE * left / taken))
     if number < 20:
         raise UserError(
             f"--budget of {seconds:g} seconds is {number} steps a run; give more, fewer methods or a smaller model"
@@ -321,11 +332,14 @@ def steps_in(recipes: Mapping[str, Recipe], seconds: float, *, seeds: int, sweep
     return number
 
 
-def _seconds_a_step(recipe: Recipe) -> float:
-    device = resolve_device(recipe.train.device)
+def _seconds_a_step(recipe: Recipe) -> tuple[float, float]:
+    """Seconds of a step, and of building a model and its optimizer with the first step."""
+    began, device = time.perf_counter(), resolve_device(recipe.train.device)
     run = build_run(recipe, device)
     settings = run.recipe.train
     shape = settings.micro_batch, recipe.data.seq_len
     ids = torch.randint(recipe.data.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
-    times = [milliseconds(lambda: run.step(ids), device) for _ in range(4)]
-    return statistics.median(times[1:]) / 1e3 * (settings.batch_size // settings.micro_batch)
+    milliseconds(lambda: run.step(ids), device)
+    building = time.perf_counter() - began
+    times = [milliseconds(lambda: run.step(ids), device) for _ in range(3)]
+    return statistics.median(times) / 1e3 * (settings.batch_size // settings.micro_batch), building
