@@ -259,15 +259,6 @@ def with_method(recipe: Recipe, name: str) -> Recipe:
     return _build(values)
 
 
-def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
-    """``recipe`` with these dotted keys changed; what the optimizer or method before had alone is dropped."""
-    values = recipe.to_dict()
-    for key, value in settings.items():
-        _set(values, key, value)
-    drop_without_effect(values, keep=settings)
-    return _build(values)
-
-
 def recipe_path(source: str) -> Path:
     """The YAML file meant by a built-in name, a path, or a run directory."""
     if source in SIZED_RECIPES:

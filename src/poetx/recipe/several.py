@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from poetx.errors import UserError, nearest, one_line
+from poetx.recipe.former import drop_without_effect
 from poetx.recipe.idle import idle
-from poetx.recipe.loading import Recipe, parsed, recipe_with, shown, split_key, with_method, with_settings
+from poetx.recipe.loading import Recipe, parsed, recipe_with, shown, split_key, with_method
 from poetx.recipe.sections import belongs
 from poetx.recipe.shorthands import METHODS, check_method
 
@@ -83,8 +84,20 @@ def load_methods(
             recipes |= {name: recipes[name].with_keys({key: value}) for name in having}
     for label, settings in own_settings.items():
         keys = {key: value for key, value in settings.items() if key != "method"}
-        recipes[label] = with_settings(recipes[label], keys)
+        recipes[label] = _with_settings(recipes[label], keys)
     return recipes
+
+
+def _with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
+    """``recipe`` with these dotted keys changed; what the optimizer or method before had alone is dropped."""
+    values = recipe.to_dict()
+    for key, value in settings.items():
+        section, name = split_key(key)
+        if not name or not isinstance(values.get(section), dict):
+            raise UserError(f"--methods: {key}: must be the key of a section that the method has, such as optimizer.lr")
+        values[section][name] = value
+    drop_without_effect(values, keep=settings)
+    return Recipe.from_dict(values)
 
 
 def _has_effect(recipe: Recipe, method: str, key: str) -> bool:
