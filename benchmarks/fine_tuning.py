@@ -49,6 +49,8 @@ def main() -> None:
                 continue
             run = [f"run_dir={Path(directory) / str(number)}"]
             result = train(load_recipe("sft", [*places, *SETTINGS, *length, *run, *keys]))
+            if result.signum is not None:
+                return  # stopped: no row of half a run
             losses = [e["loss"] for e in read_metrics(result.run_dir / "metrics.jsonl") if e["event"] == "validation"]
             row = {"trial": name, "steps": arguments.steps, "before": losses[0], "after": losses[-1]}
             row |= {"seconds": round(result.seconds, 1), "peak_memory_gib": round(result.peak_memory_gib, 3)}

@@ -124,7 +124,7 @@ def relative_difference(name: str, a: Any, b: Any) -> float:
 def _by_place(lines: Sequence[Line]) -> dict[tuple[int, str, int], dict[str, Any]]:
     """The compared values of each line by step, event, and a number that tells a line written twice."""
     places: dict[tuple[int, str, int], dict[str, Any]] = {}
-    for line in lines:
+    for line in (line for line in lines if line["event"] != "sample"):  # texts: of weights that are compared anyway
         number = 0
         while (place := (line["step"], line["event"], number)) in places:
             number += 1
