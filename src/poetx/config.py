@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import functools
 import json
 import re
@@ -14,7 +15,7 @@ from typing import Any, Literal, TypeVar, get_args
 from poetx.errors import UserError, nearest
 
 T = TypeVar("T")
-Mode = Literal["fast", "mem"]
+Mode = Literal["fast", "mem", "weight"]
 Init = Literal["keep", "normalized", "uniform"]
 NeumannOrder = Literal[3, 7, "exact"]
 Method = Literal["poet-x", "single-step", "oft"]
@@ -42,6 +43,20 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "weight_format": (None, *WEIGHT_FORMATS),
 }
 
+_OF_FRESH = ("poet-x", "single-step")
+#: The methods that have a setting, where not all of them do.
+METHODS_OF: dict[str, tuple[str, ...]] = {
+    "update": ("single-step",),
+    "weight_extra_bits": ("poet-x",),
+    "neumann_order": ("poet-x", "oft"),
+    "weight_format": ("poet-x", "oft"),
+    **dict.fromkeys(("mode", "init", "init_scale", "residual_scale", "residual_modules"), _OF_FRESH),
+}
+#: Settings that ``overrides`` can change for some layers.
+PER_LAYER = (
+    *("block_size", "update", "mode", "init_scale", "neumann_order"),
+    *("rotation_dtype", "weight_extra_bits", "weight_format", "group_size"),
+)
 
 #: Former names of settings, and former values where they have others now.
 RENAMED = {"weight_residual": "weight_extra_bits", "spectrum": "update"}
@@ -55,6 +70,11 @@ def name_matches(name: str, patterns: str | tuple[str, ...]) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+
+
+def override_matches(name: str, pattern: str) -> bool:
+    """Whether a layer's dotted name is what a pattern of ``PoetConfig.overrides`` means."""
+    return name_matches(name, (pattern,)) or fnmatch.fnmatchcase(name, pattern)
 
 
 def list_hint(key: str, patterns: str | tuple[str, ...], names: Iterable[str]) -> str:
@@ -137,7 +157,9 @@ class PoetConfig:
             shorter than b gets one block of its own length; a side that b does not divide gets a shorter last
             block.
         mode: ``"fast"`` keeps the product with the frozen weight for backward; ``"mem"`` keeps the layer's
-            input only and recomputes the rest. ``"oft"`` keeps its input only whatever this is.
+            input only and recomputes the rest. ``"weight"``, of ``"poet-x"``: R·W0·P is built from dense R and P at
+            every forward and autograd does the rest, as in the original POET: the same function in several times the
+            memory and time. ``"oft"`` keeps its input only whatever this is.
         update: of ``"single-step"``: ``"free"`` moves the weight by maps I + E whose blocks need not be rotations, and
             holds ‖W‖ only. ``"rotation"`` turns it, so that its singular values stay: half the state, and 0.12 nats
             worse at the best angle of each (docs/single-step.md).
@@ -167,6 +189,9 @@ class PoetConfig:
             ``"bipolar-int2"`` … ``"bipolar-int8"``, dequantized on the fly (POET-XQ). None: in the model's dtype.
             Needs ``mode="mem"``: what *fast* saves for backward would cost more than the format spares.
         group_size: neighbours in a row that share a scale in such a format.
+        overrides: pattern → settings of the layers that it matches, such as ``{"*.mlp.*": {"update": "free"}}``; of
+            several patterns that set the same the last counts. A pattern is a layer's dotted name, its ending, or has
+            ``*``, ``?`` and ``[…]`` as for file names; it must match a layer that is converted. Of :data:`PER_LAYER`.
 
     Raises:
         UserError: a value outside its range.
@@ -188,6 +213,7 @@ class PoetConfig:
     weight_extra_bits: bool | None = None
     weight_format: str | None = None
     group_size: int = 128
+    overrides: dict[str, dict[str, Any]] | None = dataclasses.field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 2:
@@ -220,6 +246,8 @@ class PoetConfig:
                 "method='single-step' with weight_extra_bits or weight_format: it folds the weight at every step; "
                 "use method='poet-x' for those"
             )
+        if self.mode == "weight" and self.method != "poet-x":
+            raise UserError(f"mode='weight' with method={self.method!r}: is for method='poet-x'; use fast or mem")
         if self.method == "oft" and self.init != "keep":
             raise UserError(
                 f"init={self.init!r} with method='oft': it turns the weights that a model has; use init='keep'"
@@ -243,6 +271,40 @@ class PoetConfig:
                 re.compile(value if isinstance(value, str) else "")
             except re.error as error:
                 raise UserError(f"{field}={value!r}: not a regular expression ({error})") from None
+        if self.overrides is not None:
+            self._check_overrides(self.overrides)
+
+    def _check_overrides(self, overrides: Any) -> None:
+        """Raise :class:`UserError` where ``overrides`` are no settings of layers, or of another method's."""
+        if not isinstance(overrides, Mapping):
+            raise UserError(f"overrides={overrides!r}: must be {{pattern: {{setting: value}}}}")
+        plain = {}
+        for pattern, own in overrides.items():
+            where = f"overrides[{pattern!r}]"
+            if not isinstance(pattern, str) or not isinstance(own, Mapping) or not own:
+                raise UserError(f"{where}={own!r}: must be {{setting: value}}, with a pattern of names before it")
+            own = plain[pattern] = {str(key): value for key, value in own.items()}
+            for key in own:
+                if key not in PER_LAYER:
+                    why = "is the same for all layers" if hasattr(self, key) else "unknown setting"
+                    raise UserError(f"{where}: {key}: {why}{nearest(key, PER_LAYER)}; there are {', '.join(PER_LAYER)}")
+                if self.method not in METHODS_OF.get(key, (self.method,)):
+                    raise UserError(f"{where}: {key} has no effect with method={self.method!r}; leave it out")
+            try:
+                settled = dataclasses.replace(self, overrides=None, **own)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+            if "group_size" in own and settled.weight_format is None:
+                raise UserError(f"{where}: group_size has no effect without a weight_format; leave it out")
+        object.__setattr__(self, "overrides", plain or None)
+
+    def for_layer(self, name: str) -> PoetConfig:
+        """The settings of the layer of this dotted name: these, with the overrides that match it."""
+        settings: dict[str, Any] = {}
+        for pattern, own in (self.overrides or {}).items():
+            if override_matches(name, pattern):
+                settings |= own
+        return dataclasses.replace(self, overrides=None, **settings) if self.overrides else self
 
     @property
     def keeps_extra_bits(self) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from poetx.config import PoetConfig, list_hint, name_matches
+from poetx.config import PoetConfig, list_hint, name_matches, override_matches
 from poetx.conversion_report import ConversionReport, ConvertedLayer, skipped
 from poetx.errors import UserError, nearest
 from poetx.layers.attributes import carry_attributes
@@ -72,6 +72,7 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
     if next(converted_layers(model), None) is not None:
         raise UserError("the model is already converted; poetx.to_dense_(model) undoes that")
     found = find_targets(model, config, foreign=True)
+    _check_overrides(config, found)
     total = sum(p.numel() for p in model.parameters())
     remarks = tuple(_remarks(config, (name for names in found.places.values() for name in names)))
     others = (p.dtype for p in model.parameters() if p.dtype in DTYPES and not p.is_meta)
@@ -102,6 +103,15 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
         total_parameters=total,
         remarks=remarks,
     )
+
+
+def _check_overrides(config: PoetConfig, found: Targets) -> None:
+    for pattern in config.overrides or {}:
+        if not any(override_matches(name, pattern) for name in found.layers):
+            left = [names[0] for names in found.places.values() if any(override_matches(n, pattern) for n in names)]
+            why = f"{left[0]} is not converted" if left else "no layer has such a name"
+            endings = ", ".join(sorted({name.rpartition(".")[2] for name in found.layers}))
+            raise UserError(f"overrides: {pattern!r} matches nothing: {why} (the converted layers end in {endings})")
 
 
 def _apply(model: nn.Module, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
@@ -152,7 +162,7 @@ def _convert_layer(
         if not is_finite(weight):
             found.reasons[module] = "it holds inf or NaN"
             return None, was
-    layer = _LAYERS[config.method].from_linear(module, config=config, name=name, weight=weight)
+    layer = _LAYERS[config.method].from_linear(module, config=config.for_layer(name), name=name, weight=weight)
     _put(model, found.places.pop(module), layer)
     if was is not None:
         return layer, f"was {was}"
@@ -170,6 +180,9 @@ def _described(layer: ConvertedLinear, name: str, config: PoetConfig, change: st
     notes = ["one matrix holding several: its output blocks mix them"] if _FUSED.search(name) else []
     if config.residual_scale != 1 and config.writes_to_residual(name):
         notes.append(f"starts {config.residual_scale:g} times as large: it writes to the residual stream")
+    own = {key: value for override in (config.overrides or {}).values() for key, value in override.items()}
+    settled = {key: getattr(layer.config, key) for key in own}
+    notes += [f"{key}={value}" for key, value in settled.items() if value != getattr(config, key)]
     notes += [change] if change else []
     if layer.rotation_count > layer.in_features * layer.out_features:
         notes.append("its blocks hold more numbers than its weight: a smaller block_size saves memory")

@@ -193,7 +193,11 @@ def _not_there(path: Path) -> str:
 
 
 def _is_quantized(recipe: Recipe) -> bool:
-    return recipe.poet is not None and recipe.poet.config.weight_format is not None
+    if recipe.poet is None:
+        return False
+    config = recipe.poet.config
+    own = [settings.get("weight_format") for settings in (config.overrides or {}).values()]
+    return any((config.weight_format, *own))
 
 
 def _pretrained(recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import TOLERANCE, relative_error
+from helpers import TOLERANCE, random_skew, relative_error
 from poetx import PoetConfig, PoetLinear, UserError, convert_
 from poetx.ops.random import stream
 
@@ -37,6 +37,23 @@ def test_forward_equals_the_dense_weight(mode, order):
     want = nn.functional.linear(x, layer.dense_weight(), layer.bias)
     assert relative_error(y, want) < TOLERANCE[torch.float64]
     assert relative_error(layer.weight, layer.dense_weight()) == 0
+
+
+@pytest.mark.parametrize("order", [3, "exact"])
+def test_the_weight_centric_way_gives_the_same_output_and_gradients(order):
+    x = torch.randn(2, 5, 11, dtype=torch.float64, requires_grad=True)
+    results = []
+    for mode in ("fast", "weight"):
+        config = PoetConfig(mode=mode, block_size=4, neumann_order=order, init="normalized")
+        layer = PoetLinear(11, 14, config=config, name="a", dtype=torch.float64)
+        with torch.no_grad():
+            for side, skew in enumerate(layer.rotations):
+                skew.copy_(random_skew((11, 14)[side], 4, seed=side))
+            layer.bias.fill_(0.3)
+        y = layer(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), (x, *layer.rotations, layer.bias))])
+    for got, want in zip(*results, strict=True):
+        assert relative_error(got, want) < TOLERANCE[torch.float64]
 
 
 def test_dense_weight_is_differentiable_like_forward():

@@ -65,13 +65,27 @@ def test_what_peft_does_not_adapt_is_one_line(tiny: Tiny, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_can_be_put_into_any_recipe_and_back(name: str) -> None:
-    for source in ("demo", "demo-single-step"):
-        recipe = with_method(load_recipe(source), name)
-        assert recipe == load_recipe(source, [f"method={name}"])
+    for source in ("demo", "demo-single-step", "llama-60m"):
+        recipe = with_method(load_recipe(source, text=False), name)
+        assert source == "llama-60m" or recipe == load_recipe(source, [f"method={name}"])
+        assert recipe.poet is None or load_recipe(source, [f"method={name}"], text=False).poet == recipe.poet
         assert with_method(recipe, name) == recipe
         assert Recipe.from_dict(recipe.to_dict()) == recipe
         back = with_method(with_method(recipe, "adamw"), "fast")
         assert type(method_of(back)).__name__ == "MergedRotations"
+
+
+@pytest.mark.parametrize("name", ["galore", "fira", "lomo", "adamw"])
+def test_released_gradients_are_not_accumulated(name: str, tiny: Tiny) -> None:
+    """GaLore's and Fira's subspace wants the whole gradient; public releases of them step at every micro-batch."""
+    released = ("optimizer.clip=null", "optimizer.release_gradients=true")
+    with pytest.raises(UserError, match=r"^accumulation_steps=4: released gradients are used at once and cannot be"):
+        built(tiny(f"method={name}", *released, "train.micro_batch_size=1"))
+
+
+def test_a_rank_above_every_matrix_is_refused(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match="rank=33: no matrix has a smaller side of more than 32, so galore"):
+        built(tiny("method=galore", "optimizer.rank=33"))
 
 
 def test_an_unknown_method_names_the_nearest() -> None:

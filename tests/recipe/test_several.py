@@ -7,7 +7,23 @@ from typing import Any
 import pytest
 
 from poetx.errors import UserError
+from poetx.recipe import load_recipe, with_method
 from poetx.recipe.several import load_methods
+
+
+def test_every_word_of_a_comparison_is_known_and_other_words_mean_the_same(caplog: Any) -> None:
+    names = ["adamw", "muon", "scale", "apollo-mini", "galore", "lora", "oft", "poet-x", "single-step"]
+    names += ["poet", "lomo", "poet-x-mem", "adamw8bit"]
+    recipes = load_methods("demo", [], names)
+    assert list(recipes) == names
+    twins = load_methods("demo", [], ["fast", "mem", "adamw-8bit"])
+    assert [recipes[name] for name in ("poet-x", "poet-x-mem", "adamw8bit")] == list(twins.values())
+    own = {"*mlp*": {"update": "free", "block_size": 16}}
+    mixed = load_recipe("demo-single-step", [f"poet.overrides={own}"])
+    assert with_method(mixed, "fast").poet.overrides == {"*mlp*": {"block_size": 16}}
+    assert with_method(mixed, "single-step").poet.overrides == own
+    assert with_method(mixed, "single-step-free").poet.overrides is None
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from poetx.bench.timing import gate, interleaved, median, peak_bytes, provenance
@@ -17,7 +16,6 @@ from poetx.errors import UserError, nearest
 from poetx.layers.poet import PoetLinear
 from poetx.layers.single_step import SingleStepLinear
 from poetx.ops import block_diagonal as rotations
-from poetx.ops import reference
 from poetx.ops.cayley import cayley
 from poetx.ops.single_step import map_gradient, skew_gradient
 from poetx.optim.single_step.optimizer import POETX
@@ -39,34 +37,6 @@ class Shape:
         facts = asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")}
         del facts["device"]
         return facts
-
-
-class OriginalPoet(nn.Module):
-    """The weight-centric POET (arXiv 2506.08001): R · W0 · P is built in every forward, autograd does the rest.
-
-    The plain way, as a baseline: dense [m, m] and [n, n] rotations from ``torch.block_diag``, products with the whole
-    weight, every intermediate saved for backward. Takes weight, permutations and rotations of ``layer``, so that both
-    compute the same function.
-    """
-
-    def __init__(self, layer: PoetLinear) -> None:
-        super().__init__()
-        self.skew_in, self.skew_out = self.rotations = tuple(nn.Parameter(q.detach().clone()) for q in layer.rotations)
-        self.undo_in, self.undo_out = (rotations.inverse(side.perm).long() for side in layer.sides)
-        self.weight0 = layer.base_weight.detach()[self.undo_out][:, self.undo_in]
-        self.block_sizes = tuple(side.block_size for side in layer.sides)
-
-    def dense_weight(self) -> Tensor:
-        """R · W0 · P [m, n] in the weight's dtype."""
-        P, R = (
-            reference.rotation_of_blocks(q, len(undo), block_size, 3)[undo][:, undo].to(self.weight0.dtype)
-            for q, undo, block_size in zip(self.rotations, (self.undo_in, self.undo_out), self.block_sizes, strict=True)
-        )
-        return R.T @ self.weight0 @ P.T
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [tokens, n] → y [tokens, m]."""
-        return F.linear(x, self.dense_weight())
 
 
 def _arguments(shape: Shape, **settings: Any) -> dict[str, Any]:
@@ -99,7 +69,7 @@ def _single_step(shape: Shape, **settings: Any) -> SingleStepLinear:
 #: ``dense_weight()`` as well, differentiable in them, for the gate. The first one is what the others are compared with.
 CONTESTANTS: dict[str, Callable[[Shape], nn.Module]] = {
     "linear": _linear,
-    "original": lambda shape: OriginalPoet(poet_layer(shape, "fast")),
+    "original": lambda shape: poet_layer(shape, "weight"),  # POET's own, weight-centric way
     "fast": lambda shape: poet_layer(shape, "fast"),
     "mem": lambda shape: poet_layer(shape, "mem"),
     "single-step": lambda shape: _single_step(shape, update="rotation"),

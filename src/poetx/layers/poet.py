@@ -18,11 +18,12 @@ from poetx.layers.base import ConvertedLinear, RotatedWeight
 from poetx.layers.computed_weight import ComputedWeight
 from poetx.layers.plain_weights import save_plain_weights_too
 from poetx.layers.weights import DenseWeight, HostWeight, PackedWeight
-from poetx.ops.block_diagonal import inverse
+from poetx.ops.block_diagonal import inverse, is_permutation
 from poetx.ops.cayley import packed_size
 from poetx.ops.fold import fold, largest_angle
 from poetx.ops.host import HostQueue, in_host_memory
 from poetx.ops.linear import poet_linear
+from poetx.ops.original import original_weight
 from poetx.ops.random import stream
 from poetx.ops.rebuild import kept_factors
 from poetx.ops.reference import EXACT
@@ -262,13 +263,18 @@ class PoetLinear(ConvertedLinear):
 
     def _rotated(self, x: Tensor, mode: str, factors: tuple[Tensor, Tensor] | None) -> Tensor:
         """:meth:`forward` of a checked input; ``factors``: see :func:`poetx.ops.linear.poet_linear`."""
+        if mode == "weight":
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            weight = original_weight(self.base_weight.to(x.dtype), self.sides, order=self.order)
+            return nn.functional.linear(x, weight, bias)
         blocks = self.shared_blocks if self.shared_blocks and self.shared_blocks[0].dtype == x.dtype else None
         weight, settings = self.frozen_weight.stored, {"order": self.order, "mode": mode, "bias": self.bias}
         return poet_linear(x, weight, self.sides, **settings, factors=factors, blocks=blocks)
 
     def mode_for(self, x: Tensor) -> str:
         """As in any converted layer; *fast* would keep more of a quantized weight's layer than the format spares."""
-        return self.config.mode if self.packed_weight is not None else super().mode_for(x)
+        settled = self.packed_weight is not None or self.config.mode == "weight"
+        return self.config.mode if settled else super().mode_for(x)
 
     def dense_weight(self) -> Tensor:
         """The weight [out_features, in_features] that forward acts with, float32 (float64 if stored so).
@@ -386,7 +392,7 @@ class PoetLinear(ConvertedLinear):
             )
         for side in ("perm_in", "perm_out"):
             perm = state_dict.get(f"{prefix}{side}")
-            if perm is not None and perm.shape == getattr(self, side).shape and not _is_permutation(perm):
+            if perm is not None and perm.shape == getattr(self, side).shape and not is_permutation(perm):
                 raise UserError(
                     f"{self.label}: {side} in the state is no permutation (indices twice or out of range); its file is "
                     "damaged: load another one"
@@ -486,11 +492,6 @@ class PoetLinear(ConvertedLinear):
                 skew.data = value.to(skew.device)
                 skew.grad = None if grad is None else grad.to(skew.dtype)
         return self
-
-
-def _is_permutation(perm: Tensor) -> bool:
-    """Whether every index comes once; on the meta device, True."""
-    return perm.is_meta or torch.equal(perm.long().sort().values, torch.arange(len(perm), device=perm.device))
 
 
 def _permuted(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

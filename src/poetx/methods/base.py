@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
+from poetx.config import PoetConfig
 from poetx.distributed.ranks import rank_count
 from poetx.layers.walk import converted_layers
 from poetx.merge import hook_owner
@@ -98,6 +99,11 @@ class Method(ABC):
             share, micro_batch = self.recipe.train.share(rank_count())
             release_gradients(_dense_part(optimizer), large_parameters(model), accumulation_steps=share // micro_batch)
         return optimizer
+
+
+def by_module(config: PoetConfig) -> str:
+    """Part of a title: whether some layers have settings of their own."""
+    return ", some layers otherwise" if config.overrides else ""
 
 
 def method_of(recipe: Recipe) -> Method:

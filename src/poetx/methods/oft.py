@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from poetx.conversion_report import ConversionReport
 from poetx.layers.walk import rotation_ids
-from poetx.methods.base import Method
+from poetx.methods.base import Method, by_module
 from poetx.optim.build import build_optimizer
 from poetx.optim.groups import param_groups
 
@@ -22,7 +22,9 @@ class OFT(Method):
     def title(self) -> str:
         assert self.recipe.poet is not None
         config = self.recipe.poet.config
-        return f"OFT {f'{config.weight_format} ' if config.weight_format else ''}b={config.block_size}"
+        return (
+            f"OFT {f'{config.weight_format} ' if config.weight_format else ''}b={config.block_size}{by_module(config)}"
+        )
 
     def apply_(self, model: nn.Module) -> ConversionReport | None:
         report = super().apply_(model)

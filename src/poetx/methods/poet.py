@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from poetx.merge import merge_every
-from poetx.methods.base import Method
+from poetx.methods.base import Method, by_module
 from poetx.optim.build import build_optimizer
 from poetx.optim.groups import param_groups
 from poetx.recipe.sections import PoetXKeys, RotationAdamWKeys
@@ -21,7 +21,8 @@ class MergedRotations(Method):
     def title(self) -> str:
         assert self.recipe.poet is not None
         config = self.recipe.poet.config
-        return f"POET-X {config.weight_format or config.mode} b={config.block_size}"
+        name = "POET, weight-centric" if config.mode == "weight" else f"POET-X {config.weight_format or config.mode}"
+        return f"{name} b={config.block_size}{by_module(config)}"
 
     def _optimizer(self, model: nn.Module, steps: int, options: dict[str, Any]) -> Optimizer:
         own = self.recipe.optimizer

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from poetx.methods.base import Method
+from poetx.methods.base import Method, by_module
 from poetx.optim.build import build_optimizer
 from poetx.optim.single_step.optimizer import POETX
 from poetx.recipe.sections import SingleStepKeys
@@ -24,7 +24,7 @@ class SingleStep(Method):
     def title(self) -> str:
         assert self.recipe.poet is not None
         config = self.recipe.poet.config
-        return f"single-step POET-X {config.mode} b={config.block_size}, {config.update}"
+        return f"single-step POET-X {config.mode} b={config.block_size}, {config.update}{by_module(config)}"
 
     @property
     def without_norm(self) -> str:

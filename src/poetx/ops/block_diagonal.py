@@ -57,6 +57,11 @@ def inverse(perm: Tensor) -> Tensor:
     )
 
 
+def is_permutation(perm: Tensor) -> bool:
+    """Whether every index comes once; on the meta device, True."""
+    return perm.is_meta or torch.equal(perm.long().sort().values, torch.arange(len(perm), device=perm.device))
+
+
 def _split(x_NF: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """The full blocks of x as a view [K, N, B], and the ragged rest as a view [N, F mod B]."""
     full = x_NF.shape[1] // block_size

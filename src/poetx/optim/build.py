@@ -13,6 +13,7 @@ from poetx.errors import UserError, nearest
 from poetx.optim.adamw import AdamW
 from poetx.optim.combined import CombinedOptimizer
 from poetx.optim.hfac import HFac
+from poetx.optim.in_float32 import InFloat32, stepped_as_is
 from poetx.optim.saved_kinds import check_own
 from poetx.optim.settings import OPTIMIZERS, check_group, check_numbers
 from poetx.optim.smmf import SMMF
@@ -25,6 +26,8 @@ _USUAL: dict[str, Any] = {
     "state_dtype": "auto",
     "momentum": 0.0,
 }
+
+_OF_TORCH: dict[str, Any] = {"sgd": torch.optim.SGD, "adafactor": torch.optim.Adafactor}
 
 
 def build_optimizer(
@@ -51,6 +54,7 @@ def build_optimizer(
         state_dtype: of AdamW's moments. ``"auto"``: the parameter's, and bfloat16 parameters and their moments are
             rounded stochastically (:class:`poetx.optim.AdamW`): ``torch.optim.AdamW`` rounds to nearest and loses
             every step below half a unit in the last place, so at a rate of 1e-3 a norm's weight never leaves 1.
+            So do SGD and Adafactor, whose steps of bfloat16 are made in float32 (:mod:`poetx.optim.in_float32`).
             ``"same"``: the parameter's, by torch's own AdamW. ``"float32"``, ``"bfloat16"``, ``"int8"``.
         base: the former name of ``dense_optimizer``.
 
@@ -90,11 +94,13 @@ def build_optimizer(
         if kind == "adamw":
             kept = "same" if state_dtype == "auto" else state_dtype
             return AdamW(chosen, lr=lr, betas=betas, eps=eps, eps_mode=eps_mode, state_dtype=kept, seed=seed)
-        if kind == "sgd":
-            return torch.optim.SGD(chosen, lr=lr, momentum=momentum)
-        if kind == "adafactor":
-            refuse_sharded((p for group in chosen for p in group["params"]), "Adafactor")
-            return torch.optim.Adafactor(chosen, lr=lr)
+        if kind in _OF_TORCH:
+            own = {"lr": lr} | ({"momentum": momentum} if kind == "sgd" else {})
+            if kind == "adafactor":
+                refuse_sharded((p for group in chosen for p in group["params"]), "Adafactor")
+            if stepped_as_is(chosen):
+                return _OF_TORCH[kind](chosen, **own)
+            return InFloat32(chosen, _OF_TORCH[kind], seed=seed, **own)
         return SMMF(chosen, lr=lr, seed=seed) if kind == "smmf" else HFac(chosen, lr=lr, seed=seed)
 
     for kind in (name, dense_optimizer or name):

@@ -58,7 +58,7 @@ class SlicedOptimizer(torch.optim.Optimizer):
                 if parameter.grad.is_sparse:
                     raise UserError(f"{type(self).__name__}: sparse gradients are not supported; use sparse=False")
                 state = self.state[parameter]
-                state["step"] = state.get("step", 0) + 1
+                state["step"] = int(state.get("step", 0)) + 1  # a tensor in what torch's optimizers saved
                 self._update(parameter, parameter.grad, state, group)
         return loss
 

@@ -27,6 +27,7 @@ from poetx.recipe import Recipe, load_recipe
 from poetx.recipe.places import is_prepared
 from poetx.savings.activation_checkpointing import decoder_layers
 from poetx.savings.chunked_loss import check_head
+from poetx.targets import find_targets
 from poetx.train.step import TrainingStep
 
 GIB = 1 << 30
@@ -223,10 +224,20 @@ def _uniform(config: Any, recipe: Recipe) -> bool:
     """Whether every decoder layer is like every other; remembered, for the sake of searches."""
     if len(set(getattr(config, "layer_types", None) or [""])) > 1:
         return False
-    key = f"{type(config)} {config.to_json_string()}"
+    poet = None if recipe.poet is None else recipe.poet.config
+    key = f"{type(config)} {config.to_json_string()} {poet}"
     if key not in _UNIFORM:
-        layers = decoder_layers(meta_model(config, recipe))
-        kinds = {tuple((n, p.shape, p.dtype) for n, p in layer.named_parameters()) for layer in layers}
+        model = meta_model(config, recipe)
+        layers = decoder_layers(model)
+        rotated = {} if poet is None else find_targets(model, poet).layers
+        settings = {module: poet and poet.for_layer(name) for name, module in rotated.items()}
+        kinds = {
+            (
+                *((n, p.shape, p.dtype) for n, p in layer.named_parameters()),
+                *((n, settings[m]) for n, m in layer.named_modules() if m in settings),
+            )
+            for layer in layers
+        }
         _UNIFORM[key] = len(layers) == config.num_hidden_layers and len(kinds) == 1
     return _UNIFORM[key]
 

@@ -37,7 +37,7 @@ from poetx.recipe.sections import (
     every_key,
     section_types,
 )
-from poetx.recipe.shorthands import METHODS, SIZED_RECIPES, check_method, put_method, put_shape
+from poetx.recipe.shorthands import SIZED_RECIPES, check_method, put_method, put_shape, settings_of
 
 logger = logging.getLogger(__name__)
 
@@ -341,7 +341,7 @@ def _refuse_contradictions(pairs: Sequence[tuple[str, Any]]) -> None:
             given = {name: kept for name, kept in given.items() if not name.startswith(f"{key}.")}
         given[key] = value
     name = given.pop("method", None)
-    settings = METHODS.get(name, {}) if isinstance(name, str) else {}
+    settings = settings_of(name) if isinstance(name, str) else {}
     fixed = {key: value for key, value in settings.items() if value not in ("auto", {})}
     if name == "lora":
         del fixed["optimizer.name"]  # AdamW unless given

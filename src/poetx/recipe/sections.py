@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, create_model, model_validator
 
-from poetx.config import PoetConfig, Recompute
+from poetx.config import METHODS_OF, PoetConfig, Recompute
 from poetx.errors import UserError
 from poetx.optim.settings import LOW_RANK, MATRIX_OPTIMIZERS, OPTIMIZERS
 from poetx.recipe.values import (
@@ -29,6 +29,7 @@ from poetx.recipe.values import (
     MaybeFlag,
     MaybeRate,
     Names,
+    Nested,
     Rate,
     Real,
     Share,
@@ -313,16 +314,8 @@ class TrainRecipe(Section):
 
 # -- one type per method and per optimizer ----------------------------------------------------------------------------
 
-_TRAINS_FRESH = ("poet-x", "single-step")
 #: The methods that a key of ``poet`` belongs to, where not to all of them.
-_METHODS_OF = {
-    "update": ("single-step",),
-    "merge_every": ("poet-x",),
-    "weight_extra_bits": ("poet-x",),
-    "neumann_order": ("poet-x", "oft"),
-    "weight_format": ("poet-x", "oft"),
-    **dict.fromkeys(("mode", "init", "init_scale", "residual_scale", "residual_modules"), _TRAINS_FRESH),
-}
+_METHODS_OF = METHODS_OF | {"merge_every": ("poet-x",)}
 _OF_FORMATS = ("group_size",)
 _PLAIN: dict[Any, Any] = {int: Whole, float: Real, bool: Flag, bool | None: MaybeFlag, str: Text}
 
@@ -330,7 +323,7 @@ _PLAIN: dict[Any, Any] = {int: Whole, float: Real, bool: Flag, bool | None: Mayb
 @functools.cache
 def _config_fields() -> dict[str, tuple[Any, Any]]:
     hints = typing.get_type_hints(PoetConfig)
-    hints |= {"target_modules": Names, "exclude_modules": Names, "residual_modules": Names}
+    hints |= {"target_modules": Names, "exclude_modules": Names, "residual_modules": Names, "overrides": Nested}
     fields = {field.name: field.default for field in dataclasses.fields(PoetConfig)}
     return {
         name: (_PLAIN.get(hints[name], hints[name]), default) for name, default in fields.items() if name != "method"

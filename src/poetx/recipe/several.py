@@ -13,7 +13,7 @@ from poetx.recipe.former import drop_without_effect
 from poetx.recipe.idle import idle
 from poetx.recipe.loading import Recipe, parsed, recipe_with, shown, split_key, with_method
 from poetx.recipe.sections import belongs
-from poetx.recipe.shorthands import METHODS, check_method
+from poetx.recipe.shorthands import check_method, settings_of
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def _with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
 def _has_effect(recipe: Recipe, method: str, key: str) -> bool:
     """Whether ``recipe``, by ``method``, reads ``key``, and the method does not settle it."""
     section, name = split_key(key)
-    fixed = [own for own, value in METHODS[method].items() if value not in ("auto", {})]
+    fixed = [own for own, value in settings_of(method).items() if value not in ("auto", {})]
     if any(own in (key, section) or own.startswith(f"{key}.") for own in fixed):
         return False
     known = (

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
-from poetx.config import WEIGHT_FORMATS
+from poetx.config import METHODS_OF, WEIGHT_FORMATS
 from poetx.errors import UserError, nearest
 from poetx.optim.settings import MATRIX_OPTIMIZERS, OPTIMIZERS
 
@@ -60,19 +61,41 @@ METHODS: dict[str, dict[str, Any]] = {
     **{name: _poet("mem", name) for name in WEIGHT_FORMATS},
     "single-step": _single_step("fast"),
     "single-step-mem": _single_step("mem"),
+    "single-step-free": _single_step("fast") | {"poet.update": "free", "poet.overrides": None},
+    "single-step-fixed": _single_step("fast") | {"poet.update": "rotation", "poet.overrides": None},
+    # Rotations on attention, free maps on the rest.
+    "single-step-mixed": _single_step("fast")
+    | {"poet.update": "free", "poet.overrides": {"*[aA]tt*": {"update": "rotation"}}},
+    "poet": _poet("weight"),
     "adamw": _dense("adamw") | {"optimizer.state_dtype": "auto"},
     "adamw-mixed": _dense("adamw")
     | {"optimizer.state_dtype": "auto", "train.autocast": True, "train.dtype": "float32"},
     "adamw-8bit": _dense("adamw") | {"optimizer.state_dtype": "int8"},
     **{name: _dense(name) for name in (*MATRIX_OPTIMIZERS, *OPTIMIZERS[1:])},
+    # LOMO: SGD whose gradients are used up inside backward.
+    "lomo": _dense("sgd") | {"optimizer.momentum": 0.0, "optimizer.release_gradients": True, "optimizer.clip": None},
     "lora": {"poet": None, "lora": {}, "optimizer.name": "adamw"},
     "oft": {"lora": None, "poet.method": "oft"},
 }
+#: Other words for some of them.
+METHOD_ALIASES = {
+    "poet-x": "fast",
+    "poet-x-fast": "fast",
+    "poet-x-mem": "mem",
+    "poet-x-int8": "int8",
+    "poet-x-int4": "int4",
+    "adamw8bit": "adamw-8bit",
+}
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """What a word of ``method=`` sets, nothing for a word that is none."""
+    return METHODS.get(METHOD_ALIASES.get(name, name), {})
 
 
 def check_method(name: Any) -> None:
     """Raise :class:`UserError` where there is no such method."""
-    if not isinstance(name, str) or name not in METHODS:
+    if not isinstance(name, str) or not settings_of(name):
         known = ", ".join(METHODS)
         raise UserError(f"method={name}: no such method{nearest(str(name), METHODS)} (there are {known})")
 
@@ -84,7 +107,7 @@ def put_method(values: dict[str, Any], name: str) -> None:
         UserError: no such method.
     """
     check_method(name)
-    for key, value in METHODS[name].items():
+    for key, value in copy.deepcopy(settings_of(name)).items():
         section, _, last = key.partition(".")
         if not last:
             if value != {} or not isinstance(values.get(section), dict):  # {}: the section, whatever it says
@@ -93,8 +116,22 @@ def put_method(values: dict[str, Any], name: str) -> None:
         if not isinstance(values.get(section), dict):
             values[section] = {}
         values[section][last] = value
+    _keep_overrides_of_the_method(values["poet"])
     if values["poet"] is not None and (values.get("optimizer") or {}).get("name") in MATRIX_OPTIMIZERS:
         values["optimizer"]["name"] = "adamw"  # those are for dense matrices
+
+
+def _keep_overrides_of_the_method(poet: Any) -> None:
+    """Leave out, in place, what ``poet.overrides`` set of another method."""
+    if not isinstance(poet, dict) or not isinstance(poet.get("overrides"), dict):
+        return
+    method = poet.get("method", "poet-x")
+    kept = {
+        pattern: {key: value for key, value in own.items() if method in METHODS_OF.get(key, (method,))}
+        for pattern, own in poet["overrides"].items()
+        if isinstance(own, dict)
+    }
+    poet["overrides"] = {pattern: own for pattern, own in kept.items() if own} or None
 
 
 def put_shape(values: dict[str, Any]) -> None:
@@ -122,7 +159,7 @@ def put_shape(values: dict[str, Any]) -> None:
     batch = train.get("batch_size") if isinstance(train, dict) else None
     if isinstance(train, dict) and isinstance(batch, int) and batch % shape.micro_batch_size == 0:
         train.setdefault("micro_batch_size", shape.micro_batch_size)
-    if isinstance(poet, dict):
+    if isinstance(poet, dict) and poet.get("method") != "oft":
         poet.setdefault("mode", shape.mode)
     if isinstance(data, dict):
         data.setdefault("vocab_size", shape.vocab_size)

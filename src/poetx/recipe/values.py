@@ -102,6 +102,16 @@ MaybeAmount = Annotated[Amount | None, BeforeValidator(_off)]
 Names = Text | tuple[Text, ...]
 
 
+def _nested(value: Any) -> Any:
+    """Settings by pattern, whose own types :class:`poetx.PoetConfig` checks."""
+    if value is not None and not (isinstance(value, Mapping) and all(isinstance(v, Mapping) for v in value.values())):
+        raise refuse("must be {PATTERN: {SETTING: VALUE}}")
+    return value or None
+
+
+Nested = Annotated[dict[str, dict[str, Any]] | None, BeforeValidator(_nested)]
+
+
 def _sources(value: Any) -> Any:
     """One source, several, or a mixture of sources with weights."""
     if isinstance(value, Mapping):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from poetx.errors import UserError
 from poetx.optim.baselines.hyperball import MuonHyperball
 from poetx.optim.baselines.low_rank import Apollo, GaLore
 from poetx.optim.baselines.muon import Muon
@@ -75,6 +76,10 @@ def matrices_and_rest(
         groups: of :func:`poetx.param_groups`. lr: of AdamW. matrix_lr: of the rule; None: what is usual.
         rest: further settings of AdamW, for :func:`poetx.optim.build_optimizer`.
         rank, gap: of the low-rank rules; None: a quarter of each matrix's smaller side, as published, and 200 steps.
+            A matrix smaller than that is not projected.
+
+    Raises:
+        UserError: a rank that is larger than every matrix.
     """
     rule = RULES[name]
     matrix_lr = matrix_lr or rule.lr or lr
@@ -94,6 +99,13 @@ def matrices_and_rest(
         label = end if settings and end else "matrices"
         key = (label, *settings.items())
         own.setdefault(key, {"name": label, "params": [], **usual, **settings})["params"].append(parameter)
+    if rank is not None and name in LOW_RANK and own:
+        widest = max(min(p.shape) for group in own.values() for p in group["params"])
+        if rank > widest:
+            raise UserError(
+                f"rank={rank}: no matrix has a smaller side of more than {widest}, so {name} would project nothing; "
+                "use a quarter of it or less"
+            )
     taken = {id(p) for group in own.values() for p in group["params"]}
     left = [group | {"params": [p for p in group["params"] if id(p) not in taken]} for group in groups]
     left = [group for group in left if group["params"]]
