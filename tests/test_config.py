@@ -20,7 +20,7 @@ def test_json_round_trip():
         ({"block_size": 1}, "block_size=1: must be"),
         ({"block_size": 2.0}, "block_size=2.0: must be"),
         ({"block_size": True}, "block_size=True: must be"),
-        ({"mode": "memory"}, "mode='memory': must be one of 'fast', 'mem'; did you mean 'mem'"),
+        ({"mode": "memory"}, "mode='memory': must be one of 'fast', 'mem', 'weight'; did you mean 'mem'"),
         ({"neumann_order": 5}, "neumann_order=5: must be one of 3, 7, 'exact'"),
         ({"neumann_order": 3.0}, "neumann_order=3.0: must be"),
         ({"init": "normal"}, "did you mean 'normalized'"),

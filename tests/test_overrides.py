@@ -15,7 +15,8 @@ from poetx.errors import UserError
 from poetx.layers.walk import converted_layers
 from poetx.merge import merge_
 from poetx.optim.single_step.optimizer import POETX
-from poetx.planner import estimate_memory
+from poetx.planner.estimate import _uniform
+from poetx.recipe import load_recipe
 from poetx.spectra import spectrum
 
 MIXED = {"*attn*": {"update": "rotation"}, "mlp.down_proj": {"block_size": 8}}
@@ -93,21 +94,12 @@ def test_what_means_nothing_is_refused_in_one_line_and_changes_nothing(
     assert not list(converted_layers(model))
 
 
-@pytest.mark.parametrize("method", ["fast", "single-step"])
-def test_a_plan_extrapolates_where_all_decoder_layers_are_alike_only(method: str) -> None:
+def test_a_plan_extrapolates_where_all_decoder_layers_are_alike_only() -> None:
     config = small_config(layers=6)
-    settings = [f"method={method}", "poet.block_size=16", "train.batch_size=1", "data.seq_len=8"]
 
-    def plan(overrides: str, **more: Any) -> Any:
-        return estimate_memory(config, recipe=recipe_of([*settings, f"poet.overrides={overrides}"]), **more)
+    def alike(overrides: str) -> bool:
+        settings = ["train.dtype=float32", "poet.block_size=16", f"poet.overrides={overrides}"]
+        return _uniform(config, load_recipe("demo", settings, text=False))
 
-    alike, one = '{"*mlp*": {block_size: 32}}', '{"layers.5.*": {}}'.replace("{}", "{block_size: 64}")
-    assert plan(alike).extrapolated
-    assert plan(alike).peak == plan(alike, every_layer=True).peak
-    assert not plan(one).extrapolated
-
-
-def recipe_of(settings: list[str]) -> Any:
-    from poetx.recipe import load_recipe
-
-    return load_recipe("demo", settings, text=False)
+    assert alike('{"*mlp*": {block_size: 32}}')
+    assert not alike('{"*.layers.5.*": {block_size: 64}}')

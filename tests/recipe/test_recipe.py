@@ -60,7 +60,7 @@ def test_builtin_recipes_train_what_they_trained_before(name: str) -> None:
         "poet.weight_extra_bits": None,
     }
     new |= {"data.chat_template": None, "data.pack": None, "train.sample_tokens": 48, "train.report_to": None}
-    new |= {"model.offload": None, "model.residual_scale": 1.0}
+    new |= {"model.offload": None, "model.residual_scale": 1.0, "poet.overrides": None}
     new |= {"optimizer.poet_eps_mode": "uncorrected" if name in SIZED_RECIPES else "corrected"}
     new["poet.update"] = {"fixed": "rotation"}.get(before["poet.spectrum"], before["poet.spectrum"])
     assert {key: now[key] for key in now.keys() - before.keys()} == {k: new[k] for k in new if k in now}
@@ -266,7 +266,7 @@ def test_mistakes_are_one_line_with_the_dotted_key(override: str, message: str) 
         (["method=lora", "poet.block_size=16"], r"^poet\.block_size=16: method=lora means another poet; give one"),
         (["method=oft", "poet.merge_every=100"], r"^poet\.merge_every=100: is for poet\.method=poet-x and has no ef"),
         (["method=oft", "poet.mode=fast"], r"^poet\.mode=fast: is for poet\.method=poet-x or single-step and has no"),
-        (["method=oft", "optimizer.poet_lr=1e-3"], r"^optimizer\.poet_lr=0\.001: is for poet\.method=poet-x and has"),
+        (["method=oft", "optimizer.poet_lr=1e-3"], r"^optimizer\.poet_lr=1e-3: is for poet\.method=poet-x and has"),
         (["method=oft", "optimizer.weight_decay=0.1"], r"^optimizer\.weight_decay=0\.1: has no effect on rotations"),
         (["method=oft", "optimizer.name=galore"], r"^optimizer\.name=galore trains dense matrices"),
         (["method=adamw", "optimizer.rank=8"], r"^optimizer\.rank=8: is for galore, fira, apollo and has no effect"),

@@ -21,7 +21,7 @@ class InFloat32(SlicedOptimizer):
     last place. A momentum is kept in bfloat16, rounded in the same way; other state is float32.
 
     Args:
-        optimizer: one that steps parameters one by one: SGD, Adafactor, Muon. settings: its own.
+        optimizer: one that steps parameters one by one: SGD, Adafactor. settings: its own.
     """
 
     _beta_count = None
