@@ -80,12 +80,12 @@ def test_released_gradients_are_not_accumulated(name: str, tiny: Tiny) -> None:
     """GaLore's and Fira's subspace wants the whole gradient; public releases of them step at every micro-batch."""
     released = ("optimizer.clip=null", "optimizer.release_gradients=true")
     with pytest.raises(UserError, match=r"^accumulation_steps=4: released gradients are used at once and cannot be"):
-        built(tiny(f"method={name}", *released, "train.micro_batch_size=1"))
+        built(tiny(f"method={name}", *released, "train.micro_batch_size=1", "train.dtype=float32"))
 
 
 def test_a_rank_above_every_matrix_is_refused(tiny: Tiny) -> None:
     with pytest.raises(UserError, match="rank=33: no matrix has a smaller side of more than 32, so galore"):
-        built(tiny("method=galore", "optimizer.rank=33"))
+        built(tiny("method=galore", "optimizer.rank=33", "train.dtype=float32"))
 
 
 def test_an_unknown_method_names_the_nearest() -> None:
