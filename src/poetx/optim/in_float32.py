@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from poetx.distributed.sharded import is_sharded
 from poetx.optim.saved_kinds import kind_of
 from poetx.optim.sliced import SlicedOptimizer, compute_dtype, write_
 
@@ -55,5 +56,5 @@ class InFloat32(SlicedOptimizer):
 
 
 def stepped_as_is(groups: Any) -> bool:
-    """Whether torch's own optimizer loses nothing on these parameters: none of them is bfloat16."""
-    return not any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
+    """Whether torch's own optimizer takes these parameters: none of them is bfloat16, or they are sharded."""
+    return not any(p.dtype == torch.bfloat16 and not is_sharded(p) for group in groups for p in group["params"])
