@@ -99,3 +99,40 @@ def test_a_setting_is_taken_where_one_method_has_it_and_said_for_the_others(app,
 
 def test_bar_is_as_long_as_its_sum():
     assert bar({"frozen": 10, "trainable": 1, "gradient": 1, "optimizer": 0}, 1 / 3).count("█") == 4
+
+
+def test_ways_to_keep_the_frozen_weights_on_a_card_and_a_host(app):
+    sizes = [*TINY, "data.seq_len=32", "train.batch_size=2", "train.micro_batch_size=2"]
+    words = [*sizes, "--gpu", "0.005", "--host", "1", "--device", "cpu"]
+    found = json.loads(runner.invoke(app, [*words, "--json"]).stdout)["ways"]
+    kinds = ("float32", "int8", "int4")
+    assert [way["name"] for way in found] == [
+        f"{kind}, {where}" for where in ("resident", "streamed") for kind in kinds
+    ]
+    weights = 4 * (4 * 64 * 64 + 3 * 64 * 128)
+    resident, streamed = found[:3], found[3:]
+    assert [way["estimate"]["host"] for way in resident] == [0, 0, 0]
+    assert streamed[0]["estimate"]["host"] == weights
+    assert weights / 4 < streamed[1]["estimate"]["host"] < weights / 3  # codes, scales and zeros
+    assert streamed[2]["estimate"]["host"] < streamed[1]["estimate"]["host"]
+    for here, there in zip(resident, streamed, strict=True):
+        assert there["estimate"]["peak"] <= here["estimate"]["peak"]
+        assert there["estimate"]["moved"] == there["estimate"]["host"]  # one layer: all stay until its backward
+        assert set(here["enough_tokens"].values()) == {0}
+        assert there["enough_tokens"]["4090"] > there["enough_tokens"]["h100"] / 10 > 0
+        assert here["fits"] == (here["estimate"]["peak"] <= 0.005 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--host", "8"], "goes with --gpu"),
+        (["--host", "8", "--gpu", "1", "--methods", "mem"], "without --methods"),
+        (["--host", "nan", "--gpu", "1"], "host=nan: must be a positive"),
+        (["--host", "8", "--gpu", "1", "poet.method=single-step"], "frozen weights of method=poet-x"),
+    ],
+)
+def test_a_host_that_says_nothing_is_refused(app, words, message):
+    error = runner.invoke(app, [*TINY, *words]).exception
+    assert isinstance(error, UserError)
+    assert message in str(error)

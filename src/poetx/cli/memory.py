@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ _COLOURS = {
 _WIDTH = 160  # that a table with a line for each method needs
 _EPILOG = (
     "Examples: poetx memory llama-8b | poetx memory llama-8b --methods adamw,fast,mem,int8 --gpu 24 | "
+    "poetx memory llama-3.1-70b data.seq_len=2048 train.batch_size=1 --gpu 48 --host 96 | "
     "poetx memory mine.yaml model.pretrained=DIR data.seq_len=2048 --json"
 )
 
@@ -52,6 +54,12 @@ def memory(
         int, typer.Option(min=1, help="Processes of torchrun that share each batch: what one of them takes.")
     ] = 1,
     gpu: Annotated[float | None, typer.Option(help="Card's memory in GB (2^30 bytes): find the largest batch.")] = None,
+    host: Annotated[
+        float | None,
+        typer.Option(
+            help="The host's memory in GB, with --gpu: in which ways the frozen weights fit, and at what cost."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="Whose allocator and kernels: cuda or cpu.")] = "cuda",
     plot: Annotated[Path | None, typer.Option(help="Write a bar chart here (.png, .svg or .pdf).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False,
@@ -66,6 +74,14 @@ def memory(
         raise UserError(f"plot={plot}: must end in .png, .svg or .pdf")
     if gpu is not None and not 0 < gpu * 2**30 < math.inf:
         raise UserError(f"gpu={gpu}: must be a positive, finite number of GB")
+    if host is not None:
+        if gpu is None or methods is not None or plot is not None:
+            raise UserError("--host: goes with --gpu, and without --methods and --plot")
+        if not 0 < host * 2**30 < math.inf:
+            raise UserError(f"host={host}: must be a positive, finite number of GB")
+        (planned,) = _planned(recipe, settings, None).values()
+        _show_ways(_part_of(planned, gpus), gpu, host, device=device, as_json=as_json)
+        return
     names = None if methods is None else names_in("methods", methods)
     recipes = {name: _part_of(planned, gpus) for name, planned in _planned(recipe, settings, names).items()}
     _run(recipes, gpu=gpu, device=device, plot=plot, as_json=as_json)
@@ -120,6 +136,47 @@ def _run(recipes: dict[str, Recipe], *, gpu: float | None, device: str, plot: Pa
         console.print(f"wrote {plot}", highlight=False, soft_wrap=True)
 
 
+def _show_ways(recipe: Recipe, gpu: float, host: float, *, device: str, as_json: bool) -> None:
+    """Each way to keep the frozen weights, whether it fits, and the recipe lines of the first that does."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from poetx.planner.reach import LINKS, ways
+
+    console = Console()
+    table = Table()
+    for place, name in enumerate(("frozen weights", "card GB", "host GB", "fits", *LINKS)):
+        table.add_column(name, no_wrap=True, justify="right" if place else "left")
+    rows, first = [], None
+    for way in ways(recipe, device=device):
+        fits = way.device_gib <= gpu and way.host_gib <= host
+        first = first or (way if fits else None)
+        name = f"{way.keys['poet.weight_format'] or way.estimate.recipe.train.dtype}, "
+        name += "streamed" if way.keys["model.offload"] else "resident"
+        needed = [way.enough_tokens(link) for link in LINKS.values()]
+        rows.append(
+            {"name": name, "fits": fits, "keys": way.keys, "enough_tokens": dict(zip(LINKS, needed, strict=True))}
+        )
+        rows[-1] |= {"estimate": way.estimate.to_dict()}
+        table.add_row(
+            *(name, f"{way.device_gib:.1f}", f"{way.host_gib:.1f}", "yes" if fits else "no"),
+            *(f"{tokens:,}" if tokens else "" for tokens in needed),
+        )
+    if as_json:
+        print(json.dumps({"gpu_gib": gpu, "host_gib": host, "ways": rows}, indent=1))
+        return
+    pass_ = f"{recipe.train.micro_batch} x {recipe.data.seq_len} tokens a pass"
+    console.print(f"{recipe.name}, {pass_}, card {gpu:g} GB, host {host:g} GB (2^30 bytes)", highlight=False)
+    console.print(table)
+    say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    say(f"{', '.join(LINKS)}: tokens a pass from which on the products take longer there than the copies beside them")
+    if first is None:
+        say("none fits; use a shorter data.seq_len, a smaller poet.block_size or a smaller model")
+        return
+    keys = " ".join(f"{key}={'null' if value is None else str(value).lower()}" for key, value in first.keys.items())
+    say(f"the first that fits: {keys}")
+
+
 def _title(estimate: MemoryEstimate) -> str:
     recipe = estimate.recipe
     passes = recipe.train.batch_size // recipe.train.micro_batch
@@ -145,6 +202,9 @@ def _show_table(console: Any, title: str, estimates: dict[str, MemoryEstimate]) 
             lines.append(["    of rotations", *(f"{e.rotations[category] / GIB:.2f}" for e in every)])
     lines.append(["peak", *(f"{e.gib:.2f}" for e in every)])
     lines.append(["when", *(e.phase for e in every)])
+    if any(e.host for e in every):
+        lines.append(["in host memory", *(f"{e.host / GIB:.2f}" for e in every)])
+        lines.append(["brought a pass", *(f"{e.moved / GIB:.2f}" for e in every)])
     lines.append(["weights", *(e.recipe.train.dtype for e in every)])
     lines.append(["trained", *(f"{e.trainable / 1e6:.1f}M" for e in every)])
     wide = console.width >= 22 + sum(max(8, len(name)) + 3 for name in estimates)

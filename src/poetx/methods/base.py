@@ -141,7 +141,7 @@ def convert_model(model: nn.Module, recipe: Recipe, device: torch.device | None)
     """
     from poetx.materialize import materialize_
     from poetx.ops.host import HostQueue
-    from poetx.savings.activation_checkpointing import checkpoint_layers_
+    from poetx.savings.activation_checkpointing import checkpoint_layers_, decoder_layers
     from poetx.savings.offload import offload_frozen_
     from poetx.targets import ZERO
 
@@ -152,7 +152,9 @@ def convert_model(model: nn.Module, recipe: Recipe, device: torch.device | None)
         materialize_(model, recipe.model.pretrained, device=device, seed=recipe.train.seed, ready=ready)
         report = report and report.with_dense(model, ZERO)
     if recipe.model.offload:
-        offload_frozen_(model, device or "meta")
+        recomputed = decoder_layers(model) if recipe.model.gradient_checkpointing else []
+        weights = (sum(1 for _ in converted_layers(layer)) for layer in recomputed)
+        offload_frozen_(model, device or "meta", keep=max(weights, default=0))
     if recipe.model.gradient_checkpointing:
         checkpoint_layers_(model, recompute=recipe.model.recompute)
     return report

@@ -76,29 +76,36 @@ class _Use(NamedTuple):
     backward: bool
 
 
+def _begins(use: _Use, before: _Use) -> bool:
+    """Whether a use can be the first of another pass."""
+    return not use.backward and (before.backward or use.place <= before.place)
+
+
 class HostQueue:
     """Copies of the weights of one model, ahead of their use.
 
     Args:
         prefetch: weights whose copies are under way, or wait to be used, beyond the one in use. 0: each is waited for.
+        keep: weights that stay on the device after their use, the latest, for as long as the pass lasts.
 
     Attributes:
-        loads: copies started; moved: their bytes; missed: uses that no copy was under way for.
+        loads: copies started; moved: their bytes; missed: uses that no copy was there or under way for.
     """
 
     start_copy: Callable[[Tensors, torch.device], Copy] = Copy
 
-    def __init__(self, prefetch: int = 1) -> None:
-        self.prefetch = prefetch
+    def __init__(self, prefetch: int = 1, keep: int = 0) -> None:
+        self.prefetch, self.keep = prefetch, keep
         self.loads = self.moved = self.missed = 0
         self._weights: dict[int, tuple[int, Callable[[], Tensors | None]]] = {}
         self._uses: list[_Use] = []
         self._next = 0  # the guess: what follows is what followed there
         self._ahead: list[tuple[_Use, Copy]] = []
+        self._kept: dict[int, Copy] = {}  # the latest last
         self._lock = threading.Lock()
 
     def __reduce__(self) -> Any:  # a copy of a model has weights of its own, which are met when they are used
-        return HostQueue, (self.prefetch,)
+        return HostQueue, (self.prefetch, self.keep)
 
     def meet(self, tensors: Tensors, now: Callable[[], Tensors | None]) -> None:
         """Know the tensors of one weight; ``now`` gives them as they are later, None once they are gone."""
@@ -112,17 +119,25 @@ class HostQueue:
         address = _address(tensors[0])
         with self._lock:
             use = _Use(address, self._weights[address][0], torch._C._current_graph_task_id() != -1)
+            if self._uses and _begins(use, self._uses[-1]):
+                self._kept.clear()
             if self._ahead and self._ahead[0][0] == use and self._ahead[0][1].is_of(tensors):
                 copy = self._ahead.pop(0)[1]
             else:
                 self._drop()
-                self.missed += 1
+                self.missed += address not in self._kept
                 copy = self._start(tensors, device)
             self._record(use)
+            self._kept[address] = copy
             self._look_ahead(use, device)
+            while len(self._kept) > self.keep:
+                del self._kept[next(iter(self._kept))]
             return copy.arrived()
 
     def _start(self, tensors: Tensors, device: torch.device) -> Copy:
+        kept = self._kept.pop(_address(tensors[0]), None)
+        if kept is not None and kept.is_of(tensors):
+            return kept
         self.loads += 1
         self.moved += sum(t.numel() * t.element_size() for t in tensors)
         return self.start_copy(tensors, device)
@@ -148,8 +163,8 @@ class HostQueue:
 
     def _look_ahead(self, use: _Use, device: torch.device) -> None:
         for number, following in enumerate(self._uses[self._next : self._next + self.prefetch]):
-            if not following.backward and (use.backward or following.place <= use.place):
-                return  # the first of another pass
+            if _begins(following, use):
+                return
             use = following
             if number < len(self._ahead):
                 continue

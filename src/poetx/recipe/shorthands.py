@@ -23,7 +23,7 @@ class Shape(NamedTuple):
     mode: str = "mem"
 
 
-#: All but the last are the papers'; "llama-1b-12" has half of llama-1b's layers.
+#: Those up to llama-13b are the papers'; "llama-1b-12" has half of llama-1b's layers. Qwen's are theirs without biases.
 SHAPES = {
     "llama-60m": Shape(512, 1280, 8, 8, 8, micro_batch_size=64, mode="fast"),
     "llama-130m": Shape(768, 2048, 12, 12, 12, micro_batch_size=32, mode="fast"),
@@ -34,12 +34,13 @@ SHAPES = {
     "llama-8b": Shape(4096, 14336, 32, 32, 32),
     "llama-13b": Shape(5120, 13824, 40, 40, 40),
     "llama-3.1-8b": Shape(4096, 14336, 32, 32, 8, vocab_size=128256),
+    "llama-3.1-70b": Shape(8192, 28672, 80, 64, 8, vocab_size=128256, micro_batch_size=1),
+    "qwen2.5-14b": Shape(5120, 13824, 48, 40, 8, vocab_size=152064, micro_batch_size=1),
+    "qwen2.5-32b": Shape(5120, 27648, 64, 40, 8, vocab_size=152064, micro_batch_size=1),
 }
 
 #: Names of recipes that are recipes/llama.yaml with a shape.
-SIZED_RECIPES = {name: name for name in SHAPES if name not in ("llama-1b-12", "llama-3.1-8b")} | {
-    "llama-1b-12l": "llama-1b-12"
-}
+SIZED_RECIPES = {name: name for name in SHAPES if name != "llama-1b-12"} | {"llama-1b-12l": "llama-1b-12"}
 
 
 def _poet(mode: str, weight_format: str | None = None) -> dict[str, Any]:

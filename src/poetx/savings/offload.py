@@ -10,7 +10,9 @@ from poetx.layers.walk import poet_layers, single_step_layers
 from poetx.ops.host import HostQueue
 
 
-def offload_frozen_(model: nn.Module, device: torch.device | str | None = None, *, prefetch: int = 1) -> nn.Module:
+def offload_frozen_(
+    model: nn.Module, device: torch.device | str | None = None, *, prefetch: int = 1, keep: int = 0
+) -> nn.Module:
     """Keep the weights that the rotated layers turn in host memory, in place; all else moves to ``device``.
 
     A layer's weight, or its codes and scales, with its extra bits where it has them, comes to the device whenever
@@ -19,8 +21,9 @@ def offload_frozen_(model: nn.Module, device: torch.device | str | None = None, 
     so does everything that is not rotated (embeddings, norms, head). Losses, gradients and merged weights are those of
     a model that is on the device, bit for bit.
 
-    Device memory: ``1 + prefetch`` of the largest weight, in place of all of them. Host memory: the weights, in locked
-    pages. Traffic in a micro-batch: each weight twice, with activation checkpointing three times.
+    Device memory: ``1 + prefetch + keep`` weights in place of all of them. Host memory: the weights, in locked pages.
+    Traffic in a micro-batch: each weight twice; with activation checkpointing three times, or twice where ``keep`` is
+    as many as a decoder layer has, so that what recomputes it also serves its backward.
 
     Call it after :func:`poetx.convert_`, where the model fits (on the CPU), and before the optimizer is built.
     ``model.to(device)`` leaves these weights where they are; a copy of the model keeps its own in pages that are not
@@ -29,13 +32,15 @@ def offload_frozen_(model: nn.Module, device: torch.device | str | None = None, 
     Args:
         device: what computes; None: where the model's parameters are.
         prefetch: weights whose copies are ahead of their use; 0 waits for each.
+        keep: weights that stay on the device after their use, for another one in the same forward or backward pass.
 
     Raises:
         UserError: no layer of the paper's form, or one of ``method="single-step"``, whose weight changes at every step;
-            the CPU; ``prefetch`` below 0.
+            the CPU; ``prefetch`` or ``keep`` below 0.
     """
-    if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
-        raise UserError(f"prefetch={prefetch!r}: must be a whole number of at least 0 (1 is usual)")
+    for name, number in {"prefetch": prefetch, "keep": keep}.items():
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise UserError(f"{name}={number!r}: must be a whole number of at least 0")
     layers = dict(poet_layers(model))
     if single := next(single_step_layers(model), None):
         raise UserError(
@@ -51,7 +56,7 @@ def offload_frozen_(model: nn.Module, device: torch.device | str | None = None, 
             "computes, such as device='cuda'"
         )
     queue = next((layer.host for layer in layers.values() if layer.host), None) or HostQueue(prefetch)
-    queue.prefetch = prefetch
+    queue.prefetch, queue.keep = prefetch, keep
     for layer in layers.values():
         if layer.host is None:
             layer.keep_in_host_memory_(queue, where)

@@ -1,0 +1,102 @@
+"""What fits a card and a host, and what it costs: the frozen weights resident or streamed, in each precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from poetx.errors import UserError
+from poetx.planner.estimate import GIB, MemoryEstimate, estimate_memory
+from poetx.recipe import Recipe
+
+#: Ways to keep the frozen weights, the cheapest first: (weight format, offload).
+WAYS: tuple[tuple[str | None, str | None], ...] = (
+    (None, None),
+    ("int8", None),
+    ("int4", None),
+    (None, "frozen"),
+    ("int8", "frozen"),
+    ("int4", "frozen"),
+)
+#: The rest of the memory savings, which every way has: recipe keys.
+STACK: dict[str, Any] = {
+    "model.gradient_checkpointing": True,
+    "train.chunked_loss": True,
+    "poet.mode": "mem",
+    "poet.rotation_dtype": "bfloat16",
+    "optimizer.state_dtype": "int8",
+    "optimizer.release_gradients": True,
+    "optimizer.clip": None,
+}
+
+
+@dataclass(frozen=True)
+class Link:
+    """What carries weights to a card, and what multiplies there; both as a run reaches them, not as a data sheet says.
+
+    Attributes:
+        bandwidth: bytes a second from locked host memory. flops: operations a second of large bfloat16 products.
+    """
+
+    bandwidth: float
+    flops: float
+
+
+#: PCIe 5 and 4 with 16 lanes at four fifths of their 63 and 31.5 GB/s; two fifths of the dense bfloat16 peak of an H100
+#: SXM (989 TFLOP/s) and of an RTX 4090 (165).
+LINKS = {"h100": Link(50e9, 400e12), "4090": Link(25e9, 66e12)}
+#: Operations a token and weight in a micro-batch: forward, backward to the input, and with checkpointing forward again;
+#: there is no product for a weight gradient. Block products come on top, a few percent at blocks of 256.
+_OPERATIONS = {False: 4, True: 6}
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train a recipe.
+
+    Attributes:
+        keys: what it sets in the recipe, to copy.
+        estimate: with ``host`` and ``moved``.
+    """
+
+    keys: dict[str, Any]
+    estimate: MemoryEstimate
+
+    @property
+    def device_gib(self) -> float:
+        return self.estimate.gib
+
+    @property
+    def host_gib(self) -> float:
+        return self.estimate.host / GIB
+
+    def seconds(self, link: Link) -> tuple[float, float]:
+        """Of one micro-batch: of its products, and of the copies that run beside them."""
+        recipe = self.estimate.recipe
+        operations = _OPERATIONS[recipe.model.gradient_checkpointing] * self.estimate.parameters
+        return operations * self.estimate.tokens / link.flops, self.estimate.moved / link.bandwidth
+
+    def tokens_per_second(self, link: Link) -> float:
+        """At most: whichever of products and copies takes longer."""
+        return self.estimate.tokens / max(self.seconds(link))
+
+    def enough_tokens(self, link: Link) -> int:
+        """Tokens of a micro-batch from which on the products take longer than the copies; 0 where nothing is copied."""
+        products, copies = self.seconds(link)
+        return round(self.estimate.tokens * copies / products)
+
+
+def ways(recipe: Recipe, *, device: str = "cuda") -> Iterator[Way]:
+    """Every way of :data:`WAYS` for ``recipe``, each planned when it is asked for.
+
+    Raises:
+        UserError: a recipe without merged rotations, or what :func:`estimate_memory` raises.
+    """
+    if recipe.poet is None or recipe.poet.config.method != "poet-x":
+        raise UserError("the frozen weights of method=poet-x can be kept in several ways; use it for --host")
+    for weight_format, offload in WAYS:
+        keys = STACK | {"poet.weight_format": weight_format, "model.offload": offload}
+        if recipe.train.batch_size != recipe.train.micro_batch:
+            keys |= {"optimizer.release_gradients": False}
+        yield Way(keys, estimate_memory(recipe.with_keys(keys), device=device))
