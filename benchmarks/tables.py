@@ -25,6 +25,7 @@ PAGES = (
     "docs/integrations.md",
     "docs/log.md",
     "docs/memory.md",
+    "docs/reach.md",
     "docs/single-step.md",
     "docs/speed.md",
 )
@@ -52,6 +53,37 @@ def integrations() -> str:
         versions = rows[0]["versions"]
         body.append([title, *cells, ", ".join(f"{name} {versions[name]}" for name in libraries) or "torch"])
     return _markdown(["loop", *FORMS, "with"], body)
+
+
+def reach_targets() -> str:
+    """Plans that have a target, beside it."""
+    from benchmarks.reach import TARGETS
+
+    newest = {(row["model"], row["way"]): row for row in _rows("reach")}
+    body = []
+    for key, (device, host) in TARGETS.items():
+        if (row := newest.get(key)) is not None:
+            wanted = f"{device:g} GB" + (f", host {host:g}" if host else "")
+            body.append([*key, wanted, f"{row['device_gib']:.1f}", f"{row['host_gib']:.1f}"])
+    return _markdown(["model", "frozen weights", "at most", "card, GB", "host, GB"], body)
+
+
+def reach_cards() -> str:
+    """Every plan: what it takes, on which cards it fits, and what it costs."""
+    from poetx.planner.reach import LINKS
+
+    cards = (8, 12, 16, 24, 48, 80)
+    newest = {(row["model"], row["way"]): row for row in _rows("reach")}
+    body = []
+    for (model, way), row in newest.items():
+        fits = next((f"{card}" for card in cards if row["device_gib"] <= 0.95 * card), "none")
+        enough = [f"{row['enough_tokens'][link]:,}" if row["host_gib"] else "" for link in LINKS]
+        speed = [f"{row['tokens_per_second'][link]:,}" for link in LINKS]
+        host = f"{row['host_gib']:.1f}" if row["host_gib"] else ""
+        body.append([model, way, f"{row['device_gib']:.1f}", fits, host, *speed, *enough])
+    head = ["model", "frozen weights", "card, GB", "smallest card", "host, GB"]
+    head += [f"tokens/s, {link}" for link in LINKS] + [f"enough tokens, {link}" for link in LINKS]
+    return _markdown(head, body)
 
 
 def compare_tiny() -> str:
@@ -537,6 +569,8 @@ def quantised_build() -> str:
 
 
 _TABLES = (
+    reach_targets,
+    reach_cards,
     compare_tiny,
     compare_tiny_budgets,
     integrations,

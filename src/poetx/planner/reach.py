@@ -87,16 +87,21 @@ class Way:
         return round(self.estimate.tokens * copies / products)
 
 
-def ways(recipe: Recipe, *, device: str = "cuda") -> Iterator[Way]:
-    """Every way of :data:`WAYS` for ``recipe``, each planned when it is asked for.
+def plan(recipe: Recipe, weight_format: str | None, offload: str | None, *, device: str = "cuda") -> Way:
+    """``recipe`` with its frozen weights in one way, and :data:`STACK`.
 
     Raises:
         UserError: a recipe without merged rotations, or what :func:`estimate_memory` raises.
     """
     if recipe.poet is None or recipe.poet.config.method != "poet-x":
         raise UserError("the frozen weights of method=poet-x can be kept in several ways; use it for --host")
+    keys = STACK | {"poet.weight_format": weight_format, "model.offload": offload}
+    if recipe.train.batch_size != recipe.train.micro_batch:
+        keys |= {"optimizer.release_gradients": False}
+    return Way(keys, estimate_memory(recipe.with_keys(keys), device=device))
+
+
+def ways(recipe: Recipe, *, device: str = "cuda") -> Iterator[Way]:
+    """Every way of :data:`WAYS` for ``recipe``, each planned when it is asked for: :func:`plan`."""
     for weight_format, offload in WAYS:
-        keys = STACK | {"poet.weight_format": weight_format, "model.offload": offload}
-        if recipe.train.batch_size != recipe.train.micro_batch:
-            keys |= {"optimizer.release_gradients": False}
-        yield Way(keys, estimate_memory(recipe.with_keys(keys), device=device))
+        yield plan(recipe, weight_format, offload, device=device)

@@ -1,0 +1,79 @@
+"""What fits which card, with which host: every way to keep the frozen weights, planned.
+
+python -m benchmarks.reach                 # the settings with a target, then all models and ways; rows that are there
+python -m benchmarks.reach --targets       # stay (delete them to plan again)
+python -m benchmarks.tables                # writes docs/reach.md from them
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.record import RESULTS, append, provenance
+from poetx.planner import GIB
+from poetx.planner.reach import LINKS, WAYS, plan
+from poetx.recipe import load_recipe
+
+MODELS = ("llama-3b", "llama-3.1-8b", "qwen2.5-14b", "qwen2.5-32b", "llama-3.1-70b")
+BATCH = ["data.seq_len=2048", "train.batch_size=1", "train.micro_batch_size=1"]
+#: Model and way: at most so many GB on the device, and on the host.
+TARGETS: dict[tuple[str, str], tuple[float, float | None]] = {
+    ("qwen2.5-32b", "int8, resident"): (48, None),
+    ("llama-3.1-70b", "int4, resident"): (60, None),
+    ("qwen2.5-32b", "bfloat16, streamed"): (22, 70),
+    ("llama-3.1-70b", "int8, streamed"): (36, 78),
+    ("llama-3.1-8b", "bfloat16, streamed"): (7.5, None),
+}
+
+
+def name_of(weight_format: str | None, offload: str | None) -> str:
+    return f"{weight_format or 'bfloat16'}, {'streamed' if offload else 'resident'}"
+
+
+def row_of(model: str, weight_format: str | None, offload: str | None) -> dict[str, Any]:
+    """One plan, with its bytes and what it costs on each link."""
+    started = time.perf_counter()
+    way = plan(load_recipe(model, BATCH, text=False), weight_format, offload)
+    estimate = way.estimate
+    return {
+        "benchmark": "reach",
+        "model": model,
+        "way": name_of(weight_format, offload),
+        "device_gib": round(way.device_gib, 2),
+        "host_gib": round(way.host_gib, 2),
+        "moved_gib": round(estimate.moved / GIB, 2),
+        "categories_gib": {name: round(size / GIB, 2) for name, size in estimate.categories.items()},
+        "parameters": estimate.parameters,
+        "tokens_per_second": {name: round(way.tokens_per_second(link)) for name, link in LINKS.items()},
+        "enough_tokens": {name: way.enough_tokens(link) for name, link in LINKS.items()},
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--targets", action="store_true", help="only the settings with a target")
+    parser.add_argument("--out", type=Path, default=RESULTS / "reach.jsonl")
+    args = parser.parse_args()
+    known = args.out.read_text().splitlines() if args.out.exists() else []
+    done = {(row["model"], row["way"]) for row in map(json.loads, known)}
+    cells = [(model, *way) for model in MODELS for way in WAYS]
+    cells.sort(key=lambda cell: (cell[0], name_of(*cell[1:])) not in TARGETS)
+    origin = provenance(torch.device("cpu"))
+    for model, *way in cells:
+        key = (model, name_of(*way))
+        if key in done or (args.targets and key not in TARGETS):
+            continue
+        row = row_of(model, *way)
+        append(args.out, [origin | row])
+        print(*key, row["device_gib"], row["host_gib"], row["moved_gib"], flush=True)
+
+
+if __name__ == "__main__":
+    main()
