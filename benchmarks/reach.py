@@ -20,7 +20,7 @@ from poetx.planner import GIB
 from poetx.planner.reach import LINKS, WAYS, plan
 from poetx.recipe import load_recipe
 
-MODELS = ("llama-3b", "llama-3.1-8b", "qwen2.5-14b", "qwen2.5-32b", "llama-3.1-70b")
+MODELS = ("llama-3b", "llama-8b", "llama-3.1-8b", "qwen2.5-14b", "qwen2.5-32b", "llama-3.1-70b")
 BATCH = ["data.seq_len=2048", "train.batch_size=1", "train.micro_batch_size=1"]
 #: Model and way: at most so many GB on the device, and on the host.
 TARGETS: dict[tuple[str, str], tuple[float, float | None]] = {
@@ -28,7 +28,7 @@ TARGETS: dict[tuple[str, str], tuple[float, float | None]] = {
     ("llama-3.1-70b", "int4, resident"): (60, None),
     ("qwen2.5-32b", "bfloat16, streamed"): (22, 70),
     ("llama-3.1-70b", "int8, streamed"): (36, 78),
-    ("llama-3.1-8b", "bfloat16, streamed"): (7.5, None),
+    ("llama-8b", "bfloat16, streamed"): (7.5, None),
 }
 
 

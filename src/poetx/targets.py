@@ -13,10 +13,10 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from poetx.config import PoetConfig, list_hint, name_matches
 from poetx.errors import UserError, nearest
@@ -103,10 +103,8 @@ def find_targets(model: nn.Module, config: PoetConfig, *, foreign: bool = False,
                 for_cause.add(module)
         if reason is not None:
             reasons[module] = reason
-        elif not (foreign and is_foreign(module)) and module.weight.dtype not in DTYPES:
-            raise UserError(
-                f"{name}: {unsupported(module.weight.dtype)}; convert the model to bfloat16 or float32 first"
-            )
+        elif not (foreign and is_foreign(module)) and (dtype := cast(Tensor, module.weight).dtype) not in DTYPES:
+            raise UserError(f"{name}: {unsupported(dtype)}; convert the model to bfloat16 or float32 first")
         else:
             layers[name] = module
     if config.init == "keep":

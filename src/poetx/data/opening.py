@@ -90,7 +90,7 @@ def _decompressed(path: Path) -> IO[bytes]:
         return io.BufferedReader(_Streams(path, bz2.BZ2Decompressor))
     if compression == "xz":
         return io.BufferedReader(_Streams(path, lzma.LZMADecompressor, padding=True))
-    return gzip.open(path) if compression else path.open("rb")
+    return cast(IO[bytes], gzip.open(path)) if compression else path.open("rb")
 
 
 def _open_zstandard(path: Path) -> IO[bytes]:

@@ -136,7 +136,8 @@ def _check_labels(labels: Tensor, words: int, ignore_index: int) -> None:
         return
     fit = (((labels >= 0) & (labels < words)) | (labels == ignore_index)).all()
     if labels.device.type != "cpu":
-        torch._assert_async(fit, f"chunked loss: a label is not below {words}, the rows of weight")
+        said = f"chunked loss: a label is not below {words}, the rows of weight"
+        torch._assert_async(fit, said)  # pyright: ignore[reportPrivateImportUsage]
     elif not fit:
         raise UserError(
             f"labels: {int(labels.min())} to {int(labels.max())}, must be 0 to {words - 1} or "

@@ -391,7 +391,7 @@ def _export(run: TrainingRun, directory: Path) -> None:
         run.model = _from_checkpoint(run)
     method_of(run.recipe).to_dense_(run.model)
     if run.recipe.model.offload:
-        run.model.to("cpu")  # where its layers are now
+        torch.nn.Module.to(run.model, "cpu")  # where its layers are now
     export_model(run.model, run.run_dir / TOKENIZER_DIR, directory)
 
 
