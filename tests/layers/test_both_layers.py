@@ -311,8 +311,12 @@ def test_scripts_and_traces_that_would_not_train_are_refused(method):
     with pytest.raises(UserError, match=r"^1: torch.jit.script cannot read it; call poetx.to_dense_"):
         torch.jit.script(model)
     optimizer = optimizer_of(model, method)
-    with pytest.raises(UserError, match=r"^1: (a trace cannot train|torch.jit.trace sees no)"):
+    with pytest.raises(UserError, match=r"^1: torch.jit.trace (cannot train|sees no)"):
         torch.jit.trace(model.train(), torch.arange(3))
+    with pytest.raises(UserError, match=r"^1: torch.export (cannot train|sees no)"):
+        torch.export.export(model, (torch.arange(3),))
     if method == "single-step":  # an optimizer is there: it takes the way of training but for the trace
         assert torch.equal(torch.jit.trace(model.eval(), torch.arange(3))(torch.arange(3)), model(torch.arange(3)))
+        exported = torch.export.export(model, (torch.arange(3),)).module()
+        assert torch.equal(exported(torch.arange(3)), model(torch.arange(3)))
     assert optimizer.param_groups

@@ -384,6 +384,13 @@ def unsupported(dtype: torch.dtype) -> str:
     return f"{str(dtype).removeprefix('torch.')} is not supported{why}"
 
 
+def recorder() -> str:
+    """Who records a forward pass to run it elsewhere, without the layer's backward; empty where nobody does."""
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        return "torch.jit.trace"
+    return "torch.export" if torch.compiler.is_exporting() else ""
+
+
 def is_finite(weight: Tensor) -> bool:
     """Whether no element is inf or NaN; waits for the device, and copies nothing."""
     if not weight.is_floating_point() or not weight.numel() or weight.is_meta or isinstance(weight, FakeTensor):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from poetx.config import PoetConfig
 from poetx.errors import UserError
-from poetx.layers.base import ConvertedLinear, RotatedWeight
+from poetx.layers.base import ConvertedLinear, RotatedWeight, recorder
 from poetx.layers.computed_weight import ComputedWeight
 from poetx.layers.plain_weights import save_plain_weights_too
 from poetx.layers.weights import DenseWeight, HostWeight, PackedWeight
@@ -252,8 +252,8 @@ class PoetLinear(ConvertedLinear):
     def _product(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             save_plain_weights_too()  # transformers may be younger than the layer
-        if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-            raise UserError(f"{self.label}: torch.jit.trace sees no rotations; call poetx.to_dense_(model) before it")
+        if by := recorder():
+            raise UserError(f"{self.label}: {by} sees no rotations; call poetx.to_dense_(model) before it")
         mode = self.mode_for(x)
         factors = kept_factors(x) if mode == "mem" and torch.is_grad_enabled() else None
         x = self.checked_input(x)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from poetx.config import PoetConfig
 from poetx.errors import UserError
-from poetx.layers.base import ConvertedLinear
+from poetx.layers.base import ConvertedLinear, recorder
 from poetx.ops.single_step import MomentumBuffers, cheaper_route, single_step_linear
 
 
@@ -98,12 +98,12 @@ class SingleStepLinear(ConvertedLinear):
 
     def _product(self, x: Tensor) -> Tensor:
         x = self.checked_input(x)
-        tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        tracing = recorder()
         gone = self.trainer is not None and not torch.compiler.is_compiling() and self.trainer() is None
         if self.frozen or self.momentum is None or gone or tracing or not torch.is_grad_enabled():
             if self.training and torch.is_grad_enabled() and not self.frozen:
                 if tracing:
-                    raise UserError(f"{self.label}: a trace cannot train the layer; call model.eval() before it")
+                    raise UserError(f"{self.label}: {tracing} cannot train the layer; call model.eval() before it")
                 raise UserError(
                     f"{self.label}: nothing would train its weight{', as its POETX is gone' if gone else ''}; build "
                     "poetx.POETX(model, ...) before the forward pass, or call model.eval()"
