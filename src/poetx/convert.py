@@ -49,6 +49,8 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
     ``config.init == "keep"`` the model's function is preserved, up to the rounding of a ``weight_format``.
     Memory: each layer's old weight is released before the next is converted. Works on the meta device, for
     :func:`poetx.materialize_` to fill.
+    Fresh weights and permutations are drawn from (seed, name in ``model``): parts of one model that are converted one
+    by one draw the same for the same names, so convert the whole, or give each part a ``seed`` of its own.
 
     Raises:
         UserError: nothing matches ``target_modules``; the model is already converted; a targeted layer is

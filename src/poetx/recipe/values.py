@@ -57,7 +57,8 @@ def text(value: Any) -> str:
     if not isinstance(value, str):
         raise refuse("must be text")
     if not value.isprintable():
-        raise refuse("must be printable text")
+        wrong = next(letter for letter in value if not letter.isprintable())
+        raise refuse(f"must be printable text, without {wrong!a}; rename what has it in its name")
     return value
 
 
