@@ -2,11 +2,11 @@
 # The whole suite on one GPU, with nothing installed but what the library needs and pytest. Rows go to OUT as they come,
 # so a part that is cut short by its time limit leaves what it has.
 #
-#   benchmarks/gpu.sh OUT                       every part: tests, layer, routes, profile, step, memory, ops
+#   benchmarks/gpu.sh OUT                       every part: tests, layer, routes, profile, step, stream, memory, ops
 #   benchmarks/gpu.sh OUT layer ops             some of them
 #   POETX_BENCH_TINY=1 benchmarks/gpu.sh OUT    a rehearsal with tiny sizes, which a CPU can do
 set -u
-usage="usage: benchmarks/gpu.sh OUT [tests|layer|routes|profile|step|memory|ops ...]"
+usage="usage: benchmarks/gpu.sh OUT [tests|layer|routes|profile|step|stream|memory|ops ...]"
 case "${1:-}" in "" | -*) echo "$usage" >&2; exit 2 ;; esac
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd); shift
@@ -84,6 +84,16 @@ part_step() {
         --methods adamw,fast,mem,single-step
 }
 
+part_stream() { # frozen weights in host memory, beside the same run with them on the card
+    local keys="model.gradient_checkpointing=true train.chunked_loss=true optimizer.state_dtype=int8"
+    [ -z "$tiny" ] || return 0
+    local offload
+    for offload in null frozen; do
+        bench 60 stream step llama-8b $rates $keys model.offload=$offload --seq-lens 2048 --batch-sizes 1,4 --repeats 3 \
+            --methods mem,int8
+    done
+}
+
 part_memory() {
     [ -n "$tiny" ] || limited 150 memory "$python" -m benchmarks.memory measured --out "$out/memory.jsonl"
 }
@@ -92,10 +102,10 @@ part_memory() {
 rates="optimizer.lr=1e-4 optimizer.poet_lr=1e-4"
 tiny_model="model.hidden_size=32 model.intermediate_size=48 model.num_layers=1 model.num_heads=2 data.vocab_size=300
     poet.block_size=16"
-[ $# -gt 0 ] || set -- tests layer routes profile step memory ops
+[ $# -gt 0 ] || set -- tests layer routes profile step stream memory ops
 for part in "$@"; do
     case $part in
-        tests | layer | routes | profile | step | memory | ops) ;;
+        tests | layer | routes | profile | step | stream | memory | ops) ;;
         *) echo "$part: no such part; $usage" >&2; exit 2 ;;
     esac
 done

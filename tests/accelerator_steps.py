@@ -22,19 +22,12 @@ def device():
         yield device
 
 
-def llama(device: torch.device | str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def llama(device: torch.device | str, dtype: torch.dtype = torch.float32, **sizes: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        vocab_size=96,
-        attn_implementation="eager",
-        use_cache=False,
-    )
+    small = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = LlamaConfig(**(small | sizes), vocab_size=96, attn_implementation="eager", use_cache=False)
     return LlamaForCausalLM(config).to(dtype).to(device)
 
 

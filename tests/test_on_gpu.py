@@ -20,6 +20,7 @@ from poetx.layers.walk import poet_layers
 from poetx.ops.dispatch import use_kernels
 from poetx.recipe import load_recipe
 from poetx.runs.load import load_run
+from poetx.savings import offload_frozen_
 from poetx.train import run
 
 pytestmark = pytest.mark.gpu
@@ -42,6 +43,7 @@ RUNS = {
     "single-step": ("method=single-step",),
     "single-step, rotations": ("method=single-step", "poet.update=rotation"),
     "float32": ("poet.mode=mem", "train.dtype=float32"),
+    "streamed": ("poet.mode=mem", "model.offload=frozen", "model.gradient_checkpointing=true"),
     "accumulated": ("poet.mode=mem", "train.micro_batch_size=2"),
     "adamw": ("method=adamw",),
     "muon": ("method=muon",),
@@ -71,6 +73,26 @@ def test_the_losses_are_those_on_the_cpu_across_merges(name: str) -> None:
     close = 2e-2 if "single" in name or "drop-in" in name else 2e-4
     assert there == pytest.approx(losses(FORMS[name], "cpu"), rel=close)
     assert there[-1] < there[0]
+
+
+@pytest.mark.parametrize("keep", [0, 7])
+@pytest.mark.parametrize("name", ["fast", "mem", "int8 weight"])
+def test_weights_that_come_from_host_memory_give_the_same_bits(name: str, keep: int) -> None:
+    """Four steps with two merges, of layers large enough that a copy takes longer than the host to ask for it."""
+    found = []
+    for offload in (False, True):
+        model = llama("cpu", torch.bfloat16, hidden_size=512, intermediate_size=2048, num_hidden_layers=4)
+        optimizer = FORMS[name](model)
+        offload_frozen_(model, CUDA, keep=keep) if offload else model.to(CUDA)
+        ids = (torch.arange(2 * 256).view(2, 256) * 7 % 96).to(CUDA)
+        values = [float(step(model, optimizer, ids)) for _ in range(4)]
+        found.append((values, {key: value.cpu() for key, value in model.state_dict().items()}))
+    hosted = [tensor for _, layer in poet_layers(model) for tensor in layer.host_tensors()]
+    assert hosted
+    assert all(tensor.is_pinned() for tensor in hosted)
+    assert found[1][0] == found[0][0]
+    for key, value in found[0][1].items():
+        assert torch.equal(found[1][1][key], value), key
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
