@@ -61,7 +61,7 @@ def _linear(shape: Shape) -> nn.Module:
 
 def _single_step(shape: Shape, **settings: Any) -> SingleStepLinear:
     layer = SingleStepLinear(**_arguments(shape, method="single-step", mode="fast", **settings))
-    POETX(nn.Sequential(layer))  # where backward adds to
+    vars(layer)["trained_by"] = POETX(nn.Sequential(layer))  # where backward adds to, for as long as it lives
     return layer
 
 
