@@ -281,9 +281,11 @@ def _take_step(model: nn.Module, recipe: Recipe, device: str) -> _Run:
             queues = {id(layer.host): layer.host for _, layer in poet_layers(model) if layer.host is not None}
             before = sum(queue.moved for queue in queues.values())
             step.take(batches, clip=clip)
+    rotated = [layer for _, layer in poet_layers(model)]
+    packed = sum(layer.in_features * layer.out_features for layer in rotated if layer.packed_weight is not None)
     return _Run(
         splits={label: tracker.split(label) for label in tracker.labels},
-        parameters=sum(p.numel() for p in parameters),
+        parameters=sum(p.numel() for p in parameters) + packed,
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         host=sum(t.numel() * t.element_size() for _, layer in poet_layers(model) for t in layer.host_tensors()),
         moved=(sum(queue.moved for queue in queues.values()) - before) // passes,
