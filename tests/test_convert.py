@@ -237,7 +237,7 @@ def test_patterns_that_match_nothing_leave_the_model_unchanged(config, message):
 def test_refusals():
     with pytest.raises(UserError, match="no nn.Linear"):
         convert_(nn.Sequential(nn.ReLU()))
-    with pytest.raises(UserError, match=r"0: torch.float16 is not supported"):
+    with pytest.raises(UserError, match=r"^0: float16 is not supported"):
         convert_(nn.Sequential(nn.Linear(4, 4).half()))
     with pytest.raises(UserError, match="inside a model"):
         convert_(nn.Linear(4, 4))

@@ -48,8 +48,9 @@ def test_what_is_computed_again_counts_again(weight_format: str | None) -> None:
 
 def test_single_step_has_no_weight_gradient() -> None:
     model = _converted(method="single-step", block_size=8)
-    POETX(model)
+    optimizer = POETX(model)
     counts = _counts(model, torch.randn(TOKENS, IN, requires_grad=True))
+    assert optimizer.state
     bias = 2 * OUT * 8  # taken out of y again
     assert counts == {"aten.addmm": BIG, "poetx.single_step_backward": BIG + BLOCKS // 2 + bias}
 

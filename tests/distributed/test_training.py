@@ -212,7 +212,7 @@ def test_sharded_ranks_go_on_with_the_run_of_one_process_which_goes_on_with_thei
     assert outcomes(trained, name) == [{"step": 12, "signum": None, "skipped": 0}] * 2
     alone, together = trained / "1" / "sharded", trained / "2" / name
     assert_same_curve(alone, together)
-    (at_8, at_12), (own,) = checkpoints(together), checkpoints(alone)
+    (*_, at_8, at_12), (*_, own) = checkpoints(together), checkpoints(alone)
     for file in ("model.safetensors", "optimizer.safetensors"):
         assert tensor_shapes(at_12, file) == tensor_shapes(own, file)
     shutil.rmtree(at_12)

@@ -137,7 +137,7 @@ def test_a_run_whose_directory_is_moved_stops_and_loses_nothing(
     if event == "write":
         original = checkpoint._write_files
         monkeypatch.setattr(
-            checkpoint, "_write_files", lambda place, *rest: (move(rest[2].step), original(place, *rest))
+            checkpoint, "_write_files", lambda place, *rest: (move(rest[2]["train"]["step"]), original(place, *rest))
         )
     with pytest.raises(UserError, match=words):
         train(recipe, reporter=Mover())

@@ -28,8 +28,8 @@ from poetx.ops.dispatch import SMALLEST_BLOCK, use_triton
 from poetx.ops.library import cached_tensors, device_type
 from poetx.ops.side import block_count
 
-#: Smaller weights count as zero, so that no scale is subnormal.
-_LEAST = 1e-30
+#: Smaller scales are zero: none is subnormal, and what they would scale counts as zero.
+_LEAST = 1e-32
 #: Weights that are worked on at once: what float32 (or int64, where a table is searched) temporaries are bounded by.
 #: The noise of stochastic rounding is drawn slice by slice, so this is part of what a seed means.
 _SLICE = 1 << 18
@@ -209,6 +209,10 @@ def _up(x: Tensor) -> Tensor:
     return torch.where(near.float() < x, torch.nextafter(near, torch.full_like(near, float("inf"))), near)
 
 
+def _flushed(scale: Tensor) -> Tensor:
+    return torch.where(scale < _LEAST, torch.zeros_like(scale), scale)
+
+
 def _groups(w_RC: Tensor, group_size: int) -> Tensor:
     """[R, G, group_size]; a ragged last group is filled with its last weight."""
     missing = -w_RC.shape[1] % group_size
@@ -229,15 +233,14 @@ def quantize_(quantized: Quantized, weight: Tensor, *, noise: torch.Generator | 
     tiny = torch.finfo(torch.float32).tiny  # 0 / tiny for a group of zeros
     for rows in _slices(weight.shape[0], weight.shape[1], _SLICE):
         w = _groups(weight[rows].float(), min(quantized.group_size, weight.shape[1]))
-        w = torch.where(w.abs() < _LEAST, 0.0, w)
         if quantized.offset is not None:
             low, high = w.aminmax(dim=2)
             offset = -_up(-low)
-            scale = _up((high - offset.float()) / fmt.top)
+            scale = _flushed(_up((high - offset.float()) / fmt.top))
             quantized.offset[rows] = offset
             t = (w - offset.float()[..., None]) / scale.float().clamp_min(tiny)[..., None]
         else:
-            scale = _up(w.abs().amax(dim=2) / fmt.top)
+            scale = _flushed(_up(w.abs().amax(dim=2) / fmt.top))
             t = w / scale.float().clamp_min(tiny)[..., None]
             if fmt.kind == "bipolar":
                 t = (t + fmt.top) / 2

@@ -56,6 +56,8 @@ _GROUP_KEYS = (
     "decay",
     "clip",
 )
+#: What torch's AdamW leaves in the groups that it was given: true of ours as well.
+_GROUP_KEYS += ("decoupled_weight_decay",)
 _GROUP_KEYS += ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
 #: Settings of torch's optimizers that change no number.
 _SPEED = ("foreach", "fused", "capturable", "differentiable")
