@@ -32,22 +32,30 @@ TARGETS: dict[tuple[str, str], tuple[float, float | None]] = {
 }
 
 
-def name_of(weight_format: str | None, offload: str | None) -> str:
-    return f"{weight_format or 'bfloat16'}, {'streamed' if offload else 'resident'}"
+#: Single-step weights: all of their bits, wherever they are.
+SINGLE = (("single-step", None), ("single-step", "frozen"))
 
 
-def row_of(model: str, weight_format: str | None, offload: str | None) -> dict[str, Any]:
+def name_of(weights: str | None, offload: str | None) -> str:
+    """A way in words; ``weights``: their format, or ``"single-step"``."""
+    return f"{weights or 'bfloat16'}, {'streamed' if offload else 'resident'}"
+
+
+def row_of(model: str, weights: str | None, offload: str | None) -> dict[str, Any]:
     """One plan, with its bytes and what it costs on each link."""
     started = time.perf_counter()
-    way = plan(load_recipe(model, BATCH, text=False), weight_format, offload)
+    single = weights == "single-step"
+    recipe = load_recipe(model, [*BATCH, *(["method=single-step"] if single else [])], text=False)
+    way = plan(recipe, None if single else weights, offload)
     estimate = way.estimate
     return {
         "benchmark": "reach",
         "model": model,
-        "way": name_of(weight_format, offload),
+        "way": name_of(weights, offload),
         "device_gib": round(way.device_gib, 2),
         "host_gib": round(way.host_gib, 2),
         "moved_gib": round(estimate.moved / GIB, 2),
+        "stepped_gib": round(estimate.stepped / GIB, 2),
         "categories_gib": {name: round(size / GIB, 2) for name, size in estimate.categories.items()},
         "parameters": estimate.parameters,
         "tokens_per_second": {name: round(way.tokens_per_second(link)) for name, link in LINKS.items()},
@@ -63,8 +71,8 @@ def main() -> None:
     args = parser.parse_args()
     known = args.out.read_text().splitlines() if args.out.exists() else []
     done = {(row["model"], row["way"]) for row in map(json.loads, known)}
-    cells = [(model, *way) for model in MODELS for way in WAYS]
-    cells.sort(key=lambda cell: (cell[0], name_of(*cell[1:])) not in TARGETS)
+    cells = [(model, *way) for model in MODELS for way in (*WAYS, *SINGLE)]
+    cells.sort(key=lambda cell: ((cell[0], name_of(*cell[1:])) not in TARGETS, cell[1:] in SINGLE))
     origin = provenance(torch.device("cpu"))
     for model, *way in cells:
         key = (model, name_of(*way))

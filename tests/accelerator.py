@@ -106,7 +106,12 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name == "copy_":
         lands = isinstance(args[0], OnAccelerator)
     comes = isinstance(tensors[-1 if name == "copy_" else 0], OnAccelerator) if tensors else lands
-    _note(name, moved=name in ("_to_copy", "copy_") and lands != comes, waits=bool(here) and name in _WAITING)
+    moved = name in ("_to_copy", "copy_") and lands != comes
+    if name == "_foreach_copy_":
+        moved = any(
+            isinstance(a, OnAccelerator) != isinstance(b, OnAccelerator) for a, b in zip(*args[:2], strict=True)
+        )
+    _note(name, moved=moved, waits=bool(here) and name in _WAITING)
     if device is not None:
         kwargs = kwargs | {"device": "cpu" if lands else device}
     out = func(*_map(_on_host, args), **_map(_on_host, kwargs))

@@ -42,7 +42,7 @@ def test_backward_feeds_the_momentum_and_gives_the_plain_gradients(m, n, b, grad
     expected = torch.autograd.grad(want, inputs, g)
     block_sizes = (layer.block_size_in, layer.block_size_out)
     y = single_step_linear(
-        x, layer.weight, layer.bias, layer.momentum, block_sizes=block_sizes, route=route, keep_y=keep_y
+        x, layer.frozen_weight.stored, layer.bias, layer.momentum, block_sizes=block_sizes, route=route, keep_y=keep_y
     )
     assert relative_error(y, want) < TOLERANCE[torch.float64]
     y.backward(g)

@@ -27,7 +27,13 @@ def test_the_triton_outer_product_feeds_the_same(bias):
         layer.momentum.momentum_out.zero_()
         with context():
             y = single_step_linear(
-                x, layer.weight, layer.bias, layer.momentum, block_sizes=(16, 16), route="tokens", keep_y=True
+                x,
+                layer.frozen_weight.stored,
+                layer.bias,
+                layer.momentum,
+                block_sizes=(16, 16),
+                route="tokens",
+                keep_y=True,
             )
             y.backward(g)
         sums.append((layer.momentum.momentum_in.clone(), layer.momentum.momentum_out.clone()))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import accelerator
 from accelerator import DEVICE, crossings
 from accelerator_steps import llama
-from poetx import PoetConfig, UserError, convert_, merge_, merge_every, param_groups, to_dense_
-from poetx.layers.walk import poet_layers
+from poetx import POETX, PoetConfig, UserError, convert_, merge_, merge_every, param_groups, to_dense_
+from poetx.layers.walk import converted_layers, poet_layers
 from poetx.savings import checkpoint_layers_, offload_frozen_
 
 FORMS = {
@@ -26,6 +28,11 @@ FORMS = {
         {"mode": "mem", "weight_format": "nf4", "group_size": 16, "weight_extra_bits": True},
         torch.float32,
     ),
+    "single-step, free": ({"method": "single-step", "update": "free"}, torch.bfloat16),
+    "single-step, rotations": (
+        {"method": "single-step", "update": "rotation", "rotation_dtype": "bfloat16", "mode": "mem"},
+        torch.float32,
+    ),
 }
 
 
@@ -36,15 +43,18 @@ def device():
 
 
 def trained(name: str, prepare: Callable[[nn.Module], object], *, checkpointed: bool = False, steps: int = 3):
-    """Losses, model and optimizer after steps of two micro-batches, each with a merge."""
+    """Losses, model and optimizer after steps of two micro-batches, each with a merge or a fold."""
     settings, dtype = FORMS[name]
     built = llama("cpu", dtype)
     convert_(built, PoetConfig(block_size=16, init="keep", **settings))
     prepare(built)
     if checkpointed:
         checkpoint_layers_(built)
-    optimizer = torch.optim.AdamW(param_groups(built, lr=1e-3, poet_lr=1e-2))
-    merge_every(optimizer, built, steps=1)
+    if settings.get("method") == "single-step":
+        optimizer = POETX(built, lr=1e-3)
+    else:
+        optimizer = torch.optim.AdamW(param_groups(built, lr=1e-3, poet_lr=1e-2))
+        merge_every(optimizer, built, steps=1)
     losses = []
     for number in range(steps):
         for part in range(2):
@@ -72,15 +82,22 @@ def assert_same(first: nn.Module, second: nn.Module) -> None:
         assert torch.equal(value.cpu(), theirs[key].cpu()), key
 
 
-@pytest.mark.parametrize(("name", "checkpointed"), [*((name, False) for name in FORMS), ("fast", True), ("int8", True)])
+CHECKPOINTED = ("fast", "int8", "single-step, free", "single-step, rotations")
+
+
+@pytest.mark.parametrize(
+    ("name", "checkpointed"), [*((name, False) for name in FORMS), *((name, True) for name in CHECKPOINTED)]
+)
 def test_losses_and_merged_weights_are_those_of_a_model_on_the_device(
     name: str, checkpointed: bool, device: torch.device
 ) -> None:
-    there, model, _ = trained(name, resident, checkpointed=checkpointed)
-    losses, moved, _ = trained(name, streamed, checkpointed=checkpointed)
+    there, model, first = trained(name, resident, checkpointed=checkpointed)
+    losses, moved, second = trained(name, streamed, checkpointed=checkpointed)
     assert losses == there
     assert_same(moved, model)
-    hosted = [tensor for _, layer in poet_layers(moved) for tensor in layer.host_tensors()]
+    for ours, theirs in zip(tree_leaves(second.state_dict()), tree_leaves(first.state_dict()), strict=True):
+        assert torch.equal(ours.cpu(), theirs.cpu()) if isinstance(ours, torch.Tensor) else ours == theirs
+    hosted = [tensor for _, layer in converted_layers(moved) for tensor in layer.host_tensors()]
     assert {tensor.device.type for tensor in hosted} == {"cpu"}
     others = {id(tensor) for tensor in hosted}
     rest = [t for t in (*moved.parameters(), *moved.buffers()) if id(t) not in others]
@@ -88,11 +105,12 @@ def test_losses_and_merged_weights_are_those_of_a_model_on_the_device(
 
 
 @pytest.mark.parametrize(("checkpointed", "times"), [(False, 2), (True, 3)])
+@pytest.mark.parametrize("name", ["mem", "single-step, rotations"])
 def test_a_micro_batch_brings_each_weight_twice_and_takes_nothing_back(
-    checkpointed: bool, times: int, device: torch.device
+    name: str, checkpointed: bool, times: int, device: torch.device
 ) -> None:
-    _, model, _ = trained("mem", streamed, checkpointed=checkpointed, steps=2)
-    layers = [layer for _, layer in poet_layers(model)]
+    _, model, optimizer = trained(name, streamed, checkpointed=checkpointed, steps=2)
+    layers = [layer for _, layer in converted_layers(model)]
     queue = layers[0].host
     assert queue is not None
     before = queue.loads, queue.moved, queue.missed
@@ -103,6 +121,18 @@ def test_a_micro_batch_brings_each_weight_twice_and_takes_nothing_back(
     assert queue.moved - before[1] <= times * sum(4 * layer.in_features * layer.out_features for layer in layers)
     assert queue.missed - before[2] == 1  # the first of the pass
     assert seen == ["_local_scalar_dense"]  # beside what the queue counts, which the operators do inside
+    before = queue.loads, queue.writes
+    with crossings() as seen:
+        optimizer.step()
+    stepped = len(layers) if name.startswith("single-step") else 0
+    assert queue.writes - before[1] == stepped
+    assert queue.returned == 3 * bool(stepped) * sum(4 * layer.in_features * layer.out_features for layer in layers)
+    if stepped:
+        assert queue.loads - before[0] == stepped
+        assert Counter(crossing.partition(" at ")[0] for crossing in seen) == {
+            "copy_": stepped,
+            "_foreach_copy_": stepped,
+        }
 
 
 def test_the_weights_stay_where_they_are_whatever_moves_the_model(device: torch.device) -> None:
@@ -147,9 +177,12 @@ def test_states_load_and_dense_layers_come_back(device: torch.device) -> None:
 def test_what_cannot_be_offloaded_is_refused(device: torch.device) -> None:
     single = llama("cpu")
     convert_(single, PoetConfig(method="single-step", block_size=16))
-    with pytest.raises(UserError, match="changes at every step"):
+    optimizer = POETX(single)
+    with pytest.raises(UserError, match=r"before poetx\.POETX"):
         offload_frozen_(single, device)
-    with pytest.raises(UserError, match="no PoetLinear"):
+    optimizer.close()
+    offload_frozen_(single, device)
+    with pytest.raises(UserError, match="no converted layer"):
         offload_frozen_(llama("cpu"), device)
     model = llama("cpu")
     convert_(model, PoetConfig(block_size=16))

@@ -44,8 +44,9 @@ def test_trains_as_on_the_cpu_and_resumes_to_the_bit(name: str, tiny: Tiny, devi
     assert load_run(str(whole.run_dir), device="cpu").model is not None
 
 
-def test_a_run_with_its_weights_in_host_memory_is_the_same_run(tiny: Tiny, device: torch.device) -> None:
-    settings = ("poet.mode=mem", "poet.merge_every=3", "train.steps=7")
+@pytest.mark.parametrize("name", ["mem and its stack", "single-step"])
+def test_a_run_with_its_weights_in_host_memory_is_the_same_run(name: str, tiny: Tiny, device: torch.device) -> None:
+    settings = (*FORMS[name], "train.steps=7", "train.micro_batch_size=2")
     resident = run.train(tiny(*settings, run_dir="resident"))
     recipe = tiny(*settings, "model.offload=frozen", run_dir="streamed")
     assert run.train(recipe, reporter=At(4, interrupt)).signum == signal.SIGINT

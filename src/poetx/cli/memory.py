@@ -205,6 +205,8 @@ def _show_table(console: Any, title: str, estimates: dict[str, MemoryEstimate]) 
     if any(e.host for e in every):
         lines.append(["in host memory", *(f"{e.host / GIB:.2f}" for e in every)])
         lines.append(["brought a pass", *(f"{e.moved / GIB:.2f}" for e in every)])
+        if any(e.stepped for e in every):
+            lines.append(["both ways a step", *(f"{e.stepped / GIB:.2f}" for e in every)])
     lines.append(["weights", *(e.recipe.train.dtype for e in every)])
     lines.append(["trained", *(f"{e.trainable / 1e6:.1f}M" for e in every)])
     wide = console.width >= 22 + sum(max(8, len(name)) + 3 for name in estimates)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,14 +12,14 @@ from torch import Tensor, nn
 
 from poetx.config import PoetConfig
 from poetx.errors import UserError
-from poetx.layers.base import ConvertedLinear, RotatedWeight, recorder
+from poetx.layers.base import recorder
 from poetx.layers.computed_weight import ComputedWeight
+from poetx.layers.hosted import HostedLinear
 from poetx.layers.plain_weights import save_plain_weights_too
-from poetx.layers.weights import DenseWeight, HostWeight, PackedWeight
+from poetx.layers.weights import DenseWeight, PackedWeight
 from poetx.ops.block_diagonal import inverse, is_permutation
 from poetx.ops.cayley import packed_size
 from poetx.ops.fold import fold, largest_angle
-from poetx.ops.host import HostQueue, in_host_memory
 from poetx.ops.linear import poet_linear
 from poetx.ops.original import original_weight
 from poetx.ops.random import stream
@@ -44,7 +42,7 @@ class FoldStats(NamedTuple):
     norm_ratio: Tensor
 
 
-class PoetLinear(ConvertedLinear):
+class PoetLinear(HostedLinear):
     """``y = x · P · W0ᵀ · R + bias`` in the memory of its packed rotations.
 
     Parameters and buffers (m = out_features, n = in_features, b = block size of the side):
@@ -78,9 +76,6 @@ class PoetLinear(ConvertedLinear):
     trained_with: Tensor
     residual: Tensor | None
     base_weight: Any  # an nn.Parameter, or None where packed_weight stands for it
-    _like: Tensor
-    #: Where the weight is in host memory (:func:`poetx.savings.offload_frozen_`): what brings it to the device.
-    host: HostQueue | None = None
     #: (G_in, G_out) while :func:`poetx.shared_blocks` holds them; no part of the layer's state.
     shared_blocks: tuple[Tensor, Tensor] | None = None
 
@@ -137,35 +132,10 @@ class PoetLinear(ConvertedLinear):
         """What the layer computes in and :func:`poetx.to_dense_` gives back."""
         return self._like.dtype if self.base_weight is None else self.base_weight.dtype
 
-    @property
-    def frozen_weight(self) -> DenseWeight | PackedWeight | HostWeight:
-        """W' as an object that is fetched and written, however and wherever it is stored."""
-        weight = self._stored_weight()
-        if self.host is None:
-            return weight
-        me = weakref.ref(self)
-        return HostWeight(weight, self.skew_in.device, self.host, lambda: (now := me()) and now._stored_weight())
-
     def _stored_weight(self) -> DenseWeight | PackedWeight:
         return self.packed_weight or DenseWeight(self.base_weight, self.residual)
 
-    def keep_in_host_memory_(self, queue: HostQueue, device: torch.device) -> None:
-        """Move W', codes and scales and extra bits with it, to host memory, for use on ``device`` by way of ``queue``.
-
-        Everything else, bias, rotations and permutations, moves as ever. One layer's weight is there twice meanwhile.
-        """
-        for tensors, name in self._of_the_weight():
-            tensor: Tensor = tensors[name]
-            kept = in_host_memory(tensor.detach(), device)
-            tensors[name] = RotatedWeight.of(kept, getattr(tensor, "frozen", False)) if name == "base_weight" else kept
-        self.host = queue
-
-    def host_tensors(self) -> list[Tensor]:
-        """What of this layer is in host memory; nothing unless :attr:`host`."""
-        return [] if self.host is None else [tensors[name] for tensors, name in self._of_the_weight()]
-
     def _of_the_weight(self) -> list[tuple[dict[str, Any], str]]:
-        """Where the tensors of W' are found: (a module's parameters or buffers, name)."""
         places = [(self._parameters, "base_weight"), (self._buffers, "residual")]
         packed = self.packed_weight
         while packed is not None:
@@ -285,10 +255,6 @@ class PoetLinear(ConvertedLinear):
         self.check_filled()
         weight = fold(self.frozen_weight.fetch(), self.sides, order=self.order)
         return _permuted(weight, inverse(self.perm_out), inverse(self.perm_in))
-
-    def plain_weight(self) -> Tensor:
-        plain = super().plain_weight()
-        return plain if self.host is None else plain.cpu()
 
     @property
     def weight(self) -> Tensor:
@@ -442,42 +408,14 @@ class PoetLinear(ConvertedLinear):
         for key, value in self.state_dict().items():
             state_dict.setdefault(f"{prefix}{key}", value)
 
-    def _probe(self) -> Tensor:
-        return self._like
-
-    @contextlib.contextmanager
-    def _host_tensors_stay(self, fn: Callable[..., Any]) -> Iterator[None]:
-        """What is in host memory is out of ``fn``'s reach inside the block.
-
-        Raises:
-            UserError: ``fn`` changes the dtype.
-        """
-        if self.host is None:
-            yield
-            return
-        if fn(self._probe()).dtype != self.weight_dtype:
-            raise UserError(f"{self.label}: its weight is in host memory; change dtypes before offload_frozen_")
-        kept = [(tensors, name, tensors[name]) for tensors, name in self._of_the_weight()]
-        try:
-            for tensors, name, _ in kept:
-                tensors[name] = None
-            yield
-        finally:
-            for tensors, name, tensor in kept:
-                tensors[name] = tensor
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PoetLinear:
+    def _move(self, fn: Callable[..., Any], recurse: bool) -> PoetLinear:
         """``.to()``, ``.bfloat16()`` and the like: the rotations and ‖W0‖ move, but are never narrowed.
 
         A wider weight that becomes bfloat16 keeps its extra bits where ``config.keeps_extra_bits``.
         """
-        with self._host_tensors_stay(fn):
-            return self._move(fn, recurse)
-
-    def _move(self, fn: Callable[..., Any], recurse: bool) -> PoetLinear:
         before, norm = [skew.data for skew in self.rotations], self.base_norm
         wide = None if self.base_weight is None else self.base_weight.detach()
-        super()._apply(fn, recurse)
+        super()._move(fn, recurse)
         if wide is not None and self.config.keeps_extra_bits and wide.dtype != self.weight_dtype == torch.bfloat16:
             self.residual = torch.empty_like(wide, dtype=torch.int8, device=self.skew_in.device)
             with torch.no_grad():

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from poetx.config import PoetConfig
 from poetx.errors import UserError
-from poetx.layers.base import ConvertedLinear, recorder
+from poetx.layers.base import recorder
+from poetx.layers.hosted import HostedLinear
+from poetx.ops.host import HostQueue
 from poetx.ops.single_step import MomentumBuffers, cheaper_route, single_step_linear
 
 
-class SingleStepLinear(ConvertedLinear):
+class SingleStepLinear(HostedLinear):
     """``y = x·Wᵀ + bias`` with the weight in its own frame and no weight gradient: ``method="single-step"``.
 
     :class:`poetx.POETX` folds a small rotation into the weight at every step, so that the rotations are the identity
@@ -108,18 +110,40 @@ class SingleStepLinear(ConvertedLinear):
                     f"{self.label}: nothing would train its weight{', as its POETX is gone' if gone else ''}; build "
                     "poetx.POETX(model, ...) before the forward pass, or call model.eval()"
                 )
+            if self.host is not None:
+                if tracing:
+                    raise UserError(f"{self.label}: {tracing} finds its weight in host memory; use poetx.to_dense_")
+                return self._single_step(x, None)
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return nn.functional.linear(x, self.weight.to(x.dtype), bias)
         self.check_needs_no_gradient(self.weight)
+        return self._single_step(x, self.momentum)
+
+    def _single_step(self, x: Tensor, momentum: MomentumBuffers | None) -> Tensor:
         return single_step_linear(
             x,
-            self.weight,
+            self.frozen_weight.stored,
             self.bias,
-            self.momentum,
+            momentum,
             block_sizes=(self.block_size_in, self.block_size_out),
             route=self.route,
             keep_y=self.mode_for(x) == "fast",
         )
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        weight = self._parameters["weight"]
+        return self._like.dtype if weight is None else weight.dtype
+
+    def _probe(self) -> Tensor:
+        return self._like if self.host is not None else super(HostedLinear, self)._probe()
+
+    def keep_in_host_memory_(self, queue: HostQueue, device: torch.device) -> None:
+        """As in any layer; :class:`poetx.POETX` is built after it, for it holds the very weight."""
+        if self.trainer is not None and self.trainer() is not None:
+            raise UserError(f"{self.label}: an optimizer holds its weight; call offload_frozen_ before poetx.POETX")
+        self.register_buffer("_like", torch.empty(0, dtype=self.weight_dtype, device=device), persistent=False)
+        super().keep_in_host_memory_(queue, device)
 
     def dense_weight(self) -> Tensor:
         """The weight [out_features, in_features]: itself."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from poetx.errors import UserError
 from poetx.layers.base import ConvertedLinear
+from poetx.layers.hosted import HostedLinear
 from poetx.layers.poet import PoetLinear
 from poetx.layers.single_step import SingleStepLinear
 
@@ -25,9 +26,9 @@ def single_step_layers(model: nn.Module) -> Iterator[tuple[str, SingleStepLinear
     return _layers(model, SingleStepLinear)
 
 
-def converted_layers(model: nn.Module) -> Iterator[tuple[str, ConvertedLinear]]:
+def converted_layers(model: nn.Module) -> Iterator[tuple[str, HostedLinear]]:
     """Every layer that :func:`convert_` made, of either method, once, with its dotted name."""
-    return _layers(model, ConvertedLinear)
+    return _layers(model, HostedLinear)
 
 
 def rotation_ids(model: nn.Module) -> set[int]:

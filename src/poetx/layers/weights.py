@@ -217,6 +217,10 @@ class HostWeight:
     def fetch(self) -> Tensor:
         return self.weight.on(self.device).fetch()
 
+    def brought(self) -> Tensor:
+        """The weight of a single-step layer for its fold, with the next one's copy under way; not to be written."""
+        return self.queue.fetch(self.stored.tensors, self.device, once=True)[0]
+
     def precise(self) -> Tensor:
         return self.weight.on(self.device).precise()
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from poetx.layers.walk import poet_layers, rotation_ids, single_step_layers
+from poetx.layers.walk import converted_layers, rotation_ids, single_step_layers
 
 #: What a byte can belong to, in the order of the tables.
 CATEGORIES = ("frozen", "trainable", "gradient", "optimizer", "activations", "temporary")
@@ -201,7 +201,7 @@ def followed(tracker: StorageTracker, model: nn.Module) -> Iterator[None]:
     """Tell ``tracker`` about the model's parameters and buffers now, and about each gradient when it is there."""
     rotations = rotation_ids(model)
     handles = []
-    tracker.leave_out(tensor for _, layer in poet_layers(model) for tensor in layer.host_tensors())
+    tracker.leave_out(tensor for _, layer in converted_layers(model) for tensor in layer.host_tensors())
     for parameter in model.parameters():
         rotation = id(parameter) in rotations
         category = "trainable" if parameter.requires_grad else "frozen"

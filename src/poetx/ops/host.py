@@ -1,5 +1,7 @@
 """Weights that live in host memory: brought to the device for each use, the next one while the last is used.
 
+Those that change at every step also go back, each while the next is computed.
+
 A pass through a model uses its weights in an order that repeats: forward, then backward, where activation checkpointing
 runs pieces of the forward again. :class:`HostQueue` remembers that order and starts the copy of the next weight, on a
 stream of its own, as soon as one is asked for. The order is a guess that costs time where it is wrong (layers skipped,
@@ -14,12 +16,14 @@ import logging
 import mmap
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+from poetx.ops.transaction import copy_at_once_
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +39,7 @@ class Copy:
         # Memory of the stream that computes: free for its later work as soon as nobody holds it.
         self._copies = tuple(torch.empty_like(source, device=device) for source in self._sources)
         self._device, self._event = device, None
-        side = _stream(device)
+        side = _stream(device, "in")
         if side is None:
             self._fill()
             return
@@ -61,24 +65,83 @@ class Copy:
         return self._copies
 
 
+class Return:
+    """Values on their way into ``targets``, some of them in host memory, on a stream of their own where there are any.
+
+    All in one call, so that whatever interrupts, all are written or none.
+    """
+
+    def __init__(self, targets: Sequence[Tensor], values: Sequence[Tensor], device: torch.device) -> None:
+        self._targets, self._values, self._device = targets, values, device
+        self._side = _stream(device, "out")
+
+    def start(self) -> None:
+        if self._side is None:
+            self._fill(wait=True)
+            return
+        module = torch.get_device_module(self._device)
+        self._side.wait_stream(module.current_stream(self._device))
+        with module.stream(self._side):
+            self._fill(wait=False)
+
+    def _fill(self, *, wait: bool) -> None:
+        copy_at_once_(self._targets, self._values, wait=wait)
+
+    def over(self, *, on_host: bool = False) -> None:
+        """Have the current stream, or with ``on_host`` the caller, wait until nobody reads the values any more."""
+        if self._side is not None:
+            torch.get_device_module(self._device).current_stream(self._device).wait_stream(self._side)
+            if on_host:
+                self._side.synchronize()
+
+
 @functools.cache
-def _stream(device: torch.device) -> Any:
-    """The stream that copies to ``device``, or None where there are none."""
+def _stream(device: torch.device, way: str) -> Any:
+    """The stream that copies to ``device`` ("in") or from there ("out"), or None where there are none."""
     module = None if device.type == "cpu" else torch.get_device_module(device)
     return module.Stream(device) if hasattr(module, "Stream") else None  # pyright: ignore[reportOptionalMemberAccess]
 
 
 class _Use(NamedTuple):
-    """One use of a weight: which, its place among all of them, and whether it was inside a backward pass."""
+    """One use of a weight: which, its place among all of them, and in what: "forward", "backward" or "step"."""
 
     address: int
     place: int
-    backward: bool
+    phase: str
 
 
 def _begins(use: _Use, before: _Use) -> bool:
     """Whether a use can be the first of another pass."""
-    return not use.backward and (before.backward or use.place <= before.place)
+    return use.phase != "backward" and (use.phase != before.phase or use.place <= before.place)
+
+
+class _Order:
+    """Uses so far, and the guess which come next: those that followed before."""
+
+    def __init__(self) -> None:
+        self._uses: list[_Use] = []
+        self._next = 0  # what follows is what followed there
+
+    def record(self, use: _Use, limit: int) -> None:
+        """Go on in the uses before where they continue like this one; else to the last place that this pair was at.
+
+        Args:
+            limit: of uses beyond which half of them are forgotten.
+        """
+        before = self._uses
+        if self._next < len(before) and before[self._next] == use:
+            self._next += 1
+        else:
+            pairs = range(len(before) - 1, 0, -1)
+            alike = (place for place in pairs if before[place] == use and before[place - 1] == before[-1])
+            self._next = next(alike, len(before)) + 1
+        before.append(use)
+        if len(before) > limit and self._next > (half := len(before) // 2):
+            del before[:half]
+            self._next -= half
+
+    def guess(self, number: int) -> list[_Use]:
+        return self._uses[self._next : self._next + number]
 
 
 class HostQueue:
@@ -90,18 +153,22 @@ class HostQueue:
 
     Attributes:
         loads: copies started; moved: their bytes; missed: uses that no copy was there or under way for.
+        writes: weights that went back to host memory; returned: their bytes.
     """
 
     start_copy: Callable[[Tensors, torch.device], Copy] = Copy
+    start_return: Callable[[Sequence[Tensor], Sequence[Tensor], torch.device], Return] = Return
 
     def __init__(self, prefetch: int = 1, keep: int = 0) -> None:
         self.prefetch, self.keep = prefetch, keep
-        self.loads = self.moved = self.missed = 0
+        self.loads = self.moved = self.missed = self.writes = self.returned = 0
         self._weights: dict[int, tuple[int, Callable[[], Tensors | None]]] = {}
-        self._uses: list[_Use] = []
-        self._next = 0  # the guess: what follows is what followed there
+        passes = _Order()
+        self._orders = {"forward": passes, "backward": passes, "step": _Order()}  # a step is once in many passes
+        self._last: _Use | None = None
         self._ahead: list[tuple[_Use, Copy]] = []
         self._kept: dict[int, Copy] = {}  # the latest last
+        self._going: Return | None = None
         self._lock = threading.Lock()
 
     def __reduce__(self) -> Any:  # a copy of a model has weights of its own, which are met when they are used
@@ -114,12 +181,17 @@ class HostQueue:
         self._weights[address] = place, now
         _QUEUES[address] = self
 
-    def fetch(self, tensors: Tensors, device: torch.device) -> Tensors:
-        """The tensors on ``device``, and the copies of those that will be asked for next under way."""
+    def fetch(self, tensors: Tensors, device: torch.device, *, once: bool = False) -> Tensors:
+        """The tensors on ``device``, and the copies of those that will be asked for next under way.
+
+        Args:
+            once: for an optimizer's step, which does not need them again, whatever :attr:`keep` says.
+        """
         address = _address(tensors[0])
         with self._lock:
-            use = _Use(address, self._weights[address][0], torch._C._current_graph_task_id() != -1)
-            if self._uses and _begins(use, self._uses[-1]):
+            phase = "step" if once else "forward" if torch._C._current_graph_task_id() == -1 else "backward"
+            use = _Use(address, self._weights[address][0], phase)
+            if self._last is not None and _begins(use, self._last):
                 self._kept.clear()
             if self._ahead and self._ahead[0][0] == use and self._ahead[0][1].is_of(tensors):
                 copy = self._ahead.pop(0)[1]
@@ -127,12 +199,33 @@ class HostQueue:
                 self._drop()
                 self.missed += address not in self._kept
                 copy = self._start(tensors, device)
-            self._record(use)
+            self._last = use
+            self._orders[phase].record(use, 16 * len(self._weights))
             self._kept[address] = copy
             self._look_ahead(use, device)
+            if once:
+                del self._kept[address]
             while len(self._kept) > self.keep:
                 del self._kept[next(iter(self._kept))]
             return copy.arrived()
+
+    def write(self, targets: Sequence[Tensor], values: Sequence[Tensor], device: torch.device) -> None:
+        """Copy ``values`` into ``targets``, of which the first is in host memory, beside what ``device`` does next.
+
+        :meth:`settle` waits for it.
+        """
+        self.writes += 1
+        self.returned += targets[0].numel() * targets[0].element_size()
+        if self._going is not None:
+            self._going.over()
+        self._going = self.start_return(targets, values, device)  # held first: whatever interrupts, settle() waits
+        self._going.start()
+
+    def settle(self) -> None:
+        """Wait until everything is written."""
+        if self._going is not None:
+            self._going.over(on_host=True)
+        self._going = None
 
     def _start(self, tensors: Tensors, device: torch.device) -> Copy:
         kept = self._kept.pop(_address(tensors[0]), None)
@@ -147,22 +240,8 @@ class HostQueue:
             copy.arrived()  # its memory is written to until then
         self._ahead.clear()
 
-    def _record(self, use: _Use) -> None:
-        """Go on in the uses before where they continue like this one; else to the last place that this pair was at."""
-        before = self._uses
-        if self._next < len(before) and before[self._next] == use:
-            self._next += 1
-        else:
-            pairs = range(len(before) - 1, 0, -1)
-            alike = (place for place in pairs if before[place] == use and before[place - 1] == before[-1])
-            self._next = next(alike, len(before)) + 1
-        before.append(use)
-        if len(before) > 16 * len(self._weights) and self._next > (half := len(before) // 2):
-            del before[:half]
-            self._next -= half
-
     def _look_ahead(self, use: _Use, device: torch.device) -> None:
-        for number, following in enumerate(self._uses[self._next : self._next + self.prefetch]):
+        for number, following in enumerate(self._orders[use.phase].guess(self.prefetch)):
             if _begins(following, use):
                 return
             use = following

@@ -20,6 +20,7 @@ scaled down between steps, that is the momentum, and no gradient is ever stored.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from poetx.ops.fold import full_precision_products
 from poetx.ops.library import device_type, first_derivatives_only, no_transforms, operator
 from poetx.ops.random import stochastic_round_
 from poetx.ops.side import block_count
+from poetx.ops.stored import HOST, Stored, fetch
 
 
 class MomentumBuffers(NamedTuple):
@@ -142,7 +144,20 @@ def _generators(noise: Tensor, device: torch.device) -> tuple[torch.Generator | 
     return torch.Generator(device).manual_seed(first), torch.Generator(device).manual_seed(first + 1)
 
 
-def _fake_backward(g, x, y, weight, bias, *rest):
+def _fake_product(x, stored, kind, bias):
+    return x.new_empty(x.shape[0], stored[0].shape[0])
+
+
+@operator(_fake_product)
+def _single_step_from_host(x: Tensor, stored: Sequence[Tensor], kind: str, bias: Tensor | None) -> Tensor:
+    return _product(x, fetch(stored, kind, 0, x.shape[1], x.dtype, x.device), bias)
+
+
+def _product(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.mm(x, W.T) if bias is None else torch.addmm(bias.to(x.dtype), x, W.T)
+
+
+def _fake_backward(g, x, y, stored, kind, bias, *rest):
     return torch.empty_like(x, memory_format=torch.contiguous_format) if rest[-1] else x.new_empty(0)
 
 
@@ -151,7 +166,8 @@ def _single_step_backward(
     g: Tensor,
     x: Tensor,
     y: Tensor | None,
-    weight: Tensor,
+    stored: Sequence[Tensor],
+    kind: str,
     bias: Tensor | None,
     momentum_in: Tensor,
     momentum_out: Tensor,
@@ -163,7 +179,7 @@ def _single_step_backward(
     route: str,
     needs_dx: bool,
 ) -> Tensor:
-    W = weight.to(x.dtype)
+    W = fetch(stored, kind, 0, x.shape[1], x.dtype, x.device)
     dx = torch.mm(g, W) if needs_dx or route == "tokens" else x.new_empty(0)
     narrow = momentum_in.dtype == torch.bfloat16
     noise_in, noise_out = _generators(noise, x.device) if narrow else (None, None)
@@ -210,16 +226,21 @@ def _watched(y: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 class _SingleStepLinear(torch.autograd.Function):
-    """Saves x; and y, the layer's output itself, on the tokens route of ``keep_y``. Weight and bias are kept anyway."""
+    """Saves x; and y, the layer's output itself, on the tokens route of ``keep_y``. Weight and bias are kept anyway.
+
+    Without buffers it saves no x: nothing is added to then.
+    """
 
     @staticmethod
-    def forward(ctx, x, anchor, weight, bias, *settings):
+    def forward(ctx, x, anchor, weight, bias, kind, *settings):
         *buffers, block_sizes, route, keep_y = settings
-        W = weight.to(x.dtype)
-        y = torch.mm(x, W.T) if bias is None else torch.addmm(bias.to(x.dtype), x, W.T)
+        if kind.startswith(HOST):
+            y = _single_step_from_host(x, [weight], kind, bias)
+        else:
+            y = _product(x, weight.to(x.dtype), bias)
         kept, ctx.writes = _watched(y) if keep_y else (None, None)
-        ctx.save_for_backward(x, kept, weight, bias)
-        ctx.settings = (*buffers, *block_sizes, route)
+        ctx.save_for_backward(x if buffers else x.new_empty(0, x.shape[1]), kept, weight, bias)
+        ctx.kind, ctx.settings = kind, (*buffers, *block_sizes, route)
         return y
 
     @staticmethod
@@ -230,19 +251,20 @@ class _SingleStepLinear(torch.autograd.Function):
             y = None  # overwritten, as by nn.ReLU(inplace=True): computed again
         dbias = g.sum(0).to(bias.dtype) if ctx.needs_input_grad[3] else None
         needs_dx = ctx.needs_input_grad[0]
-        if torch.compiler.is_compiling() or _accumulates(ctx.next_functions[1][0]):
-            dx = _single_step_backward(g.contiguous(), x, y, weight, bias, *ctx.settings, needs_dx)
+        dx = anchor = None
+        if ctx.needs_input_grad[1] and (torch.compiler.is_compiling() or _accumulates(ctx.next_functions[1][0])):
+            dx = _single_step_backward(g.contiguous(), x, y, [weight], ctx.kind, bias, *ctx.settings, needs_dx)
             anchor = g.new_zeros((), dtype=torch.float32)
-        else:
-            dx, anchor = torch.mm(g, weight.to(x.dtype)) if needs_dx else None, None
-        return dx if needs_dx else None, anchor, None, dbias, *[None] * 8
+        elif needs_dx:
+            dx = torch.mm(g, fetch([weight], ctx.kind, 0, x.shape[1], x.dtype, g.device))
+        return dx if needs_dx else None, anchor, None, dbias, *[None] * (len(ctx.needs_input_grad) - 4)
 
 
 def single_step_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Stored,
     bias: Tensor | None,
-    buffers: MomentumBuffers,
+    buffers: MomentumBuffers | None,
     *,
     block_sizes: tuple[int, int],
     route: str,
@@ -254,14 +276,17 @@ def single_step_linear(
 
     Args:
         x: [..., n], float32, bfloat16 or float64; the products run in this dtype.
-        weight: [m, n], frozen; cast to x's dtype where it differs. bias: [m] or None, differentiable.
+        weight: dense, [m, n], frozen; cast to x's dtype where it differs. bias: [m] or None, differentiable.
+        buffers: None adds nothing.
         block_sizes: (b_in, b_out). route, keep_y: see the module's text; y is only of use on the tokens route.
     """
     no_transforms()
     x_NF = x.reshape(-1, x.shape[-1])
-    *tensors, anchor = buffers
-    y = _SingleStepLinear.apply(x_NF, anchor, weight, bias, *tensors, block_sizes, route, keep_y and route == "tokens")
-    return y.view(*x.shape[:-1], weight.shape[0])
+    *tensors, anchor = buffers or (None,)
+    keep_y = keep_y and route == "tokens" and buffers is not None
+    (W,) = weight.tensors
+    y = _SingleStepLinear.apply(x_NF, anchor, W, bias, weight.kind, *tensors, block_sizes, route, keep_y)
+    return y.view(*x.shape[:-1], W.shape[0])
 
 
 #: Elements of a weight that a fold holds in float32 at a time. A slice takes ten launches, 0.2 ms of a GPU's host.

@@ -43,13 +43,14 @@ def signals_deferred() -> Iterator[None]:
                 handlers[number](number, frame)
 
 
-def copy_at_once_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+def copy_at_once_(targets: Sequence[Tensor], values: Sequence[Tensor], *, wait: bool = True) -> None:
     """Copy every value into its target in one call, between whose tensors no signal arrives; it allocates nothing.
 
-    Kinds and devices may differ: then it is a loop over ``copy_`` in C++, and waits for a device no more than that.
+    Kinds and devices may differ: then it is a loop over ``copy_`` in C++, and waits for a device no more than that;
+    without ``wait`` not at all, where the memory of the host is locked.
     """
     if targets:
-        torch._foreach_copy_(list(targets), list(values))  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_copy_(list(targets), list(values), not wait)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def swap_(pairs: Sequence[tuple[Tensor, Tensor]], *also: Callable[[], object]) -> None:

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from poetx.data.tokenizer import embeddings_needed, read_tokenizer, tokenizer_file
 from poetx.errors import UserError
-from poetx.layers.walk import poet_layers
+from poetx.layers.walk import converted_layers, poet_layers
 from poetx.memory.tracker import PHASES, PhasePeak, Split, StorageTracker, adopt_state, followed, peak_of
 from poetx.methods.base import convert_model, method_of
 from poetx.models import check_fits, model_config, model_from_config, settled
@@ -47,7 +47,8 @@ class MemoryEstimate:
         rotations: the part of trainable, gradient and optimizer that belongs to packed rotations.
         phases: the same for the largest moment of each phase.
         tokens: in one backward pass. parameters: all of them; trainable: those that train.
-        host: bytes in host memory (``model.offload``); moved: bytes that a micro-batch brings from there.
+        host: bytes in host memory (``model.offload``); moved: bytes that a micro-batch brings from there; stepped: that
+            a step brings and writes, beside its micro-batches (single-step).
         extrapolated: whether decoder layers were extrapolated from a few.
         recipe: what was asked, with ``train.dtype`` settled. device: whose allocator and kernels.
     """
@@ -62,6 +63,7 @@ class MemoryEstimate:
     trainable: int
     host: int
     moved: int
+    stepped: int
     extrapolated: bool
     recipe: Recipe
     device: str
@@ -96,6 +98,7 @@ class _Run:
     trainable: int = 0
     host: int = 0
     moved: int = 0
+    stepped: int = 0
 
 
 def estimate_memory(
@@ -257,11 +260,13 @@ def _take_step(model: nn.Module, recipe: Recipe, device: str) -> _Run:
     )
     clip = recipe.optimizer.clip or None
     passes = min(2, recipe.train.batch_size // recipe.train.micro_batch)
+    moved: dict[str, int] = {}  # when a phase began the last time
     with mode, NumbersAreOne() as numbers, _one_line(recipe):
 
         def enter(phase: str) -> None:
             numbers.phase = phase
             tracker.enter_phase(phase)
+            moved[phase] = _moved(model)
 
         method = method_of(recipe)
         # foreach: what torch.optim chooses on CUDA by itself
@@ -278,8 +283,7 @@ def _take_step(model: nn.Module, recipe: Recipe, device: str) -> _Run:
             stack.enter_context(followed(tracker, model))
             adopt_state(tracker, [optimizer], model)
             stack.enter_context(_labels(tracker, model))
-            queues = {id(layer.host): layer.host for _, layer in poet_layers(model) if layer.host is not None}
-            before = sum(queue.moved for queue in queues.values())
+            before = _moved(model)
             step.take(batches, clip=clip)
     rotated = [layer for _, layer in poet_layers(model)]
     packed = sum(layer.in_features * layer.out_features for layer in rotated if layer.packed_weight is not None)
@@ -287,9 +291,16 @@ def _take_step(model: nn.Module, recipe: Recipe, device: str) -> _Run:
         splits={label: tracker.split(label) for label in tracker.labels},
         parameters=sum(p.numel() for p in parameters) + packed,
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        host=sum(t.numel() * t.element_size() for _, layer in poet_layers(model) for t in layer.host_tensors()),
-        moved=(sum(queue.moved for queue in queues.values()) - before) // passes,
+        host=sum(t.numel() * t.element_size() for _, layer in converted_layers(model) for t in layer.host_tensors()),
+        moved=(moved["step"] - before) // passes,
+        stepped=_moved(model) - moved["step"],
     )
+
+
+def _moved(model: nn.Module) -> int:
+    """Bytes between host and device so far, both ways."""
+    queues = {id(layer.host): layer.host for _, layer in converted_layers(model) if layer.host is not None}
+    return sum(queue.moved + queue.returned for queue in queues.values())
 
 
 @contextlib.contextmanager
@@ -368,6 +379,7 @@ def _extrapolate(few: _Run, more: _Run, depth: int) -> _Run:
         trainable=_line(few.trainable, more.trainable, factor),
         host=_line(few.host, more.host, factor),
         moved=_line(few.moved, more.moved, factor),
+        stepped=_line(few.stepped, more.stepped, factor),
     )
     for label in few.splits.keys() & more.splits.keys():
         operator, _, count = label.partition("#")
@@ -411,6 +423,7 @@ def _result(run: _Run, recipe: Recipe, device: str, *, extrapolated: bool) -> Me
         trainable=run.trainable,
         host=run.host,
         moved=run.moved,
+        stepped=run.stepped,
         extrapolated=extrapolated,
         recipe=recipe,
         device=device,

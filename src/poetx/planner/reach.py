@@ -77,9 +77,15 @@ class Way:
         operations = _OPERATIONS[recipe.model.gradient_checkpointing] * self.estimate.parameters
         return operations * self.estimate.tokens / link.flops, self.estimate.moved / link.bandwidth
 
+    def step_seconds(self, link: Link) -> float:
+        """Of a step beside its micro-batches: weights that come and go at once, on both ways of the link."""
+        return self.estimate.stepped / 2 / link.bandwidth
+
     def tokens_per_second(self, link: Link) -> float:
-        """At most: whichever of products and copies takes longer."""
-        return self.estimate.tokens / max(self.seconds(link))
+        """At most: whichever of products and copies takes longer, and what the step adds."""
+        train = self.estimate.recipe.train
+        step = self.step_seconds(link) * train.micro_batch / train.batch_size
+        return self.estimate.tokens / (max(self.seconds(link)) + step)
 
     def enough_tokens(self, link: Link) -> int:
         """Tokens of a micro-batch from which on the products take longer than the copies; 0 where nothing is copied."""
@@ -91,10 +97,12 @@ def plan(recipe: Recipe, weight_format: str | None, offload: str | None, *, devi
     """``recipe`` with its frozen weights in one way, and :data:`STACK`.
 
     Raises:
-        UserError: a recipe without merged rotations, or what :func:`estimate_memory` raises.
+        UserError: a recipe without rotated layers, or what :func:`estimate_memory` raises.
     """
-    if recipe.poet is None or recipe.poet.config.method != "poet-x":
-        raise UserError("the frozen weights of method=poet-x can be kept in several ways; use it for --host")
+    if recipe.poet is None or recipe.poet.config.method == "oft":
+        raise UserError(
+            "the weights of method=poet-x and single-step can be kept in several ways; use one of them for --host"
+        )
     keys = STACK | {"poet.weight_format": weight_format, "model.offload": offload}
     if recipe.train.batch_size != recipe.train.micro_batch:
         keys |= {"optimizer.release_gradients": False}
@@ -102,6 +110,11 @@ def plan(recipe: Recipe, weight_format: str | None, offload: str | None, *, devi
 
 
 def ways(recipe: Recipe, *, device: str = "cuda") -> Iterator[Way]:
-    """Every way of :data:`WAYS` for ``recipe``, each planned when it is asked for: :func:`plan`."""
+    """Every way of :data:`WAYS` for ``recipe``, each planned when it is asked for: :func:`plan`.
+
+    Of single-step weights those that do not quantize: what changes at every step has no use for few bits.
+    """
+    single = recipe.poet is not None and recipe.poet.config.method == "single-step"
     for weight_format, offload in WAYS:
-        yield plan(recipe, weight_format, offload, device=device)
+        if weight_format is None or not single:
+            yield plan(recipe, weight_format, offload, device=device)

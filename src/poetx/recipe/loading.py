@@ -95,11 +95,8 @@ class Recipe(Section):
                 f"model.residual_scale={self.model.residual_scale:g}: is for fresh weights that stay as they are made; "
                 + ("leave it out" if self.model.pretrained else "use poet.residual_scale")
             )
-        if self.model.offload is not None and (self.poet is None or self.poet.config.method == "single-step"):
-            raise UserError(
-                f"model.offload={self.model.offload}: is for weights that no step writes (poet.method=poet-x or oft); "
-                "leave it out"
-            )
+        if self.model.offload is not None and self.poet is None:
+            raise UserError(f"model.offload={self.model.offload}: is for rotated layers; leave it out")
         growth = self.optimizer.norm_growth if isinstance(self.optimizer, SingleStepKeys) else 0
         if growth >= self.train.steps:
             raise UserError(f"optimizer.norm_growth={growth:g}: must be less than train.steps={self.train.steps}")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from poetx.errors import UserError
-from poetx.layers.walk import poet_layers, single_step_layers
+from poetx.layers.walk import converted_layers
 from poetx.ops.host import HostQueue
 
 
@@ -17,9 +17,10 @@ def offload_frozen_(
 
     A layer's weight, or its codes and scales, with its extra bits where it has them, comes to the device whenever
     forward or backward multiplies by it, on a stream of its own while the layer before computes. Nothing goes back
-    until a merge, which writes each weight once. Rotations, their gradients and optimizer state stay on the device, and
-    so does everything that is not rotated (embeddings, norms, head). Losses, gradients and merged weights are those of
-    a model that is on the device, bit for bit.
+    until a merge, which writes each weight once; with ``method="single-step"``, whose weights change at every step,
+    :meth:`poetx.POETX.step` brings and writes each once more. Rotations or momenta, gradients and optimizer state stay
+    on the device, and so does everything that is not rotated (embeddings, norms, head). Losses, gradients and merged
+    weights are those of a model that is on the device, bit for bit.
 
     Device memory: ``1 + prefetch + keep`` weights in place of all of them. Host memory: the weights, in locked pages.
     Traffic in a micro-batch: each weight twice; with activation checkpointing three times, or twice where ``keep`` is
@@ -35,20 +36,15 @@ def offload_frozen_(
         keep: weights that stay on the device after their use, for another one in the same forward or backward pass.
 
     Raises:
-        UserError: no layer of the paper's form, or one of ``method="single-step"``, whose weight changes at every step;
-            the CPU; ``prefetch`` or ``keep`` below 0.
+        UserError: no converted layer; a single-step layer that a :class:`poetx.POETX` trains already; the CPU;
+            ``prefetch`` or ``keep`` below 0.
     """
     for name, number in {"prefetch": prefetch, "keep": keep}.items():
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
             raise UserError(f"{name}={number!r}: must be a whole number of at least 0")
-    layers = dict(poet_layers(model))
-    if single := next(single_step_layers(model), None):
-        raise UserError(
-            f"{single[0]}: is of method='single-step', whose weight changes at every step; offload_frozen_ is for "
-            "method='poet-x'"
-        )
+    layers = dict(converted_layers(model))
     if not layers:
-        raise UserError("the model has no PoetLinear layer to offload; call poetx.convert_ first")
+        raise UserError("the model has no converted layer to offload; call poetx.convert_ first")
     where = next(p.device for p in model.parameters()) if device is None else torch.device(device)
     if where.type == "cpu":
         raise UserError(

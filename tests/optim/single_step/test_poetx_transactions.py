@@ -5,29 +5,33 @@ import sys
 
 import pytest
 import torch
+from benchmarks.stream_stress import LateQueue, in_host_memory
 from torch import nn
 
 from builders import descend, mlp
 from poetx import POETX, PoetConfig, UserError, convert_
 from poetx.optim import SMMF
 
-OWN = ("/poetx/optim/single_step/", "/poetx/ops/transaction")  # the optimizer's files
+OWN = ("/poetx/optim/single_step/", "/poetx/ops/transaction", "/poetx/ops/host")  # the optimizer's files
 FORMS = {
     "layers": {"converted": True},
     "layers, bfloat16 momentum": {"converted": True, "momentum_dtype": "bfloat16"},
     "layers, rotations, no look-ahead": {"converted": True, "nesterov": False, "update": "rotation"},
+    "layers in host memory": {"converted": True, "hosted": True},
     "drop-in": {},
     "released, rotations": {"release_gradients": True, "update": "rotation"},
     "released, bfloat16 weights": {"release_gradients": True, "dtype": torch.bfloat16},
 }
 
 
-def start(*, converted=False, dtype=torch.float32, **settings):
+def start(*, converted=False, hosted=False, dtype=torch.float32, **settings):
     torch.manual_seed(0)
     model = mlp().to(dtype)
     if converted:
         narrow, update = settings.pop("momentum_dtype", "float32"), settings.pop("update", "free")
         convert_(model, PoetConfig(method="single-step", block_size=4, rotation_dtype=narrow, update=update))
+        if hosted:
+            in_host_memory(model, LateQueue())
     else:
         settings["block_size"] = 4
     return model, POETX(model, **settings)
@@ -155,7 +159,9 @@ def test_an_interrupt_anywhere_leaves_each_matrix_as_before_or_stepped(form):
     def again():
         optimizer.close()
         model.load_state_dict(saved[0])
-        fresh = POETX(model, **{k: v for k, v in FORMS[form].items() if k not in ("converted", "dtype")} | own)
+        fresh = POETX(
+            model, **{k: v for k, v in FORMS[form].items() if k not in ("converted", "hosted", "dtype")} | own
+        )
         fresh.load_state_dict(saved[1])
         backward(model, 9)
         return fresh

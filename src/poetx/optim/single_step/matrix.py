@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from poetx.config import PoetConfig
 from poetx.distributed.ranks import average_
 from poetx.errors import UserError
 from poetx.layers.single_step import SingleStepLinear
+from poetx.layers.weights import HostWeight
 from poetx.ops.cayley import packed_size
 from poetx.ops.random import stochastic_round_, stream
 from poetx.ops.side import block_count
@@ -80,14 +81,19 @@ class Matrix:
         values = values.mT if self.transposed else values
         return values if values.ndim == 3 else values.unsqueeze(0)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the step is computed: a layer's weight may be in host memory."""
+        return self.parameter.device if self.layer is None else self.layer.device
+
     def noise(self, purpose: str, step: int) -> torch.Generator:
-        return stream(self.config.seed, str(self.index), step, purpose, self.parameter.device)
+        return stream(self.config.seed, str(self.index), step, purpose, self.device)
 
     # State
 
     def fresh_state(self, device: torch.device | str | None = None) -> dict[str, Tensor]:
         """The state before the first step."""
-        p, device = self.parameter, device or self.parameter.device
+        p, device = self.parameter, device or self.device
         dtype = torch.float64 if p.dtype == torch.float64 else getattr(torch, self.config.rotation_dtype)
         state: dict[str, Tensor] = {"step": torch.tensor(0)}
         for side in SIDES:
@@ -116,7 +122,7 @@ class Matrix:
         }
         self._noise = self._seed(self.step)
         if self.layer is not None:
-            anchor = torch.zeros((), device=self.parameter.device, requires_grad=True)
+            anchor = torch.zeros((), device=self.device, requires_grad=True)
             anchor.register_post_accumulate_grad_hook(partial(_touch, weakref.ref(self)))
             (momentum_in, momentum_out), (peak_in, peak_out) = momenta, self.peaks.values()
             self.layer.momentum = MomentumBuffers(momentum_in, momentum_out, peak_in, peak_out, self._noise, anchor)
@@ -242,7 +248,9 @@ class Matrix:
             factor: what the momentum decays by.
         """
         state, side, step = self.state, self.side, self.step + 1
-        W, weight = self.parameter.detach(), torch.empty_like(self.parameter.detach())
+        host = None if self.layer is None else self.layer.host
+        W = self.parameter.detach() if host is None else cast(HostWeight, self.layer.frozen_weight).brought()
+        weight = torch.empty_like(W)
         touched = touched_K.view(len(state["norm"]), -1)
         scales = torch.where(touched, state["scale"][:, None], 1.0)
         noise = self.noise(f"rounding-{side}-0", step) if W.dtype == torch.bfloat16 else None
@@ -259,7 +267,7 @@ class Matrix:
         scale = torch.where(ratios.isfinite() & (ratios > 0), ratios, 1.0)  # a matrix of zeros stays one
         new = {key: self._decayed(momentum, factor, key, step) for key, momentum in momenta.items()}
         new |= {"norm": norm, "scale": scale, "step": torch.tensor(step)}
-        targets, values = [W, *(state[key] for key in new)], [weight, *new.values()]
+        targets, values = [self.parameter.detach(), *(state[key] for key in new)], [weight, *new.values()]
         if self.look_ahead:
             upcoming = new[f"momentum_{SIDES[step % 2]}"]
             targets.append(state["before"][: upcoming.numel()])
@@ -267,7 +275,10 @@ class Matrix:
         targets += [*self.peaks.values(), self._noise]
         values += [*(torch.zeros_like(peak) for peak in self.peaks.values()), self._seed(step)]
         self._taken = step  # known before the one call that makes it so, wherever an exception comes
-        copy_at_once_(targets, values)
+        if host is None:
+            copy_at_once_(targets, values)
+        else:
+            host.write(targets, values, self.device)
         self._counted, self.micro_batches, self._snapshot = step, 0, {}
         self.touched = False
 

@@ -336,11 +336,16 @@ class POETX(torch.optim.Optimizer):
         if self._dense is not None:
             self._dense.step()
         matrices = iter(self._moving())
-        for group in self.param_groups:
-            if group["rotate"]:
-                moving = [matrix for matrix, moves in (next(matrices) for _ in group["params"]) if moves]
-                for batch in _batches(moving, _BATCH_ELEMENTS):
-                    self._rotate(batch, group["lr"], group["momentum"])
+        try:
+            for group in self.param_groups:
+                if group["rotate"]:
+                    moving = [matrix for matrix, moves in (next(matrices) for _ in group["params"]) if moves]
+                    for batch in _batches(moving, _BATCH_ELEMENTS):
+                        self._rotate(batch, group["lr"], group["momentum"])
+        finally:
+            for matrix in self._matrices or ():
+                if matrix.layer is not None and matrix.layer.host is not None:
+                    matrix.layer.host.settle()
         self._unchecked += 1
         if self._unchecked == _CHECK_EVERY:
             self._unchecked = 0
@@ -357,7 +362,7 @@ class POETX(torch.optim.Optimizer):
         moves = [matrix.moves for matrix in self._matrices]
         local = [i for i, m in enumerate(self._matrices) if m.layer is not None or m.handle is not None]
         if local:
-            flags = on_any_rank([moves[i] for i in local], self._matrices[local[0]].parameter.device)
+            flags = on_any_rank([moves[i] for i in local], self._matrices[local[0]].device)
             for i, flag in zip(local, flags, strict=True):
                 moves[i] = flag
                 if flag:
@@ -425,7 +430,7 @@ def _batches(matrices: Iterable[Matrix], elements: int) -> Iterable[list[Matrix]
     kinds: dict[tuple[Any, ...], list[Matrix]] = {}
     for matrix in matrices:
         side, p = matrix.side, matrix.parameter
-        kinds.setdefault((side, matrix.free, matrix.sizes(side)[1], p.dtype, p.device), []).append(matrix)
+        kinds.setdefault((side, matrix.free, matrix.sizes(side)[1], p.dtype, matrix.device), []).append(matrix)
     for alike in kinds.values():
         batch, size = [], 0
         for matrix in alike:
