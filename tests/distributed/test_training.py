@@ -32,6 +32,7 @@ FORMS = {
     "single-step": ["method=single-step", "train.micro_batch_size=1"],
     "single-step, rotation": ["method=single-step", "poet.update=rotation", "model.gradient_checkpointing=true"],
     "sharded": ["method=fast", "parallel=fsdp", "model.tie_embeddings=true"],
+    "sharded, bfloat16": ["method=fast", "parallel=fsdp", "train.dtype=bfloat16"],
     "sharded, int8, no logits": [
         *("method=int8", "model.gradient_checkpointing=true", "train.chunked_loss=true", "train.export=true"),
         "parallel=fsdp",
@@ -154,20 +155,21 @@ def outcomes(place: Path, name: str) -> list[dict]:
     return [json.loads((place / f"{name}-{rank}.json").read_text()) for rank in range(2)]
 
 
-def assert_same_curve(one: Path, two: Path) -> None:
+def assert_same_curve(one: Path, two: Path, tolerance: float = 1e-5) -> None:
     one_curve, two_curve = ([entry for entry in curve(run_dir) if entry["event"] != "audit"] for run_dir in (one, two))
     assert [(e["event"], e["step"]) for e in one_curve] == [(e["event"], e["step"]) for e in two_curve]
     for alone, together in zip(one_curve, two_curve, strict=True):
         assert (together["loss"] is None) == (alone["loss"] is None)
-        assert together["loss"] is None or together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert together["loss"] is None or together["loss"] == pytest.approx(alone["loss"], rel=tolerance)
         assert (together.get("merged"), together.get("skipped")) == (alone.get("merged"), alone.get("skipped"))
         if (norm := alone.get("grad_norm")) is not None:
-            assert together["grad_norm"] == pytest.approx(norm, rel=1e-4)
+            assert together["grad_norm"] == pytest.approx(norm, rel=10 * tolerance)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_two_ranks_train_what_one_process_trains(form: str, trained: Path) -> None:
-    assert_same_curve(trained / "1" / form, trained / "2" / form)
+    tolerance = 1e-3 if "bfloat16" in form else 1e-5
+    assert_same_curve(trained / "1" / form, trained / "2" / form, tolerance)
     losses = train_losses(trained / "2" / form)
     assert len(losses) == 12
     assert losses[-1] < losses[0]

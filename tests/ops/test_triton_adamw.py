@@ -69,6 +69,24 @@ def test_what_is_rounded_is_one_of_two_neighbours_and_the_same_every_time(state,
 
 
 @on_each
+def test_parts_are_rounded_as_the_whole(device):
+    from poetx.ops.triton import adamw as kernel
+
+    size, numbers = 5000, (0.1, 0.999, 0.001, 0.001, 1e-8, 1.0, 0.01)
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(size, generator=generator).to(device)
+    tensors = [torch.ones(size, device=device, dtype=torch.bfloat16) for _ in range(3)]
+    parts = [tensor.clone() for tensor in tensors]
+    with kernels_on(device):
+        kernel.step_(tensors[0], grad, (tensors[1], tensors[2]), None, numbers, bound=1e30, seed=7)
+        for here in (slice(0, 1701), slice(1701, size)):
+            weight, *moments = (tensor[here] for tensor in parts)
+            kernel.step_(weight, grad[here], tuple(moments), None, numbers, bound=1e30, seed=7, first=here.start)
+    for whole, part in zip(tensors, parts, strict=True):
+        assert torch.equal(whole, part)
+
+
+@on_each
 @pytest.mark.parametrize(("state", "close"), [("bfloat16", 0.002), ("int8", 0.01)])
 def test_rounding_has_no_bias(state, close, device):
     """The mean of a moment over a thousand small moves, each less than half a step of the state."""

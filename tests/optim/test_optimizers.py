@@ -105,7 +105,7 @@ def test_hfac_treats_a_vector_as_adafactor_does():
 
 @pytest.mark.parametrize("slices", [1 << 22, 512])
 def test_adamw_with_float32_state_is_torchs(slices, monkeypatch):
-    monkeypatch.setattr(adamw, "SLICE", slices)
+    monkeypatch.setattr(_base, "SLICE", slices)
     parameter, gradients = start(70, 71, dtype=torch.float32)
     twin = nn.Parameter(parameter.detach().clone())
     settings = {"lr": 0.01, "betas": (0.9, 0.98), "weight_decay": 0.1}

@@ -54,6 +54,29 @@ def shard_group(tensor: DTensor) -> Any:
     return mesh.get_group(next(i for i, placement in enumerate(tensor.placements) if placement.is_shard()))
 
 
+def own_rows(tensor: Tensor) -> slice:
+    """Which rows of ``tensor`` this rank holds: all where it is whole; of a scalar one."""
+    rows = tensor.shape[0] if tensor.ndim else 1
+    if not is_sharded(tensor):
+        return slice(0, rows)
+    return rows_of(tensor, shard_group(tensor).rank())
+
+
+def rows_of(tensor: DTensor, rank: int) -> slice:
+    """Which rows of ``tensor`` a rank of its group holds."""
+    rows = tensor.shape[0]
+    chunk = -(-rows // shard_group(tensor).size())
+    return slice(min(rows, rank * chunk), min(rows, (rank + 1) * chunk))
+
+
+def shard_of(own: Tensor, like: DTensor) -> DTensor:
+    """``own`` as this rank's rows of a tensor that is sharded as ``like`` is."""
+    from torch.distributed.tensor import DTensor
+
+    place = {"shape": like.shape, "stride": like.stride()}
+    return DTensor.from_local(own, like.device_mesh, like.placements, run_check=False, **place)
+
+
 def refuse_sharded(params: Iterable[Tensor], who: str, *, rows: bool = False) -> None:
     """Say at once what would end in an error of torch at the first merge.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +35,18 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def stochastic_round_(target: Tensor, value: Tensor, generator: torch.Generator | None = None) -> Tensor:
+class Within(NamedTuple):
+    """The noise of a whole for a part of it: of neighbours with ``before`` and ``after`` so many other elements.
+
+    The part is rounded as it would be within the whole, and the generator is left as by the whole.
+    """
+
+    generator: torch.Generator
+    before: int
+    after: int
+
+
+def stochastic_round_(target: Tensor, value: Tensor, generator: torch.Generator | Within | None = None) -> Tensor:
     """Write ``value`` (float32) into ``target``, rounding up or down at random in proportion to the distance.
 
     Unbiased, so that moves smaller than half a unit in the last place are not lost on the way. ``target`` of
@@ -45,9 +57,14 @@ def stochastic_round_(target: Tensor, value: Tensor, generator: torch.Generator 
         return target.copy_(value)
     value = value.float().contiguous()
     bits = value.view(torch.int32)
+    before, size = 0, bits.numel()
+    if isinstance(generator, Within):
+        generator, before, after = generator
+        size += before + after
     # Four numbers a draw. Signed ones, so the middle is added, too; they need half the memory and draws of int32.
-    draws = torch.empty((bits.numel() + 3) // 4, dtype=torch.int64, device=bits.device)
-    noise = draws.random_(-(1 << 63), None, generator=generator).view(torch.int16)[: bits.numel()].view(bits.shape)
+    draws = torch.empty((size + 3) // 4, dtype=torch.int64, device=bits.device)
+    draws.random_(-(1 << 63), None, generator=generator)
+    noise = draws.view(torch.int16)[before : before + bits.numel()].view(bits.shape)
     # Adding to the magnitude's low half carries into the kept half with the right probability; the mask then
     # truncates. Works for either sign, because the sign bit stands apart from the magnitude, and keeps infinities.
     rounded = bits.add(noise).add_(1 << 15).bitwise_and_(-(1 << 16)).view(torch.float32)

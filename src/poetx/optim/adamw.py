@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from poetx.distributed.sharded import is_sharded, local
 from poetx.errors import UserError, nearest
 from poetx.ops.dispatch import use_triton
+from poetx.ops.random import Within
 from poetx.ops.side import block_count
 from poetx.optim.saved_kinds import Kind, Shapes
-from poetx.optim.sliced import LARGEST, SLICE, SlicedOptimizer, compute_dtype, wide, write_
+from poetx.optim.sliced import LARGEST, SlicedOptimizer, compute_dtype, first_element, flat, own_slices, wide, write_
 
 STATE_DTYPES = ("same", "float32", "bfloat16", "int8")
 EPS_MODES = ("corrected", "uncorrected")
@@ -31,6 +33,9 @@ class AdamW(SlicedOptimizer):
     of them, per moment). Both narrow forms are rounded stochastically, because the second moment moves by 0.1 % of
     itself in a step, less than half a step of either. Parameters below 4096 elements keep float32 state.
 
+    Of a parameter that ``fully_shard`` has sharded the moments are sharded like it, and each rank draws the noise of
+    its own elements: weights and state are those of one process with these gradients, to the bit.
+
     Args:
         params: parameters or groups, as for any torch optimizer.
         state_dtype: ``"float32"``, ``"bfloat16"``, ``"int8"``, or ``"same"``, bfloat16 for bfloat16 parameters and
@@ -41,10 +46,11 @@ class AdamW(SlicedOptimizer):
         seed: of the rounding noise.
 
     Raises:
-        UserError: a value outside its range.
+        UserError: a value outside its range; ``"int8"`` for sharded parameters, whose shards end within its blocks.
     """
 
-    kind = Kind("AdamW of poetx", "state_dtype", lambda p: _shapes(p.numel()))
+    takes_shards = True
+    kind = Kind("AdamW of poetx", "state_dtype", lambda p: _shapes(p))
 
     def __init__(
         self,
@@ -65,6 +71,11 @@ class AdamW(SlicedOptimizer):
                 if group[name] not in choices:
                     guess = nearest(str(group[name]), choices)
                     raise UserError(f"{name}={group[name]!r}: must be one of {', '.join(choices)}{guess}")
+            if group["state_dtype"] == "int8" and any(map(is_sharded, group["params"])):
+                raise UserError(
+                    f"state_dtype='int8': {BLOCK} neighbours share a scale, and shards end among them; use "
+                    "state_dtype='bfloat16' under fully_shard"
+                )
 
     def _update(self, parameter: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         kind = group["state_dtype"]
@@ -76,28 +87,29 @@ class AdamW(SlicedOptimizer):
             for moment in _CODES:
                 _initialize(state, moment, parameter, kind)
         numbers = _numbers(group, state["step"])
+        if not local(parameter).numel():  # another rank has all of its rows
+            return
         if use_triton(parameter):
             from poetx.ops.triton import adamw as kernel
 
             if kernel.can_step(parameter):
-                moments = (state["exp_avg"], state["exp_avg_sq"])
+                moments = (flat(state["exp_avg"]), flat(state["exp_avg_sq"]))
                 scales = (state["exp_avg_scale"], state["exp_avg_sq_scale"]) if "exp_avg_scale" in state else None
-                seed = self._noise_seed(parameter, state["step"])
-                kernel.step_(parameter, grad, moments, scales, numbers, bound=LARGEST, seed=seed)
+                place = {"seed": self._noise_seed(parameter, state["step"]), "first": first_element(parameter)}
+                kernel.step_(local(parameter), local(grad), moments, scales, numbers, bound=LARGEST, **place)
                 return
-        noise = self._noise(parameter, state["step"])
-        flat = parameter.view(-1) if parameter.is_contiguous() else parameter.reshape(-1)
-        grad = grad.reshape(-1)
-        for start in range(0, flat.numel(), SLICE):
-            here = slice(start, min(flat.numel(), start + SLICE))
-            _update_slice(flat[here], grad[here], state, here, numbers, noise)
-        if not parameter.is_contiguous():
-            parameter.copy_(flat.view(parameter.shape))
+        own, weight, grad = local(parameter), flat(parameter), flat(grad)
+        for here, noise in own_slices(parameter, self._noise(parameter, state["step"])):
+            _update_slice(weight[here], grad[here], state, here, numbers, noise)
+        if not own.is_contiguous():
+            own.copy_(weight.view(own.shape))
 
 
-def _shapes(size: int) -> Shapes:
+def _shapes(parameter: Tensor) -> Shapes:
+    """Moments are flat, and of a sharded parameter, or one that was sharded when they were saved, of its shape."""
+    size = parameter.numel()
     scales = dict.fromkeys((f"{moment}_scale" for moment in _CODES), ((block_count(size, BLOCK),),))
-    return dict.fromkeys(_CODES, ((size,),)) | scales
+    return dict.fromkeys(_CODES, ((size,), tuple(parameter.shape))) | scales
 
 
 class Numbers(NamedTuple):
@@ -125,7 +137,7 @@ def _numbers(group: dict[str, Any], step: int) -> Numbers:
 
 
 def _update_slice(
-    weight: Tensor, grad: Tensor, state: dict[str, Any], here: slice, by: Numbers, noise: torch.Generator
+    weight: Tensor, grad: Tensor, state: dict[str, Any], here: slice, by: Numbers, noise: torch.Generator | Within
 ) -> None:
     dtype = compute_dtype(weight)
     grad = wide(grad, dtype)
@@ -148,12 +160,15 @@ def _initialize(state: dict[str, Any], moment: str, parameter: Tensor, kind: str
         state[f"{moment}_scale"] = torch.zeros(block_count(size, BLOCK), device=device)
     else:
         dtype = torch.bfloat16 if kind == "bfloat16" else compute_dtype(parameter)
-        state[moment] = torch.zeros(size, dtype=dtype, device=device)
+        whole = not is_sharded(parameter)
+        state[moment] = (
+            torch.zeros(size, dtype=dtype, device=device) if whole else torch.zeros_like(parameter, dtype=dtype)
+        )
 
 
 def _load(state: dict[str, Any], moment: str, here: slice, dtype: torch.dtype) -> Tensor:
     """A fresh tensor of the moment's values in this slice, which begins where a block does."""
-    stored, scale = state[moment][here], state.get(f"{moment}_scale")
+    stored, scale = flat(state[moment])[here], state.get(f"{moment}_scale")
     if scale is None:
         return stored.to(dtype, copy=True)
     codes, power = _CODES[moment]
@@ -171,13 +186,14 @@ def _scaled_(value: Tensor, scale: Tensor) -> Tensor:
     return value
 
 
-def _store_(state: dict[str, Any], moment: str, here: slice, value: Tensor, noise: torch.Generator) -> None:
-    stored = state[moment][here]
+def _store_(state: dict[str, Any], moment: str, here: slice, value: Tensor, noise: torch.Generator | Within) -> None:
+    stored = flat(state[moment])[here]
     if f"{moment}_scale" not in state:
         write_(stored, value, noise)
         return
     codes, power = _CODES[moment]
     scale = state[f"{moment}_scale"][here.start // BLOCK : block_count(here.stop, BLOCK)]
+    assert not isinstance(noise, Within)  # refused for shards
     padded = torch.nn.functional.pad(value.abs(), (0, -value.numel() % BLOCK))
     scale.copy_(padded.view(-1, BLOCK).amax(1))
     ratio = _scaled_(value.abs(), torch.where(scale > 1e-37, 1 / scale, 0.0))

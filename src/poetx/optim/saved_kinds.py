@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from poetx.distributed.sharded import is_sharded
 from poetx.errors import UserError
 
 #: Name in a parameter's state → the shapes that it may have.
@@ -78,9 +79,16 @@ def check_saved(
         for index, (parameter, state) in enumerate(zip(group["params"], held, strict=False)):
             for name, shapes in kind.shapes(parameter).items():
                 value = state.get(name)
-                if isinstance(value, Tensor) and tuple(value.shape) not in shapes:
-                    names = group.get("param_names")
-                    label = names[index] if names else f"parameter {index} of {group.get('name', 'its group')!r}"
+                if not isinstance(value, Tensor):
+                    continue
+                names = group.get("param_names")
+                label = names[index] if names else f"parameter {index} of {group.get('name', 'its group')!r}"
+                if is_sharded(value) != is_sharded(parameter):
+                    raise UserError(
+                        f"{who or kind.name}: the {name} of {label} is {'' if is_sharded(value) else 'not '}sharded, "
+                        "unlike the parameter; load it by torch.distributed.checkpoint.state_dict"
+                    )
+                if tuple(value.shape) not in shapes:
                     raise UserError(
                         f"{who or kind.name}: the {name} of {label}, which is {tuple(parameter.shape)}, was saved "
                         f"as {tuple(value.shape)}, not {' or '.join(map(str, shapes))}: it is another model's"

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from poetx.distributed.sharded import refuse_sharded
+from poetx.distributed.sharded import is_sharded, local, own_rows, refuse_sharded
 from poetx.errors import UserError
 from poetx.layers.base import DTYPES
-from poetx.ops.random import stochastic_round_, stream, stream_seed
+from poetx.ops.random import Within, stochastic_round_, stream, stream_seed
 from poetx.optim.combined import keep_dtypes
 from poetx.optim.saved_kinds import Kind, check_own
 from poetx.optim.settings import check_effect, check_group, check_numbers, known_settings
@@ -35,6 +35,7 @@ class SlicedOptimizer(torch.optim.Optimizer):
 
     #: Zeros are the state of a parameter that was not stepped yet: how a merge resets it.
     fresh_is_zero = True
+    takes_shards: ClassVar[bool] = False
     _beta_count: ClassVar[int | None] = 2  # None: an optimizer without them
     kind: ClassVar[Kind]
 
@@ -72,7 +73,7 @@ class SlicedOptimizer(torch.optim.Optimizer):
         check_effect(param_group, name, self.defaults)
         if self._beta_count is not None and len(param_group["betas"]) != self._beta_count:
             raise UserError(f"betas={param_group['betas']!r}: {name} takes {self._beta_count}")
-        refuse_sharded(param_group["params"], name)
+        refuse_sharded(param_group["params"], name, rows=self.takes_shards)
         for parameter in param_group["params"]:
             if parameter.dtype not in DTYPES:
                 raise UserError(
@@ -134,6 +135,27 @@ def row_slices(rows: int, columns: int) -> Iterator[slice]:
     return (slice(start, min(rows, start + step)) for start in range(0, rows, step))
 
 
-def write_(target: Tensor, value: Tensor, noise: torch.Generator) -> None:
+def own_slices(parameter: Tensor, noise: torch.Generator) -> Iterator[tuple[slice, torch.Generator | Within]]:
+    """Slices of this rank's elements of ``parameter``, each with its noise, which is that of the whole parameter's."""
+    size, first = parameter.numel(), first_element(parameter)
+    last = first + local(parameter).numel()
+    for start in range(0, last if first < last else 0, SLICE):
+        stop = min(size, start + SLICE)
+        begin, end = (min(max(edge, start), stop) for edge in (first, last))
+        own = slice(max(start, first) - first, max(min(stop, last), first) - first)
+        yield own, Within(noise, begin - start, stop - end) if is_sharded(parameter) else noise
+
+
+def first_element(parameter: Tensor) -> int:
+    """Place in the whole parameter of the first element that this rank holds."""
+    return own_rows(parameter).start * (parameter.numel() // parameter.shape[0] if parameter.ndim else 1)
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """This rank's elements, in their order, in the same memory where they lie side by side."""
+    return local(tensor).reshape(-1)
+
+
+def write_(target: Tensor, value: Tensor, noise: torch.Generator | Within) -> None:
     """Store ``value`` in ``target``'s dtype: bfloat16 by stochastic rounding."""
     stochastic_round_(target, value, noise)

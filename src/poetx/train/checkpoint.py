@@ -32,8 +32,6 @@ from poetx.optimizer_restart import COUNTERS
 if TYPE_CHECKING:
     import torch
 
-    from poetx.distributed.rows import Part
-
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
@@ -131,7 +129,7 @@ def save_checkpoint(
     reshard_(model)
     tensors, state.aliases = _without_aliases(model)
     optimizer_tensors, optimizer_json = _split_optimizer(model, optimizer)
-    whole = whole_on_first([*tensors, *optimizer_tensors])
+    whole = whole_on_first([*tensors.values(), *optimizer_tensors.values()])
     remedy = "continue with --resume; earlier checkpoints are untouched"
     with contextlib.ExitStack() as stack:
         stack.callback(lambda: collections.deque(whole, maxlen=0))  # whatever fails here, others are waiting
@@ -288,7 +286,10 @@ def load_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.Op
         raise UserError(f"{path}: the optimizer's parameter groups differ from this recipe's")
     of = dict(model.named_parameters())
     keys = tensor_shapes(path, "optimizer.safetensors")
-    like = {key: of[name] for key in keys if (name := key.rpartition(_SEPARATOR)[0]) in of}
+    like = {}
+    for name, key in (key.rpartition(_SEPARATOR)[::2] for key in keys):
+        if name in of:  # what is there already may be whole on every rank, as a momentum of rotations is
+            like[f"{name}{_SEPARATOR}{key}"] = optimizer.state.get(of[name], {}).get(key, of[name])
     tensors = _tensors(path / "optimizer.safetensors", like)
     entries: dict[Any, Any] = {key.rpartition(_SEPARATOR)[::2]: tensor for key, tensor in tensors.items()}
     entries |= {(name, key): value for name, values in saved.values.items() for key, value in values.items()}
@@ -331,30 +332,28 @@ def remove_leftovers(run_dir: Path) -> None:
 
 def _write_files(
     directory: Path,
-    parts: tuple[list[Part], list[Part]],
+    tensors: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]],
     whole: Iterator[torch.Tensor],
     document: dict[str, Any],
     recipe_yaml: str,
 ) -> None:
-    from poetx.distributed.rows import Part, whole_on_first
     from poetx.train.tensor_file import save_tensors
 
-    for name, own in zip(("model", "optimizer"), parts, strict=True):
+    for name, own in zip(("model", "optimizer"), tensors, strict=True):
         save_tensors(directory / f"{name}.safetensors", own, whole)
-    rng = [Part(name, state, None) for name, state in _rng_states().items()]
-    save_tensors(directory / "rng.safetensors", rng, whole_on_first(rng))
+    rng = _rng_states()
+    save_tensors(directory / "rng.safetensors", rng, iter(rng.values()))
     (directory / "state.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     (directory / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
 
 
-def _without_aliases(model: torch.nn.Module) -> tuple[list[Part], dict[str, str]]:
+def _without_aliases(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors of the model that are the very same memory once only, and name -> stored name for the others."""
-    from poetx.distributed.rows import Part
     from poetx.distributed.sharded import is_sharded, local
     from poetx.train.tensor_file import by_size
 
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    stored: list[Part] = []
+    stored: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
     owner: dict[Any, str] = {}
     for name, tensor in model.state_dict().items():
@@ -365,26 +364,26 @@ def _without_aliases(model: torch.nn.Module) -> tuple[list[Part], dict[str, str]
             aliases[name] = owner[place]
             continue
         owner[place] = name
-        stored.append(Part.of(name, tensor, tensor))
+        stored[name] = tensor.detach()
     return by_size(stored), aliases
 
 
-def _split_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[list[Part], dict[str, Any]]:
+def _split_optimizer(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The optimizer's state_dict as tensors by name and everything else as JSON."""
     import torch
 
-    from poetx.distributed.rows import Part
     from poetx.train.tensor_file import by_size
 
     whole = _state_by_parameter(optimizer)
     names = _names_by_index(model, optimizer)
-    parameters = dict(model.named_parameters())
-    tensors: list[Part] = []
+    tensors: dict[str, torch.Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
     for index, entries in whole["state"].items():
         for key, value in entries.items():
             if isinstance(value, torch.Tensor):
-                tensors.append(Part.of(f"{names[index]}{_SEPARATOR}{key}", value, parameters[names[index]]))
+                tensors[f"{names[index]}{_SEPARATOR}{key}"] = value.detach()
             else:
                 values.setdefault(names[index], {})[key] = value
     groups = [

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from poetx.distributed.sharded import is_sharded
 from poetx.errors import UserError
+from poetx.layers.walk import poet_layers, rotation_ids
 from poetx.recipe import Recipe
 from poetx.recipe.loading import flat
 from poetx.savings.activation_checkpointing import decoder_layers
@@ -36,19 +38,21 @@ def check_shardable(recipe: Recipe) -> None:
 def shard_model_(model: nn.Module, device: torch.device) -> None:
     """Move ``model`` to ``device`` layer by layer, and keep there this rank's rows of each parameter.
 
-    Raises:
-        UserError: float32 rotations beside bfloat16 norms, say, which FSDP2 does not train in one call.
+    FSDP2 averages the gradients of a layer in one call, so of one dtype: where rotations are float32 in a bfloat16
+    layer, its norms and biases, which are small, stay whole.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad})
-    if len(dtypes) > 1:
-        raise UserError(
-            f"parallel=fsdp: {' and '.join(dtypes)} train together, which FSDP2 does not; set train.dtype=float32 "
-            "(and train.autocast=true to compute in bfloat16), or use parallel=ddp"
-        )
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for layer in decoder_layers(model):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    layers = decoder_layers(model)
+    inside = {module for layer in layers for module in layer.modules()}
+    outside = [layer for _, layer in poet_layers(model) if layer not in inside]
+    for part in (*layers, *outside, model):
+        own = rotation_ids(part)
+        trained = [p for p in part.parameters() if p.requires_grad and not is_sharded(p)]
+        trained.sort(key=lambda p: id(p) not in own)  # of the rotations' dtype, where there are any
+        whole = {p for p in trained if p.dtype != trained[0].dtype}
+        for parameter in whole:
+            parameter.data = parameter.data.to(device)
+        fully_shard(part, mesh=mesh, ignored_params=whole)

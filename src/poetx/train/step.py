@@ -86,10 +86,11 @@ class TrainingStep:
         settings = recipe.train
         body: Any = model.base_model if settings.chunked_loss else model
         gradients = None
-        if rank_count() > 1 and not any(map(is_sharded, model.parameters())):  # fully_shard averages by itself
+        if rank_count() > 1:
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             kept = [p for p in model.parameters() if id(p) in held and not is_handed_over(p)]
-            gradients = GradientAverage(kept, overlap=release_handle(optimizer) is None)
+            kept = [p for p in kept if not is_sharded(p)]  # fully_shard averages those by itself
+            gradients = GradientAverage(kept, overlap=release_handle(optimizer) is None) if kept else None
         return cls(
             model=model,
             optimizer=optimizer,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from poetx.distributed.rows import Part, own_part
+from poetx.distributed.rows import own_part
 
 _NAMES = {
     torch.float64: "F64",
@@ -25,27 +25,27 @@ _NAMES = {
 }
 
 
-def by_size(parts: Iterable[Part]) -> list[Part]:
+def by_size(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Wider values first, so that each tensor in a file begins where its dtype may."""
-    return sorted(parts, key=lambda part: (-part.value.itemsize, part.name))
+    return dict(sorted(tensors.items(), key=lambda entry: (-entry[1].itemsize, entry[0])))
 
 
-def save_tensors(file: Path, parts: list[Part], whole: Iterator[Tensor]) -> None:
-    """Write the tensors that ``whole`` yields, as ``parts``, sorted :func:`by_size`, name and describe them.
+def save_tensors(file: Path, tensors: Mapping[str, Tensor], whole: Iterator[Tensor]) -> None:
+    """Write what ``whole`` yields of ``tensors``, which are sorted :func:`by_size`, and perhaps sharded.
 
     Raises:
         OSError: the file cannot be written.
     """
     header, place = {}, 0
-    for part in parts:
-        end = place + torch.Size(part.shape).numel() * part.value.itemsize
-        header[part.name] = {"dtype": _NAMES[part.value.dtype], "shape": part.shape, "data_offsets": [place, end]}
+    for name, tensor in tensors.items():
+        end = place + tensor.numel() * tensor.itemsize
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]}
         place = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in zip(parts, whole):  # noqa: B905  # what comes after these is another file's
+        for _, tensor in zip(tensors, whole):  # noqa: B905  # what comes after these is another file's
             out.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
 
 

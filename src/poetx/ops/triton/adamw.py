@@ -40,7 +40,7 @@ def _quantized(value, scale, noise, CODES: tl.constexpr, POWER: tl.constexpr):
     return low + tl.where(chance < (ratio - below) / (above - below), 1.0, 0.0), ratio
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed", "first_number"])
 def adamw_kernel(
     weight,
     grad,
@@ -50,6 +50,7 @@ def adamw_kernel(
     second_scale,
     N,
     seed,
+    first_number,
     bound,
     beta1_rest,
     beta2,
@@ -78,7 +79,7 @@ def adamw_kernel(
         v = v * v * v * v * tl.load(second_scale + row, mask=scales, other=0.0)[:, None]
     m = m + (g - m) * beta1_rest
     v = v * beta2 + g * g * beta2_rest
-    noise, noise1, noise2, _ = tl.randint4x(seed, number)  # pyright: ignore[reportGeneralTypeIssues]
+    noise, noise1, noise2, _ = tl.randint4x(seed, number + first_number)  # pyright: ignore[reportGeneralTypeIssues]
     if NARROW:
         size = tl.abs(m)
         scale1, scale2 = tl.max(size, 1), tl.max(v, 1)
@@ -112,19 +113,20 @@ def step_(
     *,
     bound: float,
     seed: int,
+    first: int = 0,
 ) -> None:
     """Update ``parameter`` and its flat moments in place; ``scales``, float32 [blocks], are those of 8-bit ones.
 
     Args:
         numbers: 1 − β₁, β₂, 1 − β₂, 1 − β₂ᵗ, what is added to √(v / (1 − β₂ᵗ)), 1 − lr·λ, lr / (1 − β₁ᵗ).
         bound: what is past it in ``grad`` becomes it; infinities become NaN.
-        seed: of the rounding noise, 56 bits.
+        seed: of the rounding noise, 56 bits. first: the first element's place in the parameter that this is a part of.
     """
     launch(
         adamw_kernel,
         (ceil_div(parameter.numel(), _BLOCK * _BLOCKS),),
         parameter,
-        *(grad.contiguous(), *moments, *(scales or moments), parameter.numel(), seed, bound, *numbers),
+        *(grad.contiguous(), *moments, *(scales or moments), parameter.numel(), seed, first, bound, *numbers),
         NARROW=scales is not None,
         ROWS=_BLOCKS,
         BLOCK=_BLOCK,
