@@ -304,3 +304,20 @@ def test_weights_whose_squares_overflow_are_refused(size):
         convert_(model, PoetConfig(block_size=4))
     with pytest.raises(UserError, match=r"a row; its square may overflow"):
         POETX([{"params": [model[2].weight], "rotate": True}])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("part", [slice(None), slice(0, 6)], ids=["all of it", "its first rows"])
+def test_weights_that_share_memory_alone_are_left_tied(method, part):
+    model = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, len(range(12)[part])), nn.Linear(12, 12))
+    model[2].weight.data = model[0].weight.data[part]
+    report = convert_(model, config(method=method))
+    assert [layer.name for layer in report.converted] == ["3"]
+    assert [item.name for item in report.skipped if "tied to" in item.reason] == ["0.weight", "2.weight"]
+    model[0].weight.data.zero_()
+    assert not model[2].weight.any()
+
+
+def test_a_complex_layer_is_not_to_be_cast():
+    with pytest.raises(UserError, match=r"^1: complex64 is not supported; exclude it$"):
+        convert_(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, dtype=torch.complex64)), config())

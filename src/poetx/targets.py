@@ -63,7 +63,7 @@ def find_targets(model: nn.Module, config: PoetConfig, *, foreign: bool = False,
         UserError: none is left; one of them is float16, or holds inf or NaN where its weight is kept.
     """
     places: dict[nn.Module, list[str]] = defaultdict(list)
-    owners: dict[int, set[int]] = defaultdict(set)
+    owners: dict[Any, set[int]] = defaultdict(set)
     for name, module in model.named_modules(remove_duplicate=False):
         places[module].append(name)
         for parameter in module.parameters(recurse=False):
@@ -71,8 +71,8 @@ def find_targets(model: nn.Module, config: PoetConfig, *, foreign: bool = False,
                 raise UserError(
                     f"{name}: its size is not known yet (a lazy module); run one forward pass of the model first"
                 )
-            owners[id(parameter)].add(id(module))
-    shared = {parameter for parameter, modules in owners.items() if len(modules) > 1}
+            owners[_memory(parameter)].add(id(module))
+    shared = {memory for memory, modules in owners.items() if len(modules) > 1}
     everything = config.target_modules == "all-linear"
     causes = dict.fromkeys(adapters(model), "an adapter of PEFT, or held by one")
     causes |= read_directly(model) if replaced else {}
@@ -104,7 +104,8 @@ def find_targets(model: nn.Module, config: PoetConfig, *, foreign: bool = False,
         if reason is not None:
             reasons[module] = reason
         elif not (foreign and is_foreign(module)) and (dtype := cast(Tensor, module.weight).dtype) not in DTYPES:
-            raise UserError(f"{name}: {unsupported(dtype)}; convert the model to bfloat16 or float32 first")
+            remedy = "exclude it" if dtype.is_complex else "convert the model to bfloat16 or float32 first"
+            raise UserError(f"{name}: {unsupported(dtype)}; {remedy}")
         else:
             layers[name] = module
     if config.init == "keep":
@@ -131,12 +132,19 @@ def find_targets(model: nn.Module, config: PoetConfig, *, foreign: bool = False,
     return Targets(layers, dict(places), reasons, for_cause)
 
 
-def _refusal(module: nn.Module, shared: set[int], *, foreign: bool, replaced: bool) -> str | None:
+def _memory(parameter: Tensor) -> Any:
+    """What tied parameters have in common: the object, or (``a.weight.data = b.weight.data``) where the values are."""
+    if not (has_values(parameter) and parameter.numel()):
+        return id(parameter)
+    return parameter.device, parameter.data_ptr()
+
+
+def _refusal(module: nn.Module, shared: set[Any], *, foreign: bool, replaced: bool) -> str | None:
     """Why a linear layer that the patterns reach is left alone, or None if it is to be converted or rotated."""
     weight = module.weight
     if not isinstance(weight, nn.Parameter):
         return "its weight is computed (a parametrization or pruning); remove that first"
-    if id(weight) in shared:
+    if _memory(weight) in shared:
         return "its weight is tied to another layer's"
     if not weight.requires_grad and not (foreign and is_foreign(module)):
         return "frozen (requires_grad=False)"

@@ -1,5 +1,7 @@
 """Folding: the function, the spectrum over hundreds of merges, unbiased rounding."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -40,6 +42,22 @@ def test_fold_is_float32_for_narrow_weights_and_leaves_settings_alone():
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_settings_are_put_back_when_the_last_thread_leaves():
+    settings = torch.backends.mkldnn.matmul
+    before, first, second = settings.fp32_precision, full_precision_products(), full_precision_products()
+    settings.fp32_precision = "bf16"
+    try:
+        first.__enter__()
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(second.__enter__).result()
+            first.__exit__(None, None, None)
+            assert settings.fp32_precision == "ieee"  # the other thread still multiplies
+            thread.submit(second.__exit__, None, None, None).result()
+        assert settings.fp32_precision == "bf16"
+    finally:
+        settings.fp32_precision = before
 
 
 def test_fold_with_tf32_chosen_by_the_newer_interface():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from poetx import PoetConfig, convert_
 from poetx.optim import param_groups
 from poetx.optim.baselines.rules import matrices_and_rest
 from poetx.optim.build import build_optimizer
@@ -100,3 +101,14 @@ def test_saved_and_loaded_it_goes_on_to_the_bit_and_takes_what_torchs_own_saved(
     other.load_state_dict(older.state_dict())
     stepped(other, part, gradients[3:])
     assert other.state[part]["step"] == (6 if kind is torch.optim.Adafactor else 3)  # the others count none
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_parameter_without_elements_is_passed_over(name: str) -> None:
+    """A layer of one output has an output rotation of none, whose mean torch's Adafactor divides by."""
+    model = nn.Sequential(nn.Linear(8, 1))
+    convert_(model, PoetConfig(block_size=4))
+    optimizer = build_optimizer(param_groups(model, lr=1e-2, poet_lr=1e-2), name)
+    model(torch.ones(2, 8)).sum().backward()
+    optimizer.step()
+    assert model[0].skew_in.any()

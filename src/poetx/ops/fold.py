@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,22 +20,42 @@ from poetx.ops.cayley import cayley_delta, unpack_skew
 from poetx.ops.reference import EXACT
 from poetx.ops.side import Side, Sides
 
+_lock = threading.Lock()
+_inside, _outside = 0, []  # threads in full_precision_products(), and the settings before the first of them
+
 
 @contextlib.contextmanager
 def full_precision_products() -> Iterator[None]:
-    """Products of float32 in float32, whatever torch's precision settings and autocast say."""
+    """Products of float32 in float32, whatever torch's precision settings and autocast say.
+
+    The settings are those of the process: they are put back when the last thread leaves.
+    """
+    global _inside, _outside
     # The settings behind both of torch's interfaces: reading the older one raises once the newer has been used.
     homes: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
     backends = [home.matmul for home in homes]
-    before = [backend.fp32_precision for backend in backends]
-    try:
+    with _lock:
+        if not _inside:
+            _outside = [backend.fp32_precision for backend in backends]
+        _inside += 1
         for backend in backends:
             backend.fp32_precision = "ieee"
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+    try:
+        with without_autocast():
             yield
     finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                for backend, precision in zip(backends, _outside, strict=True):
+                    backend.fp32_precision = precision
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Products in the dtype of their factors: for steps that somebody takes inside an autocast block."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 def fold(weight: Tensor, sides: Sides, *, order: int = EXACT) -> Tensor:

@@ -56,5 +56,7 @@ class InFloat32(SlicedOptimizer):
 
 
 def stepped_as_is(groups: Any) -> bool:
-    """Whether torch's own optimizer takes these parameters: none of them is bfloat16, or they are sharded."""
-    return not any(p.dtype == torch.bfloat16 and not is_sharded(p) for group in groups for p in group["params"])
+    """Whether torch's own optimizer takes these parameters: sharded ones, or none is bfloat16 or without elements."""
+    return not any(
+        (p.dtype == torch.bfloat16 or not p.numel()) and not is_sharded(p) for group in groups for p in group["params"]
+    )

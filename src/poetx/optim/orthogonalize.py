@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from poetx.ops.fold import without_autocast
 from poetx.ops.single_step import block_peaks
 
 # Five steps of the quintic Newton-Schulz iteration with the coefficients of Muon (Jordan et al. 2024): every singular
@@ -29,8 +30,9 @@ def orthogonalize(X_KBB: Tensor, *, skew: bool = True) -> Tensor:
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp_min(1e-30)
     if X.dtype == torch.float32 and X.is_cuda:
         X = X.bfloat16()
-    for _ in range(5):
-        A = torch.bmm(X, X.transpose(1, 2))
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    with without_autocast():
+        for _ in range(5):
+            A = torch.bmm(X, X.transpose(1, 2))
+            X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
     X = X.to(X_KBB.dtype)
     return (X - X.transpose(1, 2)) / 2 if skew else X

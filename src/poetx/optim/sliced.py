@@ -11,6 +11,7 @@ from torch import Tensor
 from poetx.distributed.sharded import is_sharded, local, own_rows, refuse_sharded
 from poetx.errors import UserError
 from poetx.layers.base import DTYPES
+from poetx.ops.fold import without_autocast
 from poetx.ops.random import Within, stochastic_round_, stream, stream_seed
 from poetx.optim.combined import keep_dtypes
 from poetx.optim.saved_kinds import Kind, check_own
@@ -60,7 +61,8 @@ class SlicedOptimizer(torch.optim.Optimizer):
                     raise UserError(f"{type(self).__name__}: sparse gradients are not supported; use sparse=False")
                 state = self.state[parameter]
                 state["step"] = int(state.get("step", 0)) + 1  # a tensor in what torch's optimizers saved
-                self._update(parameter, parameter.grad, state, group)
+                with without_autocast():
+                    self._update(parameter, parameter.grad, state, group)
         return loss
 
     def _update(self, parameter: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from poetx.errors import UserError
 from poetx.layers.single_step import SingleStepLinear
 from poetx.layers.weights import HostWeight
 from poetx.ops.cayley import packed_size
+from poetx.ops.fold import without_autocast
 from poetx.ops.random import stochastic_round_, stream
 from poetx.ops.side import block_count
 from poetx.ops.single_step import MomentumBuffers, add_to_, block_peaks, fold_side, map_gradient
@@ -179,7 +180,8 @@ class Matrix:
         W, dW = (self.matrices(values) for values in (self.parameter.detach(), self.parameter.grad))
         for side in SIDES:
             size, block_size = self.sizes(side)
-            M = torch.cat([map_gradient(W_i, dW_i, side, block_size) for W_i, dW_i in zip(W, dW, strict=True)])
+            with without_autocast():
+                M = torch.cat([map_gradient(W_i, dW_i, side, block_size) for W_i, dW_i in zip(W, dW, strict=True)])
             momentum, noise = momenta[f"momentum_{side}"], None
             if momentum.dtype == torch.bfloat16:
                 noise = self.noise(f"gradient-{side}-0-{self.micro_batches}", self.step)
