@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from builders import Tiny, gpt2, llama
+from poetx.data.tokenizer import tokenizer_file
 from poetx.errors import UserError
 from poetx.methods.base import convert_model
 from poetx.models import build_model, resolve_device, resolve_dtype
@@ -138,6 +139,32 @@ def test_a_vocabulary_that_is_too_small(tiny: Tiny, tmp_path: Path) -> None:
     build(tiny("train.dtype=float32")).config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="320 embeddings but the tokenizer 400 tokens.*data.vocab_size=320 or less"):
         build(tiny(*NO_SIZES, "train.dtype=float32", f"model.config={tmp_path}"), vocab_size=400)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("export/config.json", "is a run; the model that it exported is .*/export"),
+        ("adapter_config.json", "is an adapter alone; merge it into its model, and give what that saves"),
+        (None, r"no such file or directory; for a model of the Hub, first: hf download org/model --local-dir DIR"),
+    ],
+)
+def test_what_is_there_in_place_of_a_model_is_said(
+    file: str | None, message: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if file:
+        (tmp_path / "org/model" / file).parent.mkdir(parents=True)
+        (tmp_path / "org/model" / file).write_text("{}")
+    with pytest.raises(UserError, match=rf"model\.pretrained=.*{message}"):
+        build(tiny(*NO_SIZES, "train.dtype=float32", "poet.init=keep", "model.pretrained=org/model"))
+    (tmp_path / "org/model/spiece.model").parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "org/model/spiece.model").write_bytes(b"x")
+    if file is None:
+        with pytest.raises(
+            UserError, match=r"^data\.tokenizer=.*: no tokenizer\.json there but spiece\.model; AutoTok"
+        ):
+            tokenizer_file("org/model")
 
 
 def test_bad_configs_and_checkpoints(tiny: Tiny, tmp_path: Path) -> None:

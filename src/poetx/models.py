@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -13,6 +12,7 @@ from poetx.config import RESIDUAL_MODULES, name_matches
 from poetx.distributed.launch import local_device, started_ranks
 from poetx.errors import UserError, one_line
 from poetx.recipe import Recipe
+from poetx.recipe.places import found_instead
 
 if TYPE_CHECKING:
     import torch
@@ -169,7 +169,7 @@ def _read_config(key: str, source: str) -> Any:
     path = Path(source).expanduser()
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"{key}={source}: {_not_there(path)}")
+        raise UserError(f"{key}={source}: {found_instead(path, 'config.json')}")
     try:
         values = json.loads(file.read_text(encoding="utf-8-sig"), object_hook=_special_float)
         return AutoConfig.for_model(values.pop("model_type"), **values)
@@ -184,14 +184,6 @@ def _special_float(values: dict[str, Any]) -> Any:
     return float(values["__float__"]) if values.keys() == {"__float__"} else values
 
 
-def _not_there(path: Path) -> str:
-    if path.exists():
-        return "no config.json there"
-    name = os.path.relpath(path)
-    hub = f"; for a model of the Hub, first: hf download {name} --local-dir DIR" if not name.startswith("..") else ""
-    return f"no such file or directory{hub}"
-
-
 def _is_quantized(recipe: Recipe) -> bool:
     if recipe.poet is None:
         return False
@@ -204,7 +196,7 @@ def _pretrained(recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
     source = str(recipe.model.pretrained)
     path, name = Path(source).expanduser(), f"model.pretrained={source}"
     if not (path / "config.json").is_file():
-        raise UserError(f"{name}: not a checkpoint directory ({_not_there(path)})")
+        raise UserError(f"{name}: not a checkpoint directory ({found_instead(path, 'config.json')})")
     try:
         model = _on_meta(path, dtype) if _is_quantized(recipe) else None
     except Exception as error:  # as in load_checkpoint

@@ -325,7 +325,7 @@ BAD = {
     "device": (["train.device=gpu"], "train.device=gpu"),
     "no such device": (["train.device=cuda:99"], "train.device=cuda:99"),
     "no window": (["data.seq_len=100000"], "fewer than one window"),
-    "no tokenizer": (["data.tokenizer=/nowhere"], "no tokenizer.json"),
+    "no tokenizer": (["data.tokenizer=/nowhere"], "data.tokenizer=/nowhere: no such file or directory"),
     "resume nothing": (["--resume"], "no checkpoints yet; train it"),
     "two ways at once": (["--resume", "--overwrite"], "exclude each other"),
 }

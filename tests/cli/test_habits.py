@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -146,3 +147,29 @@ def test_a_model_of_plain_text_does_not_chat(place: Path, capsys: pytest.Capture
     out_of(capsys, "train", "small.yaml", "data.train=text.txt", "run_dir=runs/plain")
     assert main(["chat", "runs/plain"]) == 2
     assert "use poetx generate runs/plain" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "memory", "data x y", "bench step", "compare"])
+def test_a_setting_written_as_an_option_is_told_how_to_be_written(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command.split(), "--model.offload=5"]) == 2
+    error = capsys.readouterr().err
+    assert error == "error: --model.offload: no such option; settings of the recipe are KEY=VALUE (data.seq_len=512)\n"
+
+
+def test_settings_that_one_step_does_not_read_are_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "step", "small.yaml", "--repeats", "1", "--methods", "fast", "poet.seed=1", "data.seq_len=8"]
+    assert main([*words, "train.checkpoint_every=3", "data.validation_fraction=0.4"]) == 0
+    assert "note: no effect on one step: train.checkpoint_every, data.validation_fraction\n" in capsys.readouterr().err
+    assert main([*words, "--out", "."]) == 2
+    assert capsys.readouterr().err == "error: --out=.: is a directory; name a file in it\n"
+
+
+def test_a_question_that_is_no_text_is_one_line(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out_of(capsys, "train", "small.yaml", "data.train=chats.jsonl", "data.seq_len=64", "run_dir=runs/chat")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("où?".encode("latin-1")), encoding="utf-8"))
+    assert main(["chat", "runs/chat"]) == 2
+    assert re.fullmatch(r"error: standard input: not UTF-8 text \(.*\); convert it first\n", capsys.readouterr().err)

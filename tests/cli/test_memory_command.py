@@ -76,7 +76,7 @@ def test_in_a_comparison_a_setting_reaches_the_methods_that_have_it(app):
         (["nowhere"], "nowhere: no such recipe"),
         (["demo", "model.config=nowhere"], "model.config=/"),
         (["demo", "poet.weight_format=int9"], "int8"),
-        (["--batch-size", "8"], "--batch-size: no such option; what a run is like are keys of the recipe"),
+        (["--batch-size", "8"], "--batch-size: no such option; settings of the recipe are KEY=VALUE"),
         (["demo", "--metods", "mem"], "--metods: no such option"),
         (["demo", "method=mem", "--methods", "fast"], "--methods and method= are both given"),
     ],

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -119,7 +120,10 @@ def test_a_file_of_several_names_is_read_once(tmp_path: Path, caplog: pytest.Log
     files = open_corpus(str(place)).files
     assert len(files) == 2
     assert outside in files
-    assert caplog.messages == [f"{place / 'up'}: a link to a directory, which is not followed"]
+    assert caplog.messages == [
+        f"{place / 'gone.txt'}: a link to what is not there, which is not read",
+        f"{place / 'up'}: a link to a directory, which is not read",
+    ]
 
 
 def test_a_part_of_the_text_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,7 +339,7 @@ def test_an_existing_tokenizer_is_used(tiny: Tiny, tmp_path: Path) -> None:
         assert data.meta.vocab_size == own.get_vocab_size()
     with pytest.raises(UserError, match=r"data\.end_of_text=<s>: not a token"):
         find_end_of_text(own, "<s>", file=path)
-    with pytest.raises(UserError, match=r"data\.tokenizer=.*no tokenizer\.json there"):
+    with pytest.raises(UserError, match=r"data\.tokenizer=.*nowhere: no such file or directory"):
         prepare_data(tiny(f"data.tokenizer={tmp_path / 'nowhere'}"))
     path.write_text("{}")
     with pytest.raises(UserError, match="not a tokenizer"):
@@ -509,3 +513,27 @@ def test_a_file_that_is_no_text_is_named_for_what_it_is(tmp_path: Path, name: st
             open_corpus(str(source))
         assert name in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_was_replaced_with_its_time_and_size_kept_is_read_again(tiny: Tiny, tmp_path: Path) -> None:
+    """What ``cp -p``, ``rsync -t`` and ``tar`` do; the same for the tokenizer's file."""
+    text, tokenizer = tmp_path / "a.txt", tmp_path / "tokenizer.json"
+    words = "alpha beta gamma delta\n" * 300
+    train_tokenizer([words], vocab_size=320).save(str(tokenizer))
+    recipe = tiny(f"data.train={text}", f"data.tokenizer={tokenizer}", f"data.cache_dir={tmp_path / 'cache'}")
+
+    def fingerprint(path: Path, content: str) -> str:
+        before = path.stat() if path.exists() else None
+        path.write_text(content)
+        if before:
+            assert path.stat().st_size == before.st_size
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        return prepare_data(recipe).meta.fingerprint
+
+    first = fingerprint(text, words)
+    second = fingerprint(text, words.replace("gamma", "theta"))
+    ids = tokenizer.read_text()
+    both = {'"Ġbeta":': '"Ġdelta":', '"Ġdelta":': '"Ġbeta":'}
+    third = fingerprint(tokenizer, re.sub('"Ġ(beta|delta)":', lambda match: both[match[0]], ids))
+    assert len({first, second, third}) == 3
+    assert fingerprint(tokenizer, ids) == second

@@ -179,3 +179,26 @@ def test_a_model_of_another_tokenizer_is_refused(tiny: Tiny, tmp_path: Path) -> 
     values["data"]["train"] = str(tmp_path / "tokens")
     with pytest.raises(UserError, match="prepared with another tokenizer than that of model.pretrained"):
         prepare_data(Recipe.from_dict(values))
+
+
+def test_what_poetx_data_does_not_read_is_refused_or_said(tmp_path: Path) -> None:
+    source = texts(tmp_path)
+    for other in ("data.train=b.txt", "data.cache_dir=cache"):
+        with pytest.raises(UserError, match=rf"^{other}: poetx data has SRC and DIR for that; leave it out$"):
+            load_data([source, other])
+    said: list[str] = []
+    for more in ([], ["data.seq_len=16"], ["data.seq_len=16", "data.pack=true"]):
+        said.append("")
+        prepare_directory(load_data([source, "data.vocab_size=400", *more]), tmp_path / f"{len(said)}", said.append)
+    assert [text for text in said if "data.seq_len" in text] == [
+        "data.seq_len=16: has no effect on text that is not packed; poetx train cuts it into windows"
+    ]
+
+
+@pytest.mark.parametrize("key", ["data.train=[{}, {}.txt]", "data.validation={}"])
+def test_tokens_are_no_text_beside_other_text(key: str, tiny: Recipe, tmp_path: Path) -> None:
+    prepare_directory(load_data([texts(tmp_path), *SETTINGS]), tmp_path / "tokens", lambda _: None)
+    (tmp_path / "tokens.txt").write_text("some words")
+    place = tmp_path / "tokens"
+    with pytest.raises(UserError, match=rf"{place}: tokens of poetx data, which data\.train alone reads, by itself"):
+        prepare_data(tiny(key.format(place, place)))  # pyright: ignore[reportCallIssue]

@@ -9,6 +9,7 @@ import importlib.util
 import io
 import json
 import lzma
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -263,6 +264,19 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "deep.json": (b'[{"text": "a"}, ' + b"[" * 100_000, "record 2: brackets nested too deeply"),
     "wide.txt": ("words".encode("utf-16"), "UTF-16 text"),
     "nul.jsonl": (b'{"text": "a"}\0\n', "NUL bytes"),
+    "twice.ndjson": (
+        b'{"text": "a"}\n{"text": "b", "of": {"url": 1, "url": 2}}\n',
+        'line 2: has "url" twice; leave one',
+    ),
+    "twice.json": (b'[{"text": "a"}, {"text": "b", "text": "c"}]', 'record 2: has "text" twice; leave one'),
+    "first.json": (b'[{"text": "b", "text": "c"}]', 'record 1: has "text" twice; leave one'),
+    "bars.csv": (
+        b"id|text\n1|some, more\n",
+        r"header is one field \(id.text\), separated by '.' perhaps; separate fields",
+    ),
+    "commas.tsv": (b"id,text\n1,some\n", r"header is one field \(id,text\), separated by ',' perhaps"),
+    "space.csv": (b"id, text\n1, some\n", r"no \"text\" field \(it has: id, ' text'\)"),
+    "indented.jsonl": (b'{\n "text": "a"\n}\n', "line 1: not JSON .*; write one whole record a line"),
     "string.jsonl": (b'"words"\n', r"line 1: str, not a record"),
 }
 
@@ -340,6 +354,10 @@ def test_patterns_and_names_that_mean_nothing(tmp_path: Path, caplog: pytest.Log
         open_corpus(f"{tmp_path}/*.txt")
     with pytest.raises(UserError, match=r"^data\.train=nowhere/a\.txt: no such file or directory"):
         open_corpus("nowhere/a.txt")
+    with pytest.raises(
+        UserError, match=r"^data\.train=a\.txt,b\.txt: no such .*; several are a list, data\.train=\[A, B\]"
+    ):
+        open_corpus("a.txt,b.txt")
     for name in ("train-0.jsonl", "test-0.jsonl"):
         (tmp_path / name).write_bytes(jsonl())
     open_corpus(str(tmp_path))
@@ -348,3 +366,40 @@ def test_patterns_and_names_that_mean_nothing(tmp_path: Path, caplog: pytest.Log
     assert len(open_corpus(f"{tmp_path}/train*").files) == 1
     assert caplog.text == ""
     check_is_text(tmp_path / "train-0.jsonl")
+
+
+@pytest.mark.parametrize("source", ["", "/*", "/*.d"])
+def test_what_has_text_and_is_not_read_is_said(source: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.d").write_text("some words")
+    (tmp_path / "gone.d").symlink_to("unmounted/b.txt")
+    os.mkfifo(tmp_path / "pipe.d")
+    if source:
+        (tmp_path / "part.d").mkdir()
+        (tmp_path / "part.d/c.txt").write_text("more words")
+    assert len(open_corpus(f"{tmp_path}{source}").files) == 1
+    said = ["gone.d: a link to what is not there", "part.d: a directory", "pipe.d: a pipe, a socket or a device"]
+    assert caplog.messages == [f"{tmp_path}/{text}, which is not read" for text in said if source or "part" not in text]
+    caplog.clear()
+    if source == "/*":
+        assert len(open_corpus(f"{tmp_path}/**").files) == 2
+        assert "part.d" not in caplog.text
+    with pytest.raises(UserError, match=r"pipe\.d: a pipe or a device, .* write it into a file first$"):
+        open_corpus(str(tmp_path / "pipe.d"))
+
+
+def test_a_selection_of_rows_is_refused(tmp_path: Path) -> None:
+    state = {"_data_files": [{"filename": "data.arrow"}], "_indices_data_files": [{"filename": "indices.arrow"}]}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"a selection of its rows, which is not read; save what flatten_indices"):
+        open_corpus(str(tmp_path))
+
+
+@pytest.mark.parametrize("format", ["auto", "text", "alpaca"])
+def test_conversations_that_have_a_text_as_well_are_said(
+    format: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {"instruction": "count", "input": "to 3", "output": "1 2 3", "text": "count to 3: 1 2 3"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    (part,) = open_corpus(str(tmp_path / "a.jsonl"), format=format).parts
+    assert part.format == ("alpaca" if format == "alpaca" else "text")
+    assert ("conversations, too: data.format=alpaca takes those" in caplog.text) == (format == "auto")

@@ -162,7 +162,7 @@ def test_largest_batch_fits_and_one_more_does_not():
         ("llama-60m", {"overrides": ["data.sequence=5"]}, "data.sequence.*unknown"),
         ("llama-60m", {"device": "tpu"}, "device=tpu: must be one of cuda, cpu"),
         ("llama-60mm", {}, "no such recipe.*did you mean 'llama-60m'"),
-        ("llama-60m", {"overrides": ["data.tokenizer=/nowhere"]}, "data.tokenizer=/nowhere: no tokenizer.json"),
+        ("llama-60m", {"overrides": ["data.tokenizer=/nowhere"]}, "data.tokenizer=/nowhere: no such file"),
         (recipe(), {"overrides": ["train.steps=5"]}, "are for a recipe's name or path"),
     ],
 )

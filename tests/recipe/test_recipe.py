@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -232,6 +233,12 @@ def test_another_source_of_the_model_replaces_the_files() -> None:
         ("optimizer.betas=[0.9, 1.0]", r"must lie in \[0, 1\)"),
         ("model.num_heads=7", r"num_heads=7 does not divide model\.hidden_size=256"),
         ("steps", r"an override is written key=value"),
+        ("model.config=", r"^model\.config=: .*model\.config has no value; write null to mean none$"),
+        ("poet= ", r"poet has no value; write null to mean none$"),
+        ("optimizer.clip=None", r"optimizer\.clip has the value None; write null to mean none$"),
+        ("data.validation={a: }", r"a has no value; write null"),
+        ("data.validation=hf://a/b.txt", r"^data\.validation=hf://a/b\.txt: is an address; download it first"),
+        ("data.train=[a.txt, gs://a/b]", r"^data\.train=gs://a/b: is an address"),
         ("train.steps=[", r"not valid YAML"),
     ],
 )
@@ -530,3 +537,34 @@ def test_a_place_is_taken_as_it_is_written(text: str, tmp_path: Path, monkeypatc
     assert load_recipe("demo", ["run_dir='runs/exp'"]).run_dir == "runs/exp"
     assert load_recipe("demo", ["data.train=t #1.txt"]).data.train == str(tmp_path / "t #1.txt")
     assert load_recipe("demo", ["data.validation=null"]).data.validation is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("poet:\n  # block_size: 8\n", "poet has no value; write null to mean none"),
+        ("poet: {merge_every: None}", "merge_every has the value None; write null to mean none"),
+        ("poet.block_size: 8", "poet.block_size: is written in two lines in a file, poet: and below it block_size: …"),
+    ],
+)
+def test_what_a_file_leaves_open_is_not_guessed(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text((RECIPE_DIR / "demo.yaml").read_text().replace("\npoet:", "\npoet_:") + "\n" + text)
+    path.write_text(re.sub(r"(?m)^poet_:\n(?:  .*\n)*", "", path.read_text()))
+    with pytest.raises(UserError) as caught:
+        load_recipe(str(path))
+    assert message in str(caught.value)
+    path.write_text(path.read_text().replace(text, "poet: {}  # None\n"))
+    assert load_recipe(str(path)).poet is not None
+
+
+@pytest.mark.parametrize("damage", [None, "", "{"])
+def test_a_run_whose_recipe_is_gone_has_it_in_its_checkpoints(damage: str | None, tmp_path: Path) -> None:
+    for step in ("step-00000002", "step-00000010"):
+        (tmp_path / "checkpoints" / step).mkdir(parents=True)
+        (tmp_path / "checkpoints" / step / "recipe.yaml").write_text(load_recipe("demo").to_yaml())
+    if damage is not None:
+        (tmp_path / "recipe.yaml").write_text(damage)
+    with pytest.raises(UserError) as caught:
+        load_recipe(str(tmp_path))
+    assert f"cp {tmp_path}/checkpoints/step-00000010/recipe.yaml {tmp_path}" in str(caught.value)

@@ -60,8 +60,9 @@ def test_records_of_other_text_have_the_field_of_the_run(tiny: Tiny, tmp_path: P
     path.write_text("".join(json.dumps({"body": f"alpha beta {n} " * 9}) + "\n" for n in range(60)))
     result = train(tiny(f"data.train={path}", "data.text_field=body", "train.steps=1"))
     assert evaluate_run(str(result.run_dir), data=str(path)).tokens > 1000
-    with pytest.raises(UserError, match=r'no "text" field \(it has: body\); .* or call it "text"'):
+    with pytest.raises(UserError, match=r'no "text" field .* \(of poetx eval --text-field\), or call it "text"'):
         evaluate_run(str(result.export_dir), data=str(path))
+    assert evaluate_run(str(result.export_dir), data=str(path), text_field="body").tokens > 1000
 
 
 def test_tasks_need_their_package_and_scores_are_lines(monkeypatch, capsys):

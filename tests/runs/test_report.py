@@ -136,3 +136,13 @@ def test_damaged_lines_and_texts_do_not_spoil_the_page(tmp_path):
     assert page.count("caf\ufffd &lt;\ufffd") == 2
     assert "<td>steps</td><td>3</td>" in page
     assert "<td>left out</td><td>2 damaged lines of metrics.jsonl</td>" in page
+
+
+def test_losses_of_other_tokens_are_said_not_to_be_comparable(tmp_path, caplog):
+    for name, text in (("a", "1"), ("b", "1"), ("c", "2"), ("d", None)):
+        facts = {"device": "cpu", "device_name": "x", "versions": {}} | ({"text_fingerprint": text} if text else {})
+        (run_directory(tmp_path / name) / "environment.json").write_text(json.dumps(facts))
+    page = write_report([tmp_path / name for name in "abcd"], tmp_path / "page.html").read_text()
+    said = "c was trained on other tokens than a (other text, or another tokenizer): their losses are not comparable."
+    assert caplog.messages == [said]
+    assert page.count("not comparable") == page.count(said) == 1

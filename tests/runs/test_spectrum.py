@@ -1,6 +1,7 @@
 """What a run tells about itself afterwards: spectrum, audit, report."""
 
 import json
+import shutil
 
 import pytest
 
@@ -67,3 +68,19 @@ def test_deterministic_mode_is_put_back(tiny):
 
     train(tiny("train.deterministic=true", "train.export=false"))
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_spectra_are_not_measured_against_another_model(tiny, tmp_path):
+    settings = ("poet.init=keep", "model.hidden_size=null", "model.intermediate_size=null", "model.num_layers=null")
+    settings += ("model.num_heads=null", "train.steps=6", "train.spectrum_every=3", "train.export=false")
+    start = train(tiny("train.steps=1", run_dir="start")).export_dir
+    recipe = tiny(*settings, f"model.pretrained={start}")
+    train(recipe)
+    other = train(tiny("train.steps=1", "train.seed=7", run_dir="other")).export_dir
+    shutil.copy(other / "model.safetensors", start)
+    for measure in (
+        lambda: run_spectrum(recipe.directory),
+        lambda: train(tiny(*settings, f"model.pretrained={start}"), resume=True),
+    ):
+        with pytest.raises(UserError, match=r"^model\.pretrained=.*/export: has changed since the run began"):
+            measure()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from builders import Tiny, poison, train_losses
+from builders import At, Tiny, poison, train_losses
 from poetx.data.prepare import prepare_data
 from poetx.errors import UserError
 from poetx.recipe import load_recipe
@@ -197,3 +197,12 @@ def test_dropout_is_drawn_from_restored_generators_and_off_in_evaluation(tiny: T
     data = prepare_data(parts).validation
     losses = {loop.evaluate(text, data, windows, batch_size=1, device=torch.device("cpu")) for _ in range(2)}
     assert len(losses) == 1
+
+
+def test_metrics_that_are_gone_are_said(tiny: Tiny) -> None:
+    recipe, told = tiny("train.export=false"), At(0, lambda: None)
+    train(recipe)
+    shutil.rmtree(recipe.directory / "checkpoints/step-00000012")
+    (recipe.directory / "metrics.jsonl").unlink()
+    train(recipe, resume=True, reporter=told)
+    assert any(note.endswith("metrics.jsonl: is gone; it begins anew after step 6") for note in told.notes)

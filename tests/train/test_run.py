@@ -10,6 +10,7 @@ import torch
 
 from builders import At, Tiny, interrupt, train_losses
 from poetx import files
+from poetx.distributed import launch
 from poetx.errors import UserError
 from poetx.recipe import Recipe, load_recipe
 from poetx.runs.generate import generate_text
@@ -142,6 +143,17 @@ def test_text_that_has_moved_can_be_resumed(tiny: Tiny, tmp_path: Path) -> None:
     moved = tiny(f"data.train={tmp_path / 'elsewhere.txt'}", *settings, "train.steps=4", run_dir="parts")
     resumed = train(moved, resume=True)
     assert train_losses(resumed.run_dir) == train_losses(whole.run_dir)
+
+
+def test_a_host_without_an_address_is_refused_soon(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "no-such-host.invalid", "MASTER_PORT": "29500"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launch, "PATIENT", 0)
+    with pytest.raises(
+        UserError, match=r"^MASTER_ADDR=no-such-host\.invalid: no such host .*; set it to that of rank 0"
+    ):
+        train(tiny())
 
 
 @pytest.mark.parametrize(

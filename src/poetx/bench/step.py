@@ -56,6 +56,7 @@ def bench_step(
     """
     loaded = load_methods(source, overrides, methods)  # tokens are drawn at random, no text is read
     recipe = loaded[methods[0]]
+    compiled = compiled or recipe.train.compile
     lengths = tuple(seq_lens) or (recipe.data.seq_len,)
     batches = tuple(batch_sizes) or (recipe.train.micro_batch,)
     device = resolve_device(recipe.train.device)

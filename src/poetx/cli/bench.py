@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from poetx.cli.recipes import CommandWithSettings, say_idle
 from poetx.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,7 +101,8 @@ def ops(
 
 
 @app.command(
-    epilog="Examples: poetx bench step demo | poetx bench step llama-1b --methods adamw,int8 --seq-lens 512,1024"
+    epilog="Examples: poetx bench step demo | poetx bench step llama-1b --methods adamw,int8 --seq-lens 512,1024",
+    cls=CommandWithSettings,
 )
 def step(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Built-in name or YAML file.")] = "demo",
@@ -118,6 +120,7 @@ def step(
     """Whole training steps of a recipe by several methods: tokens a second and peak memory."""
     from poetx.bench.step import bench_step
 
+    say_idle(overrides or ())
     rows = bench_step(
         recipe,
         methods=names_in("methods", methods),
@@ -170,6 +173,8 @@ def _report(rows: Iterable[dict[str, Any]], out: Path | None, as_json: bool, col
     from poetx.bench.timing import append
 
     header = True
+    if out is not None and out.is_dir():  # now, not once the first row has been timed
+        raise UserError(f"--out={out}: is a directory; name a file in it")
     for row in rows:
         if out is not None:
             append(out, [row])

@@ -58,11 +58,15 @@ def chat(
 
 
 def _question() -> str | None:
-    """The next line, without the spaces around it; None at the end of the input."""
+    """The next line, without the spaces around it; None at its end. Raises :class:`UserError`: no UTF-8."""
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"standard input: not {error.encoding.upper()} text ({error.reason}); convert it first"
+        ) from None
 
 
 def _rendered(tokenizer: Any, messages: list[dict[str, str]], run: str) -> str:

@@ -11,6 +11,7 @@ import typer
 
 from poetx.cli.bench import names_in
 from poetx.cli.quiet import quiet_transformers
+from poetx.cli.recipes import CommandWithSettings
 from poetx.errors import UserError
 from poetx.recipe.several import methods_in
 
@@ -25,7 +26,7 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
-    app.command(name="compare", epilog=_EPILOG, context_settings={"ignore_unknown_options": True})(compare)
+    app.command(name="compare", epilog=_EPILOG, cls=CommandWithSettings)(compare)
 
 
 def compare(
@@ -44,9 +45,6 @@ def compare(
 
     Writes results.jsonl, table.md and index.html. The search tries eight pairs of rates by successive halving.
     """
-    for word in (recipe, *(overrides or ())):
-        if word.startswith("-"):
-            raise UserError(f"{word.partition('=')[0]}: no such option; settings of the runs are KEY=VALUE")
     if steps is not None and budget is not None:
         raise UserError("--steps and --budget are both given; give one of them")
     seconds = None if budget is None else seconds_in(budget)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from poetx.cli.quiet import quiet_transformers
-from poetx.cli.recipes import complete_setting
+from poetx.cli.recipes import CommandWithSettings, complete_setting
 
 _EPILOG = (
     "Examples: poetx data corpus.jsonl tokens data.vocab_size=32000 | "
@@ -18,7 +18,7 @@ _EPILOG = (
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
-    app.command(epilog=_EPILOG)(data)
+    app.command(epilog=_EPILOG, cls=CommandWithSettings)(data)
 
 
 def data(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from poetx.cli.bench import names_in
+from poetx.cli.recipes import CommandWithSettings, say_idle
 from poetx.errors import UserError
 from poetx.files import unwritten
 
@@ -38,7 +39,7 @@ _EPILOG = (
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
-    app.command(name="memory", epilog=_EPILOG, context_settings={"ignore_unknown_options": True})(memory)
+    app.command(name="memory", epilog=_EPILOG, cls=CommandWithSettings)(memory)
 
 
 def memory(
@@ -66,10 +67,7 @@ def memory(
 ) -> None:
     """Predict the peak memory of one training step, without a GPU."""
     settings = list(overrides or ())
-    for word in (recipe, *settings):
-        if word.startswith("-"):
-            option = word.partition("=")[0]
-            raise UserError(f"{option}: no such option; what a run is like are keys of the recipe (data.seq_len=512)")
+    say_idle(settings)
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"plot={plot}: must end in .png, .svg or .pdf")
     if gpu is not None and not 0 < gpu * 2**30 < math.inf:

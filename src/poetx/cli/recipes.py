@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 import textwrap
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -65,7 +67,32 @@ def complete_setting(incomplete: str) -> list[str]:
     return [text for text in (*keys, *(f"method={name}" for name in METHODS)) if text.startswith(incomplete)]
 
 
-class CommandOfRecipes(TyperCommand):
+def say_idle(overrides: Sequence[str]) -> None:
+    """Tell of settings that are a whole run's, to commands about one step of it."""
+    from poetx.recipe.resuming import idle_in_a_step
+
+    if keys := idle_in_a_step(overrides):
+        print(f"note: no effect on one step: {', '.join(keys)}", file=sys.stderr)
+
+
+class CommandWithSettings(TyperCommand):
+    """A command that takes settings, KEY=VALUE, which some write as options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the command line. Raises :class:`UserError` on an option that is not there."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if type(error).__name__ != "NoSuchOption":  # click's, of which some versions of typer have their own copy
+                raise
+            name, alike = (getattr(error, key) for key in ("option_name", "possibilities"))
+            raise UserError(
+                f"{name}: no such option{nearest(name, alike or ())}; settings of the recipe are KEY=VALUE "
+                "(data.seq_len=512)"
+            ) from None
+
+
+class CommandOfRecipes(CommandWithSettings):
     """A command whose help ends with the names of all recipes, methods and keys, looked up when it is asked for."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:

@@ -78,6 +78,9 @@ def evaluate(
     seq_len: Annotated[
         int | None, typer.Option(min=1, help="Tokens in a window. Default: the run's; of a model, up to 256.")
     ] = None,
+    text_field: Annotated[
+        str | None, typer.Option(help="The field of --data's records that has their text. Default: the run's, or text.")
+    ] = None,
     tasks: Annotated[
         str | None, typer.Option(help="Tasks of lm-evaluation-harness by name, separated by commas, instead of text.")
     ] = None,
@@ -91,13 +94,17 @@ def evaluate(
             run, tasks, data=data, limit=limit, include_path=include_path, batch_size=batch_size, device=device
         )
         return
+    if text_field is not None and data is None:
+        raise UserError("--text-field is for --data")
     if limit is not None or include_path is not None:
         raise UserError("--limit and --include-path are for --tasks")
     from poetx.runs.evaluate import evaluate_run
 
     quiet_transformers()
     with one_voice():
-        result = evaluate_run(run, data=data, batch_size=batch_size, seq_len=seq_len, device=device)
+        result = evaluate_run(
+            run, data=data, text_field=text_field, batch_size=batch_size, seq_len=seq_len, device=device
+        )
         show_notes(result.notes)
         print(
             f"loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.2f} "

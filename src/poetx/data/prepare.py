@@ -1,6 +1,6 @@
 """From text to tokens: a corpus is split and tokenized once, and found again by later runs.
 
-The directory's key hashes the source files (path, size, modification time), the tokenizer settings and the format
+The directory's key hashes the source files (path, size, times), the tokenizer with its settings and the format
 version. Runs that start together on the same text wait for the one that tokenizes it.
 """
 
@@ -154,8 +154,8 @@ def plan_data(data: DataRecipe, pretrained: str | None, places: Mapping[str, Pat
         _check_apart(places, validation, "data.validation")
     if validation and (shared := set(train.files) & set(validation.files)):
         say(f"data.validation has {len(shared)} files of data.train ({min(shared).name}), which are trained on as well")
-    tokenizer = data.tokenizer or pretrained
-    source = tokenizer_file(tokenizer) if tokenizer else None
+    tokenizer, key = (data.tokenizer, "data.tokenizer") if data.tokenizer else (pretrained, "model.pretrained")
+    source = tokenizer_file(tokenizer, key) if tokenizer else None
     template = None
     texts = (train, validation) if validation else (train,)
     if any(text.has_chats for text in texts):
@@ -251,7 +251,7 @@ def build(plan: DataPlan, data: DataRecipe, directory: Path, say: Progress, *, r
     (directory / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
     if template:
         template, end_of_text = _settled(template, tokenizer, end_of_text, data)
-    packed = _window_size(data, train, validation)
+    packed = window_size(data, train, validation)
     meta = write_tokens(
         directory, train, validation, split, tokenizer, end_of_text, template, packed, say, resumable=resumable
     )
@@ -294,7 +294,7 @@ def _training_text(train: Corpus, split: Split) -> Iterator[str]:
                 return
 
 
-def _window_size(data: DataRecipe, train: Corpus, validation: Corpus | None) -> int:
+def window_size(data: DataRecipe, train: Corpus, validation: Corpus | None) -> int:
     """Tokens of a window into which documents are packed; 0 where they are not: unless told, texts are not."""
     packs = data.pack if data.pack is not None else train.has_chats or bool(validation and validation.has_chats)
     return data.seq_len if packs else 0
@@ -332,17 +332,16 @@ def _settled(
 def _key(
     data: DataRecipe, train: Corpus, validation: Corpus | None, source: Path | None, template: ChatTemplate | None
 ) -> str:
-    status = source.stat() if source else None
     parts: dict[str, Any] = {
         "format": FORMAT,
         "train": _identity(train),
         "validation": _identity(validation) if validation else data.validation_fraction,
-        "tokenizer": [str(source), status.st_size, status.st_mtime_ns] if status else data.vocab_size,
+        "tokenizer": sha256(source) if source else data.vocab_size,
         "end_of_text": data.end_of_text,
     }
     if data.text_field != "text":
         parts["text_field"] = data.text_field
-    if size := _window_size(data, train, validation):
+    if size := window_size(data, train, validation):
         parts["packed"] = [size]
     if source is not None and (source.parent / TOKENIZER_CONFIG).is_file():  # it names the end of text
         parts["beside the tokenizer"] = sha256(source.parent / TOKENIZER_CONFIG)

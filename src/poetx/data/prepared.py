@@ -6,7 +6,7 @@ import contextlib
 import shutil
 from pathlib import Path
 
-from poetx.data.prepare import DataPlan, Progress, build, plan_data
+from poetx.data.prepare import DataPlan, Progress, build, plan_data, window_size
 from poetx.data.tokens import META, TOKENIZER, DataMeta, open_tokens, token_files, verified_meta
 from poetx.data.writing import PROGRESS
 from poetx.errors import UserError, one_line
@@ -27,6 +27,10 @@ def prepare_directory(data: DataRecipe, directory: Path, say: Progress) -> DataM
             that is full.
     """
     plan = plan_data(data, None, {"DIR": directory}, say)
+    if data.seq_len != DataRecipe.model_fields["seq_len"].default and not window_size(
+        data, plan.train, plan.validation
+    ):
+        say(f"data.seq_len={data.seq_len}: has no effect on text that is not packed; poetx train cuts it into windows")
     names = (META, TOKENIZER, PROGRESS, KEY, _LOCK, *_SETTINGS, *(f"{name}.bin" for name in token_files(True)))
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory}: is a file; name a directory")
@@ -51,7 +55,10 @@ def _prepared(data: DataRecipe, directory: Path, say: Progress, plan: DataPlan) 
     started = key.is_file() and key.read_text(encoding="utf-8")
     if started and started != plan.key:
         what = "holds tokens" if (directory / META).is_file() else "an unfinished preparation"
-        raise UserError(f"{directory}: {what} of other text or settings; delete it, or name another directory")
+        raise UserError(
+            f"{directory}: {what} of other text or settings, or the text's files have been written or moved since; "
+            "delete it, or name another directory"
+        )
     if not started:
         if any(directory.glob("*.bin")) or (directory / META).exists():
             raise UserError(f"{directory}: holds tokens that poetx data did not write; name another directory")

@@ -22,7 +22,21 @@ KINDS = {
 }
 _LONGEST_LINE = 1 << 26  # characters of a .json file's first record, or of one field of a CSV file
 _PIECE = 1 << 16  # characters of a list read at once
-_DECODER = json.JSONDecoder()
+
+
+class _KeyTwice(Exception):
+    """A key that is twice in one object: which of the two is meant nobody can know."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> Record:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _KeyTwice(next(name for name in names if names.count(name) > 1))
+    return record
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)
 _ROWS = 256  # of a table, in memory at once
 
 
@@ -71,17 +85,17 @@ def _first_value(path: Path) -> Any:
     """The first record of a ``.json`` file, lines or a list; None where there is none."""
     try:
         if _is_array(path):
-            return next(_json_array(path), ("", None))[1]
+            return next(_json_array(path, json.JSONDecoder()), ("", None))[1]
         with open_text(path) as file:
             return json.loads(_first_line(file))
     except (ValueError, RecursionError):
         return None
 
 
-def _json_array(path: Path) -> Iterator[tuple[str, Record]]:
+def _json_array(path: Path, decoder: json.JSONDecoder = _DECODER) -> Iterator[tuple[str, Record]]:
     """The records of one list, of which a piece at a time is in memory."""
     with open_text(path) as file:
-        buffer = _Buffer(file)
+        buffer = _Buffer(file, decoder)
         buffer.take("[")
         for number in itertools.count(1):
             place = f"{path}, record {number}"
@@ -100,8 +114,8 @@ def _json_array(path: Path) -> Iterator[tuple[str, Record]]:
 class _Buffer:
     """JSON values one after the other from a stream of text."""
 
-    def __init__(self, file: TextIO) -> None:
-        self._file, self._text, self._at = file, "", 0
+    def __init__(self, file: TextIO, decoder: json.JSONDecoder) -> None:
+        self._file, self._decoder, self._text, self._at = file, decoder, "", 0
 
     def peek(self) -> str:
         """The next character that is no space; empty at the end."""
@@ -125,10 +139,10 @@ class _Buffer:
         self.peek()
         while True:
             try:
-                value, self._at = _DECODER.raw_decode(self._text, self._at)
+                value, self._at = self._decoder.raw_decode(self._text, self._at)
                 return value
-            except RecursionError:
-                raise UserError(f"{place}: brackets nested too deeply to be read; remove it") from None
+            except (RecursionError, _KeyTwice) as error:
+                raise _refused(place, error) from None
             except ValueError as error:
                 if len(self._text) - self._at > _LONGEST_LINE or not self._more():
                     what = getattr(error, "msg", "a number that is too long")
@@ -152,14 +166,21 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Record]]:
 
 def _json_record(line: str, place: str) -> Record:
     try:
-        record = json.loads(line)
+        record = _DECODER.decode(line)
     except ValueError as error:
-        raise UserError(f"{place}: not JSON ({getattr(error, 'msg', 'a number that is too long')})") from None
-    except RecursionError:
-        raise UserError(f"{place}: brackets nested too deeply to be read; remove the line") from None
+        what = getattr(error, "msg", "a number that is too long")
+        raise UserError(f"{place}: not JSON ({what}); write one whole record a line") from None
+    except (RecursionError, _KeyTwice) as error:
+        raise _refused(place, error) from None
     if not isinstance(record, dict):
         raise UserError(f'{place}: {type(record).__name__}, not a record; write one {{"text": ...}} a line')
     return record
+
+
+def _refused(place: str, error: Exception) -> UserError:
+    if isinstance(error, _KeyTwice):
+        return UserError(f'{place}: has "{error}" twice; leave one of them out')
+    return UserError(f"{place}: brackets nested too deeply to be read; remove it")
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Record]]:
@@ -180,6 +201,11 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Record]]:
                 names = row
                 if twice := next((name for name in names if name and names.count(name) > 1), None):
                     raise UserError(f'{path}: its header names "{twice}" twice; rename one of these columns')
+                if len(names) == 1 and (other := next((c for c in ";|,\t" if c in names[0]), None)):
+                    raise UserError(
+                        f"{path}: its header is one field ({shown_fields(names)}), separated by {other!r} perhaps; "
+                        "separate fields by commas, or in a .tsv file by tabs"
+                    )
             elif row:
                 if len(row) != len(names):
                     raise UserError(
@@ -263,5 +289,5 @@ def hub_records(name: str, *, split: str) -> Iterator[tuple[str, Record]]:
 
 def shown_fields(names: Any) -> str:
     """Names of fields in a message."""
-    names = [str(name) for name in names]
+    names = [str(name) if str(name) == str(name).strip() else repr(name) for name in names]
     return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "none"

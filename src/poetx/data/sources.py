@@ -21,7 +21,7 @@ from poetx.data.opening import check_is_text, name_inside, open_text
 from poetx.data.records import Record, hub_records, kind_of, read_records, shown_fields
 from poetx.errors import UserError
 from poetx.files import read_json, reason
-from poetx.recipe.places import is_hub_name
+from poetx.recipe.places import is_hub_name, is_prepared
 
 logger = logging.getLogger(__name__)
 
@@ -92,16 +92,17 @@ class Part:
                 yield _split(_text_of(record, text_field, place))
 
     def fingerprint(self) -> list[list[str | int]]:
-        """Path, size and modification time (ns) of every file: what decides whether cached tokens are current.
+        """Path, size and times (ns) of every file: what decides whether cached tokens are current.
 
-        A data set on the Hub counts as current for ever.
+        Of the two times one is that of any change, which programs that bring old modification times back (``cp -p``,
+        ``rsync -t``, ``tar``) cannot set. A data set on the Hub counts as current for ever.
         """
         if self.kind == "hub":
             return [[self.source, self.split]]
         rows: list[list[str | int]] = []
         for path in self.files:
             status = path.stat()
-            rows.append([str(path), status.st_size, status.st_mtime_ns])
+            rows.append([str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns])
         return rows
 
 
@@ -201,7 +202,13 @@ def _formatted(part: Part, format: str, text_field: str) -> Part:
         return part
     if format == "auto":
         first = next(part.records(), None)
-        format = format_of(first[1], text_field) if first else "text"
+        record = first[1] if first else {}
+        format = format_of(record, text_field)
+        if format == "text" and text_field in record and (chats := format_of(record, "")) != "text":
+            logger.warning(
+                '%s: its "%s" field is trained on; its records are conversations, too: data.format=%s takes those',
+                *(part.source, text_field, chats),
+            )
     return replace(part, format=format)
 
 
@@ -211,21 +218,25 @@ def _find(source: str, key: str, text_field: str, split: str, weight: float | No
     if not source:
         raise UserError(f"{key}=: names no file; give a text file, a directory of text, or JSONL")
     path, top = Path(source).expanduser(), None
+    if is_prepared(source):
+        raise UserError(f"{key}={source}: tokens of poetx data, which data.train alone reads, by itself; give the text")
     if path.is_file():
         files = [path.resolve()]
     elif path.is_dir():
         files, top = _files_under(path, f"{key}={source}"), path
     elif _PATTERN.search(source):
-        found = [Path(name) for name in glob.glob(str(path), recursive=True)]  # noqa: PTH207
-        files = _once(file for file in found if file.is_file())
+        files = _once(_readable([Path(name) for name in glob.glob(str(path), recursive=True)]))  # noqa: PTH207
         if not files:
             raise UserError(f"{key}={source}: no file fits this pattern")
         if "**" in source:
             top = Path(source[: source.index("**")] or ".")
     elif is_hub_name(source):
         return Part(source, "hub", split=split, weight=weight)
+    elif path.exists():
+        raise UserError(f"{key}={source}: a pipe or a device, which cannot be read again; write it into a file first")
     else:
-        raise UserError(f"{key}={source}: no such file or directory")
+        several = f"; several are a list, {key}=[A, B]" if "," in source else ""
+        raise UserError(f"{key}={source}: no such file or directory{several}")
     kind, files = _kind(files, f"{key}={source}", text_field, alone=path.is_file())
     return Part(source, kind, tuple(files), weight=weight, top=top)
 
@@ -235,26 +246,41 @@ def _files_under(path: Path, what: str) -> list[Path]:
         splits = sorted(child.name for child in path.iterdir() if (child / "state.json").is_file())
         raise UserError(f"{what}: a directory of save_to_disk with the splits {', '.join(splits)}; name one of them")
     if (path / "state.json").is_file() and "_data_files" in (state := read_json(path / "state.json")):
+        if state.get("_indices_data_files"):
+            raise UserError(f"{what}: a selection of its rows, which is not read; save what flatten_indices() gives")
         return [(path / file["filename"]).resolve() for file in state["_data_files"]]
-    visible = list(_visible(path))
-    for link in visible:
-        if link.is_symlink() and link.is_dir():
-            logger.warning("%s: a link to a directory, which is not followed", link)
-    files = _once(p for p in visible if p.is_file())
+    files = _once(_readable(_visible(path)))
     if not files:
         raise UserError(f"{what}: the directory has no files")
     return files
 
 
+def _readable(found: Iterable[Path]) -> list[Path]:
+    """The files among what was found. What else has text, or had, is said."""
+    found = list(found)
+    files = [path for path in found if path.is_file()]
+    entered = {parent for file in files for parent in file.parents}
+    for path in sorted(set(found).difference(files, entered)):
+        if not path.exists():
+            what = "a link to what is not there"
+        elif path.is_dir():
+            what = "a link to a directory" if path.is_symlink() else "a directory"
+        else:
+            what = "a pipe, a socket or a device"
+        logger.warning("%s: %s, which is not read", path, what)
+    return files
+
+
 def _visible(directory: Path) -> Iterator[Path]:
-    """Everything below a directory that is not hidden. Raises :class:`UserError` where a part cannot be listed."""
+    """All files and links below a directory that are not hidden. Raises :class:`UserError` where it is unreadable."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be listed ({reason(error)}); make it readable, or move it away")
 
     for place, directories, files in os.walk(directory, onerror=refuse):
         directories[:] = [name for name in directories if not name.startswith(".")]
-        yield from (Path(place, name) for name in [*directories, *files] if not name.startswith("."))
+        links = [name for name in directories if Path(place, name).is_symlink()]
+        yield from (Path(place, name) for name in [*links, *files] if not name.startswith("."))
 
 
 def _once(files: Iterable[Path]) -> list[Path]:
@@ -354,7 +380,7 @@ def _text_of(record: Record, field: str, place: str) -> str:
     if field not in record:
         raise UserError(
             f'{place}: no "{field}" field (it has: {shown_fields(record)}); name the one with the text by '
-            f'data.text_field=NAME, or call it "{field}"'
+            f'data.text_field=NAME (of poetx eval --text-field), or call it "{field}"'
         )
     text = record[field]
     if not isinstance(text, str):

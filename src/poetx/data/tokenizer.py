@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from poetx.errors import UserError, nearest, one_line
 from poetx.files import read_json
+from poetx.recipe.places import found_instead
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -44,12 +45,12 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, end_of_text: str =
     return tokenizer
 
 
-def tokenizer_file(source: str) -> Path:
+def tokenizer_file(source: str, key: str = "data.tokenizer") -> Path:
     """The ``tokenizer.json`` meant by a file or directory. Raises :class:`UserError` when there is none."""
     path = Path(source).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"data.tokenizer={source}: no tokenizer.json there")
+        raise UserError(f"{key}={source}: {found_instead(path, 'tokenizer.json')}")
     return file.resolve()
 
 

@@ -62,6 +62,14 @@ def checksum(tensor: Tensor) -> Tensor:
     return _weighted(grid.sum(0)) + _weighted(grid.sum(1)) + _weighted(rest)
 
 
+def checksum_of(model: torch.nn.Module) -> str | None:
+    """Sixteen hexadecimal digits of all parameters of ``model``; None where some are on the meta device."""
+    parameters = list(model.parameters())
+    if any(parameter.is_meta for parameter in parameters):
+        return None
+    return f"{int(_weighted(torch.stack([checksum(parameter).cpu() for parameter in parameters]))) % 2**64:016x}"
+
+
 def _weighted(values: Tensor) -> Tensor:
     """Σ (2i + 1)·v_i modulo 2⁶⁴; odd factors lose no bit."""
     return (values * (2 * torch.arange(values.numel(), device=values.device) + 1)).sum()

@@ -8,15 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import os
+import socket
+import threading
+import time
 from collections.abc import Iterator
 
 from poetx.errors import UserError, one_line
+
+logger = logging.getLogger(__name__)
 
 #: A step waits this long for a rank that neither answers nor has closed its connection.
 TIMEOUT = datetime.timedelta(minutes=10)
 #: And this long for what one rank does alone: tokenizing, writing a checkpoint, exporting.
 PATIENCE = datetime.timedelta(days=2)
+#: Seconds for a host's name to become known, and before it is said that others are waited for.
+PATIENT = 15
 
 #: What gloo, NCCL and the store say of a peer that is gone.
 _LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out", "Timeout", "remote process")
@@ -88,11 +96,19 @@ def joined() -> Iterator[None]:
         # torchrun may keep its store over restarts, and with it the addresses of processes that are gone.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+        _check_resolves(place[0])
+        waiting = threading.Timer(
+            PATIENT, logger.warning, ("rank %d waits for the others at %s:%d (MASTER_ADDR, MASTER_PORT)", rank, *place)
+        )
+        waiting.daemon = True
+        waiting.start()
         try:
             store = PrefixStore(f"poetx/{attempt}", TCPStore(*place, ranks, is_master=hosts, timeout=TIMEOUT))
             distributed.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the processes cannot find each other: {one_line(error)[:200]}") from None
+        finally:
+            waiting.cancel()
     together = True
     try:
         with _lost_ranks_named():
@@ -105,6 +121,22 @@ def joined() -> Iterator[None]:
         agreement.set_patient_group(None)
         if own and together:  # else the others may be waiting for this one, and taking leave of them wait for them
             distributed.destroy_process_group()
+
+
+def _check_resolves(host: str) -> None:
+    """Refuse a MASTER_ADDR that has no address within ``PATIENT`` seconds: names of containers may come late."""
+    end = time.monotonic() + PATIENT
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+        except OSError as error:
+            if time.monotonic() > end:
+                raise UserError(
+                    f"MASTER_ADDR={host}: no such host ({error.strerror}); set it to that of rank 0"
+                ) from None
+            time.sleep(1)
+        else:
+            return
 
 
 @contextlib.contextmanager

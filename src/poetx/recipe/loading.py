@@ -7,7 +7,6 @@ right one, and so is a key that nothing in this run would read: no setting is ev
 
 from __future__ import annotations
 
-import datetime
 import logging
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from poetx.errors import UserError, nearest, one_line
 from poetx.optim.settings import MATRIX_OPTIMIZERS
 from poetx.recipe.former import drop_without_effect, modern_override, modernize, without_effect
 from poetx.recipe.idle import idle
-from poetx.recipe.places import PATHS, make_absolute
+from poetx.recipe.places import PATHS, kept_recipe, make_absolute
 from poetx.recipe.sections import (
     SIZES,
     DataRecipe,
@@ -38,6 +37,7 @@ from poetx.recipe.sections import (
     section_types,
 )
 from poetx.recipe.shorthands import SIZED_RECIPES, check_method, put_method, put_shape, settings_of
+from poetx.recipe.values import shown
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +163,8 @@ def load_data(overrides: Sequence[str]) -> DataRecipe:
     for key, value in parsed(overrides):
         if split_key(key)[0] != "data" or split_key(key)[1] not in DataRecipe.model_fields:
             raise _unknown(key, [f"data.{name}" for name in DataRecipe.model_fields])
+        if key == "data.cache_dir" or (key == "data.train" and "train" in values["data"]):
+            raise UserError(f"{key}={shown(value)}: poetx data has SRC and DIR for that; leave it out")
         _set(values, key, value)
     make_absolute(values)
     _refuse_idle(values, dict(flat(values)))
@@ -266,7 +268,7 @@ def recipe_path(source: str) -> Path:
     if path.is_dir():
         path = path / "recipe.yaml"
         if not path.is_file():
-            raise UserError(f"{source}: a directory without recipe.yaml is not a run")
+            raise UserError(f"{source}: a directory without recipe.yaml is not a run{kept_recipe(source)}")
         return path
     if not path.is_file():
         known = ", ".join(builtin_recipes())
@@ -285,9 +287,9 @@ def _read(source: str) -> tuple[dict[str, Any], bool]:
     try:
         values = read_yaml(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # ValueError: also not UTF-8, no such date, too long
-        raise UserError(f"{path}: not valid YAML: {one_line(error)}") from None
+        raise UserError(f"{path}: not valid YAML: {one_line(error)}{kept_recipe(source)}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: a recipe is a mapping of keys to values")
+        raise UserError(f"{path}: a recipe is a mapping of keys to values{kept_recipe(source)}")
     if source in SIZED_RECIPES:
         values["name"] = source
         values["model"]["shape"] = SIZED_RECIPES[source]
@@ -300,13 +302,14 @@ def _read(source: str) -> tuple[dict[str, Any], bool]:
 
 def _parse(override: str) -> tuple[str, Any]:
     """Key and value of ``a.b=value``; the value is read as YAML, but a place as it is written, ``#`` and spaces too."""
-    from poetx.recipe.plain_yaml import read_yaml
+    from poetx.recipe.plain_yaml import check_given, read_yaml
 
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
         raise UserError(f"{override!r}: an override is written key=value, for example train.steps=100")
     try:
+        check_given(key, text)
         value = read_yaml(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{shown(override)}: the value is not valid YAML: {one_line(error)}") from None
@@ -401,6 +404,9 @@ def _build(values: Mapping[str, Any]) -> Recipe:
         raise UserError(f"recipe: expected keys and values, got {shown(values)}")
     for key in values:
         if key not in Recipe.model_fields:
+            section, _, name = str(key).partition(".")
+            if section in _SECTIONS and name:
+                raise UserError(f"{key}: is written in two lines in a file, {section}: and below it {name}: …")
             raise _unknown(str(key), [*Recipe.model_fields, "method"])
     types = section_types(values)
     poet = values.get("poet", None if values.get("lora") is not None else {})
@@ -470,16 +476,6 @@ def _unknown(dotted: str, known: Sequence[str]) -> UserError:
     elsewhere = [f"{name}.{key}" for name, keys in every_key().items() if key in keys and name != section]
     hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else nearest(key, known)
     return UserError(f"{shown(dotted)}: unknown key{hint}")
-
-
-def shown(value: Any) -> str:
-    """A value in an error message: one line, not endless."""
-    try:
-        plain = (isinstance(value, str) and value.isprintable()) or isinstance(value, datetime.date)
-        text = str(value) if plain else repr(value)
-    except ValueError:  # a number of more digits than Python writes
-        return "(a very long number)"
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _plain(value: Any) -> Any:

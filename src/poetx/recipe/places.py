@@ -19,6 +19,8 @@ PATHS = (
     "model.pretrained",
 )
 _TEXTS = ("data.train", "data.validation")
+#: Of tokenizers that have no ``tokenizer.json``.
+_OWN_TOKENIZERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 
 
 def make_absolute(values: dict[str, Any]) -> None:
@@ -32,6 +34,29 @@ def make_absolute(values: dict[str, Any]) -> None:
             part[name] = _absolute(key, part[name])
 
 
+def found_instead(path: Path, file: str) -> str:
+    """What is at ``path`` where ``file``, of a model or tokenizer, is not, and what to do."""
+    if not path.exists():
+        name = os.path.relpath(path)
+        return "no such file or directory" + (
+            "" if name.startswith("..") else f"; for a model of the Hub, first: hf download {name} --local-dir DIR"
+        )
+    if (path / "export" / file).is_file():
+        return f"is a run; the model that it exported is {path / 'export'}"
+    if (path / "adapter_config.json").is_file():
+        return "is an adapter alone; merge it into its model, and give what that saves"
+    own = next((name for name in _OWN_TOKENIZERS if (path / name).is_file()), None)
+    if own and file == "tokenizer.json":
+        return f"no {file} there but {own}; AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) makes it of that"
+    return f"no {file} there"
+
+
+def kept_recipe(source: str) -> str:
+    """Where a run whose recipe is damaged or gone has it once more."""
+    kept = sorted(Path(source).glob("checkpoints/step-*/recipe.yaml"))
+    return f"; its newest checkpoint has it: cp {kept[-1]} {source}" if kept else ""
+
+
 def _absolute(key: str, value: Any) -> Any:
     """A path, each of several, or each with its weight."""
     if isinstance(value, list | tuple):
@@ -40,6 +65,8 @@ def _absolute(key: str, value: Any) -> Any:
         return {_absolute(key, path): weight for path, weight in value.items()}
     if not isinstance(value, str) or value == "builtin" or (key in _TEXTS and is_hub_name(value)):
         return value
+    if re.match(r"\w+://", value):
+        raise UserError(f"{key}={value}: is an address; download it first, and give the path of what is there then")
     return os.path.abspath(_expanded(key, value))  # noqa: PTH100
 
 

@@ -1,4 +1,4 @@
-"""YAML as people mean it: a key twice is an error, ``1:30`` is no number in sixties, and ``010`` is ten."""
+"""YAML as people mean it: a key twice or without a value is an error, ``1:30`` is no number, and ``010`` is ten."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ class _Loader(yaml.SafeLoader):
         written = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := [key for at, key in enumerate(written) if key in written[:at]]:
             raise ValueError(f"{twice[0]} is there twice; leave one of them out")
+        for key, value in node.value:
+            if isinstance(value, yaml.ScalarNode) and value.style is None:
+                check_given(str(key.value), value.value)
         return super().construct_mapping(node, deep)
 
     def number(self, node: Any) -> Any:
@@ -23,6 +26,14 @@ class _Loader(yaml.SafeLoader):
         if node.tag.endswith("float"):
             return self.construct_yaml_float(node)
         return int(text) if text.lstrip("+-").isdecimal() else self.construct_yaml_int(node)
+
+
+def check_given(key: str, text: str) -> None:
+    """Refuse an empty value, of a variable that is not set or lines commented out, and Python's None; both mean null
+    to some. Raises ValueError.
+    """
+    if text.strip() in ("", "None"):
+        raise ValueError(f"{key} has {'no value' if not text.strip() else 'the value None'}; write null to mean none")
 
 
 def _mapping(loader: _Loader, node: Any) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from poetx.recipe.loading import Recipe, flat
+from poetx.recipe.loading import Recipe, flat, parsed
 
 # A resumed run may differ from its checkpoint in these, and in nothing else: none of them changes a weight.
 # The device is here because a checkpoint is portable; bitwise equality is only promised on one kind of device. Text may
@@ -30,6 +31,16 @@ FREE_ON_RESUME = (
     "train.max_bad_steps",
     "train.export",
 )
+
+#: What else a single step does not read: how text becomes tokens, and how steps are made repeatable.
+_OF_THE_TEXT = ("data.text_field", "data.format", "data.chat_template", "data.validation_fraction", "data.end_of_text")
+_READ_BY_A_STEP = {"parallel", "data.train", "data.tokenizer", "train.device"}
+
+
+def idle_in_a_step(overrides: Sequence[str]) -> list[str]:
+    """The keys of overrides that one step by itself, planned or timed, does not depend on."""
+    idle = {*FREE_ON_RESUME, *_OF_THE_TEXT, "train.deterministic"} - _READ_BY_A_STEP
+    return [key for key, _ in parsed(overrides) if key in idle]
 
 
 def differing_keys(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:

@@ -11,9 +11,10 @@ from typing import Any
 from poetx.errors import UserError, nearest, one_line
 from poetx.recipe.former import drop_without_effect
 from poetx.recipe.idle import idle
-from poetx.recipe.loading import Recipe, parsed, recipe_with, shown, split_key, with_method
+from poetx.recipe.loading import Recipe, parsed, recipe_with, split_key, with_method
 from poetx.recipe.sections import belongs
 from poetx.recipe.shorthands import check_method, settings_of
+from poetx.recipe.values import shown
 
 logger = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
@@ -12,6 +13,16 @@ from pydantic_core import PydanticCustomError
 
 def refuse(message: str) -> PydanticCustomError:
     return PydanticCustomError("refused", "{message}", {"message": message})
+
+
+def shown(value: Any) -> str:
+    """A value in an error message: one line, not endless."""
+    try:
+        plain = (isinstance(value, str) and value.isprintable()) or isinstance(value, datetime.date)
+        text = str(value) if plain else repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        return "(a very long number)"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def finite(value: Any) -> int | float | None:

@@ -36,13 +36,20 @@ class Evaluation:
 
 
 def evaluate_run(
-    run: str, *, data: str | None, batch_size: int = 8, seq_len: int | None = None, device: str = "auto"
+    run: str,
+    *,
+    data: str | None,
+    text_field: str | None = None,
+    batch_size: int = 8,
+    seq_len: int | None = None,
+    device: str = "auto",
 ) -> Evaluation:
     """Evaluate ``run`` (run or exported directory) on ``data``, or on all of the run's own validation text.
 
     Ranks of a process group take a part of the text each, and all get the result.
 
     Args:
+        text_field: of the records of ``data``; None: the run's, ``text`` of an exported model.
         seq_len: tokens in a window; None: what the run was trained with, of an exported model at most
             ``DEFAULT_SEQ_LEN`` and its positions.
 
@@ -55,7 +62,9 @@ def evaluate_run(
         if data is None and loaded.recipe is None:
             raise UserError(f"{run}: an exported model has no validation text of its own; give --data PATH")
         length = _window_length(loaded, seq_len)
-        return loaded, _own_windows(Path(run), loaded, length) if data is None else _other_windows(loaded, data, length)
+        if data is None:
+            return loaded, _own_windows(Path(run), loaded, length)
+        return loaded, _other_windows(loaded, data, length, text_field)
 
     loaded, windows = agreed(load)
     check_equal({"the text's length": len(windows.tokens), "the window's": windows.seq_len})
@@ -96,9 +105,9 @@ def _own_windows(run_dir: Path, loaded: LoadedModel, seq_len: int) -> TokenWindo
     return _checked(windows, "the run's validation text")
 
 
-def _other_windows(loaded: LoadedModel, data: str, seq_len: int) -> TokenWindows:
+def _other_windows(loaded: LoadedModel, data: str, seq_len: int, text_field: str | None) -> TokenWindows:
     assert loaded.end_of_text_id is not None
-    field = loaded.recipe.data.text_field if loaded.recipe else "text"
+    field = text_field or (loaded.recipe.data.text_field if loaded.recipe else "text")
     windows = encode_windows(data, loaded.tokenizer, key="--data", seq_len=seq_len, text_field=field)
     loaded.check_ids(int(windows.tokens.max(initial=0)))
     return _checked(windows, f"--data={data}")
@@ -133,7 +142,7 @@ def run_spectrum(run_dir: Path, *, device: str = "auto") -> RunSpectrum:
 
 
 def _spectrum(run_dir: Path, device: torch.device) -> RunSpectrum:
-    run = rebuild_run(run_dir, device)
+    run = rebuild_run(run_dir, device, same_start=True)
     if run.recipe.poet is None:
         raise UserError(f"{run_dir}: a dense run (poet: null) has no rotated layers whose spectrum could be kept")
     start = spectrum(run.model)

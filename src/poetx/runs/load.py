@@ -14,7 +14,15 @@ from poetx.methods.base import convert_model, method_of
 from poetx.models import build_model, load_checkpoint, resolve_device, settled
 from poetx.recipe import Recipe, differing_keys, load_recipe, settled_as
 from poetx.train.checkpoint import checkpoints, find_checkpoint, load_model, read_state, tensor_shapes
-from poetx.train.export import TEXT_SUM, TOKENIZER_DIR, TOKENIZER_SUM, stop_at_, tokenizer_sum
+from poetx.train.export import (
+    TEXT_SUM,
+    TOKENIZER_DIR,
+    TOKENIZER_SUM,
+    check_start,
+    recorded,
+    stop_at_,
+    tokenizer_sum,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -89,11 +97,12 @@ class RebuiltRun:
     notes: list[str]
 
 
-def rebuild_run(run_dir: Path, device: torch.device) -> RebuiltRun:
+def rebuild_run(run_dir: Path, device: torch.device, *, same_start: bool = False) -> RebuiltRun:
     """Build a run's model as its first step found it: the same, because it depends on the recipe alone.
 
     Raises:
-        UserError: not a run directory, or there is no whole checkpoint.
+        UserError: not a run directory, or there is no whole checkpoint; with ``same_start`` a pretrained model that has
+            changed.
     """
     if not (run_dir / "recipe.yaml").is_file():
         raise UserError(f"{run_dir}: not a run directory (no recipe.yaml in it)")
@@ -105,7 +114,7 @@ def rebuild_run(run_dir: Path, device: torch.device) -> RebuiltRun:
             f"{checkpoint}: is another run's, trained with {key}={its}, and {run_dir}/recipe.yaml says {own}; "
             "bring this run's own checkpoint back"
         )
-    text = _recorded(run_dir, TEXT_SUM)
+    text = recorded(run_dir, TEXT_SUM)
     if text is not None and read_state(checkpoint).data_fingerprint != text:
         raise UserError(f"{checkpoint}: is another run's, of other text; bring this run's own checkpoint back")
     on_the_host = {"model.offload": None} if device.type == "cpu" else {}
@@ -117,6 +126,8 @@ def rebuild_run(run_dir: Path, device: torch.device) -> RebuiltRun:
         end_of_text_id=tokenizer.eos_token_id,
         device=device,
     )
+    if same_start and recipe.model.pretrained:
+        check_start(model, recipe.model.pretrained, run_dir)
     convert_model(model, recipe, device)
     return RebuiltRun(model, tokenizer, recipe, checkpoint, notes)
 
@@ -155,19 +166,11 @@ def _load_exported(path: Path, device: torch.device) -> LoadedModel:
     return LoadedModel(cast(Any, model).to(device).eval(), load_tokenizer(path), device, None, [])
 
 
-def _recorded(run_dir: Path, key: str) -> Any:
-    """A fact of ``environment.json``; None without it: it is for people, and a run of a former version is whole."""
-    try:
-        return read_json(run_dir / "environment.json").get(key)
-    except UserError:
-        return None
-
-
 def _run_tokenizer(run_dir: Path) -> Any:
     """The tokenizer that the run was trained with: text of another one means other tokens to its model."""
     remedy = f"; poetx train {run_dir} --resume writes it again"
-    recorded = _recorded(run_dir, TOKENIZER_SUM)
+    known = recorded(run_dir, TOKENIZER_SUM)
     tokenizer = load_tokenizer(run_dir / TOKENIZER_DIR, remedy)
-    if recorded is not None and tokenizer_sum(run_dir) != recorded:
+    if known is not None and tokenizer_sum(run_dir) != known:
         raise UserError(f"{run_dir / TOKENIZER_DIR}: not the tokenizer that the run was trained with{remedy}")
     return tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,10 @@ from typing import Any
 from poetx.errors import UserError
 from poetx.files import read_json, write_text
 from poetx.runs.charts import STYLE
+from poetx.train.export import TEXT_SUM
 from poetx.train.metrics import is_whole, read_metrics
+
+logger = logging.getLogger(__name__)
 
 _POINTS = 400  # of a curve: each is the median over its part of the run
 _STYLE, _SCRIPT = (Path(__file__).with_name(f"report.{kind}") for kind in ("css", "js"))
@@ -64,7 +68,10 @@ def write_report(runs: Path | Sequence[Path], path: Path, *, baseline: Path | No
         with path.open("rb") as file:
             if not file.read(15).lower().startswith((b"<!doctype html", b"<html")):
                 raise UserError(f"{path}: exists and is no HTML page, so a report does not replace it; choose another")
-    write_text(path, _page([_read(place, places) for place in places]))
+    found = [_read(place, places) for place in places]
+    write_text(path, _page(found))
+    for note in incomparable(found):
+        logger.warning(note)
     return path
 
 
@@ -163,8 +170,19 @@ def _summary(runs: list[_Run]) -> str:
             against = _against(runs[0], runs[number], name) if number else ""
             cells += f"<td>{text}{f' <small>{against}</small>' if against else ''}</td>"
         rows += f"<tr><td>{html.escape(name)}</td>{cells}</tr>"
-    note = "" if len(runs) == 1 else f'<p class="note">In small type: against {html.escape(runs[0].name)}.</p>'
-    return f"<table>{head}{rows}</table>{note}"
+    notes = [] if len(runs) == 1 else [f"In small type: against {runs[0].name}.", *incomparable(runs)]
+    return f"<table>{head}{rows}</table>" + "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
+
+
+def incomparable(runs: Sequence[_Run]) -> list[str]:
+    """A line about every run whose losses mean something else than the first's: they are a token's, of its own text."""
+    texts = [run.facts.get(TEXT_SUM) for run in runs]
+    return [
+        f"{run.name} was trained on other tokens than {runs[0].name} (other text, or another tokenizer): their losses "
+        "are not comparable."
+        for run, text in zip(runs, texts, strict=True)
+        if None not in (text, texts[0]) and text != texts[0]
+    ]
 
 
 def _facts(run: _Run) -> Iterator[tuple[str, str]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from poetx.data.tokenizer import fast_tokenizer
-from poetx.files import new_directory, sha256
+from poetx.distributed.checksum import checksum_of
+from poetx.errors import UserError
+from poetx.files import new_directory, read_json, sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -15,12 +17,31 @@ if TYPE_CHECKING:
 TOKENIZER_DIR = "tokenizer"
 TOKENIZER_SUM = "tokenizer_sha256"  # in environment.json
 TEXT_SUM = "text_fingerprint"  # there, too
+MODEL_SUM = "pretrained_checksum"  # there, too: of the weights that a run began with
 
 
 def tokenizer_sum(run_dir: Path) -> str | None:
     """The checksum of a run's ``tokenizer.json``; None where it has none, as tokenizers of some classes."""
     file = run_dir / TOKENIZER_DIR / "tokenizer.json"
     return sha256(file) if file.is_file() else None
+
+
+def recorded(run_dir: Path, key: str) -> Any:
+    """A fact of ``environment.json``; None without it: it is for people, and a run of a former version is whole."""
+    try:
+        return read_json(run_dir / "environment.json").get(key)
+    except UserError:
+        return None
+
+
+def check_start(model: PreTrainedModel, pretrained: str, run_dir: Path) -> None:
+    """Refuse to measure what became of weights that are not those the run began with."""
+    known = recorded(run_dir, MODEL_SUM)
+    if known is not None and checksum_of(model) not in (None, known):
+        raise UserError(
+            f"model.pretrained={pretrained}: has changed since the run began, and spectra are measured against what it "
+            "was; bring that back, or go on with train.spectrum_every=null"
+        )
 
 
 def save_tokenizer(

@@ -27,7 +27,7 @@ import torch
 from poetx.data.prepare import prepare_data
 from poetx.data.tokens import PreparedData
 from poetx.distributed.agreement import agreed, check_equal, first_then_others, from_first, on_first
-from poetx.distributed.checksum import check_alike
+from poetx.distributed.checksum import check_alike, checksum_of
 from poetx.distributed.launch import joined
 from poetx.distributed.ranks import rank, rank_count
 from poetx.errors import UserError
@@ -40,7 +40,17 @@ from poetx.savings.chunked_loss import check_head
 from poetx.spectra import spectrum
 from poetx.train import checkpoint as ckpt
 from poetx.train.environment import describe, peak_memory_gib, versions
-from poetx.train.export import TEXT_SUM, TOKENIZER_DIR, TOKENIZER_SUM, export_model, save_tokenizer, tokenizer_sum
+from poetx.train.export import (
+    MODEL_SUM,
+    TEXT_SUM,
+    TOKENIZER_DIR,
+    TOKENIZER_SUM,
+    check_start,
+    export_model,
+    recorded,
+    save_tokenizer,
+    tokenizer_sum,
+)
 from poetx.train.loggers import PLACES, TENSORBOARD_DIR, with_loggers
 from poetx.train.loop import TrainingRun, fit
 from poetx.train.metrics import MetricsWriter, UnwrittenMetrics, divergence, is_whole, read_metrics
@@ -151,11 +161,18 @@ def _train(
     data = first_then_others(lambda: prepare_data(recipe, progress=reporter.stage))
     check_equal({"the text's fingerprint": data.meta.fingerprint})
 
+    began: str | None = None
+
     def build() -> tuple[Any, ConversionReport | None, torch.optim.Optimizer, Any]:
+        nonlocal began
         reporter.stage("Building the model")
         vocabulary = {"vocab_size": data.meta.vocab_size, "end_of_text_id": data.meta.end_of_text_id}
         place = torch.device("cpu") if sharded else device  # as a whole it may not fit
         model = build_model(recipe, **vocabulary, device=place)
+        if recipe.model.pretrained:
+            began = checksum_of(model) if start is None else recorded(run_dir, MODEL_SUM)
+            if start is not None and recipe.train.spectrum_every is not None:
+                check_start(model, recipe.model.pretrained, run_dir)
         report = convert_model(model, recipe, place)
         if recipe.train.chunked_loss:
             check_head(model)
@@ -189,7 +206,9 @@ def _train(
             _set_aside_newer(run_dir, start)
         elif not overwrite:
             check_free(run_dir, known=known)
-        _write_run_files(run_dir, recipe, data, report, device, fresh=start is None)
+        if start is not None and not (run_dir / "metrics.jsonl").is_file():
+            reporter.note(f"{run_dir / 'metrics.jsonl'}: is gone; it begins anew after step {state.step}")
+        _write_run_files(run_dir, recipe, data, report, device, began, fresh=start is None)
         return MetricsWriter(run_dir / "metrics.jsonl", step=state.step)
 
     run = TrainingRun(
@@ -314,6 +333,7 @@ def _write_run_files(
     data: PreparedData,
     report: ConversionReport | None,
     device: torch.device,
+    began: str | None,
     *,
     fresh: bool,
 ) -> None:
@@ -331,7 +351,7 @@ def _write_run_files(
     place, template = run_dir / TOKENIZER_DIR, data.meta.template
     save_tokenizer(data.tokenizer_file, data.meta.end_of_text, source, place, chat_template=template)
     facts = describe(device) | {"processes": rank_count(), TOKENIZER_SUM: tokenizer_sum(run_dir)}
-    facts[TEXT_SUM] = data.meta.fingerprint
+    facts |= {TEXT_SUM: data.meta.fingerprint} | ({MODEL_SUM: began} if began else {})
     write_text(run_dir / "environment.json", json.dumps(facts, indent=2))
 
 
