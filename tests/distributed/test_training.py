@@ -37,6 +37,10 @@ FORMS = {
         *("method=int8", "model.gradient_checkpointing=true", "train.chunked_loss=true", "train.export=true"),
         "parallel=fsdp",
     ],
+    "sharded, single-step": [
+        *("method=single-step", "train.micro_batch_size=1", "model.gradient_checkpointing=true", "parallel=fsdp"),
+        "train.chunked_loss=true",
+    ],
     "released": ["method=mem", "optimizer.release_gradients=true", "optimizer.clip=null", "train.eval_windows=3"],
 }
 #: What happens to a run, by what is done on one of the ranks; all of it to a single step, whose backward acts.
@@ -53,6 +57,7 @@ EVENTS: dict[str, list[str]] = {
 CONTINUED = {
     "one, then two": ["method=single-step"],
     "one, then two, sharded": [*FORMS["sharded"], "train.checkpoint_every=8"],
+    "one, then two, sharded, single-step": [*FORMS["sharded, single-step"], "train.checkpoint_every=8"],
 }
 
 
@@ -209,10 +214,11 @@ def test_ranks_go_on_with_the_run_of_one_process(trained: Path) -> None:
     assert_same_curve(trained / "1" / "stopped on rank 1", trained / "2" / "one, then two")
 
 
-def test_sharded_ranks_go_on_with_the_run_of_one_process_which_goes_on_with_theirs(trained: Path) -> None:
-    name = "one, then two, sharded"
+@pytest.mark.parametrize("form", ["sharded", "sharded, single-step"])
+def test_sharded_ranks_go_on_with_the_run_of_one_process_which_goes_on_with_theirs(form: str, trained: Path) -> None:
+    name = f"one, then two, {form}"
     assert outcomes(trained, name) == [{"step": 12, "signum": None, "skipped": 0}] * 2
-    alone, together = trained / "1" / "sharded", trained / "2" / name
+    alone, together = trained / "1" / form, trained / "2" / name
     assert_same_curve(alone, together)
     (*_, at_8, at_12), (*_, own) = checkpoints(together), checkpoints(alone)
     for file in ("model.safetensors", "optimizer.safetensors"):

@@ -69,6 +69,51 @@ def rows_of(tensor: DTensor, rank: int) -> slice:
     return slice(min(rows, rank * chunk), min(rows, (rank + 1) * chunk))
 
 
+def compute_device(tensor: Tensor) -> torch.device:
+    """Where layers compute with ``tensor``: with ``CPUOffloadPolicy`` shards are elsewhere."""
+    return torch.device(tensor.device_mesh.device_type) if is_sharded(tensor) else tensor.device
+
+
+def shard_sum_(values: Tensor, like: Tensor) -> Tensor:
+    """Sum of ``values`` over the ranks that hold shards of ``like``, in place; as they are where it is whole."""
+    if is_sharded(like):
+        torch.distributed.all_reduce(values, group=shard_group(like))
+    return values
+
+
+def whole_blocks(tensor: DTensor, block_size: int) -> tuple[Tensor, int]:
+    """This rank's rows with those of other ranks that are in the same blocks, and the place of the first of them.
+
+    Sent are the rows of blocks that straddle ranks, and nothing where none does.
+    """
+    own, group = local(tensor).detach(), shard_group(tensor)
+    mine = rows_of(tensor, me := group.rank())
+
+    def reach(rows: slice) -> slice:
+        first, last = rows.start // block_size * block_size, -(-rows.stop // block_size) * block_size
+        return slice(first, min(last, tensor.shape[0])) if rows.start < rows.stop else rows
+
+    wanted = reach(mine)
+    if wanted == mine:  # so no other rank asks for any
+        return own, mine.start
+    found = own.new_empty(wanted.stop - wanted.start, *own.shape[1:])
+    found[mine.start - wanted.start : mine.stop - wanted.start] = own
+    operations = []
+    for peer in (index for index in range(group.size()) if index != me):
+        theirs = rows_of(tensor, peer)
+        for operation, held, asked, place in (
+            (torch.distributed.isend, mine, reach(theirs), found),
+            (torch.distributed.irecv, theirs, wanted, found),
+        ):
+            first, last = max(held.start, asked.start), min(held.stop, asked.stop)
+            if first < last:
+                rows = place[first - wanted.start : last - wanted.start].view(torch.uint8)
+                operations.append(torch.distributed.P2POp(operation, rows, group=group, group_peer=peer))
+    for work in torch.distributed.batch_isend_irecv(operations):
+        work.wait()
+    return found, wanted.start
+
+
 def shard_of(own: Tensor, like: DTensor) -> DTensor:
     """``own`` as this rank's rows of a tensor that is sharded as ``like`` is."""
     from torch.distributed.tensor import DTensor

@@ -30,7 +30,7 @@ from poetx.ops.block_diagonal import add_block_outer_, block_outer_products, lef
 from poetx.ops.cayley import pack_skew
 from poetx.ops.fold import full_precision_products
 from poetx.ops.library import device_type, first_derivatives_only, no_transforms, operator
-from poetx.ops.random import stochastic_round_
+from poetx.ops.random import Within, stochastic_round_
 from poetx.ops.side import block_count
 from poetx.ops.stored import HOST, Stored, fetch
 
@@ -294,24 +294,44 @@ _FOLD_ELEMENTS = {"cpu": 1 << 22}
 _FOLD_ELEMENTS_ELSEWHERE = 1 << 24
 
 
+class Shard(NamedTuple):
+    """Rows of a matrix of ``rows`` rows: ``own`` is what is written, and what is read of it begins at row ``begin``."""
+
+    rows: int
+    own: slice
+    begin: int
+
+
 def fold_side(
-    W: Tensor, E_KBB: Tensor, side: str, out: Tensor, *, scale: Tensor, generator: torch.Generator | None = None
+    W: Tensor,
+    E_KBB: Tensor,
+    side: str,
+    out: Tensor,
+    *,
+    scale: Tensor,
+    generator: torch.Generator | None = None,
+    shard: Shard | None = None,
 ) -> Tensor:
     """``scale·(I + E)·W`` (side "out") or ``scale·W·(I + E)`` ("in") into ``out``.
 
     Args:
         W, out: [m, n], float32, float64 or bfloat16, the last rounded stochastically. Products run in E's dtype, in
             full precision under :func:`poetx.ops.fold.full_precision_products`, which the caller enters.
+        shard: W and out are these rows of a larger matrix, and are rounded as they would be there. For side "out" W
+            has all rows of every block that the own rows are in; for "in" it has the own rows.
         E_KBB: G − I, of each block.
         scale: [K], of each block: one whose E is zero and whose scale is 1 stays as it is. generator: of the rounding.
 
     Returns:
-        [2], float64: ‖W‖² of what was read and of what was written, before rounding.
+        [2], float64: ‖W‖² of the own rows as they were read, and as they were written, before rounding.
     """
     dim = 0 if side == "out" else 1
-    size, block_size = W.shape[dim], E_KBB.shape[-1]
+    whole = Shard(W.shape[0], slice(0, W.shape[0]), 0)
+    rows, own, begin = shard or whole
+    end = begin + W.shape[0]
+    size, block_size = (rows, W.shape[1])[dim], E_KBB.shape[-1]
     budget = _FOLD_ELEMENTS.get(device_type(W), _FOLD_ELEMENTS_ELSEWHERE)
-    step = max(1, budget // (W.numel() // size * block_size))
+    step = max(1, budget // (rows * W.shape[1] // size * block_size))
     squares = []
     scale = scale.to(E_KBB.dtype)
     E_KBB = E_KBB * scale[:, None, None]
@@ -319,12 +339,24 @@ def fold_side(
     scale = scale if dim else scale[:, None]
     for first in range(0, E_KBB.shape[0], step):
         start, stop = first * block_size, min((first + step) * block_size, size)
-        E = E_KBB[first : first + step]
-        piece, target = (t.narrow(dim, start, stop - start) for t in (W, out))
-        wide = piece.to(E.dtype)
-        moved = rotate(wide, E) if dim else left_rotate(wide, E)
-        moved.addcmul_(wide, scale[start:stop])
+        if dim:
+            E, top, bottom, width = E_KBB[first : first + step], 0, rows, stop - start
+            wide, target = W[:, start:stop].to(E.dtype), out[:, start:stop]
+            moved = rotate(wide, E).addcmul_(wide, scale[start:stop])
+        else:
+            top, bottom, width = start, stop, W.shape[1]
+            low, high = (min(max(edge, begin), end) for edge in (start, stop))  # what is there of these rows
+            E = E_KBB[low // block_size : block_count(high, block_size)]
+            wide = W[low - begin : high - begin].to(E.dtype)
+            moved = left_rotate(wide, E).addcmul_(wide, scale[low:high]) if low < high else wide
+            kept = [min(max(edge, own.start), own.stop) for edge in (start, stop)]
+            wide, moved = (t[kept[0] - low : kept[1] - low] for t in (wide, moved))
+            target = out[kept[0] - own.start : kept[1] - own.start]
         # The rows' norms first: as exact as a sum in float64 and many times faster.
         squares += [torch.linalg.vector_norm(matrix, dim=1).double().square().sum() for matrix in (wide, moved)]
-        stochastic_round_(target, moved, generator)
+        noise = generator
+        if shard is not None and generator is not None:
+            before, after = (min(max(edge, top), bottom) for edge in (own.start, own.stop))
+            noise = Within(generator, (before - top) * width, (bottom - after) * width)
+        stochastic_round_(target, moved, noise)
     return torch.stack(squares).view(-1, 2).sum(0)

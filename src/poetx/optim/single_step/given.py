@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from poetx.config import PoetConfig, name_matches
-from poetx.distributed.sharded import refuse_sharded
+from poetx.distributed.sharded import is_sharded, refuse_sharded
 from poetx.errors import UserError, nearest
 from poetx.layers.base import DTYPES, RotatedWeight
 from poetx.layers.single_step import SingleStepLinear
@@ -124,6 +124,7 @@ def _model_groups(
     """Groups "rotated", "decay" (matrices) and "no_decay" (vectors); and which rotated weights are stored [in, out]."""
     modules: list[Any] = [layer for layer in layers.values() if not layer.frozen]
     if not layers:
+        refuse_sharded(model.parameters(), "POETX")
         targets = find_targets(model, config, replaced=False)
         modules = list(targets.layers.values())
         zeros: list[Any] = [module for module, reason in targets.reasons.items() if reason == ZERO]
@@ -217,10 +218,13 @@ def check_dense(optimizer: Any, groups: list[dict[str, Any]]) -> None:
         )
 
 
-def check_groups(groups: list[dict[str, Any]], *, own_optimizer: bool) -> None:
+def check_groups(
+    groups: list[dict[str, Any]], layers: Mapping[Tensor, SingleStepLinear], *, own_optimizer: bool
+) -> None:
     """Refuse parameters that cannot be rotated, numbers outside their range, and slips in the keys of groups.
 
     Args:
+        layers: whose weights are rotated, which may be sharded by rows.
         own_optimizer: the rest goes to an optimizer of the user's own, which may have keys of its own.
     """
     rotated = [group for group in groups if group.get("rotate")]
@@ -238,7 +242,9 @@ def check_groups(groups: list[dict[str, Any]], *, own_optimizer: bool) -> None:
             if "lr" in group and not group["lr"] < 0.5:
                 check_numbers({"angle": group["lr"]})
     for p in itertools.chain.from_iterable(group["params"] for group in rotated):
-        refuse_sharded([p], "POETX")
+        refuse_sharded([p], "POETX", rows=p in layers)
+        if p in layers and layers[p].transposed and is_sharded(p):
+            raise UserError(f"POETX: {layers[p].label} was a Conv1D, and its weight is sharded; use parallel=ddp")
         if p.ndim not in (2, 3) or p.dtype not in DTYPES:
             raise UserError(
                 f"POETX: cannot rotate a parameter of shape {tuple(p.shape)} and {p.dtype}; matrices (or stacks of "

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from poetx.config import PoetConfig
 from poetx.distributed.ranks import average_
+from poetx.distributed.sharded import compute_device, is_sharded, local, own_rows, shard_sum_, whole_blocks
 from poetx.errors import UserError
 from poetx.layers.single_step import SingleStepLinear
 from poetx.layers.weights import HostWeight
@@ -20,7 +21,7 @@ from poetx.ops.cayley import packed_size
 from poetx.ops.fold import without_autocast
 from poetx.ops.random import stochastic_round_, stream
 from poetx.ops.side import block_count
-from poetx.ops.single_step import MomentumBuffers, add_to_, block_peaks, fold_side, map_gradient
+from poetx.ops.single_step import MomentumBuffers, Shard, add_to_, block_peaks, fold_side, map_gradient
 from poetx.ops.transaction import copy_at_once_
 
 SIDES = ("in", "out")
@@ -85,7 +86,8 @@ class Matrix:
     @property
     def device(self) -> torch.device:
         """Where the step is computed: a layer's weight may be in host memory."""
-        return self.parameter.device if self.layer is None else self.layer.device
+        hosted = self.layer is not None and self.layer.host is not None
+        return self.layer.device if hosted else compute_device(self.parameter)
 
     def noise(self, purpose: str, step: int) -> torch.Generator:
         return stream(self.config.seed, str(self.index), step, purpose, self.device)
@@ -251,16 +253,16 @@ class Matrix:
         """
         state, side, step = self.state, self.side, self.step + 1
         host = None if self.layer is None else self.layer.host
-        W = self.parameter.detach() if host is None else cast(HostWeight, self.layer.frozen_weight).brought()
-        weight = torch.empty_like(W)
+        W, shard = self._to_fold(side)
+        weight = torch.empty_like(W if shard is None else local(self.parameter.detach()), device=self.device)
         touched = touched_K.view(len(state["norm"]), -1)
         scales = torch.where(touched, state["scale"][:, None], 1.0)
         noise = self.noise(f"rounding-{side}-0", step) if W.dtype == torch.bfloat16 else None
         parts = zip(self.matrices(W), self.matrices(weight), E_KBB.chunk(len(scales)), scales, strict=True)
-        squares = [fold_side(w, E, side, out, scale=s, generator=noise) for w, out, E, s in parts]
-        found, left = torch.stack(squares, 1).sqrt()
+        squares = [fold_side(w, E, side, out, scale=s, generator=noise, shard=shard) for w, out, E, s in parts]
+        found, left = shard_sum_(torch.stack(squares, 1), self.parameter).sqrt()
         if step == 1:  # held for good, so in float64 throughout
-            found = torch.linalg.vector_norm(self.matrices(W), dim=(-2, -1), dtype=torch.float64)
+            found = self._norm(W, shard)
         norm = self._held(found)
         if self.growth:  # ‖W‖ grows by the part of the matrix that is trained
             share = touched.double().mean(1)
@@ -269,7 +271,7 @@ class Matrix:
         scale = torch.where(ratios.isfinite() & (ratios > 0), ratios, 1.0)  # a matrix of zeros stays one
         new = {key: self._decayed(momentum, factor, key, step) for key, momentum in momenta.items()}
         new |= {"norm": norm, "scale": scale, "step": torch.tensor(step)}
-        targets, values = [self.parameter.detach(), *(state[key] for key in new)], [weight, *new.values()]
+        targets, values = [local(self.parameter.detach()), *(state[key] for key in new)], [weight, *new.values()]
         if self.look_ahead:
             upcoming = new[f"momentum_{SIDES[step % 2]}"]
             targets.append(state["before"][: upcoming.numel()])
@@ -283,6 +285,24 @@ class Matrix:
             host.write(targets, values, self.device)
         self._counted, self.micro_batches, self._snapshot = step, 0, {}
         self.touched = False
+
+    def _to_fold(self, side: str) -> tuple[Tensor, Shard | None]:
+        """The weight on the device of the step; where it is sharded, the rows that this rank's fold reads."""
+        weight = self.parameter.detach()
+        if is_sharded(weight):
+            block_size = self.sizes(side)[1] if side == "out" else 1  # W·(I + E) mixes no rows
+            W, begin = whole_blocks(weight, block_size)
+            return W.to(self.device), Shard(weight.shape[0], own_rows(weight), begin)
+        hosted = self.layer is not None and self.layer.host is not None
+        return (cast(HostWeight, self.layer.frozen_weight).brought() if hosted else weight), None
+
+    def _norm(self, W: Tensor, shard: Shard | None) -> Tensor:
+        """‖W‖ in float64 [e], of what :meth:`_to_fold` gave."""
+        if shard is None:
+            return torch.linalg.vector_norm(self.matrices(W), dim=(-2, -1), dtype=torch.float64)
+        own = W[shard.own.start - shard.begin : shard.own.stop - shard.begin]
+        square = torch.linalg.vector_norm(own, dtype=torch.float64).square()
+        return shard_sum_(square.view(1), self.parameter).sqrt()
 
     def _decayed(self, momentum: Tensor, factor: float, key: str, step: int) -> Tensor:
         if momentum.dtype != torch.bfloat16:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from poetx.distributed.checksum import check_alike
 from poetx.distributed.ranks import maximum_, on_any_rank
+from poetx.distributed.sharded import is_sharded
 from poetx.errors import UserError, nearest
 from poetx.layers.walk import single_step_layers
 from poetx.ops.cayley import exact_delta, unpack_skew
@@ -76,17 +77,18 @@ class POETX(torch.optim.Optimizer):
     since the last one, in whatever way; a change of less than 1 % counts as the same weight put back, and is undone.
     Converted layers feed the momentum while a plain backward runs (``inputs=`` leaves them out): gradient clipping does
     not reach it (the direction does not depend on its size), and a gradient that is not finite counts as zero. In a
-    process group their momenta are averaged over the ranks, and every 100 steps a checksum tells whether all ranks hold
-    the same matrices. An exception inside :meth:`step` leaves each matrix as before or stepped; its ``step`` in the
-    state says which.
+    process group their momenta are averaged over the ranks, once a step, and every 100 steps a checksum tells whether
+    all ranks hold the same matrices. Layers may be sharded by ``fully_shard`` before the optimizer is built: each rank
+    folds its own rows and sends those of blocks that straddle ranks, none where the ranks' rows are whole blocks. An
+    exception inside :meth:`step` leaves each matrix as before or stepped; its ``step`` in the state says which.
 
     ``zero_grad()`` between backward and step does not take back what backward has added to the momentum of converted
     layers, or of released gradients: the next step uses it. To skip a step call :meth:`snapshot` before its backward
     and :meth:`discard` after it.
 
     Raises:
-        UserError: a value outside its range, nothing to rotate, a float16 or sharded matrix, layers that another
-            POETX trains or that are of ``method="poet-x"``, a gradient scaler, a group added later.
+        UserError: a value outside its range, nothing to rotate, a float16 matrix, a sharded one without a layer, layers
+            that another POETX trains or that are of ``method="poet-x"``, a gradient scaler, a group added later.
     """
 
     _step_supports_amp_scaling = True  # so that a gradient scaler shows itself to step(), which refuses it
@@ -122,7 +124,7 @@ class POETX(torch.optim.Optimizer):
         settings = {"block_size": block_size, "update": update, "rotation_dtype": momentum_dtype, "seed": seed}
         modules = {"target_modules": target_modules, "exclude_modules": exclude_modules}
         given = read_model(model, settings, modules, angle, weight_decay)
-        check_groups(given.groups, own_optimizer=dense_optimizer is not None)
+        check_groups(given.groups, given.layers, own_optimizer=dense_optimizer is not None)
         lr = 1e-3 if lr is None and dense_optimizer is None else lr
         for group in given.groups:
             if group.get("rotate"):
@@ -349,7 +351,10 @@ class POETX(torch.optim.Optimizer):
         self._unchecked += 1
         if self._unchecked == _CHECK_EVERY:
             self._unchecked = 0
-            check_alike([(m.name, m.parameter) for m in self._matrices or ()], f"after {_CHECK_EVERY} more steps")
+            # Of a sharded matrix no two ranks have the same rows, but all turn them by the same momentum.
+            tensors = (m.state["momentum_in"] if is_sharded(m.parameter) else m.parameter for m in self._matrices or ())
+            names = (m.name for m in self._matrices or ())
+            check_alike(zip(names, tensors, strict=True), f"after {_CHECK_EVERY} more steps")
         return loss
 
     def _moving(self) -> Iterable[tuple[Matrix, bool]]:
