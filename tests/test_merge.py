@@ -512,3 +512,117 @@ def test_an_average_across_a_merge_is_warned_of(how, across, caplog):
         model.eval()(torch.ones(4, 11))
     warnings = [record.getMessage() for record in caplog.records if "average of models" in record.getMessage()]
     assert len(warnings) == across, warnings
+
+
+def spoken_of(caplog):
+    return [record.getMessage() for record in caplog.records if "average of models" in record.getMessage()]
+
+
+def mean_by_torch(model, step):
+    average = torch.optim.swa_utils.AveragedModel(model)
+    for _ in range(5):
+        step()
+        average.update_parameters(model)
+    return average.eval()
+
+
+def mean_that_is_put_in(model, step):
+    mean = [p.detach().clone() for p in model.parameters()]
+    for _ in range(5):
+        step()
+        for kept, p in zip(mean, model.parameters(), strict=True):
+            kept.lerp_(p.detach(), 0.5)
+    for kept, p in zip(mean, model.parameters(), strict=True):
+        p.data.copy_(kept)
+    return model.eval()
+
+
+def momentum_encoder(model, step):
+    encoder = copy.deepcopy(model)
+    for _ in range(5):
+        step()
+        for kept, p in zip(encoder.parameters(), model.parameters(), strict=True):
+            kept.data.mul_(0.5).add_(p.data, alpha=0.5)
+    return encoder  # in train(), as ever
+
+
+MEANS = {"AveragedModel": mean_by_torch, "put in": mean_that_is_put_in, "momentum encoder": momentum_encoder}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("across", [True, False])
+@pytest.mark.parametrize("mean", MEANS)
+def test_an_average_of_parameters_alone_is_warned_of(mean, across, packed, caplog):
+    if packed and mean == "put in":
+        pytest.skip("the model itself has no original, and codes no norm")
+    model = mlp()
+    convert_(model, PoetConfig(block_size=4, **({"mode": "mem", "weight_format": "int8"} if packed else {})))
+    optimizer = torch.optim.SGD(param_groups(model, lr=1e-2, poet_lr=0.5))
+    merge_every(optimizer, model, steps=2 if across else 100)
+    model = MEANS[mean](model, lambda: descend(model(torch.randn(4, 11)).square().sum(), optimizer))
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.ones(4, 11))
+    assert len(spoken_of(caplog)) == across, caplog.text
+
+
+def test_copies_that_are_no_average_are_not_spoken_of(caplog):
+    model = converted_mlp()
+    reference, target, other = (copy.deepcopy(model) for _ in range(3))
+    for _ in range(2):
+        trained(model, 2)
+        trained(other, 100)  # goes its own way, and merges later
+        target.load_state_dict(model.state_dict())
+        for copied in (reference, target, other.eval(), model.eval()):
+            with torch.no_grad():
+                copied(torch.ones(4, 11))
+        model.train(), other.train()
+    assert not spoken_of(caplog)
+
+
+@pytest.mark.parametrize("how", ["merge_", "load_dense_", "reset_parameters", "plain state"])
+@pytest.mark.parametrize("name", ["adamw", "sgd-dampened", "int8", "combined"])
+def test_an_optimizer_that_was_not_told_of_a_new_base_starts_its_rotations_anew(name, how, caplog):
+    model = converted_mlp()
+    optimizer = OPTIMIZERS[name](param_groups(model, lr=1e-2, poet_lr=0.1))
+    for _ in range(2):
+        descend(model(torch.randn(4, 11)).square().sum(), optimizer)
+    if how == "merge_":
+        merge_(model)
+    elif how == "plain state":
+        model.load_state_dict(to_dense_(copy.deepcopy(model)).state_dict())
+    else:
+        for layer in dict(poet_layers(model)).values():
+            layer.reset_parameters() if how == "reset_parameters" else layer.load_dense_(layer.dense_weight())
+    twin = copy.deepcopy(model)
+    fresh = OPTIMIZERS[name](param_groups(twin, lr=1e-2, poet_lr=0.1))
+    batch = torch.randn(4, 11)
+    for each, stepped in ((model, optimizer), (twin, fresh)):
+        descend(each(batch).square().sum(), stepped)
+    for (_, layer), (_, new) in zip(poet_layers(model), poet_layers(twin), strict=True):
+        assert torch.equal(layer.skew_in, new.skew_in)
+        assert layer.skew_in.any()
+    said = [record.getMessage() for record in caplog.records if "without the optimizer" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith("0 and 2 more layers: merged, or given another weight")
+
+
+def test_an_optimizer_that_was_told_or_is_new_loses_nothing(caplog):
+    model = converted_mlp()
+    trained(model, 100)
+    merge_(model)
+    optimizer = trained(model, 100)  # a new one
+    merge_(model)
+    merge_(model, optimizer)
+    descend(model(torch.ones(4, 11)).sum(), optimizer)
+    best, states = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    merge_(model)
+    model.load_state_dict(best)
+    optimizer.load_state_dict(states)
+    momentum = optimizer.state[model[0].skew_in]["momentum_buffer"].clone()
+    model(torch.ones(4, 11)).sum().backward()
+    grad = model[0].skew_in.grad.clone()
+    optimizer.step()
+    assert momentum.any()
+    assert torch.allclose(optimizer.state[model[0].skew_in]["momentum_buffer"], 0.5 * momentum + grad)
+    assert "without the optimizer" not in caplog.text

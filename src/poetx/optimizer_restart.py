@@ -11,6 +11,7 @@ from torch import Tensor
 
 from poetx.errors import UserError
 from poetx.layers.poet import PoetLinear
+from poetx.layers.rebased import is_up_to_date, restart_at_next_step
 
 #: What counts merges, in every parameter group that holds rotations.
 COUNTERS = ("steps_since_merge", "merges")
@@ -22,11 +23,18 @@ _FRESH_IS_ZERO = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adafactor, to
 
 
 def reset_rotations(layer: PoetLinear, optimizer: torch.optim.Optimizer | None) -> None:
-    """Drop gradient and state that belong to the rotations before a merge; harmless when done twice."""
+    """Drop gradient and state that belong to the rotations before a merge; harmless when done twice.
+
+    Without an optimizer the one that steps them next drops that state.
+    """
     for parameter in layer.rotations:
         parameter.grad = None
         if optimizer is not None:
             _reset(optimizer, parameter)
+    if optimizer is None:
+        restart_at_next_step(layer.label, layer.rotations)
+    else:
+        is_up_to_date(layer.rotations)
 
 
 def _reset(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:

@@ -268,6 +268,8 @@ def identity(layer, name):
     nn.utils.parametrize.register_parametrization(layer, name, nn.Identity())
 
 
+NORMS = [(nn.utils, "weight_norm"), (nn.utils, "spectral_norm")]
+NORMS += [(nn.utils.parametrizations, name) for name in ("weight_norm", "spectral_norm", "orthogonal")]
 CHANGES = {
     "random pruning": lambda layer, name: prune.random_unstructured(layer, name, amount=0.3),
     "structured pruning": lambda layer, name: prune.ln_structured(layer, name, amount=0.3, n=2, dim=0),
@@ -295,8 +297,8 @@ def test_a_bias_is_pruned_as_ever():
 
 
 @METHODS
-@pytest.mark.parametrize("change", [nn.utils.weight_norm, nn.utils.spectral_norm])
-def test_norms_of_older_kind_are_refused_and_change_nothing(change, method):
+@pytest.mark.parametrize("change", [getattr(home, name) for home, name in NORMS], ids=str)
+def test_norms_are_refused_and_change_nothing(change, method):
     model = converted(method)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(UserError, match=r"weight.* cannot become a function of other parameters"):

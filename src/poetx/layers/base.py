@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from poetx.config import PoetConfig
@@ -76,17 +78,25 @@ class _Operators(TorchDispatchMode):
 class _Parameters(dict[str, Any]):
     """A module's parameters, where pruning and weight norms neither take away what rotates nor look for it in vain."""
 
-    def __init__(self, computed_from: tuple[str, ...] = ()) -> None:
-        self.computed_from = computed_from
+    def __init__(self, label: str = "", computed_from: tuple[str, ...] = ()) -> None:
+        self.label, self.computed_from = label, computed_from
+
+    def _refuse(self, name: object) -> None:
+        if name in self.computed_from:
+            raise UserError(f"{self.label}: {name} {_REPARAMETRIZED}")
+
+    def __contains__(self, name: object) -> bool:
+        compiling = torch.compiler.is_compiling()
+        if not compiling and sys._getframe(1).f_globals.get("__name__") == parametrize.__name__:
+            self._refuse(name)  # else torch says that there is no such parameter, or fails half-way
+        return super().__contains__(name)
 
     def __missing__(self, name: str) -> NoReturn:
-        if name in self.computed_from:
-            raise UserError(f"{name} of a rotated layer {_REPARAMETRIZED}")
+        self._refuse(name)
         raise KeyError(name)
 
     def __delitem__(self, name: str) -> None:
-        if name in self.computed_from:
-            raise UserError(f"{name} of a rotated layer {_REPARAMETRIZED}")
+        self._refuse(name)
         super().__delitem__(name)
 
 
@@ -123,7 +133,7 @@ class ConvertedLinear(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self._parameters = _Parameters(self.computed_from)
+        self._parameters = _Parameters(name or type(self).__name__, self.computed_from)
         self.config = config
         self.in_features, self.out_features = in_features, out_features
         self.block_size_in = min(config.block_size, in_features)

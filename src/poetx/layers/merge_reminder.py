@@ -1,11 +1,14 @@
-"""A warning, once a model, where rotations train and nothing merges them: only the loss would tell."""
+"""Warnings, once each, that only the loss would give: nothing merges the rotations; a model is a mean of several."""
 
 from __future__ import annotations
 
 import logging
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from poetx.layers.poet import PoetLinear
 from poetx.ops.fold import largest_angle
@@ -23,19 +26,38 @@ class MergeReminder:
 
     It looks after 128, 256, 512, … training passes of the layer, and never again after its warning or a first merge.
 
-    And it warns where the layer's buffers were written, by a merge, a state dict or an average of models, and its
-    weight has another norm than they say: a mean of weights from both sides of a merge has.
+    And it warns of averages that reach across a merge: where the weight has another norm than the layer's state says
+    (looked at when that was written, when the mode changed, and every 128 passes); and in a copy that trains on nothing
+    itself, where the rotations were written, and not by a state dict, and the original has been merged since.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layer: PoetLinear | None = None) -> None:
         self.passes, self.done = 0, False
-        self._seen = 0  # writes to merge_count
+        self._calls, self._seen, self._odd = 0, (-1, False), False
+        self._layer: Callable[[], PoetLinear | None] = _nothing if layer is None else weakref.ref(layer)
+        self._original: Callable[[], PoetLinear | None] = (
+            _nothing  # what its layer is a copy of, and what that was then
+        )
+        self._then: tuple[int, int, Tensor] | None = None
+
+    def __deepcopy__(self, memo: Any) -> MergeReminder:
+        copied, layer = MergeReminder(), self._layer()
+        if layer is not None and _has_values(layer):
+            copied._original = self._layer
+            copied._then = layer.merge_count._version, layer.states_loaded, _sums(layer)
+        return copied
+
+    def __reduce__(self) -> Any:
+        return MergeReminder, ()
 
     def __call__(self, layer: PoetLinear, inputs: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        self._check_norm(layer)
-        if self.done or not (layer.training and torch.is_grad_enabled()):
+        if self._layer() is not layer:
+            self._layer = weakref.ref(layer)
+        trains = layer.training and torch.is_grad_enabled()
+        self._check_average(layer, trains)
+        if self.done or not trains:
             return
         self.passes += 1
         if self.passes < _FIRST or self.passes & (self.passes - 1) or layer.skew_in.is_meta:
@@ -56,24 +78,51 @@ class MergeReminder:
                 angle,
             )
 
-    def _check_norm(self, layer: PoetLinear) -> None:
-        count = layer.merge_count
-        if type(count) is not torch.Tensor or count.is_meta or count.is_inference() or count._version == self._seen:
+    def _check_average(self, layer: PoetLinear, trains: bool) -> None:
+        if not _has_values(layer):
             return
-        self._seen = count._version
-        if layer.packed_weight is None:
-            norm = torch.linalg.vector_norm(layer.frozen_weight.precise(), dtype=torch.float64)
-            ratio = float(norm / layer.base_norm)
-            if abs(ratio - 1) > layer.rounding_limit:
-                logger.warning(
-                    "%s: the weight's norm is %.3g of what its state says. If this is an average of models (EMA, SWA), "
-                    "it reaches across a merge and means nothing: average layer.dense_weight(), or train by "
-                    "method='single-step'. If the weight was written on purpose, all is well",
-                    layer.label,
-                    ratio,
-                )
+        original, then = self._original(), self._then
+        if original is not None and then is not None:
+            if trains or layer.states_loaded != then[1]:  # it merges itself; a target network takes the whole state
+                self._original = _nothing
+            elif original.merge_count._version != then[0]:
+                self._then = original.merge_count._version, *then[1:]
+                if not torch.equal(_sums(layer), then[2]):
+                    self._original, self._odd = _nothing, True
+                    self._tell(layer, "a copy whose rotations were written, of a layer that was merged since")
+        self._calls += 1
+        seen = (layer.merge_count._version, layer.training)
+        if (self._seen == seen and self._calls % _FIRST) or layer.packed_weight is not None:
+            return
+        self._seen = seen
+        norm = torch.linalg.vector_norm(layer.frozen_weight.precise().detach(), dtype=torch.float64)
+        ratio = float(norm / layer.base_norm)
+        odd, self._odd = self._odd, abs(ratio - 1) > layer.rounding_limit
+        if self._odd and not odd:
+            self._tell(layer, f"the weight's norm is {ratio:.3g} of what its state says")
+
+    def _tell(self, layer: PoetLinear, what: str) -> None:
+        logger.warning(
+            "%s: %s. If this is an average of models (EMA, SWA), it reaches across a merge and means nothing: average "
+            "layer.dense_weight(), or train by method='single-step'. If it was meant so, all is well",
+            layer.label,
+            what,
+        )
+
+
+def _nothing() -> None:
+    """A reference that is dead."""
+
+
+def _has_values(layer: PoetLinear) -> bool:
+    tensors = (layer.merge_count, layer.skew_in.data)
+    return not any(type(t) is not Tensor or t.is_meta or t.is_inference() for t in tensors)
+
+
+def _sums(layer: PoetLinear) -> Tensor:
+    return torch.stack([skew.detach().sum(dtype=torch.float64) for skew in layer.rotations])
 
 
 def remind_of_merging(layer: PoetLinear) -> None:
     """Register a :class:`MergeReminder` on ``layer``, one of its model's: the others are merged with it."""
-    layer.register_forward_pre_hook(MergeReminder())
+    layer.register_forward_pre_hook(MergeReminder(layer))

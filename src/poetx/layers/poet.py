@@ -16,6 +16,7 @@ from poetx.layers.base import recorder
 from poetx.layers.computed_weight import ComputedWeight
 from poetx.layers.hosted import HostedLinear
 from poetx.layers.plain_weights import save_plain_weights_too
+from poetx.layers.rebased import is_up_to_date, restart_at_next_step
 from poetx.layers.weights import DenseWeight, PackedWeight
 from poetx.ops.block_diagonal import inverse, is_permutation
 from poetx.ops.cayley import packed_size
@@ -76,6 +77,7 @@ class PoetLinear(HostedLinear):
     trained_with: Tensor
     residual: Tensor | None
     base_weight: Any  # an nn.Parameter, or None where packed_weight stands for it
+    states_loaded: int = 0  # by load_state_dict
     #: (G_in, G_out) while :func:`poetx.shared_blocks` holds them; no part of the layer's state.
     shared_blocks: tuple[Tensor, Tensor] | None = None
 
@@ -125,7 +127,7 @@ class PoetLinear(HostedLinear):
     def _new_skew(self, size: int, block_size: int) -> nn.Parameter:
         dtype = torch.float64 if self.weight_dtype == torch.float64 else getattr(torch, self.config.rotation_dtype)
         shape = (block_count(size, block_size), packed_size(block_size))
-        return nn.Parameter(torch.empty(shape, device=self._like.device, dtype=dtype))
+        return nn.Parameter(torch.zeros(shape, device=self._like.device, dtype=dtype))
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -200,13 +202,16 @@ class PoetLinear(HostedLinear):
 
     @torch.no_grad()
     def load_dense_(self, weight: Tensor) -> None:
-        """Take ``weight`` [m, n] in the native frame, on this layer's device; rotations and merge count start anew.
+        """Take ``weight`` [m, n] in the native frame, on this layer's device; rotations and merge count start anew, and
+        with the next step what an optimizer keeps of the rotations.
 
         Raises:
             UserError: it holds inf or NaN. Nothing has changed then.
         """
         self.check_whole()
         self.check_finite(weight)
+        if not self._hollow and any(bool(skew.any()) for skew in self.rotations):
+            restart_at_next_step(self.label, self.rotations)
         self._hollow = False
         self.skew_in.zero_()
         self.skew_out.zero_()
@@ -365,6 +370,9 @@ class PoetLinear(HostedLinear):
                 )
         if self.residual is not None and (weight := state_dict.get(f"{prefix}base_weight")) is not None:
             state_dict.setdefault(f"{prefix}residual", torch.zeros_like(weight, dtype=torch.int8))
+        if plain is None:
+            is_up_to_date(self.rotations)
+        self.states_loaded += 1
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._like = torch.empty(0, device=self.skew_in.device, dtype=self.weight_dtype)
 
