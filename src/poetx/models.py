@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def resolve_device(device: str) -> torch.device:
+def resolve_device(device: str, key: str = "train.device") -> torch.device:
     """``"auto"`` is cuda where there is one, else the CPU; under ``torchrun`` the GPU of this process.
+
+    Args:
+        key: whose value it is, for messages.
 
     Raises:
         UserError: a device that is not there, or one GPU for several processes.
@@ -32,19 +35,17 @@ def resolve_device(device: str) -> torch.device:
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
-        raise UserError(f"train.device={device}: {one_line(error).split('. ')[0]}") from None
+        raise UserError(f"{key}={device}: {one_line(error).split('. ')[0]}") from None
     if resolved.type not in ("cpu", "cuda"):
-        raise UserError(f"train.device={device}: not supported; use cpu, cuda or auto")
+        raise UserError(f"{key}={device}: not supported; use cpu, cuda or auto")
     if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"train.device={device}: this torch ({torch.__version__}) sees no CUDA device; use cpu or auto")
+        raise UserError(f"{key}={device}: this torch ({torch.__version__}) sees no CUDA device; use cpu or auto")
     if resolved.type == "cuda" and started_ranks() > 1:
         if resolved.index is not None:
-            raise UserError(
-                f"train.device={device}: one GPU for {started_ranks()} processes; use cuda, each has its own"
-            )
+            raise UserError(f"{key}={device}: one GPU for {started_ranks()} processes; use cuda, each has its own")
         return torch.device("cuda", local_device())
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"train.device={device}: there are only {torch.cuda.device_count()} CUDA devices")
+        raise UserError(f"{key}={device}: there are only {torch.cuda.device_count()} CUDA devices")
     return resolved
 
 

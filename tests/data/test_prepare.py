@@ -537,3 +537,18 @@ def test_a_file_that_was_replaced_with_its_time_and_size_kept_is_read_again(tiny
     third = fingerprint(tokenizer, re.sub('"Ġ(beta|delta)":', lambda match: both[match[0]], ids))
     assert len({first, second, third}) == 3
     assert fingerprint(tokenizer, ids) == second
+
+
+def test_another_tokenizer_than_the_models_is_said(tiny: Tiny, tmp_path: Path) -> None:
+    words = "alpha beta gamma delta\n" * 300
+    for name, text in (("model", words), ("more", words), ("other", words.replace("gamma", "theta"))):
+        (tmp_path / name).mkdir()
+        tokenizer = train_tokenizer([text], vocab_size=320)
+        tokenizer.add_tokens(["<|user|>"] if name == "more" else [])
+        tokenizer.save(str(tmp_path / name / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text(words)
+    for name in ("model", "more", "other"):
+        data = tiny(f"data.train={tmp_path / 'a.txt'}", f"data.tokenizer={tmp_path / name}").data
+        said: list[str] = []
+        prepare.plan_data(data, str(tmp_path / "model"), {}, said.append)
+        assert any("is not that of model.pretrained" in text for text in said) == (name == "other")

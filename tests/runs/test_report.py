@@ -146,3 +146,15 @@ def test_losses_of_other_tokens_are_said_not_to_be_comparable(tmp_path, caplog):
     said = "c was trained on other tokens than a (other text, or another tokenizer): their losses are not comparable."
     assert caplog.messages == [said]
     assert page.count("not comparable") == page.count(said) == 1
+
+
+def test_tokens_that_lie_beside_runs_are_left_out(tmp_path, caplog):
+    for name in ("a", "b"):
+        run_directory(tmp_path / name)
+    (tmp_path / "data-12").mkdir()
+    for name in ("meta.json", "train.bin"):
+        (tmp_path / "data-12" / name).write_text("")
+    assert "<title>a · b</title>" in write_report(sorted(tmp_path.iterdir()), tmp_path / "page.html").read_text()
+    assert caplog.messages == [f"left out, tokens and no runs: {tmp_path / 'data-12'}"]
+    with pytest.raises(UserError, match="is it a run directory"):
+        write_report(tmp_path / "data-12", tmp_path / "page.html")

@@ -14,6 +14,7 @@ from poetx.data.prepare import prepare_data
 from poetx.errors import UserError
 from poetx.recipe import load_recipe
 from poetx.runs.evaluate import evaluate_run
+from poetx.runs.load import load_run
 from poetx.train import checkpoint, loop
 from poetx.train.checkpoint import checkpoints, step_of
 from poetx.train.progress import Reporter
@@ -206,3 +207,18 @@ def test_metrics_that_are_gone_are_said(tiny: Tiny) -> None:
     (recipe.directory / "metrics.jsonl").unlink()
     train(recipe, resume=True, reporter=told)
     assert any(note.endswith("metrics.jsonl: is gone; it begins anew after step 6") for note in told.notes)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_checkpoint_is_no_run(tiny: Tiny, overwrite: bool) -> None:
+    train(tiny("train.export=false"))
+    place = tiny().directory / "checkpoints/step-00000006"
+    before = sorted(place.iterdir())
+    message = rf"^{place}: is a checkpoint; give its run, {tiny().directory}, read at its newest one$"
+    for act in (
+        lambda: train(load_recipe(str(place)), overwrite=overwrite, resume=not overwrite),
+        lambda: load_run(str(place)),
+    ):
+        with pytest.raises(UserError, match=message):
+            act()
+    assert sorted(place.iterdir()) == before

@@ -161,7 +161,7 @@ def _place(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
 
     from poetx.models import resolve_device, resolve_dtype
 
-    place = resolve_device(device)
+    place = resolve_device(device, "--device")
     kind = resolve_dtype(dtype, place)
     if kind not in ("float32", "bfloat16"):
         raise UserError(f"--dtype={dtype}: must be float32, bfloat16 or auto")

@@ -156,6 +156,8 @@ def plan_data(data: DataRecipe, pretrained: str | None, places: Mapping[str, Pat
         say(f"data.validation has {len(shared)} files of data.train ({min(shared).name}), which are trained on as well")
     tokenizer, key = (data.tokenizer, "data.tokenizer") if data.tokenizer else (pretrained, "model.pretrained")
     source = tokenizer_file(tokenizer, key) if tokenizer else None
+    if source and pretrained and data.tokenizer and not _same_words(source, Path(pretrained) / TOKENIZER):
+        say(f"data.tokenizer={tokenizer}: is not that of model.pretrained, to which its tokens mean other words")
     template = None
     texts = (train, validation) if validation else (train,)
     if any(text.has_chats for text in texts):
@@ -165,6 +167,14 @@ def plan_data(data: DataRecipe, pretrained: str | None, places: Mapping[str, Pat
     if data.text_field != "text" and not any(text.has_text_records for text in texts):
         say(f"data.text_field={data.text_field}: has no effect, there are no records with text")
     return DataPlan(train, validation, source, template, _key(data, train, validation, source, template))
+
+
+def _same_words(tokenizer: Path, other: Path) -> bool:
+    """Whether two tokenizers' files differ at most in what one of them has more; or the other is not there."""
+    if not other.is_file() or sha256(tokenizer) == sha256(other):
+        return True
+    fewer, more = sorted((read_tokenizer(file).get_vocab() for file in (tokenizer, other)), key=len)
+    return fewer.items() <= more.items()
 
 
 def _places(recipe: Recipe) -> dict[str, Path]:

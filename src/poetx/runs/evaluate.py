@@ -137,7 +137,7 @@ def run_spectrum(run_dir: Path, *, device: str = "auto") -> RunSpectrum:
     Raises:
         UserError: not a run directory, no whole checkpoint, or a dense run, which has no rotated layers.
     """
-    target = resolve_device(device)
+    target = resolve_device(device, "--device")
     return while_it_trains(run_dir, lambda: _spectrum(run_dir, target))
 
 

@@ -66,7 +66,7 @@ def load_run(run: str, *, device: str = "auto") -> LoadedModel:
     Raises:
         UserError: the directory is neither, or has no whole checkpoint.
     """
-    path, target = Path(run), resolve_device(device)
+    path, target = Path(run), resolve_device(device, "--device")
     if (path / "recipe.yaml").is_file():
         return while_it_trains(path, lambda: _load_checkpoint(path, target))
     if (path / "config.json").is_file():

@@ -13,6 +13,7 @@ from typing import Any
 
 from poetx.errors import UserError
 from poetx.files import read_json, write_text
+from poetx.recipe.places import is_prepared
 from poetx.runs.charts import STYLE
 from poetx.train.export import TEXT_SUM
 from poetx.train.metrics import is_whole, read_metrics
@@ -62,6 +63,9 @@ def write_report(runs: Path | Sequence[Path], path: Path, *, baseline: Path | No
         UserError: a run has no metrics, or ``path`` cannot be written, or is a file that is no page.
     """
     places = [runs] if isinstance(runs, Path) else list(runs)
+    if tokens := [place for place in places if is_prepared(str(place))]:  # of `poetx report runs/*`
+        logger.warning("left out, tokens and no runs: %s", ", ".join(map(str, tokens)))
+        places = [place for place in places if place not in tokens] or places
     if baseline is not None:
         places = [baseline, *(place for place in places if place.resolve() != baseline.resolve())]
     if path.is_file():

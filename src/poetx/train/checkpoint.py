@@ -98,6 +98,14 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def check_is_run(place: Path) -> None:
+    """Raise :class:`UserError` where ``place`` is one of a run's checkpoints, which look like a run."""
+    if (place / MANIFEST).is_file() and (place / "recipe.yaml").is_file():
+        raise UserError(
+            f"{place}: is a checkpoint; give its run, {place.resolve().parent.parent}, read at its newest one"
+        )
+
+
 def step_of(path: Path) -> int:
     """The step in a checkpoint directory's name."""
     match = _NAME.search(path.name)
@@ -158,6 +166,7 @@ def find_checkpoint(run_dir: Path) -> tuple[Path, list[str]]:
         UserError: there is none, none is whole, or one holds another step than its name says or was written by a newer
             version of poetx.
     """
+    check_is_run(run_dir)
     problems: list[str] = []
     for path in reversed(checkpoints(run_dir)):
         try:

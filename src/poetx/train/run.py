@@ -141,6 +141,7 @@ def _train(
         held.enter_context(locked(run_dir / LOCK, busy=f"{run_dir}: another process is training there"))
 
     def look_around() -> bool:
+        ckpt.check_is_run(run_dir)
         if run_dir.exists() and not run_dir.is_dir():
             raise UserError(f"run_dir={run_dir}: is a file")
         if run_dir.is_symlink() and not run_dir.exists():
