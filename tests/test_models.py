@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from builders import Tiny, gpt2, llama
-from poetx.data.tokenizer import tokenizer_file
+from poetx.data.tokenizer import read_tokenizer, tokenizer_file
 from poetx.errors import UserError
 from poetx.methods.base import convert_model
 from poetx.models import build_model, resolve_device, resolve_dtype
@@ -243,3 +243,13 @@ def test_on_the_meta_device_no_weight_is_made_or_read(tiny: Tiny, tmp_path: Path
     planned = build_model(recipe, vocab_size=320, end_of_text_id=0, device=torch.device("meta"))
     assert {p.device.type for p in planned.parameters()} == {"meta"}
     assert {n: p.shape for n, p in planned.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+
+
+def test_what_git_lfs_has_not_fetched_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 34\n")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/model\.safetensors: a pointer of Git LFS, .* \(git lfs pull\)$"):
+        build(tiny(*NO_SIZES, "train.dtype=float32", "poet.init=keep", f"model.pretrained={tmp_path}"))
+    with pytest.raises(UserError, match=rf"^{tmp_path}/tokenizer\.json: a pointer of Git LFS"):
+        read_tokenizer(tokenizer_file(str(tmp_path)))

@@ -23,6 +23,14 @@ def reason(error: BaseException) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
 
 
+def check_fetched(path: Path) -> None:
+    """Raise :class:`UserError` where a clone without Git LFS has left what stands for a large file."""
+    pointer = b"version https://git-lfs"
+    with path.open("rb") as file:
+        if file.read(len(pointer)) == pointer:
+            raise UserError(f"{path}: a pointer of Git LFS, not the file itself; fetch that first (git lfs pull)")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from poetx.config import RESIDUAL_MODULES, name_matches
 from poetx.distributed.launch import local_device, started_ranks
 from poetx.errors import UserError, one_line
+from poetx.files import check_fetched
 from poetx.recipe import Recipe
 from poetx.recipe.places import found_instead
 
@@ -213,6 +214,8 @@ def load_checkpoint(path: Path, dtype: torch.dtype | str, name: str) -> PreTrain
     """
     from transformers import AutoModelForCausalLM
 
+    for file in path.glob("*.safetensors"):
+        check_fetched(file)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,

@@ -283,6 +283,7 @@ def test_ids_beyond_16_bits_are_batches(
 
 MALFORMED: dict[str, tuple[Any, str]] = {
     "no-role": ({"messages": [{"content": "a"}]}, r'messages\[0\]: no "role" \(it has: content\)'),
+    "misspelt": ({"messages": [{"role": "Assistant", "content": "a"}]}, 'role "Assistant"; did you mean .assistant.'),
     "no-content": ({"messages": [{"role": "user"}]}, r'messages\[0\]: "content" is NoneType, not a string'),
     "number": ({"messages": [{"role": "user", "content": 3}]}, r'"content" is int, not a string'),
     "image": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part that is no text"),

@@ -217,6 +217,7 @@ def test_paths_of_a_recipe_are_absolute_and_names_on_the_hub_are_not(
     [
         ("{a.txt: 0, b.txt: 1}", "positive weights"),
         ("{a.txt: heavy}", "positive weights"),
+        ("{a.txt: 1, b.txt: 30000}", "without weights below 1/20000 of all"),
         ("{}", "positive weights"),
         ("[]", "list of different paths"),
         ("[a.txt, a.txt]", "list of different paths"),
@@ -277,6 +278,10 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "commas.tsv": (b"id,text\n1,some\n", r"header is one field \(id,text\), separated by ',' perhaps"),
     "space.csv": (b"id, text\n1, some\n", r"no \"text\" field \(it has: id, ' text'\)"),
     "indented.jsonl": (b'{\n "text": "a"\n}\n', "line 1: not JSON .*; write one whole record a line"),
+    "lfs.csv": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "a pointer of Git LFS, not the file",
+    ),
     "string.jsonl": (b'"words"\n', r"line 1: str, not a record"),
 }
 

@@ -233,6 +233,7 @@ def test_another_source_of_the_model_replaces_the_files() -> None:
         ("optimizer.betas=[0.9, 1.0]", r"must lie in \[0, 1\)"),
         ("model.num_heads=7", r"num_heads=7 does not divide model\.hidden_size=256"),
         ("steps", r"an override is written key=value"),
+        ("train.seed=one", r"^train\.seed=one: must be a whole number$"),
         ("model.config=", r"^model\.config=: .*model\.config has no value; write null to mean none$"),
         ("poet= ", r"poet has no value; write null to mean none$"),
         ("optimizer.clip=None", r"optimizer\.clip has the value None; write null to mean none$"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from poetx.data.records import Record, shown_fields
-from poetx.errors import UserError, one_line
+from poetx.errors import UserError, nearest, one_line
 
 #: For a tokenizer that has none. Words alone, so that it needs no token of its own but the end of text.
 DEFAULT_TEMPLATE = (
@@ -104,6 +104,9 @@ def _message(item: Any, place: str) -> Message:
         message |= {"role": role, "content": message.pop("value", None)}
     if not isinstance(message.get("role"), str):
         raise UserError(f'{place}: no "role" (it has: {shown_fields(item)})')
+    known = {*_ROLES.values(), "tool", "developer", "function"}
+    if message["role"] not in known and (meant := nearest(message["role"], known, cutoff=0.8)):
+        raise UserError(f'{place}: role "{message["role"]}"{meant}')
     if message.get("weight") == 0 or message.get("train") is False:
         raise UserError(f"{place}: is not to be learnt, and all answers are; leave its conversation out, or this mark")
     content = message.get("content", "" if "tool_calls" in message else None)

@@ -14,6 +14,7 @@ from typing import IO, Any, TextIO, cast
 
 from poetx.data.binary import binary_kind
 from poetx.errors import UserError
+from poetx.files import check_fetched
 
 #: By suffix: the first bytes and the name of the format.
 _COMPRESSED = {
@@ -73,6 +74,7 @@ def _compression(path: Path) -> str | None:
     Raises:
         UserError: its name says otherwise.
     """
+    check_fetched(path)
     with path.open("rb") as file:
         head = file.read(8)
     found = next((name for magic, name in _COMPRESSED.values() if head.startswith(magic)), None)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poetx.errors import UserError, nearest, one_line
-from poetx.files import read_json
+from poetx.files import check_fetched, read_json
 from poetx.recipe.places import found_instead
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def read_tokenizer(file: Path) -> Tokenizer:
     """Read a ``tokenizer.json``. Raises :class:`UserError` when it is not one."""
     from tokenizers import Tokenizer
 
+    check_fetched(file)
     try:
         return whole_text(Tokenizer.from_file(str(file)))
     except Exception as error:  # tokenizers raises bare Exception

@@ -37,7 +37,7 @@ from poetx.recipe.sections import (
     section_types,
 )
 from poetx.recipe.shorthands import SIZED_RECIPES, check_method, put_method, put_shape, settings_of
-from poetx.recipe.values import shown
+from poetx.recipe.values import finite, shown
 
 logger = logging.getLogger(__name__)
 
@@ -392,7 +392,7 @@ def _share_seed(values: dict[str, Any]) -> None:
     train, poet = values.get("train"), values.get("poet")
     if "poet" not in values and values.get("lora") is None:
         poet = values["poet"] = {}
-    if isinstance(train, dict) and "seed" in train and isinstance(poet, dict):
+    if isinstance(train, dict) and finite(train.get("seed")) is not None and isinstance(poet, dict):
         poet.setdefault("seed", train["seed"])
 
 
