@@ -1,6 +1,7 @@
 """Kill training at random instants, resume it, and compare with a run that was never killed, bit for bit.
 
     python -m benchmarks.kill --kills 300 --out benchmarks/results/kill.jsonl
+    python -m benchmarks.kill --kills 30 --streamed --out benchmarks/results/kill.jsonl method=single-step
 
 A small Llama on text made here; a merge every 5 steps, a checkpoint at every 2nd. The clock of each kill is drawn over
 the time a whole run takes, so that kills fall into start-up, steps, merges, checkpoint writing and export alike.
@@ -9,15 +10,19 @@ the time a whole run takes, so that kills fall into start-up, steps, merges, che
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import multiprocessing
 import random
 import shutil
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -43,14 +48,21 @@ class Outcome:
     identical: bool
 
 
-def _train(recipe_file: str, overrides: list[str]) -> None:
+def _train(recipe_file: str, overrides: list[str], *, stand_in: bool) -> None:
     torch.set_num_threads(1)
     from poetx.recipe import load_recipe
+    from poetx.train import run
     from poetx.train.checkpoint import checkpoints
-    from poetx.train.run import train
 
     recipe = load_recipe(recipe_file, overrides)
-    train(recipe, resume=bool(checkpoints(recipe.directory)))
+    with contextlib.ExitStack() as stack:
+        if stand_in:
+            sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+            from accelerator import accelerator
+
+            device = stack.enter_context(accelerator())
+            stack.enter_context(mock.patch.object(run, "resolve_device", return_value=device))
+        run.train(recipe, resume=bool(checkpoints(recipe.directory)))
 
 
 def _fingerprint(run_dir: Path) -> tuple[list[dict[str, Any]], str]:
@@ -77,16 +89,21 @@ def _write_text(directory: Path) -> None:
         (directory / f"{number}.txt").write_text(" ".join(words))
 
 
-def run(kills: int, *, seed: int, directory: Path) -> Outcome:
-    """Kill until ``kills`` kills have hit; every finished run is compared with the undisturbed one."""
+def run(kills: int, *, seed: int, directory: Path, settings: Sequence[str] = (), stand_in: bool = False) -> Outcome:
+    """Kill until ``kills`` kills have hit; every finished run is compared with the undisturbed one.
+
+    Args:
+        settings: more of the recipe. stand_in: on the accelerator made of host memory of ``tests/accelerator.py``.
+    """
     context = _context()
     _write_text(directory / "text")
     recipe = directory / "kill.yaml"
     recipe.write_text(RECIPE)
-    common = [f"data.train={directory / 'text'}", f"data.cache_dir={directory / 'cache'}"]
+    common = [f"data.train={directory / 'text'}", f"data.cache_dir={directory / 'cache'}", *settings]
 
     def start(run_dir: Path) -> Any:
-        child = context.Process(target=_train, args=(str(recipe), [*common, f"run_dir={run_dir}"]))
+        overrides = [*common, f"run_dir={run_dir}"]
+        child = context.Process(target=_train, args=(str(recipe), overrides), kwargs={"stand_in": stand_in})
         child.start()
         return child
 
@@ -133,10 +150,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="append a JSON line here")
+    parser.add_argument("--streamed", action="store_true", help="weights from host memory, on a stand-in for a GPU")
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="of the recipe")
     args = parser.parse_args()
+    settings = [*args.settings, *(["model.offload=frozen"] if args.streamed else [])]
     with tempfile.TemporaryDirectory() as scratch:
         began = time.perf_counter()
-        outcome = run(args.kills, seed=args.seed, directory=Path(scratch))
+        place = Path(scratch)
+        outcome = run(args.kills, seed=args.seed, directory=place, settings=settings, stand_in=args.streamed)
         seconds = time.perf_counter() - began
     row = {
         "benchmark": "kill",
@@ -146,7 +167,7 @@ def main() -> None:
         "distinct_steps": len(set(outcome.steps_at_kill)),
         "seconds": round(seconds, 1),
         "seed": args.seed,
-    }
+    } | ({"settings": settings} if settings else {})
     print(row)
     if args.out:
         append(args.out, [row | provenance(torch.device("cpu"))])

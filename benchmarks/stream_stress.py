@@ -227,18 +227,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--prefetch", type=int, default=2, help="copies ahead")
+    parser.add_argument("--keep", type=int, default=3, help="weights that stay on the device in a pass")
     parser.add_argument("--out", type=Path, help="append JSON lines here")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for form in FORMS:
-        for prefetch, keep in ((1, 0), (2, 3)):
-            began = time.perf_counter()
-            row = stress(form, args.steps, seed=args.seed, prefetch=prefetch, keep=keep)
-            row |= {"prefetch": prefetch, "keep": keep, "seconds": round(time.perf_counter() - began, 1)}
-            print(row, flush=True)
-            if args.out:
-                head = {"benchmark": "stream_stress", "seed": args.seed, "identical": True}
-                append(args.out, [head | row | provenance(CPU)])
+    for form in args.forms:
+        began = time.perf_counter()
+        row = stress(form, args.steps, seed=args.seed, prefetch=args.prefetch, keep=args.keep)
+        row |= {"prefetch": args.prefetch, "keep": args.keep, "seconds": round(time.perf_counter() - began, 1)}
+        print(row, flush=True)
+        if args.out:
+            head = {"benchmark": "stream_stress", "seed": args.seed, "identical": True}
+            append(args.out, [head | row | provenance(CPU)])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from poetx.ops.random import seeded
 from poetx.targets import ZERO, next_to_nothing
 
 logger = logging.getLogger(__name__)
+
+#: Elements of an embedding that are read at a time.
+_PIECE = 1 << 24
 
 #: Endings of tensors that GPTQ, AWQ, bitsandbytes, compressed-tensors and fp8 checkpoints hold beside or for a weight.
 _PACKED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".SCB", ".absmax", ".quant_map")
@@ -55,6 +59,20 @@ class SafetensorsCheckpoint:
         """One tensor on the CPU; the file is closed again, and its pages with it."""
         with _opened(self.directory / self._file_of[name]) as file:
             return file.get_tensor(name)
+
+    def pieces(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """One tensor of at least one dimension on the CPU, some rows at a time."""
+        with _opened(self.directory / self._file_of[name]) as file:
+            whole = file.get_slice(name)
+            rows, *rest = whole.get_shape()
+            step = max(1, _PIECE // max(1, math.prod(rest)))
+            for start in range(0, rows, step):
+                piece = slice(start, min(start + step, rows))
+                yield piece, whole[piece]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        with _opened(self.directory / self._file_of[name]) as file:
+            return tuple(file.get_slice(name).get_shape())
 
     def is_integer(self, name: str) -> bool:
         """Whether a tensor is of integers or booleans, by the file's header."""
@@ -251,9 +269,15 @@ def _load_rest(model: nn.Module, inside: set[int], source: SafetensorsCheckpoint
     rotations = {id(p) for _, layer in poet_layers(model) for p in layer.parameters() if p is not layer.bias}
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         if name in source.names and id(tensor) not in rotations:
-            value = source.read(name)
-            _check_tensor(name, value, tuple(tensor.shape), source, floating=tensor.is_floating_point())
-            tensor.copy_(value)
+            shape, floating = source.shape(name), tensor.is_floating_point()
+            if shape != tuple(tensor.shape) or not shape:
+                value = source.read(name)
+                _check_tensor(name, value, tuple(tensor.shape), source, floating=floating)
+                tensor.copy_(value)
+                continue
+            for rows, value in source.pieces(name):
+                _check_tensor(name, value, tuple(tensor[rows].shape), source, floating=floating)
+                tensor[rows].copy_(value)
 
 
 def _check_tensor(

@@ -68,7 +68,8 @@ def build_model(recipe: Recipe, *, vocab_size: int, end_of_text_id: int, device:
     """The dense model of the recipe on ``device`` in the recipe's dtype (which must be resolved already).
 
     On the meta device where the recipe has a ``poet.weight_format``: :func:`poetx.methods.convert_model` then makes it
-    layer by layer, so that the dense weights never exist together. On the CPU where it has ``model.offload``.
+    layer by layer, so that the dense weights never exist together. On the CPU where it has ``model.offload``, or on the
+    meta device, too, where they come from a checkpoint.
     With ``device`` meta no weight is made or read, of a checkpoint either: for plans.
     Fresh weights depend on ``train.seed`` only; the global random generators are left as they were.
 
@@ -84,7 +85,7 @@ def build_model(recipe: Recipe, *, vocab_size: int, end_of_text_id: int, device:
     from poetx.ops.random import seeded
 
     dtype = getattr(torch, recipe.train.dtype)
-    home = torch.device("cpu") if recipe.model.offload and device.type != "meta" else device
+    home = torch.device("cpu") if recipe.model.streams_weights and device.type != "meta" else device
     with seeded(recipe.train.seed, device):
         if recipe.model.pretrained and device.type != "meta":
             model = _pretrained(recipe, dtype)
@@ -194,13 +195,18 @@ def _is_quantized(recipe: Recipe) -> bool:
     return any((config.weight_format, *own))
 
 
+def _is_streamed(recipe: Recipe) -> bool:
+    """Whether the weights go from the checkpoint's files to host memory, each by way of the device."""
+    return recipe.model.streams_weights and recipe.poet is not None and recipe.poet.config.method != "single-step"
+
+
 def _pretrained(recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
     source = str(recipe.model.pretrained)
     path, name = Path(source).expanduser(), f"model.pretrained={source}"
     if not (path / "config.json").is_file():
         raise UserError(f"{name}: not a checkpoint directory ({found_instead(path, 'config.json')})")
     try:
-        model = _on_meta(path, dtype) if _is_quantized(recipe) else None
+        model = _on_meta(path, dtype) if _is_quantized(recipe) or _is_streamed(recipe) else None
     except Exception as error:  # as in load_checkpoint
         raise UserError(f"{name}: {one_line(error)}") from None
     return load_checkpoint(path, dtype, name) if model is None else model

@@ -16,7 +16,7 @@ from accelerator import DEVICE, crossings
 from accelerator_steps import llama
 from poetx import POETX, PoetConfig, UserError, convert_, merge_, merge_every, param_groups, to_dense_
 from poetx.layers.walk import converted_layers, poet_layers
-from poetx.savings import checkpoint_layers_, offload_frozen_
+from poetx.savings import checkpoint_layers_, offload_activations_, offload_frozen_
 
 FORMS = {
     "fast": ({"mode": "fast"}, torch.float32),
@@ -133,6 +133,23 @@ def test_a_micro_batch_brings_each_weight_twice_and_takes_nothing_back(
             "copy_": stepped,
             "_foreach_copy_": stepped,
         }
+
+
+def test_inputs_of_layers_in_host_memory_too_change_no_number_and_wait_for_nothing(device: torch.device) -> None:
+    def both(model: nn.Module) -> None:
+        streamed(model)
+        offload_activations_(model, few=1)
+
+    there, model, _ = trained("single-step, free", streamed, checkpointed=True)
+    losses, moved, _ = trained("single-step, free", both, checkpointed=True)
+    assert losses == there
+    assert_same(moved, model)
+    ids = torch.zeros(2, 9, dtype=torch.long, device=device)
+    with crossings() as seen:
+        moved(input_ids=ids, labels=ids).loss.backward()
+    there_and_back = Counter(crossing.partition(" at ")[0] for crossing in seen)
+    assert there_and_back["_foreach_copy_"] == there_and_back["copy_"] > 0
+    assert there_and_back.keys() == {"_foreach_copy_", "copy_", "_local_scalar_dense"}
 
 
 def test_the_weights_stay_where_they_are_whatever_moves_the_model(device: torch.device) -> None:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import signal
+import weakref
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import accelerator
 from accelerator import crossings
 from builders import At, Tiny, curve, interrupt, train_losses
+from poetx import materialize, to_dense_
+from poetx.layers import hosted
+from poetx.materialize import SafetensorsCheckpoint
+from poetx.methods.base import convert_model
+from poetx.models import build_model
 from poetx.runs.load import load_run
 from poetx.train import loop, run
 
@@ -80,3 +89,45 @@ def test_a_step_of_the_loop_waits_once_at_its_end(
     inputs_and_labels, of_transformers, of_the_loss = ["_to_copy"] * 2, ["_local_scalar_dense"], ["_to_copy"]
     before_backward = ["_local_scalar_dense"] * (name == "single-step")
     assert operators == inputs_and_labels + of_transformers + before_backward + of_the_loss
+
+
+def test_a_checkpoint_goes_to_host_memory_layer_by_layer(
+    tiny: Tiny, device: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """At most the base and two layers at any time; of the embedding, which is larger than a layer here, a few rows."""
+    cpu, sizes = torch.device("cpu"), ("hidden_size", "intermediate_size", "num_layers", "num_heads")
+    plain = build_model(tiny("train.dtype=float32"), vocab_size=320, end_of_text_id=0, device=cpu)
+    plain.save_pretrained(tmp_path / "base")
+    settings = (*(f"model.{key}=null" for key in sizes), *FORMS["mem and its stack"], "poet.init=keep")
+    recipe = tiny(*settings, "train.dtype=float32", "model.offload=frozen", f"model.pretrained={tmp_path / 'base'}")
+    alive, most = Counter(), Counter()
+
+    def counted(kind, function):
+        def call(*args, **kwargs):
+            tensor = function(*args, **kwargs)
+            size = tensor.numel() * tensor.element_size()
+            alive[kind] += size
+            most[kind] = max(most[kind], alive[kind])
+            most["both"] = max(most["both"], alive["read"] + alive["kept"])
+            weakref.finalize(tensor.untyped_storage(), alive.subtract, {kind: size})
+            return tensor
+
+        return call
+
+    def pieces(self, name, pieces=SafetensorsCheckpoint.pieces):
+        return ((rows, counted("read", Tensor.clone)(piece)) for rows, piece in pieces(self, name))
+
+    monkeypatch.setattr(materialize, "_PIECE", 1 << 10)
+    monkeypatch.setattr(SafetensorsCheckpoint, "pieces", pieces)
+    monkeypatch.setattr(SafetensorsCheckpoint, "read", counted("read", SafetensorsCheckpoint.read))
+    monkeypatch.setattr(hosted, "in_host_memory", counted("kept", hosted.in_host_memory))
+    model = build_model(recipe, vocab_size=320, end_of_text_id=0, device=device)
+    convert_model(model, recipe, device)
+    weights = {name: p for name, p in plain.named_parameters() if "proj" in name}
+    base = sum(4 * p.numel() for p in weights.values())
+    assert alive["kept"] == most["kept"] == base
+    assert most["both"] <= base + 2 * max(4 * p.numel() for p in weights.values())
+    to_dense_(model)
+    assert alive["kept"] == 0  # and of the dense model no second copy is there
+    for name, p in weights.items():
+        assert torch.equal(model.get_parameter(name).cpu(), p), name

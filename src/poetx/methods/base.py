@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from poetx.config import PoetConfig
 from poetx.distributed.ranks import rank_count
+from poetx.errors import UserError
 from poetx.layers.walk import converted_layers
 from poetx.merge import hook_owner
 from poetx.merge import merge_handle as merge_handle
@@ -143,20 +144,25 @@ def convert_model(model: nn.Module, recipe: Recipe, device: torch.device | None)
     from poetx.ops.host import HostQueue
     from poetx.savings.activation_checkpointing import checkpoint_layers_, decoder_layers
     from poetx.savings.offload import offload_frozen_
+    from poetx.savings.offload_activations import offload_activations_
     from poetx.targets import ZERO
 
     report = method_of(recipe).apply_(model)
     if device is not None and next(model.parameters()).is_meta:
         queue = HostQueue()
-        ready = (lambda layer: layer.keep_in_host_memory_(queue, device)) if recipe.model.offload else None
+        ready = (lambda layer: layer.keep_in_host_memory_(queue, device)) if recipe.model.streams_weights else None
         materialize_(model, recipe.model.pretrained, device=device, seed=recipe.train.seed, ready=ready)
         report = report and report.with_dense(model, ZERO)
-    if recipe.model.offload:
+    if recipe.model.streams_weights:
         recomputed = decoder_layers(model) if recipe.model.gradient_checkpointing else []
         weights = (sum(1 for _ in converted_layers(layer)) for layer in recomputed)
         offload_frozen_(model, device or "meta", keep=max(weights, default=0))
     if recipe.model.gradient_checkpointing:
         checkpoint_layers_(model, recompute=recipe.model.recompute)
+    if recipe.model.offloads_activations:
+        if device is not None and device.type == "cpu":
+            raise UserError(f"model.offload={recipe.model.offload}: the device is the CPU; leave it out")
+        offload_activations_(model)
     return report
 
 

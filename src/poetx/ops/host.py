@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from poetx.ops.transaction import copy_at_once_
 
@@ -268,20 +269,27 @@ def _address(tensor: Tensor) -> int:
 
 
 def in_host_memory(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy of ``tensor`` in pages of its own, locked where ``device`` is a GPU, so that copies need no help of a CPU.
-
-    Not ``pin_memory``, whose allocator rounds up to powers of two. Meta and fake tensors are given back as they are.
-    """
+    """A copy of ``tensor`` in :func:`empty_in_host_memory`. Meta and fake tensors are given back as they are."""
     if not tensor.numel() or tensor.is_meta or isinstance(tensor, FakeTensor):
         return tensor
-    size = tensor.numel() * tensor.element_size()
+    return empty_in_host_memory(tensor, device).copy_(tensor.detach())
+
+
+def empty_in_host_memory(like: Tensor, device: torch.device) -> Tensor:
+    """Pages of its own for a tensor like ``like``, locked where ``device`` is a GPU: copies need no help of a CPU then.
+
+    Not ``pin_memory``, whose allocator rounds up to powers of two. Of a fake tensor a fake one, which no mode sees.
+    """
+    if isinstance(like, FakeTensor):
+        with _disable_current_modes(), like.fake_mode:
+            return torch.empty(like.shape, dtype=like.dtype, device="cpu")
+    size = like.numel() * like.element_size()
     flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
     pages = mmap.mmap(-1, size, **flags)
-    copy = torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape)
-    copy.copy_(tensor.detach())
+    made = torch.frombuffer(pages, dtype=like.dtype).view(like.shape)
     if device.type == "cuda":
-        _lock_pages(pages, copy.data_ptr(), size)
-    return copy
+        _lock_pages(pages, made.data_ptr(), size)
+    return made
 
 
 def _lock_pages(pages: mmap.mmap, address: int, size: int) -> None:

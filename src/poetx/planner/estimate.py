@@ -27,6 +27,7 @@ from poetx.recipe import Recipe, load_recipe
 from poetx.recipe.places import is_prepared
 from poetx.savings.activation_checkpointing import decoder_layers
 from poetx.savings.chunked_loss import check_head
+from poetx.savings.offload_activations import host_activations
 from poetx.targets import find_targets
 from poetx.train.step import TrainingStep
 
@@ -283,6 +284,9 @@ def _take_step(model: nn.Module, recipe: Recipe, device: str) -> _Run:
             stack.enter_context(followed(tracker, model))
             adopt_state(tracker, [optimizer], model)
             stack.enter_context(_labels(tracker, model))
+            away = host_activations(model)
+            if away is not None:
+                away.told = tracker.leave_out
             before = _moved(model)
             step.take(batches, clip=clip)
     rotated = [layer for _, layer in poet_layers(model)]
@@ -291,16 +295,18 @@ def _take_step(model: nn.Module, recipe: Recipe, device: str) -> _Run:
         splits={label: tracker.split(label) for label in tracker.labels},
         parameters=sum(p.numel() for p in parameters) + packed,
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        host=sum(t.numel() * t.element_size() for _, layer in converted_layers(model) for t in layer.host_tensors()),
+        host=sum(t.numel() * t.element_size() for _, layer in converted_layers(model) for t in layer.host_tensors())
+        + (away.size if away is not None else 0),
         moved=(moved["step"] - before) // passes,
         stepped=_moved(model) - moved["step"],
     )
 
 
 def _moved(model: nn.Module) -> int:
-    """Bytes between host and device so far, both ways."""
+    """Bytes between host and device so far, both ways; activations, which come and go at different times, once."""
     queues = {id(layer.host): layer.host for _, layer in converted_layers(model) if layer.host is not None}
-    return sum(queue.moved + queue.returned for queue in queues.values())
+    away = host_activations(model)
+    return sum(queue.moved + queue.returned for queue in queues.values()) + (0 if away is None else away.moved)
 
 
 @contextlib.contextmanager

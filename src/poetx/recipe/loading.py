@@ -95,8 +95,12 @@ class Recipe(Section):
                 f"model.residual_scale={self.model.residual_scale:g}: is for fresh weights that stay as they are made; "
                 + ("leave it out" if self.model.pretrained else "use poet.residual_scale")
             )
-        if self.model.offload is not None and self.poet is None:
-            raise UserError(f"model.offload={self.model.offload}: is for rotated layers; leave it out")
+        if self.model.streams_weights and self.poet is None:
+            raise UserError(
+                f"model.offload={self.model.offload}: is for rotated layers; leave it out, or use activations"
+            )
+        if self.model.offloads_activations and self.train.compile:
+            raise UserError(f"model.offload={self.model.offload}: not with train.compile=true; leave one of them out")
         growth = self.optimizer.norm_growth if isinstance(self.optimizer, SingleStepKeys) else 0
         if growth >= self.train.steps:
             raise UserError(f"optimizer.norm_growth={growth:g}: must be less than train.steps={self.train.steps}")

@@ -71,13 +71,19 @@ class ModelRecipe(Section):
     pretrained: Text | None = None
     gradient_checkpointing: Flag = False  # keep only every decoder layer's input, and compute the layer again
     recompute: Recompute = "auto"  # of rotated layers then
-    offload: Literal["frozen"] | None = None  # "frozen": the weights that rotations turn are in host memory
+    #: In host memory: the weights that rotations turn (frozen), what decoder layers keep for backward (activations).
+    offload: Literal["frozen", "activations", "both"] | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelRecipe:
         if self.recompute != "auto" and not self.gradient_checkpointing:
             raise UserError(
                 f"model.recompute={self.recompute}: is for model.gradient_checkpointing=true; leave it out or set that"
+            )
+        if self.offloads_activations and not self.gradient_checkpointing:
+            raise UserError(
+                f"model.offload={self.offload}: is for decoder layers that keep their input only; set "
+                "model.gradient_checkpointing=true, or use model.offload=frozen"
             )
         if self.config and self.pretrained:
             raise UserError("model.config and model.pretrained are both set; give one of them")
@@ -108,6 +114,16 @@ class ModelRecipe(Section):
                 f"model.num_key_value_heads={self.num_key_value_heads} does not divide model.num_heads={self.num_heads}"
             )
         return self
+
+    @property
+    def streams_weights(self) -> bool:
+        """Whether the weights that rotations turn are in host memory."""
+        return self.offload in ("frozen", "both")
+
+    @property
+    def offloads_activations(self) -> bool:
+        """Whether what checkpointed decoder layers keep is in host memory."""
+        return self.offload in ("activations", "both")
 
 
 #: A Llama's sizes; the first four have no default.

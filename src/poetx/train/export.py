@@ -72,10 +72,15 @@ def save_tokenizer(
         tokenizer.save_pretrained(temporary)
 
 
-def export_model(model: PreTrainedModel, tokenizer_dir: Path, directory: Path) -> None:
+def export_model(
+    model: PreTrainedModel, tokenizer_dir: Path, directory: Path, *, shard_size: str | None = None
+) -> None:
     """Fold ``model`` to plain linears **in place** and write it with its tokenizer to ``directory``.
 
     Generation stops at the token that ended the documents in training. The directory is replaced as a whole.
+
+    Args:
+        shard_size: of one file, which is in memory once more while it is written; None: what ``transformers`` takes.
 
     Raises:
         UserError: the disk is full or not writable; nothing half-written is left.
@@ -90,7 +95,7 @@ def export_model(model: PreTrainedModel, tokenizer_dir: Path, directory: Path) -
     _drop_idle_settings(model)
     remedy = "write it with poetx export RUN DIR; the run's checkpoints are untouched"
     with new_directory(directory.resolve(), remedy=remedy) as temporary:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, **({} if shard_size is None else {"max_shard_size": shard_size}))
         shutil.copytree(tokenizer_dir, temporary, dirs_exist_ok=True)  # it may have directories, of chat templates
 
 

@@ -411,9 +411,10 @@ def _export(run: TrainingRun, directory: Path) -> None:
     if run.is_sharded:
         run.model = _from_checkpoint(run)
     method_of(run.recipe).to_dense_(run.model)
-    if run.recipe.model.offload:
+    if run.recipe.model.streams_weights:
         torch.nn.Module.to(run.model, "cpu")  # where its layers are now
-    export_model(run.model, run.run_dir / TOKENIZER_DIR, directory)
+    shard_size = "1GB" if run.recipe.model.streams_weights else None  # of a model that fills the host's memory
+    export_model(run.model, run.run_dir / TOKENIZER_DIR, directory, shard_size=shard_size)
 
 
 def _from_checkpoint(run: TrainingRun) -> Any:
