@@ -2,6 +2,8 @@
 
 python -m benchmarks.reach                 # the settings with a target, then all models and ways; rows that are there
 python -m benchmarks.reach --targets       # stay (delete them to plan again)
+python -m benchmarks.reach --only qwen     # what has this in its model or way
+python -m benchmarks.reach --contexts      # an 8B by sequence length, with its layers' inputs on the card or the host
 python -m benchmarks.tables                # writes docs/reach.md from them
 """
 
@@ -64,19 +66,55 @@ def row_of(model: str, weights: str | None, offload: str | None) -> dict[str, An
     }
 
 
+#: Tokens of one sequence, and where what decoder layers keep is.
+CONTEXTS = [1 << power for power in (11, 13, 15, 17, 19)]
+OFFLOADS = (None, "activations", "both")
+
+
+def context_row(tokens: int, offload: str | None) -> dict[str, Any]:
+    """A plan of the 8B shape on one sequence of ``tokens``."""
+    started = time.perf_counter()
+    recipe = load_recipe(
+        "llama-8b", [*BATCH, f"data.seq_len={tokens}", "model.gradient_checkpointing=true"], text=False
+    )
+    way = plan(recipe, None, offload)
+    return {
+        "benchmark": "reach_contexts",
+        "model": "llama-8b",
+        "way": f"offload={offload}",
+        "tokens": tokens,
+        "device_gib": round(way.device_gib, 2),
+        "host_gib": round(way.host_gib, 2),
+        "moved_gib": round(way.estimate.moved / GIB, 2),
+        "phase": way.estimate.phase,
+        "categories_gib": {name: round(size / GIB, 2) for name, size in way.estimate.categories.items()},
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--targets", action="store_true", help="only the settings with a target")
+    parser.add_argument("--contexts", action="store_true", help="only the 8B by sequence length")
+    parser.add_argument("--only", default="", help="only models and ways with this in their name")
     parser.add_argument("--out", type=Path, default=RESULTS / "reach.jsonl")
     args = parser.parse_args()
     known = args.out.read_text().splitlines() if args.out.exists() else []
-    done = {(row["model"], row["way"]) for row in map(json.loads, known)}
+    done = {(row["model"], row["way"], *([row["tokens"]] if "tokens" in row else [])) for row in map(json.loads, known)}
     cells = [(model, *way) for model in MODELS for way in (*WAYS, *SINGLE)]
     cells.sort(key=lambda cell: ((cell[0], name_of(*cell[1:])) not in TARGETS, cell[1:] in SINGLE))
     origin = provenance(torch.device("cpu"))
+    if args.contexts:
+        for tokens in CONTEXTS:
+            for offload in OFFLOADS:
+                if ("llama-8b", f"offload={offload}", tokens) not in done:
+                    row = context_row(tokens, offload)
+                    append(args.out, [origin | row])
+                    print(tokens, offload, row["device_gib"], row["host_gib"], row["moved_gib"], flush=True)
+        return
     for model, *way in cells:
         key = (model, name_of(*way))
-        if key in done or (args.targets and key not in TARGETS):
+        if key in done or (args.targets and key not in TARGETS) or args.only not in ", ".join(key):
             continue
         row = row_of(model, *way)
         append(args.out, [origin | row])

@@ -20,6 +20,7 @@ import torch
 
 from poetx.cli import main
 from poetx.errors import UserError
+from poetx.planner.reach import Link
 
 RECIPE = """
 name: small
@@ -88,8 +89,11 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
 def test_version_and_env(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("poetx ")
-    assert main(["env"]) == 0
+    assert main(["env", "--measure"]) == 0
     out = capsys.readouterr().out
+    link = Link.parse(out.split("--link ")[1].split()[0])
+    assert link.bandwidth > 1e8
+    assert link.flops > 1e8
     assert "torch " in out
     assert "device " in out
 

@@ -122,6 +122,12 @@ def test_ways_to_keep_the_frozen_weights_on_a_card_and_a_host(app):
         assert set(here["enough_tokens"].values()) == {0}
         assert there["enough_tokens"]["4090"] > there["enough_tokens"]["h100"] / 10 > 0
         assert here["fits"] == (here["estimate"]["peak"] <= 0.005 * 2**30)
+    single = runner.invoke(app, [*words, "method=single-step", "--link", "1e-3,1", "--json"]).stdout
+    ways = json.loads(single)["ways"]
+    assert [way["name"] for way in ways] == ["float32, resident", "float32, streamed"]
+    assert ways[1]["estimate"]["stepped"] == 2 * weights  # each comes and goes
+    seconds = (ways[1]["estimate"]["moved"] + weights) / 1e6  # by the link that is given, which is slower than products
+    assert ways[1]["tokens_per_second"]["here"] == round(64 / seconds)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +136,9 @@ def test_ways_to_keep_the_frozen_weights_on_a_card_and_a_host(app):
         (["--host", "8"], "goes with --gpu"),
         (["--host", "8", "--gpu", "1", "--methods", "mem"], "without --methods"),
         (["--host", "nan", "--gpu", "1"], "host=nan: must be a positive"),
-        (["--host", "8", "--gpu", "1", "poet.method=single-step"], "frozen weights of method=poet-x"),
+        (["--host", "8", "--gpu", "1", "method=adamw"], "weights of method=poet-x and single-step can be"),
+        (["--host", "8", "--gpu", "1", "--link", "fast"], "link=fast: must be GB/s and TFLOP/s"),
+        (["--link", "50,400"], "--link: goes with --host"),
     ],
 )
 def test_a_host_that_says_nothing_is_refused(app, words, message):

@@ -61,6 +61,10 @@ def memory(
             help="The host's memory in GB, with --gpu: in which ways the frozen weights fit, and at what cost."
         ),
     ] = None,
+    link: Annotated[
+        str | None,
+        typer.Option(metavar="GB/S,TFLOP/S", help="With --host: what poetx env --measure found, not known cards."),
+    ] = None,
     device: Annotated[str, typer.Option(help="Whose allocator and kernels: cuda or cpu.")] = "cuda",
     plot: Annotated[Path | None, typer.Option(help="Write a bar chart here (.png, .svg or .pdf).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False,
@@ -78,8 +82,10 @@ def memory(
         if not 0 < host * 2**30 < math.inf:
             raise UserError(f"host={host}: must be a positive, finite number of GB")
         (planned,) = _planned(recipe, settings, None).values()
-        _show_ways(_part_of(planned, gpus), gpu, host, device=device, as_json=as_json)
+        _show_ways(_part_of(planned, gpus), gpu, host, link=link, device=device, as_json=as_json)
         return
+    if link is not None:
+        raise UserError("--link: goes with --host")
     names = None if methods is None else names_in("methods", methods)
     recipes = {name: _part_of(planned, gpus) for name, planned in _planned(recipe, settings, names).items()}
     _run(recipes, gpu=gpu, device=device, plot=plot, as_json=as_json)
@@ -134,16 +140,18 @@ def _run(recipes: dict[str, Recipe], *, gpu: float | None, device: str, plot: Pa
         console.print(f"wrote {plot}", highlight=False, soft_wrap=True)
 
 
-def _show_ways(recipe: Recipe, gpu: float, host: float, *, device: str, as_json: bool) -> None:
+def _show_ways(recipe: Recipe, gpu: float, host: float, *, link: str | None, device: str, as_json: bool) -> None:
     """Each way to keep the frozen weights, whether it fits, and the recipe lines of the first that does."""
     from rich.console import Console
     from rich.table import Table
 
-    from poetx.planner.reach import LINKS, ways
+    from poetx.planner.reach import LINKS, Link, ways
 
+    links = LINKS if link is None else {"here": Link.parse(link)}
+    speeds = [f"{name} tokens/s" for name in links]
     console = Console()
     table = Table()
-    for place, name in enumerate(("frozen weights", "card GB", "host GB", "fits", *LINKS)):
+    for place, name in enumerate(("frozen weights", "card GB", "host GB", "fits", *links, *speeds)):
         table.add_column(name, no_wrap=True, justify="right" if place else "left")
     rows, first = [], None
     for way in ways(recipe, device=device):
@@ -151,14 +159,14 @@ def _show_ways(recipe: Recipe, gpu: float, host: float, *, device: str, as_json:
         first = first or (way if fits else None)
         name = f"{way.keys['poet.weight_format'] or way.estimate.recipe.train.dtype}, "
         name += "streamed" if way.keys["model.offload"] else "resident"
-        needed = [way.enough_tokens(link) for link in LINKS.values()]
-        rows.append(
-            {"name": name, "fits": fits, "keys": way.keys, "enough_tokens": dict(zip(LINKS, needed, strict=True))}
-        )
+        needed = {name: way.enough_tokens(each) for name, each in links.items()}
+        speed = {name: round(way.tokens_per_second(each)) for name, each in links.items()}
+        rows.append({"name": name, "fits": fits, "keys": way.keys, "enough_tokens": needed, "tokens_per_second": speed})
         rows[-1] |= {"estimate": way.estimate.to_dict()}
         table.add_row(
             *(name, f"{way.device_gib:.1f}", f"{way.host_gib:.1f}", "yes" if fits else "no"),
-            *(f"{tokens:,}" if tokens else "" for tokens in needed),
+            *(f"{tokens:,}" if tokens else "" for tokens in needed.values()),
+            *(f"{tokens:,}" for tokens in speed.values()),
         )
     if as_json:
         print(json.dumps({"gpu_gib": gpu, "host_gib": host, "ways": rows}, indent=1))
@@ -167,7 +175,8 @@ def _show_ways(recipe: Recipe, gpu: float, host: float, *, device: str, as_json:
     console.print(f"{recipe.name}, {pass_}, card {gpu:g} GB, host {host:g} GB (2^30 bytes)", highlight=False)
     console.print(table)
     say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
-    say(f"{', '.join(LINKS)}: tokens a pass from which on the products take longer there than the copies beside them")
+    say(f"{', '.join(links)}: tokens a pass from which on the products take longer there than the copies beside them")
+    say("tokens/s: at most, by products and copies alone")
     if first is None:
         say("none fits; use a shorter data.seq_len, a smaller poet.block_size or a smaller model")
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,25 @@ class Link:
 
     bandwidth: float
     flops: float
+
+    @classmethod
+    def parse(cls, text: str) -> Link:
+        """From ``"GB/s,TFLOP/s"``, as ``poetx env --measure`` prints them.
+
+        Raises:
+            UserError: these are no two positive numbers.
+        """
+        try:
+            gigabytes, teraflops = map(float, text.split(","))
+            link = cls(gigabytes * 1e9, teraflops * 1e12)
+        except ValueError:
+            link = cls(0, 0)
+        if not (0 < link.bandwidth < math.inf and 0 < link.flops < math.inf):
+            raise UserError(f"link={text}: must be GB/s and TFLOP/s, such as 48.2,410; poetx env --measure prints them")
+        return link
+
+    def __str__(self) -> str:
+        return f"{self.bandwidth / 1e9:.4g},{self.flops / 1e12:.4g}"
 
 
 #: PCIe 5 and 4 with 16 lanes at four fifths of their 63 and 31.5 GB/s; two fifths of the dense bfloat16 peak of an H100
