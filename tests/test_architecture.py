@@ -24,7 +24,7 @@ ORDER = (
     ("conversion_report", "targets"),
     ("plain_model",),
     ("convert",),
-    ("materialize", "merge", "optimizer_restart", "spectra"),
+    ("materialize", "merge", "one_rate", "optimizer_restart", "spectra"),
     ("optim", "savings", "training_check"),
     ("memory",),  # measuring is below the loop
     ("recipe",),

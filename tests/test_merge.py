@@ -626,3 +626,10 @@ def test_an_optimizer_that_was_told_or_is_new_loses_nothing(caplog):
     assert momentum.any()
     assert torch.allclose(optimizer.state[model[0].skew_in]["momentum_buffer"], 0.5 * momentum + grad)
     assert "without the optimizer" not in caplog.text
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+def test_rotations_that_decay_are_said(decay, caplog):
+    model = converted_mlp()
+    merge_every(torch.optim.AdamW(model.parameters(), weight_decay=decay), model)
+    assert ("weight_decay=0.01 of the rotations pulls them back" in caplog.text) == bool(decay)

@@ -300,3 +300,21 @@ def test_a_layer_older_than_transformers_is_saved_whole_or_the_save_is_refused(t
     command = [sys.executable, "-W", "ignore", "-c", _YOUNGER_TRANSFORMERS, str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["True", "True"], run
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_accelerate_saves_plain_weights_too(form, tmp_path):
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare_model(turned(form, model=gpt2()), evaluation_mode=True)
+    accelerator.save_model(model, tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    plain = gpt2()
+    plain.load_state_dict({key: value for key, value in saved.items() if key in plain.state_dict()}, strict=False)
+    assert torch.allclose(logits(plain), logits(model).float(), atol=1e-2 if form == "bfloat16" else 1e-5)
+    for layer in (layer for _, layer in converted_layers(model)):
+        assert not layer._state_dict_hooks
+    again = turned(form, model=gpt2())
+    again.load_state_dict(saved, strict=False)
+    assert torch.equal(logits(again), logits(model))

@@ -180,6 +180,7 @@ def _put(model: nn.Module, places: Iterable[str], module: nn.Module) -> None:
 
 def _described(layer: ConvertedLinear, name: str, config: PoetConfig, change: str | None) -> ConvertedLayer:
     notes = ["one matrix holding several: its output blocks mix them"] if _FUSED.search(name) else []
+    notes += [] if config.init == "keep" else [f"a fresh weight, by seed={config.seed} whatever torch's own is"]
     if config.residual_scale != 1 and config.writes_to_residual(name):
         notes.append(f"starts {config.residual_scale:g} times as large: it writes to the residual stream")
     own = {key: value for override in (config.overrides or {}).values() for key, value in override.items()}

@@ -21,6 +21,7 @@ from poetx.errors import UserError
 from poetx.layers.base import is_finite
 from poetx.layers.poet import FoldStats, PoetLinear
 from poetx.layers.walk import poet_layers, rotation_ids
+from poetx.one_rate import OneRate
 from poetx.ops.reference import EXACT
 from poetx.optimizer_restart import COUNTERS, GroupRestart, groups_of, refuse_unfit, reset_rotations
 
@@ -179,6 +180,7 @@ class MergeHandle:
         self._rotations = rotation_ids(model)
         self._set(0, 0)
         self.restart = GroupRestart([] if optimizer.state else self._counter_groups())
+        self._rate = OneRate(*self._parted(), "the rotations")
         vars(optimizer)["__getstate__"] = _refuse_copies
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -207,6 +209,12 @@ class MergeHandle:
         """The groups that carry the counters: a checkpoint of any kind saves what is in a group."""
         return groups_of(self._optimizer, self._rotations) or self._optimizer.param_groups[:1]
 
+    def _parted(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The groups that hold rotations, and the others."""
+        rotated = groups_of(self._optimizer, self._rotations)
+        held = {id(group) for group in rotated}
+        return rotated, [group for group in self._optimizer.param_groups if id(group) not in held]
+
     def _set(self, steps_since_merge: int, merges: int) -> None:
         for group in self._counter_groups():
             group |= {"steps_since_merge": steps_since_merge, "merges": merges}
@@ -217,6 +225,7 @@ class MergeHandle:
                 "merge_every: layers of the model were made dense by to_dense_, and this optimizer holds their "
                 "rotations, not their weights; build a new optimizer for the model"
             )
+        self._rate.check(*self._parted())
         self.restart.before_step(self._counter_groups())
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -317,6 +326,12 @@ def merge_every(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int =
         raise UserError(
             "merge_every: the optimizer holds rotations of another model, too, which nothing would merge; give one "
             "module that has both, as nn.ModuleList([first, second])"
+        )
+    if decay := max((g.get("weight_decay") or 0 for g in groups_of(optimizer, own)), default=0):
+        logger.warning(
+            "merge_every: weight_decay=%.3g of the rotations pulls them back to where the last merge put them; build "
+            "the optimizer from poetx.param_groups(model, ...), which decays the rest alone",
+            decay,
         )
     if merge_handle(optimizer) is not None:
         raise UserError("merge_every is already registered on this optimizer; remove() the first handle")

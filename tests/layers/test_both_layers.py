@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from poetx import POETX, PoetConfig, PoetLinear, UserError, convert_, merge_, param_groups, to_dense_
+from poetx import POETX, PoetConfig, PoetLinear, SingleStepLinear, UserError, convert_, merge_, param_groups, to_dense_
 
 METHODS = pytest.mark.parametrize("method", ["poet-x", "single-step"])
 
@@ -322,3 +322,30 @@ def test_scripts_and_traces_that_would_not_train_are_refused(method):
         exported = torch.export.export(model, (torch.arange(3),)).module()
         assert torch.equal(exported(torch.arange(3)), model(torch.arange(3)))
     assert optimizer.param_groups
+
+
+def test_a_model_around_the_converted_one_is_told_that_it_may_be_cast_in_part():
+    outer = nn.Sequential(nn.Linear(3, 3), converted("poet-x"))
+    with pytest.raises(UserError, match=r"float16 is not supported.*A model around .* cast in part now: cast it back$"):
+        outer.half()
+    assert outer[0].weight.dtype == torch.float16  # torch goes from one module to the next
+
+
+@pytest.mark.parametrize("kind", [PoetLinear, SingleStepLinear])
+def test_layers_made_by_hand_under_one_name_are_said_to_be_the_same(kind, caplog):
+    def build(*names):
+        model = nn.Sequential(*(kind(8, 8, name=name) for name in names))
+        POETX(model) if kind is SingleStepLinear else param_groups(model, lr=1e-3, poet_lr=1e-3)
+        return model
+
+    model = build("", "", "")
+    assert torch.equal(model[0].dense_weight(), model[1].dense_weight())
+    assert caplog.text.count("0 and 1 were both made as name='' with seed=0") == 1
+    caplog.clear()
+    model = build("a", "b")
+    assert not torch.equal(model[0].dense_weight(), model[1].dense_weight())
+    kept = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8)) for _ in range(2)))
+    for part in kept:
+        convert_(part, PoetConfig(block_size=4))
+    param_groups(kept, lr=1e-3, poet_lr=1e-3)
+    assert not caplog.text

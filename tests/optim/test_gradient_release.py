@@ -133,3 +133,22 @@ def test_ranks_that_use_other_parameters_are_refused_on_both(order, tmp_path):
     for rank in range(2):
         assert words in (text := (tmp_path / f"{rank}.txt").read_text())
         assert bool(text) == bool(words)
+
+
+@pytest.mark.parametrize("all_of_them", [True, False])
+def test_a_gradient_scaler_is_refused_while_gradients_are_released(all_of_them):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = release_gradients(optimizer, [p for p in model.parameters() if all_of_them or p.ndim == 2])
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(torch.ones(3, 4)).sum()).backward()
+    with pytest.raises(UserError, match="a gradient scaler is in use, and the released gradients were used with its"):
+        scaler.step(optimizer)
+    handle.remove()
+    optimizer.zero_grad()
+    scaler = torch.amp.GradScaler("cpu")
+    before = model[1].bias.detach().clone()
+    scaler.scale(model(torch.ones(3, 4)).sum()).backward()
+    del optimizer.grad_scale, optimizer.found_inf  # torch does it where the step comes to its end
+    scaler.step(optimizer)
+    assert torch.allclose(model[1].bias, before - 0.1 * 3)

@@ -155,7 +155,12 @@ class ConvertedLinear(nn.Module):
 
     def check_cast(self, fn: Callable[..., Any]) -> None:
         """:meth:`check_dtype` of what ``fn``, as ``nn.Module._apply`` takes it, would make of the weight."""
-        self.check_dtype(fn(self._probe()).dtype)
+        try:
+            self.check_dtype(fn(self._probe()).dtype)
+        except UserError as error:  # the model that was converted asks before anything changes, one around it does not
+            raise UserError(
+                f"{error}. A model around the converted one may be cast in part now: cast it back"
+            ) from None
 
     @property
     def weight_dtype(self) -> torch.dtype:

@@ -26,6 +26,7 @@ def save_plain_weights_too() -> bool:
     Returns:
         Whether it was this call.
     """
+    _accelerate_too()
     kind: Any = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
     if kind is None or hasattr(kind.save_pretrained, "adds_plain_weights"):
         return False
@@ -54,6 +55,31 @@ def save_plain_weights_too() -> bool:
     vars(save_pretrained)["adds_plain_weights"] = True
     kind.save_pretrained = save_pretrained
     return True
+
+
+def _accelerate_too() -> None:
+    """The same for ``Accelerator.save_model``, which saves what ``state_dict()`` of any model gives."""
+    kind: Any = getattr(sys.modules.get("accelerate.accelerator"), "Accelerator", None)
+    if kind is None or hasattr(kind.save_model, "adds_plain_weights"):
+        return
+    save = kind.save_model
+
+    @functools.wraps(save)
+    def save_model(self: Any, model: nn.Module, *args: Any, **settings: Any) -> Any:
+        layers = {layer for _, layer in rotated_places(model)}
+        hooks = [layer.register_state_dict_post_hook(_add_plain_weight) for layer in layers]
+        try:
+            return save(self, model, *args, **settings)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    vars(save_model)["adds_plain_weights"] = True
+    kind.save_model = save_model
+
+
+def _add_plain_weight(layer: Any, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    state[f"{prefix}weight"] = layer.plain_weight().cpu()
 
 
 def rotated_places(model: nn.Module) -> Iterator[tuple[str, ConvertedLinear]]:

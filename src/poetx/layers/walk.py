@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -13,6 +14,7 @@ from poetx.layers.hosted import HostedLinear
 from poetx.layers.poet import PoetLinear
 from poetx.layers.single_step import SingleStepLinear
 
+logger = logging.getLogger(__name__)
 L = TypeVar("L", bound=ConvertedLinear)
 
 
@@ -34,6 +36,25 @@ def converted_layers(model: nn.Module) -> Iterator[tuple[str, HostedLinear]]:
 def rotation_ids(model: nn.Module) -> set[int]:
     """``id`` of every packed rotation of ``model``."""
     return {id(p) for _, layer in poet_layers(model) for p in layer.rotations}
+
+
+def warn_of_one_name(model: nn.Module) -> None:
+    """Warn where fresh layers of one shape have one name and seed, as layers made by hand without ``name=``."""
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, layer in converted_layers(model):
+        first = seen.setdefault((layer.config.seed, layer.name, layer.out_features, layer.in_features), name)
+        if first != name and layer.config.init != "keep":
+            logger.warning(
+                "%s and %s were both made as name=%r with seed=%d, which decide fresh weights and permutations: they "
+                "are the same in both; give each its own name, as %s(..., name=%r)",
+                first,
+                name,
+                layer.name,
+                layer.config.seed,
+                type(layer).__name__,
+                name,
+            )
+            return
 
 
 def check_model(model: object) -> None:

@@ -61,7 +61,11 @@ class ReleaseHandle:
         # The undecorated step: a hook that counts steps (merging does) must not count every parameter.
         self._step: Any = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)
         self._hooks: list[Any] = [hand_over_gradient(p, self._release) for p in params]
+        self._hooks.append(optimizer.register_step_pre_hook(self._refuse_scaler))
         self._hooks.append(optimizer.register_step_post_hook(self._finish))
+        # So that a gradient scaler shows itself to the step.
+        self._scales = getattr(optimizer, "_step_supports_amp_scaling", False)
+        vars(optimizer)["_step_supports_amp_scaling"] = True
 
     def reset(self) -> None:
         """Call this when a step is skipped instead of taken, so that the next backward is not refused."""
@@ -70,6 +74,14 @@ class ReleaseHandle:
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
+        vars(self._optimizer)["_step_supports_amp_scaling"] = self._scales
+
+    def _refuse_scaler(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if getattr(optimizer, "grad_scale", None) is not None:
+            raise UserError(
+                "release_gradients: a gradient scaler is in use, and the released gradients were used with its factor "
+                "in them; train in bfloat16, which needs none, or without releasing gradients"
+            )
 
     def _finish(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._agree(-1)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from poetx.distributed.sharded import refuse_sharded
 from poetx.errors import UserError, nearest
-from poetx.layers.walk import check_model, poet_layers
+from poetx.layers.walk import check_model, poet_layers, warn_of_one_name
 from poetx.optim.settings import check_numbers, known_settings
 
 
@@ -30,6 +30,7 @@ def param_groups(
             not positive, another number outside its range, an option that no optimizer of torch or poetx has.
     """
     check_model(model)
+    warn_of_one_name(model)
     refuse_sharded(model.parameters(), "param_groups", rows=True)
     for key, value in poet_options.items():
         if key not in known_settings():

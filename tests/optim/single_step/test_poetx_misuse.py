@@ -103,3 +103,49 @@ class Around:
 def test_a_dense_optimizer_that_would_lose_something_is_refused(build, make, words):
     with pytest.raises(UserError, match=words):
         POETX(build(), dense_optimizer=make)
+
+
+def momenta(optimizer):
+    return [state[f"momentum_{side}"].clone() for state in states(optimizer) for side in ("in", "out")]
+
+
+def states(optimizer):
+    return [state for state in optimizer.state.values() if "momentum_in" in state]
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("build", [converted, mlp], ids=["converted", "released"])
+def test_zero_grad_takes_back_what_backward_added_or_says_that_it_cannot(build, nesterov):
+    model = build()
+    optimizer = POETX(model, nesterov=nesterov, release_gradients=True, block_size=4)
+    for _ in range(2):
+        descend(loss_of(model), optimizer)
+    before = momenta(optimizer)
+    loss_of(model).backward()
+    with pytest.warns(UserWarning, match=r"zero_grad\(\) before step\(\) leaves the gradient of 3 matrices, 0\.weight"):
+        optimizer.zero_grad()
+    assert not all(map(torch.equal, before, momenta(optimizer)))
+    optimizer.step()
+    before = momenta(optimizer)
+    optimizer.snapshot()
+    loss_of(model).backward()
+    optimizer.zero_grad()
+    assert all(map(torch.equal, before, momenta(optimizer)))
+    weight = model[0].weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(weight, model[0].weight)
+
+
+@pytest.mark.filterwarnings("error")
+def test_zero_grad_in_its_usual_places_is_quiet():
+    model = converted()
+    optimizer = POETX(model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        loss_of(model).backward()
+        optimizer.step()
+    model[0].requires_grad_(False)
+    descend(loss_of(model), optimizer)
+    optimizer.zero_grad(set_to_none=False)
+    POETX(mlp(), block_size=4).zero_grad()

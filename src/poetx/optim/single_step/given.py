@@ -15,7 +15,7 @@ from poetx.distributed.sharded import is_sharded, refuse_sharded
 from poetx.errors import UserError, nearest
 from poetx.layers.base import DTYPES, RotatedWeight
 from poetx.layers.single_step import SingleStepLinear
-from poetx.layers.walk import poet_layers, single_step_layers
+from poetx.layers.walk import poet_layers, single_step_layers, warn_of_one_name
 from poetx.optim.groups import dense_groups
 from poetx.optim.settings import check_effect, check_group, check_numbers
 from poetx.optimizer_restart import refuse_unfit
@@ -60,6 +60,7 @@ def read_model(model: Any, settings: dict[str, Any], modules: dict[str, Any], an
     if isinstance(model, nn.Module):
         layers = dict(single_step_layers(model))
         config = PoetConfig(method="single-step", **given, **modules)
+        warn_of_one_name(model)
         refuse_tied(model, layers)
         _check_layers(model, layers, given)
         names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}

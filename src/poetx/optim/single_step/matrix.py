@@ -194,6 +194,11 @@ class Matrix:
         for side in SIDES:
             average_(self.state[f"momentum_{side}"], partial(self.noise, f"ranks-{side}", self.step))
 
+    @property
+    def can_discard(self) -> bool:
+        """Whether there is a :meth:`snapshot` to go back to."""
+        return bool(self._snapshot)
+
     def snapshot(self) -> None:
         """Keep what :meth:`discard` needs besides the look-ahead's copy."""
         kept = self.side if self.look_ahead else None

@@ -24,6 +24,7 @@ from poetx.distributed.ranks import maximum_, on_any_rank
 from poetx.distributed.sharded import is_sharded
 from poetx.errors import UserError, nearest
 from poetx.layers.walk import single_step_layers
+from poetx.one_rate import OneRate
 from poetx.ops.cayley import exact_delta, unpack_skew
 from poetx.ops.fold import full_precision_products
 from poetx.optim.gradient_release import hand_over_gradient
@@ -82,9 +83,9 @@ class POETX(torch.optim.Optimizer):
     folds its own rows and sends those of blocks that straddle ranks, none where the ranks' rows are whole blocks. An
     exception inside :meth:`step` leaves each matrix as before or stepped; its ``step`` in the state says which.
 
-    ``zero_grad()`` between backward and step does not take back what backward has added to the momentum of converted
-    layers, or of released gradients: the next step uses it. To skip a step call :meth:`snapshot` before its backward
-    and :meth:`discard` after it.
+    To skip a step call :meth:`snapshot` before its backward, and after it :meth:`discard` or ``zero_grad()``: without a
+    snapshot that cannot take back what backward has added to the momentum of converted layers, or of released
+    gradients, and warns.
 
     Raises:
         UserError: a value outside its range, nothing to rotate, a float16 matrix, a sharded one without a layer, layers
@@ -160,6 +161,12 @@ class POETX(torch.optim.Optimizer):
             self.state[matrix.parameter] = matrix.fresh_state()
             matrix.attach(self.state[matrix.parameter])
         self._share()
+        self._rate = OneRate(*self._parted(), "the rotated matrices, their angle,")
+
+    def _parted(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The groups that are rotated, and the others."""
+        rotated = [group for group in self.param_groups if group["rotate"]]
+        return rotated, [group for group in self.param_groups if not group["rotate"]]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if self._matrices is not None:
@@ -313,6 +320,21 @@ class POETX(torch.optim.Optimizer):
             matrix.discard()
         super().zero_grad()
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; after :meth:`snapshot` as :meth:`discard`. Without, a warning tells what stays."""
+        left = [matrix for matrix in self._matrices or () if matrix.touched and matrix.moves]
+        if left and all(matrix.can_discard for matrix in left):
+            self.discard()
+        elif left:
+            warnings.warn(
+                f"POETX: zero_grad() before step() leaves the gradient of {len(left)} matrices, {left[0].name} among "
+                "them, in their momentum, where backward has added it; call snapshot() before a backward that is to be "
+                "dropped (the generator's through a discriminator, a skipped step), or requires_grad_(False) on the "
+                "layers for it",
+                stacklevel=2,
+            )
+        super().zero_grad(set_to_none)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step. A closure is called once, before it, and its loss returned. Gradient scalers are refused."""
@@ -329,6 +351,7 @@ class POETX(torch.optim.Optimizer):
                     f"POETX: lr={float(group['lr']):g} of the rotated group is its angle, between 0 and 0.5; give a "
                     "scheduler that sets rates, such as OneCycleLR, one for each group"
                 )
+        self._rate.check(*self._parted())
         if self._unchecked == 0 and (model := self._model()) is not None:
             refuse_tied(model, dict(single_step_layers(model)))
         loss = None
