@@ -316,8 +316,3 @@ def test_weights_that_share_memory_alone_are_left_tied(method, part):
     assert [item.name for item in report.skipped if "tied to" in item.reason] == ["0.weight", "2.weight"]
     model[0].weight.data.zero_()
     assert not model[2].weight.any()
-
-
-def test_a_complex_layer_is_not_to_be_cast():
-    with pytest.raises(UserError, match=r"^1: complex64 is not supported; exclude it$"):
-        convert_(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, dtype=torch.complex64)), config())
