@@ -15,6 +15,7 @@ from poetx.config import PoetConfig
 from poetx.errors import UserError
 from poetx.recipe import RECIPE_DIR, Recipe, builtin_recipes, differing_keys, load_recipe, settled_as
 from poetx.recipe.sections import PoetXKeys
+from poetx.recipe.several import load_methods
 from poetx.recipe.shorthands import SIZED_RECIPES
 
 FORMER = json.loads((Path(__file__).parent / "former_recipes.json").read_text())
@@ -569,3 +570,29 @@ def test_a_run_whose_recipe_is_gone_has_it_in_its_checkpoints(damage: str | None
     with pytest.raises(UserError) as caught:
         load_recipe(str(tmp_path))
     assert f"cp {tmp_path}/checkpoints/step-00000010/recipe.yaml {tmp_path}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "matrices", "rest", "scale"),
+    [
+        ("adamw", 1.5e-3, 1.2e-2, 0.25),
+        ("muon", 3e-3, 1.2e-2, 0.25),
+        ("scale", None, 1.2e-2, 0.25),
+        ("lora", None, 3e-3, 1),
+        ("oft", None, 2e-3, 1),
+        ("single-step", None, 1.2e-2, 1),
+    ],
+)
+def test_a_method_in_place_of_rotations_does_not_train_by_their_rates(method, matrices, rest, scale, caplog):
+    recipes = [load_recipe("demo", [f"method={method}"]), load_methods("demo", [], [method])[method]]
+    for recipe in recipes:
+        assert getattr(recipe.optimizer, "matrix_lr", None) == matrices
+        assert (recipe.optimizer.lr, recipe.model.residual_scale) == (rest, scale)
+    assert ("the recipe's own values are for rotations" in caplog.text) is (method != "single-step")
+    given = load_recipe("demo", [f"method={method}", "optimizer.lr=0.01"])
+    assert given.optimizer.lr == 0.01
+    assert getattr(given.optimizer, "matrix_lr", None) is None
+
+
+def test_a_rate_below_the_usual_one_is_every_parameters():
+    assert load_recipe("llama-60m", ["method=adamw"], text=False).optimizer.matrix_lr is None

@@ -59,7 +59,8 @@ class PoetLinear(HostedLinear):
             which is None then; where ``config.keeps_extra_bits`` it holds its own residual.
 
     Args:
-        in_features, out_features: sizes, at least 1.
+        in_features: n, at least 1.
+        out_features: m, at least 1.
         config: see :class:`poetx.PoetConfig`.
         name: with ``config.seed`` decides the permutations; give the dotted name in the model.
         transposed: the layer came from a ``transformers`` ``Conv1D``, which :func:`poetx.to_dense_` gives back.

@@ -34,7 +34,8 @@ class SingleStepLinear(HostedLinear):
     weight's gradient (see :mod:`poetx.ops.single_step`). ``mode="mem"`` computes y again.
 
     Args:
-        in_features, out_features: sizes, at least 1.
+        in_features: n, at least 1.
+        out_features: m, at least 1.
         config: see :class:`poetx.PoetConfig`.
         name: with ``config.seed`` decides a fresh weight; give the dotted name in the model.
         transposed: the layer came from a ``transformers`` ``Conv1D``, which :func:`poetx.to_dense_` gives back.

@@ -48,8 +48,12 @@ def build_optimizer(
 
     Args:
         groups: as :func:`poetx.param_groups` makes them; what a group sets itself goes before the arguments here.
-        name, dense_optimizer: of :data:`poetx.optim.OPTIMIZERS`.
-        betas, eps: AdamW's. momentum: SGD's. foreach: of torch's AdamW.
+        name: of :data:`poetx.optim.OPTIMIZERS`.
+        dense_optimizer: likewise; None: ``name`` takes everything.
+        betas: AdamW's.
+        eps: AdamW's.
+        momentum: SGD's.
+        foreach: of torch's AdamW.
         eps_mode: AdamW's; ``"uncorrected"`` is how the POET papers add it (:class:`poetx.optim.AdamW`).
         state_dtype: of AdamW's moments. ``"auto"``: the parameter's, and bfloat16 parameters and their moments are
             rounded stochastically (:class:`poetx.optim.AdamW`): ``torch.optim.AdamW`` rounds to nearest and loses

@@ -211,9 +211,11 @@ def recipe_with(source: str, pairs: Sequence[tuple[str, Any]], *, text: bool = T
     if not _is_written_out(values):  # else every key is there because it was written out, not because it is meant
         _refuse_idle(values, dict(flat(values)))
     given: set[str] = set()
+    own_rate = any(key == "optimizer.lr" for key, _ in pairs)
     for key, value in pairs:
-        if key == "method":
-            put_method(values, value)
+        if key == "method" and (changed := put_method(values, value, own_rate=own_rate)):
+            keys = ", ".join(f"{name}={shown(now)}" for name, now in changed.items())
+            logger.warning("method=%s: %s, since the recipe's own values are for rotations", value, keys)
     _refuse_contradictions(pairs)
     drop_without_effect(values)
     for key, value in pairs:
@@ -248,13 +250,13 @@ def _is_written_out(values: Mapping[str, Any]) -> bool:
     return values.keys() >= _WRITTEN_OUT and isinstance(train, Mapping) and train.keys() >= _WRITTEN_OUT_TRAIN
 
 
-def with_method(recipe: Recipe, name: str) -> Recipe:
+def with_method(recipe: Recipe, name: str, *, own_rate: bool = False) -> Recipe:
     """``recipe`` trained by the method ``name`` of :data:`poetx.recipe.shorthands.METHODS`, all else as it was.
 
     Keys that the method does not have are dropped. Raises :class:`UserError` where there is no such method.
     """
     values = recipe.to_dict()
-    put_method(values, name)
+    put_method(values, name, own_rate=own_rate)
     drop_without_effect(values)
     if values["poet"] is None:
         del values["model"]["recompute"]

@@ -74,7 +74,8 @@ def load_methods(
         raise UserError("--methods and method= are both given; --methods alone says which")
     own = [key for key, _ in pairs if key == "model.recompute" or key.startswith("lora") or belongs(*split_key(key))]
     plain = recipe_with(source, [pair for pair in pairs if pair[0] not in own], text=False)
-    recipes = {label: with_method(plain, word[label]) for label in own_settings}
+    rated = [label for label, settings in own_settings.items() if "optimizer.lr" in {*dict(pairs), *settings}]
+    recipes = {label: with_method(plain, word[label], own_rate=label in rated) for label in own_settings}
     for key, value in pairs:
         having = [name for name, recipe in recipes.items() if _has_effect(recipe, word[name], key)]
         if not having:

@@ -89,6 +89,11 @@ METHOD_ALIASES = {
 }
 
 
+#: Rates of a dense model's matrices, and LoRA's, where a recipe's rates are of rotations: the best at 0.4M to 2M
+#: parameters (docs/compare.md), and what is usual at 60M to 1B. Never more than the recipe's own.
+_START = {"adamw": 1.5e-3, "smmf": 1.5e-3, "hfac": 1.5e-3, "muon": 3e-3, "rmnp": 3e-3, "lora": 3e-3}
+
+
 def settings_of(name: str) -> dict[str, Any]:
     """What a word of ``method=`` sets, nothing for a word that is none."""
     return METHODS.get(METHOD_ALIASES.get(name, name), {})
@@ -101,13 +106,19 @@ def check_method(name: Any) -> None:
         raise UserError(f"method={name}: no such method{nearest(str(name), METHODS)} (there are {known})")
 
 
-def put_method(values: dict[str, Any], name: str) -> None:
+def put_method(values: dict[str, Any], name: str, *, own_rate: bool = False) -> dict[str, Any]:
     """Set the keys of the method ``name`` in nested recipe ``values``, in place; what it has not stays to be dropped.
+
+    Returns the dotted keys whose values are not the recipe's any more, so that the method starts as well as its own.
+
+    Args:
+        own_rate: ``optimizer.lr`` is given for this method; else it may be of the one before.
 
     Raises:
         UserError: no such method.
     """
     check_method(name)
+    before = copy.copy(values.get("poet"))
     for key, value in copy.deepcopy(settings_of(name)).items():
         section, _, last = key.partition(".")
         if not last:
@@ -120,6 +131,30 @@ def put_method(values: dict[str, Any], name: str) -> None:
     _keep_overrides_of_the_method(values["poet"])
     if values["poet"] is not None and (values.get("optimizer") or {}).get("name") in MATRIX_OPTIMIZERS:
         values["optimizer"]["name"] = "adamw"  # those are for dense matrices
+    return _start(values, before, own_rate) if isinstance(before, dict) and before.get("method") != "oft" else {}
+
+
+def _start(values: dict[str, Any], poet: dict[str, Any], own_rate: bool) -> dict[str, Any]:
+    """Start what has replaced the rotations of ``poet`` in nested recipe ``values`` as well as those, in place.
+
+    Their ``lr`` was of embedding and head alone, and much too large for matrices; fresh layers that write to the
+    residual stream start as much smaller as rotated ones did.
+    """
+    own, model, changed = values.get("optimizer"), values.get("model"), {}
+    if not own_rate and isinstance(own, dict) and isinstance(lr := own.get("lr"), float):
+        kind = "lora" if values.get("lora") is not None else own.get("name", "adamw")
+        if values["poet"] is None and lr > _START.get(kind, lr) and own.get("matrix_lr") is None:
+            changed["optimizer.lr" if kind == "lora" else "optimizer.matrix_lr"] = _START[kind]
+        elif (values["poet"] or {}).get("method") == "oft":  # whose rotations have no other rate
+            changed["optimizer.lr"] = own.get("poet_lr", lr)
+    if values["poet"] is None and values.get("lora") is None and isinstance(model, dict):
+        fresh = model.get("pretrained") is None and poet.get("init", "keep") != "keep"
+        if fresh and model.get("residual_scale", 1.0) == 1 != poet.get("residual_scale", 1.0):
+            changed["model.residual_scale"] = poet["residual_scale"]
+    for key, value in changed.items():
+        section, _, last = key.partition(".")
+        values[section][last] = value
+    return changed
 
 
 def _keep_overrides_of_the_method(poet: Any) -> None:

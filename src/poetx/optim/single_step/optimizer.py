@@ -63,14 +63,16 @@ class POETX(torch.optim.Optimizer):
             half the momentum, which keeps the singular values.
         norm_growth: g lets ‖W‖² grow by g times its first value a step, as it does under additive optimizers. 0: held.
             With ``"rotation"`` all singular values grow by the same factor.
-        momentum, nesterov: of the rotated matrices, by group. momentum_dtype: ``"float32"`` or ``"bfloat16"``, which is
-            rounded stochastically.
+        momentum: of the rotated matrices, by group.
+        nesterov: likewise.
+        momentum_dtype: ``"float32"`` or ``"bfloat16"``, which is rounded stochastically.
         release_gradients: of an ordinary model: drop each matrix's gradient as soon as backward has it; clipping does
             not see it.
         weight_decay: of the matrices of the rest; None: the dense optimizer's own, 0 without one.
         dense_optimizer: makes the optimizer of the rest from parameter groups, instead of AdamW; what it sets itself
             holds where neither a group nor an argument here says otherwise. Its state must be by parameter.
-        target_modules, exclude_modules: as in :class:`poetx.PoetConfig`; with an ordinary model only.
+        target_modules: as in :class:`poetx.PoetConfig`; with an ordinary model only.
+        exclude_modules: likewise.
         seed: of the rounding of bfloat16 weights and momenta.
 
     A matrix that got no gradient since the last step, on any rank, stays as it is, and so does a block of one; a matrix
