@@ -8,7 +8,7 @@ PIP := pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-sft test test-lowest lint bench clean
+.PHONY: help install demo demo-sft test test-lowest lint docs bench clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -43,6 +43,10 @@ test-lowest:  ## run the tests with the oldest versions that are supported (down
 
 lint: install  ## ruff and pyright
 	$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) pyright
+
+docs: install  ## build the documentation as a site, build/site/index.html
+	$(RUN) $(PIP) -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --quiet
 
 bench: install  ## time one layer against nn.Linear on this machine
 	$(RUN) poetx bench layer

@@ -1,6 +1,9 @@
 """Fine-tuning by each method at a few rates: loss on the answers before and after, speed and memory.
 
-python -m benchmarks.fine_tuning MODEL CHATS [--steps 150] [--only mem,lora]    (MODEL: what `make demo` exported)
+    python -m benchmarks.fine_tuning train MODEL CHATS [--steps 150] [--only mem,lora]   (MODEL: what `make demo` left)
+    python -m benchmarks.fine_tuning memory                                (planned, of models of a real size)
+
+Both append rows and leave out what is there.
 """
 
 from __future__ import annotations
@@ -9,8 +12,12 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks.record import RESULTS, append, provenance
+import torch
+
+from benchmarks.record import RESULTS, append, provenance, rows_in
+from poetx.planner import GIB, estimate_memory
 from poetx.recipe import load_recipe
+from poetx.recipe.several import load_methods
 from poetx.train.metrics import read_metrics
 from poetx.train.run import train
 
@@ -32,19 +39,49 @@ TRIALS: dict[str, tuple[str, ...]] = {
 }
 
 
+#: Shapes and methods whose memory is planned as ``poetx train sft`` would run them on a GPU.
+SHAPES = ("llama-3b", "llama-3.1-8b")
+METHODS = ("adamw", "adamw-8bit", "lora", "mem", "int8", "int4", "single-step")
+
+
+def plan() -> None:
+    """Append the planned memory of a step of ``poetx train sft`` by each method to fine_tuning_memory.jsonl."""
+    out = RESULTS / "fine_tuning_memory.jsonl"
+    done = {(row["model"], row["method"]) for row in rows_in(out)}
+    for shape in SHAPES:
+        keys = [f"model.shape={shape}", "train.chunked_loss=true"]
+        for method in (method for method in METHODS if (shape, method) not in done):
+            recipe = load_methods("sft", keys, [method])[method]
+            estimate = estimate_memory(recipe, device="cuda")
+            categories = {name: round(size / GIB, 2) for name, size in estimate.categories.items()}
+            row = {"model": shape, "method": method, "peak_gib": round(estimate.peak / GIB, 2)}
+            row |= {"categories_gib": categories, "parameters": estimate.parameters, "trainable": estimate.trainable}
+            append(out, [row | provenance(torch.device("cpu"))])
+            print(shape, method, row["peak_gib"], flush=True)
+
+
 def main() -> None:
     """Run the trials and append a row for each to benchmarks/results/fine_tuning.jsonl."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("chats")
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--only", default="")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="what", required=True)
+    commands.add_parser("memory")
+    training = commands.add_parser("train")
+    training.add_argument("model")
+    training.add_argument("chats")
+    training.add_argument("--steps", type=int, default=150)
+    training.add_argument("--only", default="")
     arguments = parser.parse_args()
+    if arguments.what == "memory":
+        plan()
+        return
     places = [f"model.pretrained={arguments.model}", f"data.train={arguments.chats}"]
     length = [f"train.steps={arguments.steps}", f"train.eval_every={arguments.steps}"]
     length += [f"optimizer.warmup_steps={max(1, arguments.steps // 20)}"]
+    done = {(row["trial"], row["steps"]) for row in rows_in(RESULTS / "fine_tuning.jsonl")}
     with tempfile.TemporaryDirectory() as directory:
         for number, (name, keys) in enumerate(TRIALS.items()):
+            if (name, arguments.steps) in done:
+                continue
             if arguments.only and name.split()[0] not in arguments.only.split(","):
                 continue
             run = [f"run_dir={Path(directory) / str(number)}"]

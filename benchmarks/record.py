@@ -10,11 +10,16 @@ from typing import Any
 
 from poetx.bench.timing import append, provenance
 
-__all__ = ["LATER", "RESULTS", "append", "by_setting", "mean_loss", "provenance", "setting"]
+__all__ = ["LATER", "RESULTS", "append", "by_setting", "mean_loss", "provenance", "rows_in", "setting"]
 
 RESULTS = Path(__file__).parent / "results"
 #: Settings of single-step runs that older rows do not name, with what they were then.
 LATER = {"matrix_decay": 0.0, "norm_growth": 0.0}
+
+
+def rows_in(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, oldest first; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def setting(row: dict[str, Any], *but: str) -> str:

@@ -16,12 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import LATER, RESULTS, by_setting, mean_loss, setting
+from benchmarks.record import LATER, RESULTS, by_setting, mean_loss, rows_in, setting
 
 ROOT = Path(__file__).parent.parent
 PAGES = (
     "README.md",
     "docs/compare.md",
+    "docs/fine-tuning.md",
     "docs/integrations.md",
     "docs/log.md",
     "docs/memory.md",
@@ -32,8 +33,7 @@ PAGES = (
 
 
 def _rows(name: str) -> list[dict[str, Any]]:
-    path = RESULTS / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return rows_in(RESULTS / f"{name}.jsonl")
 
 
 def _markdown(head: list[str], body: list[list[str]]) -> str:
@@ -53,6 +53,34 @@ def integrations() -> str:
         versions = rows[0]["versions"]
         body.append([title, *cells, ", ".join(f"{name} {versions[name]}" for name in libraries) or "torch"])
     return _markdown(["loop", *FORMS, "with"], body)
+
+
+def fine_tuning() -> str:
+    """The best rates of each method on conversations, and all that were tried."""
+    trials = {row["trial"]: row for row in _rows("fine_tuning") if row["steps"] == 150}
+    methods = {name.split()[0]: [] for name in trials}
+    for name, row in trials.items():
+        methods[name.split()[0]].append(row)
+    body = []
+    for method, tried in methods.items():
+        best = min(tried, key=lambda row: row["after"])
+        others = ", ".join(f"{row['trial'].partition(' ')[2]}: {row['after']:.3f}" for row in tried if row is not best)
+        rates = best["trial"].partition(" ")[2]
+        body.append([method, f"{best['before']:.3f}", f"**{best['after']:.3f}**", rates, others])
+    return _markdown(
+        ["method", "untouched", "trained", "its rates", "tried, too"], sorted(body, key=lambda row: row[2])
+    )
+
+
+def fine_tuning_memory() -> str:
+    """Planned memory of fine-tuning models of a real size."""
+    newest = {(row["model"], row["method"]): row for row in _rows("fine_tuning_memory")}
+    body = []
+    for (model, method), row in newest.items():
+        fits = next((str(card) for card in (8, 12, 16, 24, 48, 80) if row["peak_gib"] <= 0.95 * card), "none")
+        share = row["trainable"] / row["parameters"]
+        body.append([model, method, f"{row['peak_gib']:.1f}", fits, f"{100 * share:.0f} %"])
+    return _markdown(["model", "method", "peak, GB", "smallest card, GB", "trained"], body)
 
 
 def reach_targets() -> str:
@@ -574,6 +602,8 @@ _TABLES = (
     compare_tiny,
     compare_tiny_budgets,
     integrations,
+    fine_tuning,
+    fine_tuning_memory,
     merges,
     merges_spectra,
     layer,
