@@ -84,13 +84,13 @@ part_step() {
         --methods adamw,fast,mem,single-step
 }
 
-part_stream() { # frozen weights in host memory, beside the same run with them on the card
+part_stream() { # weights in host memory, and the inputs of layers, too, beside the same run with them on the card
     local keys="model.gradient_checkpointing=true train.chunked_loss=true optimizer.state_dtype=int8"
     [ -z "$tiny" ] || return 0
     local offload
-    for offload in null frozen; do
+    for offload in null frozen both; do
         bench 60 stream step llama-8b $rates $keys model.offload=$offload --seq-lens 2048 --batch-sizes 1,4 --repeats 3 \
-            --methods mem,int8
+            --methods mem,int8,single-step
     done
 }
 

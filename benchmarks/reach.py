@@ -97,8 +97,9 @@ def main() -> None:
     parser.add_argument("--targets", action="store_true", help="only the settings with a target")
     parser.add_argument("--contexts", action="store_true", help="only the 8B by sequence length")
     parser.add_argument("--only", default="", help="only models and ways with this in their name")
-    parser.add_argument("--out", type=Path, default=RESULTS / "reach.jsonl")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    args.out = args.out or RESULTS / ("reach_contexts.jsonl" if args.contexts else "reach.jsonl")
     known = args.out.read_text().splitlines() if args.out.exists() else []
     done = {(row["model"], row["way"], *([row["tokens"]] if "tokens" in row else [])) for row in map(json.loads, known)}
     cells = [(model, *way) for model in MODELS for way in (*WAYS, *SINGLE)]

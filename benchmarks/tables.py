@@ -96,6 +96,20 @@ def reach_targets() -> str:
     return _markdown(["model", "frozen weights", "at most", "card, GB", "host, GB"], body)
 
 
+def reach_contexts() -> str:
+    """Plans of the 8B by sequence length, and where what its decoder layers keep is."""
+    newest = {(row["tokens"], row["way"]): row for row in _rows("reach_contexts")}
+    ways = list(dict.fromkeys(way for _, way in sorted(newest)))
+    body = []
+    for tokens in sorted({tokens for tokens, _ in newest}):
+        cells = []
+        for way in ways:
+            row = newest.get((tokens, way))
+            cells += ["", ""] if row is None else [f"{row['device_gib']:.1f}", f"{row['host_gib']:.1f}"]
+        body.append([f"{tokens:,}", *cells])
+    return _markdown(["tokens", *(f"{way}, {what}, GB" for way in ways for what in ("card", "host"))], body)
+
+
 def reach_cards() -> str:
     """Every plan: what it takes, on which cards it fits, and what it costs."""
     from poetx.planner.reach import LINKS
@@ -599,6 +613,7 @@ def quantised_build() -> str:
 _TABLES = (
     reach_targets,
     reach_cards,
+    reach_contexts,
     compare_tiny,
     compare_tiny_budgets,
     integrations,

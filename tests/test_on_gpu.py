@@ -14,13 +14,13 @@ from torch import nn
 from accelerator_steps import FORMS, llama, losses, step
 from builders import At, Tiny, curve, interrupt, train_losses
 from helpers import relative_error
-from poetx import estimate_memory, merge_, to_dense_
+from poetx import POETX, PoetConfig, convert_, estimate_memory, merge_, to_dense_
 from poetx.bench.step import build_run, from_dense
-from poetx.layers.walk import poet_layers
+from poetx.layers.walk import converted_layers, poet_layers
 from poetx.ops.dispatch import use_kernels
 from poetx.recipe import load_recipe
 from poetx.runs.load import load_run
-from poetx.savings import offload_frozen_
+from poetx.savings import checkpoint_layers_, offload_activations_, offload_frozen_
 from poetx.train import run
 
 pytestmark = pytest.mark.gpu
@@ -44,6 +44,7 @@ RUNS = {
     "single-step, rotations": ("method=single-step", "poet.update=rotation"),
     "float32": ("poet.mode=mem", "train.dtype=float32"),
     "streamed": ("poet.mode=mem", "model.offload=frozen", "model.gradient_checkpointing=true"),
+    "single-step, streamed": ("method=single-step", "model.offload=both", "model.gradient_checkpointing=true"),
     "accumulated": ("poet.mode=mem", "train.micro_batch_size=2"),
     "adamw": ("method=adamw",),
     "muon": ("method=muon",),
@@ -76,18 +77,30 @@ def test_the_losses_are_those_on_the_cpu_across_merges(name: str) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 7])
-@pytest.mark.parametrize("name", ["fast", "mem", "int8 weight"])
+@pytest.mark.parametrize("name", ["fast", "mem", "int8 weight", "free", "rotation"])
 def test_weights_that_come_from_host_memory_give_the_same_bits(name: str, keep: int) -> None:
-    """Four steps with two merges, of layers large enough that a copy takes longer than the host to ask for it."""
+    """Four steps with two merges, of layers large enough that a copy takes longer than the host to ask for it.
+
+    With the layers' inputs in host memory, too, where they are checkpointed: with ``keep``.
+    """
     found = []
     for offload in (False, True):
         model = llama("cpu", torch.bfloat16, hidden_size=512, intermediate_size=2048, num_hidden_layers=4)
-        optimizer = FORMS[name](model)
-        offload_frozen_(model, CUDA, keep=keep) if offload else model.to(CUDA)
+        if keep:
+            checkpoint_layers_(model)
+        if name in ("free", "rotation"):  # single-step, whose optimizer is built where its momenta are to be
+            convert_(model, PoetConfig(method="single-step", block_size=64, init="normalized", update=name))
+            offload_frozen_(model, CUDA, keep=keep) if offload else model.to(CUDA)
+            optimizer = POETX(model, lr=1e-3)
+        else:
+            optimizer = FORMS[name](model)
+            offload_frozen_(model, CUDA, keep=keep) if offload else model.to(CUDA)
+        if keep and offload:
+            offload_activations_(model, few=1)
         ids = (torch.arange(2 * 256).view(2, 256) * 7 % 96).to(CUDA)
         values = [float(step(model, optimizer, ids)) for _ in range(4)]
         found.append((values, {key: value.cpu() for key, value in model.state_dict().items()}))
-    hosted = [tensor for _, layer in poet_layers(model) for tensor in layer.host_tensors()]
+    hosted = [tensor for _, layer in converted_layers(model) for tensor in layer.host_tensors()]
     assert hosted
     assert all(tensor.is_pinned() for tensor in hosted)
     assert found[1][0] == found[0][0]

@@ -2,12 +2,22 @@
 
 from pathlib import Path
 
+import pytest
 from benchmarks.kill import run
 
+import accelerator
 
-def test_killed_and_resumed_runs_end_bitwise_the_same(tmp_path: Path) -> None:
-    outcome = run(3, seed=1, directory=tmp_path)
-    assert outcome.kills == 3
+
+@pytest.mark.parametrize(
+    ("kills", "settings"),
+    [(3, []), pytest.param(1, ["method=single-step", "model.offload=frozen"], id="streamed")],
+)
+def test_killed_and_resumed_runs_end_bitwise_the_same(tmp_path: Path, kills: int, settings: list[str]) -> None:
+    streamed = bool(settings)
+    if streamed and not accelerator.available():
+        pytest.skip("this torch takes no device from Python")
+    outcome = run(kills, seed=1, directory=tmp_path, settings=settings, stand_in=streamed)
+    assert outcome.kills == kills
     assert outcome.identical
     runs = list(tmp_path.rglob("checkpoints"))
     assert runs
