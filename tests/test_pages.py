@@ -136,7 +136,7 @@ def test_the_commands_run_one_after_the_other(page, place: Path, monkeypatch: py
         shutil.move("base/export", "DIR")
     for command in mine:
         words = shlex.split(command.replace("data.train=PATH", "data.train=corpus.jsonl"))[1:]
-        if "model.offload" in command:  # which needs a GPU
+        if "model.offload" in command or "-stream" in command:  # which needs a GPU
             assert load_recipe(words[1], words[2:]).model.offload
             continue
         if words[0] == "train" and "--resume" not in words:
