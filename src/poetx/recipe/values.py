@@ -130,8 +130,9 @@ def _sources(value: Any) -> Any:
         checked = {text(source): finite(weight) for source, weight in value.items()}
         if not checked or not all(weight and weight > 0 for weight in checked.values()):
             raise refuse("must be {PATH: WEIGHT, …} with positive weights")
-        if min(checked.values()) < 5e-5 * sum(checked.values()):
-            raise refuse("must be without weights below 1/20000 of all; raise it, or leave that source out")
+        least = min(checked, key=checked.__getitem__)
+        if checked[least] < 5e-5 * sum(checked.values()):
+            raise refuse(f"must be without weights below 1/20000 of all; raise that of {least}, or leave it out")
         return checked
     if isinstance(value, list | tuple):
         checked = tuple(text(source) for source in value)
