@@ -127,8 +127,8 @@ Nested = Annotated[dict[str, dict[str, Any]] | None, BeforeValidator(_nested)]
 def _sources(value: Any) -> Any:
     """One source, several, or a mixture of sources with weights."""
     if isinstance(value, Mapping):
-        checked = {text(source): finite(weight) for source, weight in value.items()}
-        if not checked or not all(weight and weight > 0 for weight in checked.values()):
+        checked = {text(source): finite(weight) or 0 for source, weight in value.items()}
+        if not checked or min(checked.values()) <= 0:
             raise refuse("must be {PATH: WEIGHT, …} with positive weights")
         least = min(checked, key=checked.__getitem__)
         if checked[least] < 5e-5 * sum(checked.values()):
