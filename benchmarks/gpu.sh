@@ -64,6 +64,8 @@ part_profile() {
     fi
     limited 60 profile "$python" -m benchmarks.profile_step llama-8b model.num_layers=4 $rates --tokens 1x2048,4x2048 \
         --methods adamw,fast,mem,single-step,int8 --out "$out/profile.jsonl"
+    limited 60 launches "$python" -m benchmarks.launches llama-8b model.num_layers=4 --tokens 1x2048 \
+        --methods fast,mem,single-step --out "$out/launches.jsonl" # what the profile's counts were expected to be
 }
 
 part_ops() {

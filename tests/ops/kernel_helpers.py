@@ -17,13 +17,13 @@ def interpreted() -> Iterator[None]:
     from triton.runtime.jit import JITFunction
 
     from poetx.ops.dispatch import use_kernels
-    from poetx.ops.triton import adamw, cayley, permute, quantize
+    from poetx.ops.triton import adamw, cayley, permute, quantize, rounding, single_step
 
     with contextlib.suppress(ImportError):  # takes functions of the language when it is first imported
         importlib.import_module("triton.experimental.gluon")
     language = [importlib.import_module(f"triton.language{part}") for part in ("", ".random", ".standard")]
     with pytest.MonkeyPatch.context() as patch, use_kernels("triton"):
-        for module in (adamw, cayley, quantize, permute, *language):
+        for module in (adamw, cayley, quantize, permute, rounding, single_step, *language):
             for name, value in vars(module).copy().items():
                 if isinstance(value, JITFunction):
                     patch.setattr(module, name, InterpretedFunction(value.fn))
@@ -82,14 +82,14 @@ def compiled_for(capability: int) -> Iterator[list]:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    from poetx.ops.triton import adamw, cayley, permute, quantize, tuning
+    from poetx.ops.triton import adamw, cayley, permute, quantize, single_step, tuning
 
     class Driver:
         def get_current_target(self):
             return GPUTarget("cuda", capability, 32)
 
         def get_current_device(self):
-            return 0
+            return capability  # by which a kernel knows what it has compiled
 
         def get_current_stream(self, device):
             return 0
@@ -100,7 +100,7 @@ def compiled_for(capability: int) -> Iterator[list]:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tuning, "interpreted", lambda kernel: False)
-            for module in (adamw, cayley, quantize, permute):
+            for module in (adamw, cayley, quantize, permute, single_step):
                 for name, value in vars(module).copy().items():
                     if isinstance(value, JITFunction) and name.endswith("_kernel"):
                         patch.setattr(module, name, _Compiler(value, compiled))

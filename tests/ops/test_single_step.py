@@ -7,7 +7,8 @@ from helpers import TOLERANCE, random_skew, relative_error
 from poetx.ops.block_diagonal import block_outer_products
 from poetx.ops.cayley import cayley, cayley_delta, exact_delta
 from poetx.ops.reference import EXACT, block_diagonal
-from poetx.ops.single_step import fold_side, map_gradient, skew_gradient
+from poetx.ops.single_step import map_gradient, skew_gradient
+from poetx.ops.single_step_update import fold_side
 
 SIZES = [(12, 8, 4), (7, 13, 5), (10, 6, 16), (1, 9, 4)]
 

@@ -10,13 +10,16 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from poetx.errors import UserError
+from poetx.ops.library import device_type
 
 Implementation = Literal["auto", "triton", "torch"]
 #: Smaller blocks do not fill one tile of a matrix unit.
 SMALLEST_BLOCK = 16
 _DTYPES = (torch.float32, torch.bfloat16)
+_OPERATORS = ("cayley", "permute", "dequantize", "products", "single step", "fold")
 _wanted: Implementation = "auto"
 
 
@@ -64,17 +67,15 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _obstacle(tensor: Tensor, block_size: int, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    from torch._subclasses.fake_tensor import FakeTensor  # not at import: it takes sympy with it
-
-    if isinstance(tensor, FakeTensor):
+def _obstacle(tensor: Tensor, block_size: int, dtypes: tuple[torch.dtype, ...], planned: bool) -> str | None:
+    if isinstance(tensor, FakeTensor) and not planned:
         return "the tensors are fake"
     if tensor.dtype not in dtypes:
         found, *taken = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *dtypes))
         return f"{found}; the kernel takes {' and '.join(taken)}"
     if block_size < SMALLEST_BLOCK:
         return f"blocks of {block_size}; the kernels take {SMALLEST_BLOCK} and more"
-    return machine_obstacle(tensor.device)
+    return None if planned and _has_triton() else machine_obstacle(tensor.device)
 
 
 def use_triton(
@@ -83,19 +84,23 @@ def use_triton(
     *,
     dtypes: tuple[torch.dtype, ...] = _DTYPES,
     missing: str | None = None,
+    on_fakes: bool = False,
 ) -> bool:
     """Whether the Triton kernels take a tensor like this one: a call asks once.
 
     Args:
         dtypes: what the kernel in question takes.
         missing: what the kernels do not compute, if it is that.
+        on_fakes: what is around the kernel allocates the same for fake tensors, on which a launch does nothing: they
+            count as those of the device that memory is planned for.
 
     Raises:
         UserError: they were asked for by :func:`use_kernels` and cannot.
     """
-    if _wanted == "torch" or (_wanted == "auto" and tensor.device.type != "cuda"):
+    planned = on_fakes and device_type(tensor) == "cuda" and isinstance(tensor, FakeTensor)
+    if _wanted == "torch" or (_wanted == "auto" and tensor.device.type != "cuda" and not planned):
         return False
-    reason = missing or _obstacle(tensor, block_size, dtypes)
+    reason = missing or _obstacle(tensor, block_size, dtypes, planned)
     if reason is not None and _wanted == "triton":
         raise UserError(f"use_kernels('triton'): {reason}; use 'auto' or 'torch'")
     return reason is None
@@ -105,7 +110,7 @@ def kernel_report() -> list[tuple[str, str]]:
     """(operator, which implementation runs on this machine and why), for ``poetx env``."""
     reason = machine_obstacle(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
     if reason is not None:
-        return [(name, f"PyTorch ({reason})") for name in ("cayley", "permute", "dequantize", "products", "fold")]
+        return [(name, f"PyTorch ({reason})") for name in _OPERATORS]
     import triton
 
     fits = f"Triton {triton.__version__}; PyTorch for float64 and for blocks below {SMALLEST_BLOCK}"
@@ -114,5 +119,6 @@ def kernel_report() -> list[tuple[str, str]]:
         ("permute", f"Triton {triton.__version__}; PyTorch for float64 and for rows of more than 64 KiB"),
         ("dequantize", f"Triton {triton.__version__}; PyTorch for float64 and for codes of 3, 5, 6 and 7 bits"),
         ("products", "cuBLAS on strided views of the blocks"),
+        ("single step", fits),
         ("fold", "PyTorch (float32 products whatever the settings; once per merge)"),
     ]

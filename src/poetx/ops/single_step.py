@@ -26,11 +26,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from poetx.ops.block_diagonal import add_block_outer_, block_outer_products, left_rotate, rotate
+from poetx.ops.block_diagonal import add_block_outer_, block_outer_products
 from poetx.ops.cayley import pack_skew
+from poetx.ops.dispatch import use_triton
 from poetx.ops.fold import full_precision_products
-from poetx.ops.library import device_type, first_derivatives_only, no_transforms, operator
-from poetx.ops.random import Within, stochastic_round_
+from poetx.ops.library import first_derivatives_only, no_transforms, operator
+from poetx.ops.random import stochastic_round_
 from poetx.ops.side import block_count
 from poetx.ops.stored import HOST, Stored, fetch
 
@@ -42,8 +43,8 @@ class MomentumBuffers(NamedTuple):
         that need not be rotations.
     peaks_in, peaks_out [blocks]: the largest entry, in magnitude, that backward has added to a block.
     noise: int64 [2] on the CPU: a seed of the rounding of a bfloat16 momentum, and how often backward has drawn.
-    anchor: a scalar that requires a gradient, so that backward runs whatever x requires. It gets one (0) when backward
-        has added something.
+    anchor: a scalar on the CPU that requires a gradient, so that backward runs whatever x requires. It gets one (0)
+        when backward has added something.
     """
 
     momentum_in: Tensor
@@ -134,14 +135,26 @@ def add_to_(
         momentum.add_(gradient)
 
 
-def _generators(noise: Tensor, device: torch.device) -> tuple[torch.Generator | None, torch.Generator | None]:
-    """The generators that round the momentum of either side in this backward pass; ``noise`` counts the pass."""
-    if type(noise) is not Tensor:  # a fake tensor: it has no values, and the result is not looked at
-        return None, None
-    seed, count = noise.tolist()
-    noise[1] += 1
-    first = seed + 2 * count
-    return torch.Generator(device).manual_seed(first), torch.Generator(device).manual_seed(first + 1)
+def _add_to_both_(
+    momenta: Sequence[Tensor], peaks: Sequence[Tensor], Ms: Sequence[Tensor], sizes: Sequence[int], noise: Tensor
+) -> None:
+    """:func:`add_to_` for the sides of input and output; ``noise`` counts the pass where the momenta are rounded."""
+    narrow = momenta[0].dtype == torch.bfloat16
+    seed = 0
+    if narrow and type(noise) is Tensor:  # a fake tensor has no values, and the result is not looked at
+        first, count = noise.tolist()
+        noise[1] += 1
+        seed = first + 2 * count
+    if use_triton(momenta[0], min(M.shape[-1] for M in Ms), on_fakes=True):
+        from poetx.ops.triton import single_step as kernels
+
+        kernels.add_(momenta, peaks, Ms, bound=_LARGEST_GRADIENT, seed=seed)
+        return
+    for number, (momentum, peak, M, size) in enumerate(zip(momenta, peaks, Ms, sizes, strict=True)):
+        generator = None
+        if narrow and type(noise) is Tensor:
+            generator = torch.Generator(momentum.device).manual_seed(seed + number)
+        add_to_(momentum, peak, M, size, generator)
 
 
 def _fake_product(x, stored, kind, bias):
@@ -181,23 +194,21 @@ def _single_step_backward(
 ) -> Tensor:
     W = fetch(stored, kind, 0, x.shape[1], x.dtype, x.device)
     dx = torch.mm(g, W) if needs_dx or route == "tokens" else x.new_empty(0)
-    narrow = momentum_in.dtype == torch.bfloat16
-    noise_in, noise_out = _generators(noise, x.device) if narrow else (None, None)
     m, n = W.shape
     if route == "weight":
         dW = torch.mm(g.T, x)
-        add_to_(momentum_in, peaks_in, map_gradient(W, dW, "in", block_size_in), n, noise_in)
-        add_to_(momentum_out, peaks_out, map_gradient(W, dW, "out", block_size_out), m, noise_out)
-        return dx
-    add_to_(momentum_in, peaks_in, block_outer_products(dx, x, block_size_in), n, noise_in)
-    if not needs_dx:
-        dx = x.new_empty(0)
-    if y is None:
-        y, bias = torch.mm(x, W.T), None
-    M = block_outer_products(g, y, block_size_out)
-    if bias is not None:
-        _subtract_bias_(M, g, bias)
-    add_to_(momentum_out, peaks_out, M, m, noise_out)
+        sides = (("in", block_size_in), ("out", block_size_out))
+        Ms = [map_gradient(W, dW, side, block_size) for side, block_size in sides]
+    else:
+        M_in = block_outer_products(dx, x, block_size_in)
+        if not needs_dx:
+            dx = x.new_empty(0)
+        if y is None:
+            y, bias = torch.mm(x, W.T), None
+        Ms = [M_in, block_outer_products(g, y, block_size_out)]
+        if bias is not None:
+            _subtract_bias_(Ms[1], g, bias)
+    _add_to_both_((momentum_in, momentum_out), (peaks_in, peaks_out), Ms, (n, m), noise)
     return dx
 
 
@@ -254,7 +265,7 @@ class _SingleStepLinear(torch.autograd.Function):
         dx = anchor = None
         if ctx.needs_input_grad[1] and (torch.compiler.is_compiling() or _accumulates(ctx.next_functions[1][0])):
             dx = _single_step_backward(g.contiguous(), x, y, [weight], ctx.kind, bias, *ctx.settings, needs_dx)
-            anchor = g.new_zeros((), dtype=torch.float32)
+            anchor = torch.zeros((), device="cpu")
         elif needs_dx:
             dx = torch.mm(g, fetch([weight], ctx.kind, 0, x.shape[1], x.dtype, g.device))
         return dx if needs_dx else None, anchor, None, dbias, *[None] * (len(ctx.needs_input_grad) - 4)
@@ -287,76 +298,3 @@ def single_step_linear(
     (W,) = weight.tensors
     y = _SingleStepLinear.apply(x_NF, anchor, W, bias, weight.kind, *tensors, block_sizes, route, keep_y)
     return y.view(*x.shape[:-1], W.shape[0])
-
-
-#: Elements of a weight that a fold holds in float32 at a time. A slice takes ten launches, 0.2 ms of a GPU's host.
-_FOLD_ELEMENTS = {"cpu": 1 << 22}
-_FOLD_ELEMENTS_ELSEWHERE = 1 << 24
-
-
-class Shard(NamedTuple):
-    """Rows of a matrix of ``rows`` rows: ``own`` is what is written, and what is read of it begins at row ``begin``."""
-
-    rows: int
-    own: slice
-    begin: int
-
-
-def fold_side(
-    W: Tensor,
-    E_KBB: Tensor,
-    side: str,
-    out: Tensor,
-    *,
-    scale: Tensor,
-    generator: torch.Generator | None = None,
-    shard: Shard | None = None,
-) -> Tensor:
-    """``scale·(I + E)·W`` (side "out") or ``scale·W·(I + E)`` ("in") into ``out``.
-
-    Args:
-        W, out: [m, n], float32, float64 or bfloat16, the last rounded stochastically. Products run in E's dtype, in
-            full precision under :func:`poetx.ops.fold.full_precision_products`, which the caller enters.
-        shard: W and out are these rows of a larger matrix, and are rounded as they would be there. For side "out" W
-            has all rows of every block that the own rows are in; for "in" it has the own rows.
-        E_KBB: G − I, of each block.
-        scale: [K], of each block: one whose E is zero and whose scale is 1 stays as it is. generator: of the rounding.
-
-    Returns:
-        [2], float64: ‖W‖² of the own rows as they were read, and as they were written, before rounding.
-    """
-    dim = 0 if side == "out" else 1
-    whole = Shard(W.shape[0], slice(0, W.shape[0]), 0)
-    rows, own, begin = shard or whole
-    end = begin + W.shape[0]
-    size, block_size = (rows, W.shape[1])[dim], E_KBB.shape[-1]
-    budget = _FOLD_ELEMENTS.get(device_type(W), _FOLD_ELEMENTS_ELSEWHERE)
-    step = max(1, budget // (rows * W.shape[1] // size * block_size))
-    squares = []
-    scale = scale.to(E_KBB.dtype)
-    E_KBB = E_KBB * scale[:, None, None]
-    scale = scale.repeat_interleave(block_size)[:size]
-    scale = scale if dim else scale[:, None]
-    for first in range(0, E_KBB.shape[0], step):
-        start, stop = first * block_size, min((first + step) * block_size, size)
-        if dim:
-            E, top, bottom, width = E_KBB[first : first + step], 0, rows, stop - start
-            wide, target = W[:, start:stop].to(E.dtype), out[:, start:stop]
-            moved = rotate(wide, E).addcmul_(wide, scale[start:stop])
-        else:
-            top, bottom, width = start, stop, W.shape[1]
-            low, high = (min(max(edge, begin), end) for edge in (start, stop))  # what is there of these rows
-            E = E_KBB[low // block_size : block_count(high, block_size)]
-            wide = W[low - begin : high - begin].to(E.dtype)
-            moved = left_rotate(wide, E).addcmul_(wide, scale[low:high]) if low < high else wide
-            kept = [min(max(edge, own.start), own.stop) for edge in (start, stop)]
-            wide, moved = (t[kept[0] - low : kept[1] - low] for t in (wide, moved))
-            target = out[kept[0] - own.start : kept[1] - own.start]
-        # The rows' norms first: as exact as a sum in float64 and many times faster.
-        squares += [torch.linalg.vector_norm(matrix, dim=1).double().square().sum() for matrix in (wide, moved)]
-        noise = generator
-        if shard is not None and generator is not None:
-            before, after = (min(max(edge, top), bottom) for edge in (own.start, own.stop))
-            noise = Within(generator, (before - top) * width, (bottom - after) * width)
-        stochastic_round_(target, moved, noise)
-    return torch.stack(squares).view(-1, 2).sum(0)

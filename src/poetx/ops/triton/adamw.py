@@ -11,20 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from poetx.ops.triton.rounding import rounded
 from poetx.ops.triton.tuning import ceil_div, launch
 
 #: Elements that share a scale in the 8-bit state, and such blocks to a program.
 _BLOCK, _BLOCKS = 256, 4
-
-
-@triton.jit
-def _rounded(value, noise, dtype: tl.constexpr):
-    """``value`` in ``dtype``, bfloat16 up or down at random in proportion to the distance."""
-    if dtype == tl.bfloat16:
-        bits = value.to(tl.int32, bitcast=True) + (noise.to(tl.int32, bitcast=True) & 0xFFFF)
-        cut = (bits & -65536).to(tl.float32, bitcast=True)
-        return tl.where(value == value, cut, value).to(tl.bfloat16)
-    return value.to(dtype)
 
 
 @triton.jit
@@ -92,11 +83,11 @@ def adamw_kernel(
         tl.store(first + there, code1.to(tl.int32).to(tl.int8), mask=inside)
         tl.store(second + there, code2.to(tl.int32).to(tl.uint8), mask=inside)
     else:
-        tl.store(first + there, _rounded(m, noise1, first.dtype.element_ty), mask=inside)
-        tl.store(second + there, _rounded(v, noise2, second.dtype.element_ty), mask=inside)
+        tl.store(first + there, rounded(m, noise1, first.dtype.element_ty), mask=inside)
+        tl.store(second + there, rounded(v, noise2, second.dtype.element_ty), mask=inside)
     value = tl.load(weight + there, mask=inside, other=0.0).to(tl.float32) * decay
     value -= rate * m / (tl.sqrt(v / correction2) + eps)
-    tl.store(weight + there, _rounded(value, noise, weight.dtype.element_ty), mask=inside)
+    tl.store(weight + there, rounded(value, noise, weight.dtype.element_ty), mask=inside)
 
 
 def can_step(parameter: Tensor) -> bool:

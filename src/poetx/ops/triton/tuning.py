@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
@@ -41,7 +42,12 @@ def power_of_2(n: int) -> int:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **settings: Any) -> None:
-    """``kernel[grid](first, …)`` on the device of ``first``; untyped, as no checker sees through the decorator."""
+    """``kernel[grid](first, …)`` on the device of ``first``; nothing for a fake one.
+
+    Untyped, as no checker sees through the decorator.
+    """
+    if isinstance(first, FakeTensor):
+        return
     with torch.cuda.device_of(first):
         kernel[grid](first, *args, **settings)
 

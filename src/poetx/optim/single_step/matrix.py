@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import weakref
+from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -19,16 +20,15 @@ from poetx.layers.single_step import SingleStepLinear
 from poetx.layers.weights import HostWeight
 from poetx.ops.cayley import packed_size
 from poetx.ops.fold import without_autocast
-from poetx.ops.random import stochastic_round_, stream
+from poetx.ops.random import stream, stream_seed
 from poetx.ops.side import block_count
-from poetx.ops.single_step import MomentumBuffers, Shard, add_to_, block_peaks, fold_side, map_gradient
+from poetx.ops.single_step import MomentumBuffers, add_to_, block_peaks, map_gradient
+from poetx.ops.single_step_update import Shard, decayed, fold_, norm_and_scale
 from poetx.ops.transaction import copy_at_once_
 
 SIDES = ("in", "out")
 #: A block whose gradient since the last step is smaller than this beside its direction counts as one without gradient.
 _NEGLIGIBLE = 2.0**-20
-#: Weights whose ‖W‖ differs by less count as those of the last fold: stochastic rounding of bfloat16 moves it by 0.8 %.
-_SAME_NORM = 0.01
 
 
 class Matrix:
@@ -39,6 +39,7 @@ class Matrix:
         before: with look-ahead, the momentum of the side that the next step writes, flat, without its gradients.
         norm, scale [e], float64: the ‖W‖ to hold, and the factor that the next step takes its excess away by.
         step: int64.
+    The momenta and ``before`` are views of one tensor, norm and scale of another, so that a step writes few.
 
     Args:
         index: place among the rotated parameters, which decides the noise. name: for messages.
@@ -92,40 +93,50 @@ class Matrix:
     def noise(self, purpose: str, step: int) -> torch.Generator:
         return stream(self.config.seed, str(self.index), step, purpose, self.device)
 
+    def _noise_seed(self, purpose: str, step: int) -> int:
+        """What :meth:`noise` seeds its generator with."""
+        return stream_seed(self.config.seed, str(self.index), step, purpose)
+
     # State
 
     def fresh_state(self, device: torch.device | str | None = None) -> dict[str, Tensor]:
         """The state before the first step."""
         p, device = self.parameter, device or self.device
         dtype = torch.float64 if p.dtype == torch.float64 else getattr(torch, self.config.rotation_dtype)
-        state: dict[str, Tensor] = {"step": torch.tensor(0)}
+        shapes = {}
         for side in SIDES:
             block_size = self.sizes(side)[1]
             entries = (block_size, block_size) if self.free else (packed_size(block_size),)
-            state[f"momentum_{side}"] = torch.zeros(self.blocks(side), *entries, dtype=dtype, device=device)
+            shapes[f"momentum_{side}"] = torch.Size((self.blocks(side), *entries))
         if self.look_ahead:
-            largest = max(state[f"momentum_{side}"].numel() for side in SIDES)
-            state["before"] = torch.zeros(largest, dtype=dtype, device=device)
+            shapes["before"] = torch.Size((max(shape.numel() for shape in shapes.values()),))
+        flat = torch.zeros(sum(shape.numel() for shape in shapes.values()), dtype=dtype, device=device)
+        parts = flat.split([shape.numel() for shape in shapes.values()])
+        state = {"step": torch.tensor(0)}
+        state |= {key: part.view(shape) for (key, shape), part in zip(shapes.items(), parts, strict=True)}
         count = p.shape[0] if p.ndim == 3 else 1
-        state["norm"] = torch.zeros(count, dtype=torch.float64, device=device)
-        state["scale"] = torch.ones(count, dtype=torch.float64, device=device)
+        norms = torch.zeros(2, count, dtype=torch.float64, device=device)
+        state["norm"], state["scale"] = norms
+        state["scale"].fill_(1)
         return state
 
-    def attach(self, state: dict[str, Any]) -> None:
-        """Keep the momentum in ``state``, and have the layer's backward add to it."""
+    def attach(self, state: dict[str, Any], saved: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """Keep the momentum in ``state``, with what is in ``saved``, and have the layer's backward add to it."""
+        for key, value in saved.items():
+            if not value.is_meta:
+                state[key].copy_(value)
         self.state, self.touched, self.micro_batches = state, False, 0
         self._snapshot = {}
+        if self.look_ahead and saved and "before" not in saved:
+            self.before(self.side).copy_(state[f"momentum_{self.side}"])
         momenta = [state[f"momentum_{side}"] for side in SIDES]
-        if self.look_ahead and "before" not in state:
-            state["before"] = self.fresh_state()["before"]
-            self._before(self.side).copy_(state[f"momentum_{self.side}"])
-        self.peaks = {
-            side: torch.zeros(len(q), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-            for side, q in zip(SIDES, momenta, strict=True)
-        }
+        self.momenta = _from(momenta[0], sum(q.numel() for q in momenta))
+        wide = torch.promote_types(momenta[0].dtype, torch.float32)
+        self._peaks, self._no_peaks = torch.zeros(2, sum(map(len, momenta)), dtype=wide, device=momenta[0].device)
+        self.peaks: dict[str, Tensor] = dict(zip(SIDES, self._peaks.split([len(q) for q in momenta]), strict=True))
         self._noise = self._seed(self.step)
         if self.layer is not None:
-            anchor = torch.zeros((), device=self.device, requires_grad=True)
+            anchor = torch.zeros((), device="cpu", requires_grad=True)  # its gradient costs a GPU nothing there
             anchor.register_post_accumulate_grad_hook(partial(_touch, weakref.ref(self)))
             (momentum_in, momentum_out), (peak_in, peak_out) = momenta, self.peaks.values()
             self.layer.momentum = MomentumBuffers(momentum_in, momentum_out, peak_in, peak_out, self._noise, anchor)
@@ -133,8 +144,7 @@ class Matrix:
 
     def _seed(self, step: int) -> Tensor:
         """What the rounding in a layer's backward draws from until the next step."""
-        seed = stream(self.config.seed, str(self.index), step, "backward").initial_seed()
-        return torch.tensor([seed, 0])
+        return torch.tensor([self._noise_seed("backward", step), 0])
 
     @property
     def step(self) -> int:
@@ -147,9 +157,15 @@ class Matrix:
         """The side that the next step writes."""
         return SIDES[self.step % 2]
 
-    def _before(self, side: str) -> Tensor:
+    def before(self, side: str) -> Tensor:
+        """The look-ahead's copy of a side's momentum."""
         momentum = self.state[f"momentum_{side}"]
         return self.state["before"][: momentum.numel()].view_as(momentum)
+
+    def momentum_of(self, momenta: Tensor, side: str) -> Tensor:
+        """One side's momentum from both, flat: a view."""
+        sizes = [self.state[f"momentum_{side}"].numel() for side in SIDES]
+        return momenta.split(sizes)[SIDES.index(side)].view_as(self.state[f"momentum_{side}"])
 
     # Gradients
 
@@ -172,11 +188,11 @@ class Matrix:
     def released(self, parameter: Tensor) -> None:
         """Take the full gradient, which is dropped then."""
         with torch.no_grad():
-            self._add(self.state, self.peaks)
+            self._add(self.momenta, self.peaks)
         self.touched = True
         self.micro_batches += 1
 
-    def _add(self, momenta: dict[str, Tensor], peaks: dict[str, Tensor]) -> None:
+    def _add(self, momenta: Tensor, peaks: dict[str, Tensor]) -> None:
         """Add the full gradient's share to momenta, as a converted layer does in backward."""
         assert self.parameter.grad is not None
         W, dW = (self.matrices(values) for values in (self.parameter.detach(), self.parameter.grad))
@@ -184,7 +200,7 @@ class Matrix:
             size, block_size = self.sizes(side)
             with without_autocast():
                 M = torch.cat([map_gradient(W_i, dW_i, side, block_size) for W_i, dW_i in zip(W, dW, strict=True)])
-            momentum, noise = momenta[f"momentum_{side}"], None
+            momentum, noise = self.momentum_of(momenta, side), None
             if momentum.dtype == torch.bfloat16:
                 noise = self.noise(f"gradient-{side}-0-{self.micro_batches}", self.step)
             add_to_(momentum, peaks[side], M, size, noise)
@@ -210,7 +226,7 @@ class Matrix:
             if not self._snapshot:
                 raise UserError(f"POETX: {self.name}: nothing to go back to; call snapshot() before the first backward")
             for side in SIDES:
-                before = self._snapshot[side] if side in self._snapshot else self._before(side)
+                before = self._snapshot[side] if side in self._snapshot else self.before(side)
                 self.state[f"momentum_{side}"].copy_(before)
                 self.peaks[side].zero_()
             self._noise[1] = 0
@@ -218,71 +234,41 @@ class Matrix:
 
     # The step
 
-    def with_gradient(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Momentum and peaks with the full gradient's share, without writing to the state."""
-        momenta = {f"momentum_{side}": self.state[f"momentum_{side}"] for side in SIDES}
+    def with_gradient(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Momenta, flat, and peaks with the full gradient's share, without writing to the state."""
         if self.layer is not None or self.parameter.grad is None:
-            return momenta, self.peaks
-        momenta = {key: momentum.clone() for key, momentum in momenta.items()}
-        peaks = {side: peak.clone() for side, peak in self.peaks.items()}
+            return self.momenta, self.peaks
+        momenta, peaks = self.momenta.clone(), {side: peak.clone() for side, peak in self.peaks.items()}
         self._add(momenta, peaks)
         return momenta, peaks
 
-    def direction(self, momenta: dict[str, Tensor], factor: float) -> Tensor:
-        """What the written side follows, in float32 or float64; with look-ahead, one gradient ahead."""
-        momentum = momenta[f"momentum_{self.side}"]
-        momentum = momentum.to(torch.promote_types(momentum.dtype, torch.float32), copy=True)
-        # The gradient is what came since the copy was taken.
-        return momentum.mul_(1 + factor).sub_(self._before(self.side)) if self.look_ahead else momentum
-
-    def _held(self, found: Tensor) -> Tensor:
-        """The ‖W‖ to hold [e], over its growth so far, from the one that the fold found.
-
-        If it is within 1 % of what the last fold left, this is the same weight; otherwise somebody wrote another one,
-        by whatever way, and its norm is held.
-        """
-        held, scale = self.state["norm"], self.state["scale"]
-        found = found / self._grown(self.step)
-        return torch.where((found * scale / held - 1).abs() < _SAME_NORM, held, found)
-
-    def _grown(self, step: int) -> float:
-        """‖W‖ as it should be after so many steps, over the first one."""
-        return math.sqrt(1 + self.growth * step)
-
-    def take_step(self, momenta: dict[str, Tensor], E_KBB: Tensor, touched_K: Tensor, factor: float) -> None:
+    def take_step(self, momenta: Tensor, E_KBB: Tensor, touched_K: Tensor, factor: float) -> None:
         """W ← (I + E)·W or W·(I + E), and all that goes with it, in one call: as before or stepped, never between.
 
         Args:
-            momenta: with this step's gradients. E_KBB: of the written side's blocks. touched_K: which of them move.
-            factor: what the momentum decays by.
+            momenta: with this step's gradients, flat. E_KBB: of the written side's blocks. touched_K: which of them
+                move. factor: what the momentum decays by.
         """
         state, side, step = self.state, self.side, self.step + 1
         host = None if self.layer is None else self.layer.host
         W, shard = self._to_fold(side)
-        weight = torch.empty_like(W if shard is None else local(self.parameter.detach()), device=self.device)
-        touched = touched_K.view(len(state["norm"]), -1)
-        scales = torch.where(touched, state["scale"][:, None], 1.0)
-        noise = self.noise(f"rounding-{side}-0", step) if W.dtype == torch.bfloat16 else None
-        parts = zip(self.matrices(W), self.matrices(weight), E_KBB.chunk(len(scales)), scales, strict=True)
-        squares = [fold_side(w, E, side, out, scale=s, generator=noise, shard=shard) for w, out, E, s in parts]
-        found, left = shard_sum_(torch.stack(squares, 1), self.parameter).sqrt()
-        if step == 1:  # held for good, so in float64 throughout
-            found = self._norm(W, shard)
-        norm = self._held(found)
-        if self.growth:  # ‖W‖ grows by the part of the matrix that is trained
-            share = touched.double().mean(1)
-            norm = norm * ((1 + self.growth * (step - 1 + share)) / (1 + self.growth * step)).sqrt()
-        ratios = norm * self._grown(step) / left
-        scale = torch.where(ratios.isfinite() & (ratios > 0), ratios, 1.0)  # a matrix of zeros stays one
-        new = {key: self._decayed(momentum, factor, key, step) for key, momentum in momenta.items()}
-        new |= {"norm": norm, "scale": scale, "step": torch.tensor(step)}
-        targets, values = [local(self.parameter.detach()), *(state[key] for key in new)], [weight, *new.values()]
-        if self.look_ahead:
-            upcoming = new[f"momentum_{SIDES[step % 2]}"]
-            targets.append(state["before"][: upcoming.numel()])
-            values.append(upcoming.flatten())
-        targets += [*self.peaks.values(), self._noise]
-        values += [*(torch.zeros_like(peak) for peak in self.peaks.values()), self._seed(step)]
+        own = local(self.parameter.detach())
+        weight = torch.empty_like(W if shard is None else own, device=self.device)
+        seed = self._noise_seed(f"rounding-{side}-0", step)
+        folding = {"touched": touched_K, "scale": state["scale"], "seed": seed, "shard": shard}
+        squares = fold_(self.matrices(W), E_KBB, side, self.matrices(weight), **folding)
+        squares = shard_sum_(squares, self.parameter)
+        found = self._norm(W, shard) if step == 1 else None  # held for good, so in float64 throughout
+        growing = {"step": step, "growth": self.growth, "found": found}
+        norms = norm_and_scale(squares, touched_K, state["norm"], state["scale"], **growing)
+        sizes = [state[f"momentum_{side}"].numel() for side in SIDES]
+        seeds = [self._noise_seed(f"momentum-{side}", step) for side in SIDES]
+        new = decayed(momenta, sizes, step % 2 if self.look_ahead else None, factor, seeds)
+        targets = [own, _from(self.momenta, new.numel()), _from(state["norm"], norms.numel()), state["step"]]
+        values = [weight, new, norms.flatten(), torch.tensor(step)]
+        targets += [self._peaks, self._noise]
+        # zeros that are there already, unless somebody may still read them when this returns
+        values += [self._no_peaks if host is None else torch.zeros_like(self._peaks), self._seed(step)]
         self._taken = step  # known before the one call that makes it so, wherever an exception comes
         if host is None:
             copy_at_once_(targets, values)
@@ -309,11 +295,10 @@ class Matrix:
         square = torch.linalg.vector_norm(own, dtype=torch.float64).square()
         return shard_sum_(square.view(1), self.parameter).sqrt()
 
-    def _decayed(self, momentum: Tensor, factor: float, key: str, step: int) -> Tensor:
-        if momentum.dtype != torch.bfloat16:
-            return momentum * factor
-        noise = self.noise(key.replace("_", "-"), step)
-        return stochastic_round_(torch.empty_like(momentum), momentum.float().mul_(factor), noise)
+
+def _from(first: Tensor, number: int) -> Tensor:
+    """``number`` elements from the first one of ``first`` on, which several views of one tensor share; flat, a view."""
+    return first.as_strided((number,), (1,), first.storage_offset())
 
 
 def _touch(matrix: weakref.ref[Matrix], anchor: Tensor) -> None:

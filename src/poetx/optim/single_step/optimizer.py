@@ -27,6 +27,7 @@ from poetx.layers.walk import single_step_layers
 from poetx.one_rate import OneRate
 from poetx.ops.cayley import exact_delta, unpack_skew
 from poetx.ops.fold import full_precision_products
+from poetx.ops.library import device_type
 from poetx.optim.gradient_release import hand_over_gradient
 from poetx.optim.orthogonalize import LARGEST_SINGULAR_VALUE, orthogonalize
 from poetx.optim.saved_kinds import check_saved, kind_of
@@ -38,8 +39,9 @@ from poetx.optimizer_restart import fresh_is_zero
 
 #: Steps between comparisons of the rotated matrices over the ranks of a process group.
 _CHECK_EVERY = 100
-#: Elements of unpacked blocks that one batched iteration takes.
-_BATCH_ELEMENTS = 1 << 23
+#: Elements of unpacked blocks that one batched iteration takes; on a GPU some forty launches.
+_BATCH_ELEMENTS = {"cpu": 1 << 23}
+_BATCH_ELEMENTS_ELSEWHERE = 1 << 24
 
 
 class POETX(torch.optim.Optimizer):
@@ -287,14 +289,8 @@ class POETX(torch.optim.Optimizer):
                 if isinstance(value, Tensor) and key != "step":
                     self.state[p][key] = value.to(p.device, copy=True)
         for matrix in self._matrices:
-            state = matrix.fresh_state()
-            for key, value in states.get(matrix.index, {}).items():
-                if not value.is_meta:
-                    state[key] = value.to(state[key].device, copy=True)
-            if "before" not in states.get(matrix.index, {"before": None}):
-                state.pop("before", None)
-            self.state[matrix.parameter] = state
-            matrix.attach(state)
+            self.state[matrix.parameter] = state = matrix.fresh_state()
+            matrix.attach(state, states.get(matrix.index, {}))
         for group in self.param_groups:
             if group["rotate"]:
                 group.setdefault("momentum", self.defaults["momentum"])
@@ -367,7 +363,7 @@ class POETX(torch.optim.Optimizer):
             for group in self.param_groups:
                 if group["rotate"]:
                     moving = [matrix for matrix, moves in (next(matrices) for _ in group["params"]) if moves]
-                    for batch in _batches(moving, _BATCH_ELEMENTS):
+                    for batch in _batches(moving):
                         self._rotate(batch, group["lr"], group["momentum"])
         finally:
             for matrix in self._matrices or ():
@@ -404,14 +400,19 @@ class POETX(torch.optim.Optimizer):
         """Take one step of every matrix of the batch: of the side whose turn it is, the same for all of them."""
         side, free = batch[0].side, batch[0].free
         now = [matrix.with_gradient() for matrix in batch]
-        pairs = zip(batch, now, strict=True)
-        direction = torch.cat([matrix.direction(momenta, momentum) for matrix, (momenta, _) in pairs])
+        counts = [matrix.blocks(side) for matrix in batch]
+        direction = torch.cat(
+            [matrix.momentum_of(momenta, side) for matrix, (momenta, _) in zip(batch, now, strict=True)]
+        )
+        direction = direction.to(torch.promote_types(direction.dtype, torch.float32))
+        if batch[0].look_ahead:  # one gradient ahead, which is what came since the copy was taken
+            direction.mul_(1 + momentum)
+            torch._foreach_sub_(direction.split(counts), [matrix.before(side) for matrix in batch])  # pyright: ignore[reportPrivateImportUsage]
         touched = touched_blocks(direction, torch.cat([peaks[side] for _, peaks in now]))
         direction.masked_fill_(~touched.view(-1, *[1] * (direction.ndim - 1)), 0.0)
         if not free:
             direction = unpack_skew(direction, 0, batch[0].sizes(side)[1])
         direction = orthogonalize(direction, skew=not free)
-        counts = [matrix.blocks(side) for matrix in batch]
         with full_precision_products():
             Q = direction.mul_(-angle)
             E = Q.mul_(2) if free else exact_delta(Q, LARGEST_SINGULAR_VALUE * angle)
@@ -455,14 +456,15 @@ def _older_arguments(older: dict[str, Any], update: str | None, dense_optimizer:
     return update, dense_optimizer
 
 
-def _batches(matrices: Iterable[Matrix], elements: int) -> Iterable[list[Matrix]]:
-    """Matrices of one kind whose blocks go through one batched iteration: of so many elements, or one matrix."""
+def _batches(matrices: Iterable[Matrix]) -> Iterable[list[Matrix]]:
+    """Matrices of one kind whose blocks go through one batched iteration: so many elements, or one matrix."""
     kinds: dict[tuple[Any, ...], list[Matrix]] = {}
     for matrix in matrices:
         side, p = matrix.side, matrix.parameter
         kinds.setdefault((side, matrix.free, matrix.sizes(side)[1], p.dtype, matrix.device), []).append(matrix)
     for alike in kinds.values():
         batch, size = [], 0
+        elements = _BATCH_ELEMENTS.get(device_type(alike[0].momenta), _BATCH_ELEMENTS_ELSEWHERE)
         for matrix in alike:
             more = matrix.blocks(matrix.side) * matrix.sizes(matrix.side)[1] ** 2
             if batch and size + more > elements:

@@ -1,0 +1,215 @@
+"""How many kernels a GPU is asked for in one training step, counted on fake tensors: no GPU, and none of its memory.
+
+    python -m benchmarks.launches llama-8b --methods single-step,fast,mem --out launches.jsonl
+    python -m benchmarks.launches llama-8b --methods single-step --layer
+
+Model, conversion, optimizer and step are those of ``poetx train``, on the fake tensors that memory is planned with. An
+operator of torch counts as one kernel, a multi-tensor one as torch cuts it, a Triton launch as one, views and
+allocations as none. ``--layer``: the mean of the model's rotated layers, forward and backward, without the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.record import append, provenance
+from poetx.bench.step import by_method
+from poetx.layers.base import ConvertedLinear
+from poetx.layers.walk import poet_layers, single_step_layers
+from poetx.methods.base import convert_model, method_of
+from poetx.models import model_config, settled
+from poetx.ops import block_diagonal, cayley, single_step
+from poetx.ops.dispatch import SMALLEST_BLOCK
+from poetx.ops.library import transparent_operators
+from poetx.optim import adamw
+from poetx.planner.estimate import meta_model, planned_recipe, vocabulary
+from poetx.planner.fake import NumbersAreOne, fake_, fuse_attention_
+from poetx.recipe import Recipe, load_recipe
+from poetx.train.step import TrainingStep
+
+_NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh", "set_"}
+_NOTHING |= {"device", "scalar_tensor"}  # the latter makes constants on the host
+#: torch's multi-tensor kernels: elements to a thread block, thread blocks to a launch, tensors to a launch by lists.
+_CHUNK, _CHUNKS, _TENSORS = 65536, 320, {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
+
+
+class Launches(TorchDispatchMode):
+    """Counts, by name and by phase."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = "before"
+        self.counts: Counter[tuple[str, str]] = Counter()
+
+    def add(self, name: str, count: int = 1) -> None:
+        self.counts[self.phase, name] += count
+
+    def total(self, phase: str) -> int:
+        return sum(count for (at, _), count in self.counts.items() if at == phase)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name.startswith("_foreach_"):
+            self.add(name, _multi_tensor([leaf for leaf in args if isinstance(leaf, (list, tuple))]))
+        elif not (name in _NOTHING or func.is_view or all(map(_on_the_host, _tensors((args, out))))):
+            self.add(name)
+        return out
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _on_the_host(tensor: Tensor) -> bool:
+    """Counters and seeds."""
+    return tensor.dtype == torch.int64 and tensor.numel() <= 2
+
+
+def _multi_tensor(lists: list[Any]) -> int:
+    pairs = [pair for pair in zip(*lists, strict=True) if not _on_the_host(pair[0])]
+    if len({tensor.dtype for pair in pairs for tensor in _tensors(pair)}) > 1:
+        return len(pairs)  # one after the other
+    chunks = sum(-(-pair[0].numel() // _CHUNK) for pair in pairs)
+    return max(-(-chunks // _CHUNKS), -(-len(pairs) // _TENSORS[len(lists)]))
+
+
+@contextlib.contextmanager
+def as_on_a_gpu(counts: Launches) -> Iterator[None]:
+    """Fake tensors take the ways that tensors on a GPU take; Triton kernels are counted and not run."""
+    from poetx.ops.triton import adamw as adamw_kernels
+    from poetx.ops.triton import cayley as cayley_kernels
+    from poetx.ops.triton import single_step as single_step_kernels
+
+    def use(tensor: Tensor, block_size: int = SMALLEST_BLOCK, **settings: Any) -> bool:
+        fits = tensor.dtype in settings.get("dtypes", (torch.float32, torch.bfloat16))
+        return fits and block_size >= SMALLEST_BLOCK and settings.get("missing") is None
+
+    def gather(x_NF: Tensor, perm: Tensor, out: Tensor | None = None) -> Tensor:
+        counts.add("permute_kernel")
+        return x_NF.new_empty(x_NF.shape[0], perm.numel()) if out is None else out
+
+    def inverse(perm: Tensor) -> Tensor:
+        counts.add("inverse_kernel")
+        return torch.empty_like(perm)
+
+    product = block_diagonal._wide_product
+
+    def wide_product(*arguments: Any) -> Tensor:
+        counts.add("bmm")
+        return product(*arguments)
+
+    def launch(kernel: Any, *arguments: Any, **settings: Any) -> None:
+        counts.add(kernel.fn.__name__)
+
+    with contextlib.ExitStack() as stack:
+        users = [adamw, cayley, single_step]
+        with contextlib.suppress(ImportError):
+            from poetx.ops import single_step_update
+
+            users.append(single_step_update)
+        for module in users:
+            stack.enter_context(mock.patch.object(module, "use_triton", use))
+        for module in (adamw_kernels, cayley_kernels, single_step_kernels):
+            stack.enter_context(mock.patch.object(module, "launch", launch))
+        for name, function in (("gather", gather), ("inverse", inverse), ("_wide_product", wide_product)):
+            stack.enter_context(mock.patch.object(block_diagonal, name, function))
+        stack.enter_context(transparent_operators(device_type="cuda"))
+        yield
+
+
+def of_a_step(recipe: Recipe, sequences: int, length: int) -> tuple[Launches, int]:
+    """Launches of the third step of ``recipe`` (either side has been written once), and its rotated layers' number."""
+    _, plan = planned_recipe(recipe, (), None)
+    plan = settled(plan, torch.device("cuda"))
+    model = meta_model(model_config(plan, vocab_size=vocabulary(plan), end_of_text_id=0), plan)
+    fuse_attention_(model)
+    convert_model(model, plan, None)
+    mode, counts = FakeTensorMode(allow_non_fake_inputs=True), Launches()
+    fake_(model, mode)
+    with mode, NumbersAreOne() as numbers:
+        optimizer = method_of(plan).build_optimizer(model, plan.train.steps, foreach=True)
+
+        def enter(phase: str) -> None:
+            numbers.phase = counts.phase = phase
+
+        step = TrainingStep.of(plan, model, optimizer, phase=enter)
+        ids = torch.zeros(sequences, length, dtype=torch.long)
+        with as_on_a_gpu(counts), counts:
+            for _ in range(3):
+                counts.counts.clear()
+                step.take([(ids, ids)], clip=plan.optimizer.clip or None)
+    return counts, len(_rotated(model))
+
+
+def of_a_layer(recipe: Recipe, tokens: int) -> dict[str, Counter[str]]:
+    """Launches of each shape of rotated layer, forward and backward, by kernel."""
+    _, plan = planned_recipe(recipe.with_keys({"model.num_layers": 1}), (), None)
+    plan = settled(plan, torch.device("cuda"))
+    model = meta_model(model_config(plan, vocab_size=vocabulary(plan), end_of_text_id=0), plan)
+    convert_model(model, plan, None)
+    mode, found = FakeTensorMode(allow_non_fake_inputs=True), {}
+    fake_(model, mode)
+    with mode:
+        kept = method_of(plan).build_optimizer(model, plan.train.steps, foreach=True)
+        for layer in _rotated(model):
+            counts = Launches()
+            x = torch.empty(tokens, layer.in_features, dtype=layer.weight_dtype, requires_grad=True)
+            g = torch.empty(tokens, layer.out_features, dtype=layer.weight_dtype)
+            with as_on_a_gpu(counts), counts:
+                layer(x).backward(g)
+            found[f"{layer.out_features}x{layer.in_features}"] = Counter(
+                {name: count for (_, name), count in counts.counts.items()}
+            )
+        del kept
+    return found
+
+
+def _rotated(model: Any) -> list[ConvertedLinear]:
+    return [layer for walk in (poet_layers, single_step_layers) for _, layer in walk(model)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--methods", default="adamw,fast,mem,single-step")
+    parser.add_argument("--tokens", default="1x2048", help="sequences x length")
+    parser.add_argument("--layer", action="store_true", help="rotated layers one by one, no whole step")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    sequences, length = map(int, args.tokens.split("x"))
+    recipe = load_recipe(args.recipe, args.overrides, text=False).with_keys({"data.seq_len": length})
+    rows = []
+    for method in args.methods.split(","):
+        row: dict[str, Any] = {"benchmark": "launches", "recipe": args.recipe, "overrides": args.overrides}
+        row |= {"method": method, "sequences": sequences, "seq_len": length}
+        if args.layer:
+            for shape, kernels in of_a_layer(by_method(recipe, method), sequences * length).items():
+                rows.append(row | {"layer": shape, "launches": kernels.total(), "kernels": dict(kernels)})
+                print(method, shape, kernels.total(), dict(kernels), flush=True)
+            continue
+        counts, layers = of_a_step(by_method(recipe, method), sequences, length)
+        phases = {phase: counts.total(phase) for phase in ("forward", "backward", "step")}
+        most = Counter({name: count for (at, name), count in counts.counts.items() if at == "step"}).most_common(24)
+        rows.append(row | {"layers": layers, "launches": phases, "step_kernels": dict(most)})
+        print(method, f"{layers} rotated layers", phases)
+        print("   step:", dict(most), flush=True)
+    if args.out:
+        append(args.out, [row | provenance(torch.device("cpu")) for row in rows])
+
+
+if __name__ == "__main__":
+    main()
