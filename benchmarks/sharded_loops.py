@@ -10,12 +10,14 @@ merge, and in a merge, which single steps have none of.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "single-step, free": {"method": "single-step", "mode": "mem"},
     "single-step, rotation": {"method": "single-step", "update": "rotation"},
 }
-WAYS = ("ddp", "fsdp")
+WAYS = ("fsdp", "ddp")
 RANKS = (1, 2, 4)
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
 BATCH, TOKENS, VOCABULARY = 4, 16, 64
@@ -129,35 +131,31 @@ def train(form: str, way: str, rank: int, ranks: int, steps: int, dtype: str, *,
     return {"losses": losses, "step": sent["step"], "merge": sent["merge"]}
 
 
-def _rank(rank: int, ranks: int, steps: int, directory: str) -> None:
+def _rank(rank: int, ranks: int, steps: int, directory: str, out: Path | None) -> None:
     torch.set_num_threads(1)
     if ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{directory}/store-{ranks}", rank=rank, world_size=ranks)
-    found = {
-        (form, way, dtype, checkpointed): train(form, way, rank, ranks, steps, dtype, checkpointed=checkpointed)
-        for form in FORMS
-        for dtype in TOLERANCE
-        for way in (WAYS if ranks > 1 else WAYS[:1])
-        for checkpointed in (False, True)
-    }
-    if rank == 0:
-        torch.save(found, Path(directory) / f"{ranks}.pt")
-    if ranks > 1:
+    alone: dict[Any, list[float]] = {} if ranks == 1 else torch.load(f"{directory}/alone.pt")
+    # What matters most comes first, for each takes minutes where processes wait for each other's core.
+    for checkpointed, dtype, way, form in product((False, True), TOLERANCE, WAYS if ranks > 1 else WAYS[:1], FORMS):
+        run = train(form, way, rank, ranks, steps, dtype, checkpointed=checkpointed)
+        if ranks == 1:
+            alone[form, dtype, checkpointed] = run["losses"]
+        elif rank == 0:
+            pairs = zip(alone[form, dtype, checkpointed], run["losses"], strict=True)
+            row = {"benchmark": "sharded_loops", "form": form, "parallel": way, "checkpointed": checkpointed}
+            row |= {"ranks": ranks, "steps": steps, "dtype": dtype}
+            row |= {"largest_difference": max(abs(a - b) / a for a, b in pairs), "last": run["losses"][-1]}
+            row |= {"step_bytes": run["step"], "merge_bytes": run["merge"]} | provenance(torch.device("cpu"))
+            print(row, flush=True)
+            for place in (Path(directory) / "rows.jsonl", *([out] if out else [])):
+                append(place, [row])
+    if ranks == 1:
+        torch.save(alone, f"{directory}/alone.pt")
+    else:
         dist.barrier()
     sys.stdout.flush()
     os._exit(0)
-
-
-def compare(found: dict[int, dict[Any, dict[str, Any]]], ranks: int, steps: int) -> list[dict[str, Any]]:
-    """One row a run by so many processes: the largest relative difference of its losses from one process's."""
-    rows = []
-    for (form, way, dtype, checkpointed), run in found[ranks].items():
-        alone = found[1][form, "ddp", dtype, checkpointed]["losses"]
-        largest = max(abs(a - b) / a for a, b in zip(alone, run["losses"], strict=True))
-        row = {"benchmark": "sharded_loops", "form": form, "parallel": way, "checkpointed": checkpointed}
-        row |= {"ranks": ranks, "steps": steps, "dtype": dtype, "largest_difference": largest}
-        rows.append(row | {"last": run["losses"][-1], "step_bytes": run["step"], "merge_bytes": run["merge"]})
-    return rows
 
 
 def main() -> None:
@@ -165,20 +163,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="two merges fall into them")
     parser.add_argument("--out", type=Path, help="append JSON lines here")
     args = parser.parse_args()
-    found, off = {}, []
     with tempfile.TemporaryDirectory() as directory:
         for ranks in RANKS:
             began = time.perf_counter()
-            start_processes(_rank, args=(ranks, args.steps, directory), nprocs=ranks, start_method="fork")
+            start_processes(_rank, args=(ranks, args.steps, directory, args.out), nprocs=ranks, start_method="fork")
             print(f"{ranks} processes: {time.perf_counter() - began:.0f} s", flush=True)
-            found[ranks] = torch.load(Path(directory) / f"{ranks}.pt")
-            rows = compare(found, ranks, args.steps) if ranks > 1 else []
-            for row in rows:
-                print(row, flush=True)
-            if args.out:
-                append(args.out, [row | provenance(torch.device("cpu")) for row in rows])
-            off += [row for row in rows if not row["largest_difference"] <= TOLERANCE[row["dtype"]]]
-    if off:
+        rows = [json.loads(line) for line in (Path(directory) / "rows.jsonl").read_text().splitlines()]
+    if off := [row for row in rows if not row["largest_difference"] <= TOLERANCE[row["dtype"]]]:
         raise SystemExit(f"{len(off)} runs differ by more than {TOLERANCE}: {off[0]}")
 
 

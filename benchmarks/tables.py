@@ -13,6 +13,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ PAGES = (
     "docs/reach.md",
     "docs/single-step.md",
     "docs/speed.md",
+    "docs/training.md",
 )
 
 
@@ -81,6 +83,21 @@ def fine_tuning_memory() -> str:
         share = row["trainable"] / row["parameters"]
         body.append([model, method, f"{row['peak_gib']:.1f}", fits, f"{100 * share:.0f} %"])
     return _markdown(["model", "method", "peak, GB", "smallest card, GB", "trained"], body)
+
+
+def sharded_loops() -> str:
+    """Differences from one process of the newest runs, both dtypes and plain and checkpointed side by side."""
+    newest: dict[Any, dict[str, Any]] = {}
+    for row in _rows("sharded_loops"):
+        newest[row["form"], row["parallel"], row["ranks"], row["dtype"], row["checkpointed"]] = row
+    body = []
+    for form, parallel, ranks in sorted({key[:3] for key in newest}):
+        rows = [newest.get((form, parallel, ranks, *kind)) for kind in product(("float64", "float32"), (False, True))]
+        differences = [f"{row['largest_difference']:.1e}" if row else "not run" for row in rows]
+        sent = [f"{rows[0][key] / 1e3:.1f} kB" if rows[0] else "" for key in ("step_bytes", "merge_bytes")]
+        body.append([form, parallel, str(ranks), *differences, *sent])
+    head = ["form", "parallel", "processes", "float64", "checkpointed", "float32", "checkpointed"]
+    return _markdown([*head, "a step sends", "a merge sends"], body)
 
 
 def reach_targets() -> str:
@@ -619,6 +636,7 @@ _TABLES = (
     integrations,
     fine_tuning,
     fine_tuning_memory,
+    sharded_loops,
     merges,
     merges_spectra,
     layer,
