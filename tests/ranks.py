@@ -1,4 +1,4 @@
-"""Run a function on two ranks of a gloo process group, each a process of its own."""
+"""Run a function on ranks of a gloo process group, each a process of its own."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def context() -> Any:
     return context
 
 
-def _rank(rank: int, directory: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _rank(rank: int, ranks: int, directory: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store-{ranks}", rank=rank, world_size=ranks)
     function(rank, directory, *args)
     dist.destroy_process_group()
     # DistributedDataParallel keeps the group's threads alive beyond this (torch 2.13), and one that drops the last
@@ -32,7 +32,12 @@ def _rank(rank: int, directory: str, function: Callable[..., None], args: tuple[
     os._exit(0)
 
 
-def run_on_two_ranks(function: Callable[..., None], directory: str, *args: Any) -> None:
-    """Call ``function(rank, directory, *args)`` on ranks 0 and 1; an exception on either is raised here."""
+def run_on_ranks(ranks: int, function: Callable[..., None], directory: str, *args: Any) -> None:
+    """Call ``function(rank, directory, *args)`` on every rank; an exception on one of them is raised here."""
     context()
-    start_processes(_rank, args=(directory, function, args), nprocs=2, start_method="forkserver")
+    start_processes(_rank, args=(ranks, directory, function, args), nprocs=ranks, start_method="forkserver")
+
+
+def run_on_two_ranks(function: Callable[..., None], directory: str, *args: Any) -> None:
+    """:func:`run_on_ranks` 0 and 1."""
+    run_on_ranks(2, function, directory, *args)

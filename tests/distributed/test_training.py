@@ -23,7 +23,7 @@ from poetx.recipe import load_recipe
 from poetx.train import loop, tensor_file
 from poetx.train.checkpoint import checkpoints, step_of, tensor_shapes
 from poetx.train.run import train
-from ranks import run_on_two_ranks
+from ranks import run_on_ranks, run_on_two_ranks
 
 #: A merge at the steps 5 and 10 of 12; batches of 4, so 2 sequences a rank.
 FORMS = {
@@ -61,15 +61,23 @@ CONTINUED = {
 }
 
 
+#: Runs that four ranks go on with from what two wrote: whose, from which step, and how.
+MOVED = {
+    "ddp, then sharded": ("stopped on rank 1", 5, ["method=single-step", "parallel=fsdp", "train.export=true"]),
+    "sharded, then ddp": ("one, then two, sharded", 8, [*CONTINUED["one, then two, sharded"], "parallel=ddp"]),
+}
+
+
 def on_a_rank(rank: int, directory: str, yaml: str, runs: dict[str, list[str]]) -> None:
     place = Path(directory)
-    torch.save(average(rank), place / f"gradients-{rank}.pt")
+    torch.save(average(rank), place / f"gradients-{rank}-of-{torch.distributed.get_world_size()}.pt")
     for name, overrides in runs.items():
         with pytest.MonkeyPatch.context() as patch:
             if rank == (0 if "rank 0" in name else 1) and name in EVENTS:
                 overrides = [*overrides, *meddle(name, patch)]
             try:
-                result = train(load_recipe(yaml, overrides), resume=name in CONTINUED)
+                recipe = load_recipe(yaml, overrides)
+                result = train(recipe, resume=bool(checkpoints(recipe.directory)))
                 outcome = {"step": result.step, "signum": result.signum, "skipped": result.skipped_steps}
             except UserError as error:
                 outcome = {"error": str(error)}
@@ -140,7 +148,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_yaml: Path, corpus: P
     text = [f"data.train={corpus}", f"data.cache_dir={cache_dir}", "train.checkpoint_every=12", "train.export=false"]
 
     def settings(ranks: int, name: str) -> list[str]:
-        own = (FORMS | EVENTS | CONTINUED)[name]
+        own = MOVED[name][2] if name in MOVED else (FORMS | EVENTS | CONTINUED)[name]
         return [*text, *own, f"run_dir={place / str(ranks) / name}"]
 
     for name in FORMS:
@@ -149,6 +157,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_yaml: Path, corpus: P
         train(load_recipe(str(tiny_yaml), settings(2, name)), reporter=At(5, interrupt))
     names = [*FORMS, *EVENTS, *CONTINUED]
     run_on_two_ranks(on_a_rank, str(place), str(tiny_yaml), {name: settings(2, name) for name in names})
+    for name, (source, step, _) in MOVED.items():
+        shutil.copytree(place / "2" / source, place / "4" / name)
+        for later in checkpoints(place / "4" / name):
+            if step_of(later) > step:
+                shutil.rmtree(later)
+    moved = {name: settings(4, name) for name in MOVED}
+    run_on_ranks(4, on_a_rank, str(place), str(tiny_yaml), moved)
     with pytest.MonkeyPatch.context() as patch:
         poison(patch, 4, 5)
         train(load_recipe(str(tiny_yaml), settings(1, "not finite on rank 1")))
@@ -182,7 +197,7 @@ def test_two_ranks_train_what_one_process_trains(form: str, trained: Path) -> No
 
 
 def test_gradients_are_averaged_whoever_has_one(trained: Path) -> None:
-    first, second = (torch.load(trained / f"gradients-{rank}.pt") for rank in range(2))
+    first, second = (torch.load(trained / f"gradients-{rank}-of-2.pt") for rank in range(2))
     # Times used on either rank, of which each pass adds 1 on rank 0 and 2 on rank 1, over two ranks.
     uses = [(1, 1), (0, 0), (1, 0), (0, 2), (2, 0), (0, 0), (2, 2)]
     wanted = [[None if not a + b else (a + 2 * b) / 2 for a, b in uses], [3.0] * 7]
@@ -227,6 +242,16 @@ def test_sharded_ranks_go_on_with_the_run_of_one_process_which_goes_on_with_thei
     assert step_of(at_8) == 8
     train(load_recipe(str(together)), resume=True)
     assert_same_curve(alone, together)
+
+
+@pytest.mark.parametrize(
+    ("name", "alone"), [("ddp, then sharded", "stopped on rank 1"), ("sharded, then ddp", "sharded")]
+)
+def test_four_ranks_go_on_with_the_run_of_two_which_parted_it_otherwise(name: str, alone: str, trained: Path) -> None:
+    for rank in range(4):
+        assert json.loads((trained / f"{name}-{rank}.json").read_text()) == {"step": 12, "signum": None, "skipped": 0}
+    assert_same_curve(trained / "1" / alone, trained / "4" / name)
+    assert (trained / "4" / name / "export" / "model.safetensors").exists() == (name == "ddp, then sharded")
 
 
 def test_a_sharded_run_exports_the_model_of_one_process(trained: Path) -> None:
