@@ -41,7 +41,10 @@ TRIALS: dict[str, tuple[str, ...]] = {
 
 #: Shapes and methods whose memory is planned as ``poetx train sft`` would run them on a GPU.
 SHAPES = ("llama-3b", "llama-3.1-8b")
-METHODS = ("adamw", "adamw-8bit", "lora", "mem", "int8", "int4", "single-step")
+METHODS: dict[str, tuple[str, ...]] = {
+    **{name: () for name in ("adamw", "adamw-8bit", "lora", "mem", "int8", "int4", "single-step")},
+    "int8, embedding and head by SMMF": ("optimizer.dense_optimizer=smmf",),
+}
 
 
 def plan() -> None:
@@ -51,7 +54,8 @@ def plan() -> None:
     for shape in SHAPES:
         keys = [f"model.shape={shape}", "train.chunked_loss=true"]
         for method in (method for method in METHODS if (shape, method) not in done):
-            recipe = load_methods("sft", keys, [method])[method]
+            name = method.partition(",")[0]
+            recipe = load_methods("sft", [*keys, *METHODS[method]], [name])[name]
             estimate = estimate_memory(recipe, device="cuda")
             categories = {name: round(size / GIB, 2) for name, size in estimate.categories.items()}
             row = {"model": shape, "method": method, "peak_gib": round(estimate.peak / GIB, 2)}
