@@ -127,7 +127,7 @@ Nested = Annotated[dict[str, dict[str, Any]] | None, BeforeValidator(_nested)]
 def _sources(value: Any) -> Any:
     """One source, several, or a mixture of sources with weights."""
     if isinstance(value, Mapping):
-        checked = {text(source): finite(weight) or 0 for source, weight in value.items()}
+        checked: dict[str, float] = {text(source): finite(weight) or 0 for source, weight in value.items()}
         if not checked or min(checked.values()) <= 0:
             raise refuse("must be {PATH: WEIGHT, …} with positive weights")
         least = min(checked, key=checked.__getitem__)

@@ -95,7 +95,8 @@ def export_model(
     _drop_idle_settings(model)
     remedy = "write it with poetx export RUN DIR; the run's checkpoints are untouched"
     with new_directory(directory.resolve(), remedy=remedy) as temporary:
-        model.save_pretrained(temporary, **({} if shard_size is None else {"max_shard_size": shard_size}))
+        sizes: dict[str, Any] = {} if shard_size is None else {"max_shard_size": shard_size}
+        model.save_pretrained(temporary, **sizes)
         shutil.copytree(tokenizer_dir, temporary, dirs_exist_ok=True)  # it may have directories, of chat templates
 
 

@@ -87,8 +87,8 @@ class Matrix:
     @property
     def device(self) -> torch.device:
         """Where the step is computed: a layer's weight may be in host memory."""
-        hosted = self.layer is not None and self.layer.host is not None
-        return self.layer.device if hosted else compute_device(self.parameter)
+        layer = self.layer
+        return layer.device if layer is not None and layer.host is not None else compute_device(self.parameter)
 
     def noise(self, purpose: str, step: int) -> torch.Generator:
         return stream(self.config.seed, str(self.index), step, purpose, self.device)
@@ -284,8 +284,9 @@ class Matrix:
             block_size = self.sizes(side)[1] if side == "out" else 1  # W·(I + E) mixes no rows
             W, begin = whole_blocks(weight, block_size)
             return W.to(self.device), Shard(weight.shape[0], own_rows(weight), begin)
-        hosted = self.layer is not None and self.layer.host is not None
-        return (cast(HostWeight, self.layer.frozen_weight).brought() if hosted else weight), None
+        if self.layer is not None and self.layer.host is not None:
+            weight = cast(HostWeight, self.layer.frozen_weight).brought()
+        return weight, None
 
     def _norm(self, W: Tensor, shard: Shard | None) -> Tensor:
         """‖W‖ in float64 [e], of what :meth:`_to_fold` gave."""
