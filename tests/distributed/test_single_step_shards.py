@@ -165,3 +165,17 @@ def test_a_rank_gets_the_rows_of_its_blocks(
         rows, begin = results[f"rows, {block_size}"]
         assert begin == first
         assert torch.equal(rows, torch.arange(14.0).view(7, 2)[first:last])
+
+
+def frozen_on_a_rank(rank: int, directory: str) -> None:
+    model = build("free")
+    model[0].requires_grad_(False)
+    before = [layer.weight.clone() for layer in (model[0], model[2])]
+    train(fully_shard(model), slice(rank * 4, rank * 4 + 4), steps=1)
+    after = [layer.weight.full_tensor() for layer in (model[0], model[2])]
+    torch.save([torch.equal(a, b) for a, b in zip(before, after, strict=True)], Path(directory) / f"frozen-{rank}.pt")
+
+
+def test_a_layer_that_was_frozen_before_it_was_sharded_stays_so(tmp_path: Path) -> None:
+    run_on_two_ranks(frozen_on_a_rank, str(tmp_path))
+    assert [torch.load(tmp_path / f"frozen-{rank}.pt") for rank in range(2)] == [[True, False]] * 2

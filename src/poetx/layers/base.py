@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -34,13 +35,21 @@ class RotatedWeight(nn.Parameter):
     and ``model.requires_grad_(True)`` lets rotations train and leaves the weight they turn without a gradient.
     """
 
-    frozen: bool = False
+    _mark: list[bool]  # whether it is frozen; its layer holds the same list, since fully_shard drops the parameter
 
     @classmethod
-    def of(cls, values: Tensor, frozen: bool = False) -> RotatedWeight:
+    def of(cls, values: Tensor, frozen: bool = False, mark: list[bool] | None = None) -> RotatedWeight:
         weight = cls(values, requires_grad=False)
-        weight.frozen = frozen
+        weight._mark = [frozen] if mark is None else mark
         return weight
+
+    @property
+    def frozen(self) -> bool:
+        return self._mark[0]
+
+    @frozen.setter
+    def frozen(self, frozen: bool) -> None:
+        self._mark[0] = frozen
 
     def requires_grad_(self, requires_grad: bool = True) -> RotatedWeight:
         self.frozen = not requires_grad
@@ -56,11 +65,11 @@ class RotatedWeight(nn.Parameter):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RotatedWeight:
         if id(self) not in memo:
-            memo[id(self)] = RotatedWeight.of(self.data.clone(), self.frozen)
+            memo[id(self)] = RotatedWeight.of(self.data.clone(), mark=copy.deepcopy(self._mark, memo))
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # torch's makes a plain Parameter
-        return RotatedWeight.of, (self.data, self.frozen)
+        return RotatedWeight.of, (self.data, self.frozen, self._mark)
 
 
 class _Operators(TorchDispatchMode):
@@ -306,8 +315,10 @@ class ConvertedLinear(nn.Module):
         if name == self.weight_name and param is not None and not isinstance(param, RotatedWeight):
             former = self._parameters.get(name)
             if type(param.detach()) is Tensor:
-                param = RotatedWeight.of(param.detach(), getattr(former, "frozen", False))
+                param = RotatedWeight.of(param.detach(), mark=getattr(former, "_mark", None))
         super().register_parameter(name, param)
+        if isinstance(param, RotatedWeight):
+            self.__dict__["_mark"] = param._mark
 
     def __delattr__(self, name: str) -> None:
         self._refuse_reparametrization(name)
@@ -356,11 +367,11 @@ class ConvertedLinear(nn.Module):
     def _weight_stays_rotated(self) -> Iterator[None]:
         """With ``torch.__future__.set_swap_module_params_on_conversion`` torch makes it a plain Parameter, in place."""
         weight: Any = self._parameters[self.weight_name]
-        frozen = getattr(weight, "frozen", False)
+        mark = getattr(weight, "_mark", [False])
         yield
         if type(weight) is nn.Parameter:
             weight.__class__ = RotatedWeight  # pyright: ignore[reportAttributeAccessIssue]
-            weight.frozen = frozen  # pyright: ignore[reportAttributeAccessIssue]
+            weight._mark = mark  # pyright: ignore[reportAttributeAccessIssue]
 
     def checked_input(self, x: Tensor) -> Tensor:
         """x [..., in_features] in the dtype that the layer computes in: autocast's if that is on, else the weight's.

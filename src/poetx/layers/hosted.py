@@ -53,7 +53,7 @@ class HostedLinear(ConvertedLinear):
             tensor: Tensor = tensors[name]
             kept = in_host_memory(tensor.detach(), device)
             parameter = name == self.weight_name
-            tensors[name] = RotatedWeight.of(kept, getattr(tensor, "frozen", False)) if parameter else kept
+            tensors[name] = RotatedWeight.of(kept, mark=getattr(tensor, "_mark", None)) if parameter else kept
         self.host = queue
 
     def host_tensors(self) -> list[Tensor]:

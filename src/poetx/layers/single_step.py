@@ -97,7 +97,7 @@ class SingleStepLinear(HostedLinear):
     @property
     def frozen(self) -> bool:
         """Whether :class:`poetx.POETX` leaves the weight alone."""
-        return getattr(self.weight, "frozen", False)
+        return self.__dict__.get("_mark", (False,))[0]
 
     def _product(self, x: Tensor) -> Tensor:
         x = self.checked_input(x)
