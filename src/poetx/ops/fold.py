@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,8 +21,14 @@ from poetx.ops.cayley import cayley_delta, unpack_skew
 from poetx.ops.reference import EXACT
 from poetx.ops.side import Side, Sides
 
-_lock = threading.Lock()
-_inside, _outside = 0, []  # threads in full_precision_products(), and the settings before the first of them
+
+class _Use:
+    """One thread in :func:`full_precision_products`."""
+
+
+_lock = threading.RLock()
+_uses: weakref.WeakSet[_Use] = weakref.WeakSet()  # weak: one that was interrupted ends with its frame
+_outside: list[str] = []  # torch's settings before the first of them
 
 
 @contextlib.contextmanager
@@ -30,25 +37,33 @@ def full_precision_products() -> Iterator[None]:
 
     The settings are those of the process: they are put back when the last thread leaves.
     """
-    global _inside, _outside
-    # The settings behind both of torch's interfaces: reading the older one raises once the newer has been used.
-    homes: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
-    backends = [home.matmul for home in homes]
-    with _lock:
-        if not _inside:
-            _outside = [backend.fp32_precision for backend in backends]
-        _inside += 1
-        for backend in backends:
-            backend.fp32_precision = "ieee"
+    use = _Use()
     try:
+        _note(use, enters=True)
         with without_autocast():
             yield
     finally:
-        with _lock:
-            _inside -= 1
-            if not _inside:
-                for backend, precision in zip(backends, _outside, strict=True):
-                    backend.fp32_precision = precision
+        _note(use, enters=False)
+
+
+def _note(use: _Use, *, enters: bool) -> None:
+    global _outside
+    # The settings behind both of torch's interfaces: reading the older one raises once the newer has been used.
+    homes: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
+    backends = [home.matmul for home in homes]
+    held = _lock.acquire(timeout=1)  # nobody has it for longer, but one who was interrupted at the wrong instant
+    try:
+        if enters and not _uses:
+            _outside = [backend.fp32_precision for backend in backends]
+        settings = ["ieee"] * len(backends) if enters else _outside
+        entered = use in _uses
+        (_uses.add if enters else _uses.discard)(use)
+        if enters or (entered and not _uses):
+            for backend, precision in zip(backends, settings, strict=True):
+                backend.fp32_precision = precision
+    finally:
+        if held:
+            _lock.release()
 
 
 @contextlib.contextmanager
