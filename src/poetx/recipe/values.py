@@ -127,13 +127,13 @@ Nested = Annotated[dict[str, dict[str, Any]] | None, BeforeValidator(_nested)]
 def _sources(value: Any) -> Any:
     """One source, several, or a mixture of sources with weights."""
     if isinstance(value, Mapping):
-        checked: dict[str, float] = {text(source): finite(weight) or 0 for source, weight in value.items()}
-        if not checked or min(checked.values()) <= 0:
+        weights: dict[str, float] = {text(source): finite(weight) or 0 for source, weight in value.items()}
+        if not weights or min(weights.values()) <= 0:
             raise refuse("must be {PATH: WEIGHT, …} with positive weights")
-        least = min(checked, key=checked.__getitem__)
-        if checked[least] < 5e-5 * sum(checked.values()):
+        least = min(weights, key=weights.__getitem__)
+        if weights[least] < 5e-5 * sum(weights.values()):
             raise refuse(f"must be without weights below 1/20000 of all; raise that of {least}, or leave it out")
-        return checked
+        return weights
     if isinstance(value, list | tuple):
         checked = tuple(text(source) for source in value)
         if len(set(checked)) != len(value) or not value:
