@@ -142,8 +142,8 @@ def norm_and_scale(
         return kernels.norm_and_scale(squares, touched, norm, scale, **settings)
     read, left = squares.sum(2, dtype=torch.float64).sqrt()
     before, after = 1 + growth * (step - 1), 1 + growth * step
-    found = (read if found is None else found) / before**0.5
-    held = torch.where((found * scale / norm - 1).abs() < _SAME_NORM, norm, found)
+    first: Tensor = (read if found is None else found) / before**0.5
+    held = torch.where((first * scale / norm - 1).abs() < _SAME_NORM, norm, first)
     if growth:
         share = touched.view(len(norm), -1).double().mean(1)
         held = held * ((1 + growth * (step - 1 + share)) / after).sqrt()
