@@ -392,6 +392,17 @@ def test_what_has_text_and_is_not_read_is_said(source: str, tmp_path: Path, capl
         open_corpus(str(tmp_path / "pipe.d"))
 
 
+def test_hidden_files_are_left_out_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / ".git").mkdir()
+    for name in ("a.txt", ".b.txt", ".git/c.txt"):
+        (tmp_path / name).write_text("some words")
+    assert len(open_corpus(str(tmp_path)).files) == 1
+    assert caplog.messages == [f"{tmp_path}: 1 hidden, .b.txt first, which are not read"]
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(UserError, match=r"has no files \(hidden ones are not read\)"):
+        open_corpus(str(tmp_path))
+
+
 def test_a_selection_of_rows_is_refused(tmp_path: Path) -> None:
     state = {"_data_files": [{"filename": "data.arrow"}], "_indices_data_files": [{"filename": "indices.arrow"}]}
     (tmp_path / "state.json").write_text(json.dumps(state))

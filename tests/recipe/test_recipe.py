@@ -596,3 +596,8 @@ def test_a_method_in_place_of_rotations_does_not_train_by_their_rates(method, ma
 
 def test_a_rate_below_the_usual_one_is_every_parameters():
     assert load_recipe("llama-60m", ["method=adamw"], text=False).optimizer.matrix_lr is None
+
+
+def test_a_number_in_quotes_is_told_to_lose_them():
+    with pytest.raises(UserError, match=r"must be one of 3, 7, exact; write it without the quotes"):
+        load_recipe("demo", ["poet.neumann_order='7'"])

@@ -180,6 +180,7 @@ def test_one_of_several_processes_that_cannot_find_the_others_is_refused_before_
         (["method=single-step"], "leave out rotated matrices"),
         (["optimizer.release_gradients=true", "optimizer.clip=null"], "leaves out released gradients"),
         (["method=adamw"], ""),
+        (["poet.merge_every=1000"], "poet.merge_every=1000 is more than train.steps=12: nothing is merged"),
         (["optimizer.warmup_steps=36", "optimizer.clip_ramp_until=0"], "the learning rate ends at 33% of its peak"),
     ],
 )

@@ -251,7 +251,7 @@ def _files_under(path: Path, what: str) -> list[Path]:
         return [(path / file["filename"]).resolve() for file in state["_data_files"]]
     files = _once(_readable(_visible(path)))
     if not files:
-        raise UserError(f"{what}: the directory has no files")
+        raise UserError(f"{what}: the directory has no files (hidden ones are not read)")
     return files
 
 
@@ -271,16 +271,24 @@ def _readable(found: Iterable[Path]) -> list[Path]:
     return files
 
 
+#: Hidden names that hold no text of the data.
+_TOOLS = {".git", ".gitignore", ".gitattributes", ".gitkeep", ".github", ".DS_Store", ".cache", ".ipynb_checkpoints"}
+
+
 def _visible(directory: Path) -> Iterator[Path]:
     """All files and links below a directory that are not hidden. Raises :class:`UserError` where it is unreadable."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be listed ({reason(error)}); make it readable, or move it away")
 
+    hidden: list[Path] = []
     for place, directories, files in os.walk(directory, onerror=refuse):
+        hidden += [Path(place, name) for name in [*directories, *files] if name.startswith(".") and name not in _TOOLS]
         directories[:] = [name for name in directories if not name.startswith(".")]
         links = [name for name in directories if Path(place, name).is_symlink()]
         yield from (Path(place, name) for name in [*links, *files] if not name.startswith("."))
+    if hidden:
+        logger.warning("%s: %d hidden, %s first, which are not read", directory, len(hidden), min(hidden).name)
 
 
 def _once(files: Iterable[Path]) -> list[Path]:

@@ -33,7 +33,7 @@ class MergeReminder:
 
     def __init__(self, layer: PoetLinear | None = None) -> None:
         self.passes, self.done = 0, False
-        self._calls, self._seen, self._odd = 0, (-1, False), False
+        self._calls, self._seen, self._odd = 0, (-1, -1, False), False
         self._layer: Callable[[], PoetLinear | None] = _nothing if layer is None else weakref.ref(layer)
         self._original: Callable[[], PoetLinear | None] = (
             _nothing  # what its layer is a copy of, and what that was then
@@ -91,10 +91,13 @@ class MergeReminder:
                     self._original, self._odd = _nothing, True
                     self._tell(layer, "a copy whose rotations were written, of a layer that was merged since")
         self._calls += 1
-        seen = (layer.merge_count._version, layer.training)
-        if (self._seen == seen and self._calls % _FIRST) or layer.packed_weight is not None:
+        seen = (layer.merge_count._version, layer.perm_in._version, layer.training)
+        if self._seen == seen and self._calls % _FIRST:
             return
         self._seen = seen
+        layer.check_permutations()
+        if layer.packed_weight is not None:
+            return
         norm = torch.linalg.vector_norm(layer.frozen_weight.precise().detach(), dtype=torch.float64)
         ratio = float(norm / layer.base_norm)
         odd, self._odd = self._odd, abs(ratio - 1) > layer.rounding_limit

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from poetx.config import PoetConfig
 from poetx.errors import UserError
@@ -259,6 +260,7 @@ class PoetLinear(HostedLinear):
         """
         self.check_whole()
         self.check_filled()
+        self.check_permutations()
         weight = fold(self.frozen_weight.fetch(), self.sides, order=self.order)
         return _permuted(weight, inverse(self.perm_out), inverse(self.perm_in))
 
@@ -277,6 +279,18 @@ class PoetLinear(HostedLinear):
         super().register_parameter(name, param)
 
     @torch.no_grad()
+    def check_permutations(self) -> None:
+        """Raise :class:`UserError` where somebody has written a permutation that is none."""
+        for name in ("perm_in", "perm_out"):
+            perm = getattr(self, name)
+            if isinstance(perm, FakeTensor) or torch.compiler.is_compiling() or is_permutation(perm):
+                continue
+            raise UserError(
+                f"{self.label}: {name} was written and is no permutation any more, as by an average of models (EMA, "
+                "SWA) with its buffers over a merge; load a checkpoint, and average dense weights, or train by "
+                "method='single-step'"
+            )
+
     def merge_(self, *also: Callable[[], object]) -> FoldStats:
         """Fold the rotations into the weight, set them to zero, draw new permutations, count one merge.
 
@@ -291,6 +305,7 @@ class PoetLinear(HostedLinear):
         """
         self.check_whole()
         self.check_filled()
+        self.check_permutations()
         count = int(self.merge_count) + 1
         weight = fold(self.frozen_weight.precise(), self.sides)
         norm = torch.linalg.vector_norm(weight, dtype=torch.float64)

@@ -52,7 +52,7 @@ def inverse(perm: Tensor) -> Tensor:
         from poetx.ops.triton import permute
 
         return permute.inverse(perm)
-    return torch.empty_like(perm).scatter_(
+    return torch.zeros_like(perm).scatter_(  # an index that is missing must not be read from what was there before
         0, perm.long(), torch.arange(perm.numel(), dtype=perm.dtype, device=perm.device)
     )
 

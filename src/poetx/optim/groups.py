@@ -38,6 +38,8 @@ def param_groups(
                 f"param_groups: {key}={value!r}: no optimizer of torch or poetx has this setting"
                 f"{nearest(key, known_settings()) or '; for another one write it into groups[0] yourself'}"
             )
+    if poet_options.get("maximize"):
+        raise UserError("param_groups: maximize=True would be of rotations alone, the rest descends; negate the loss")
     check_numbers({"lr": lr, "poet_lr": poet_lr, "weight_decay": weight_decay} | poet_options)
     for name, value in (("lr", lr), ("poet_lr", poet_lr)):
         if not value:

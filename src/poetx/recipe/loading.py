@@ -453,7 +453,8 @@ def _wanted(error: Any, kind: type[Section], key: str, value: Any) -> str:
         return error["ctx"]["message"]
     if error["type"] == "literal_error":
         choices = [str(choice) for choice in _choices(kind.model_fields[key].annotation)]
-        return f"must be one of {', '.join(choices)}{nearest(shown(value), choices)}"
+        hint = "; write it without the quotes" if value in choices else nearest(shown(value), choices)
+        return f"must be one of {', '.join(choices)}{hint}"
     if error["type"] in ("missing", "too_long"):
         return "must be a list of 2 values"
     return "must be text" if error["type"] == "string_type" else str(error["msg"])

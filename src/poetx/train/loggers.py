@@ -184,18 +184,22 @@ def with_loggers(reporter: Reporter, names: str | Sequence[str] | None) -> Repor
 
 
 def _made(name: str) -> Reporter:
-    if name in LOGGERS:
-        return LOGGERS[name]()
     module, _, attribute = name.partition(":")
-    if not attribute:
+    if not attribute and name not in LOGGERS:
         raise UserError(
             f"train.report_to={name}: must be one of {', '.join(LOGGERS)}, or module:Class of your own"
             f"{nearest(name, LOGGERS)}"
         )
     try:
-        return getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise UserError(f"train.report_to={name}: cannot be made ({one_line(error)[:160]})") from None
+        return LOGGERS[name]() if name in LOGGERS else getattr(importlib.import_module(module), attribute)()
+    except UserError:
+        raise
+    except Exception as error:
+        remedy = ""
+        if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
+            remedy = f"; put the directory of {error.name} on PYTHONPATH"
+        what = f"{type(error).__name__}: {one_line(error)[:160]}"
+        raise UserError(f"train.report_to={name}: cannot be made ({what}){remedy}") from None
 
 
 def _imported(package: str) -> Any:

@@ -253,6 +253,8 @@ def _remarks(recipe: Recipe, model: Any) -> Iterator[str]:
             f"optimizer.warmup_steps={warmup} is not below train.steps={steps}: the learning rate ends at "
             f"{steps / warmup:.0%} of its peak"
         )
+    if recipe.merge_every is not None and recipe.merge_every > steps:
+        yield f"poet.merge_every={recipe.merge_every} is more than train.steps={steps}: nothing is merged on the way"
     if method.acts_in_backward:
         what = "clipping and grad_norm leave" if recipe.optimizer.clip else "grad_norm leaves"
         yield f"{what} out {method.without_norm}"

@@ -1,5 +1,6 @@
 """What is done to a model, a group or the dense optimizer after POETX was built, or wrongly given to it."""
 
+import copy
 import gc
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from builders import descend, mlp
-from poetx import POETX, PoetConfig, UserError, convert_
+from poetx import POETX, PoetConfig, UserError, convert_, param_groups
 
 
 def converted():
@@ -149,3 +150,30 @@ def test_zero_grad_in_its_usual_places_is_quiet():
     descend(loss_of(model), optimizer)
     optimizer.zero_grad(set_to_none=False)
     POETX(mlp(), block_size=4).zero_grad()
+
+
+@pytest.mark.parametrize("how", ["assign", "parameter"])
+def test_the_state_of_an_optimizer_whose_weight_was_replaced_is_refused(how: str) -> None:
+    model = nn.Sequential(nn.Linear(12, 24, bias=False), nn.Tanh(), nn.Linear(24, 8, bias=False))
+    convert_(model, PoetConfig(method="single-step", block_size=8))
+    optimizer = POETX(model, 1e-2)
+    model(torch.randn(4, 12)).square().mean().backward()
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    if how == "assign":
+        model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    else:
+        model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    with pytest.raises(UserError, match="its weight was replaced since POETX was built"):
+        optimizer.load_state_dict(state)
+
+
+def test_a_rest_that_ascends_beside_matrices_that_descend_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(12, 8))
+    convert_(model, PoetConfig(method="single-step", block_size=4))
+    with pytest.raises(UserError, match="maximize=True, but matrices descend; negate the loss"):
+        POETX(model, 1e-2, dense_optimizer=lambda groups: torch.optim.AdamW(groups, maximize=True))
+    other = nn.Sequential(nn.Linear(12, 8))
+    convert_(other, PoetConfig(block_size=4))
+    with pytest.raises(UserError, match="maximize=True would be of rotations alone"):
+        param_groups(other, lr=1e-3, poet_lr=1e-3, maximize=True)

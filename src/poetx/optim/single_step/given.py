@@ -211,6 +211,10 @@ def check_dense(optimizer: Any, groups: list[dict[str, Any]]) -> None:
             f"POETX: dense_optimizer made a {kind}, which has a state_dict of its own, which POETX would not save; use "
             "an optimizer whose state is by parameter, such as AdamW"
         )
+    if any(group.get("maximize") for group in optimizer.param_groups):
+        raise UserError(
+            f"POETX: dense_optimizer made a {kind} with maximize=True, but matrices descend; negate the loss"
+        )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if any(id(p) not in held for group in groups for p in group["params"]):
         raise UserError(

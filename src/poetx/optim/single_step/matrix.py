@@ -142,6 +142,14 @@ class Matrix:
             self.layer.momentum = MomentumBuffers(momentum_in, momentum_out, peak_in, peak_out, self._noise, anchor)
             self.layer.trainer = weakref.ref(self)
 
+    def check_attached(self) -> None:
+        """Raise :class:`UserError` where the layer has another weight than the one that is turned."""
+        if self.layer is not None and self.layer._parameters["weight"] is not self.parameter:
+            raise UserError(
+                f"{self.name}: its weight was replaced since POETX was built (load_state_dict(assign=True) does that); "
+                "build POETX anew, then load its state"
+            )
+
     def _seed(self, step: int) -> Tensor:
         """What the rounding in a layer's backward draws from until the next step."""
         return torch.tensor([self._noise_seed("backward", step), 0])

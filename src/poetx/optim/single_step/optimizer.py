@@ -280,6 +280,7 @@ class POETX(torch.optim.Optimizer):
         # Before anything is replaced: a state that does not fit must leave this one as it was.
         states = {}
         for matrix in self._matrices:
+            matrix.check_attached()
             fresh, entries = matrix.fresh_state("meta"), state_dict["state"].get(index_of.get(matrix.parameter), {})
             if entries:  # older versions had none before the first gradient
                 states[matrix.index] = current_entries(entries, fresh, matrix.name)
