@@ -143,7 +143,7 @@ def test_the_commands_run_one_after_the_other(page, place: Path, monkeypatch: py
             given = ("model.", "data.vocab_size") if "model.pretrained" in command else ()
             given += ("data.vocab_size",) if "=tokens" in command else ()
             small = [word for word in SMALL if word.split("=")[0] not in command and not word.startswith(given or "-")]
-            words += [*small, "train.steps=2", *(["data.seq_len=64"] if words[1] == "sft" else [])]
+            words += [*small, "train.steps=2", *(["data.seq_len=64"] if "sft" in words else [])]
         if words[0] == "compare":
             words += [*(word for word in SMALL if "eval_every" not in word), "--steps", "2"]
         if words[0] == "memory":

@@ -142,6 +142,7 @@ def test_ways_to_keep_the_frozen_weights_on_a_card_and_a_host(app):
     ],
 )
 def test_a_host_that_says_nothing_is_refused(app, words, message):
-    error = runner.invoke(app, [*TINY, *words]).exception
+    tiny = [word for word in TINY if "block_size" not in word or "method=adamw" not in words]
+    error = runner.invoke(app, [*tiny, *words]).exception
     assert isinstance(error, UserError)
     assert message in str(error)

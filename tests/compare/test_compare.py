@@ -244,7 +244,7 @@ def test_methods_have_labels_and_settings_of_their_own(tiny: Tiny, tmp_path: Pat
     [
         (["adam"], "", "no such method; did you mean 'adamw'"),
         (["{file}:smal"], "small: {method: lora}", "no smal there; did you mean 'small'"),
-        (["{file}", "lora"], "lora:", "lora is there twice"),
+        (["{file}", "lora"], "lora: {}", "lora is there twice"),
         (["{file}"], "../up: {method: lora}", "a label of letters"),
         (["{file}"], "- lora", "must say LABEL"),
         (["{file}"], "mine: {optimizer.lr: 1}", "method=mine: no such method"),

@@ -157,7 +157,7 @@ def _show_ways(recipe: Recipe, gpu: float, host: float, *, link: str | None, dev
     for way in ways(recipe, device=device):
         fits = way.device_gib <= gpu and way.host_gib <= host
         first = first or (way if fits else None)
-        name = f"{way.keys['poet.weight_format'] or way.estimate.recipe.train.dtype}, "
+        name = f"{way.keys.get('poet.weight_format') or way.estimate.recipe.train.dtype}, "
         name += "streamed" if way.keys["model.offload"] else "resident"
         needed = {name: way.enough_tokens(each) for name, each in links.items()}
         speed = {name: round(way.tokens_per_second(each)) for name, each in links.items()}

@@ -123,7 +123,9 @@ def plan(recipe: Recipe, weight_format: str | None, offload: str | None, *, devi
         raise UserError(
             "the weights of method=poet-x and single-step can be kept in several ways; use one of them for --host"
         )
-    keys = STACK | {"poet.weight_format": weight_format, "model.offload": offload}
+    keys = STACK | {"model.offload": offload}
+    if recipe.poet.config.method == "poet-x":
+        keys |= {"poet.weight_format": weight_format}
     if recipe.train.batch_size != recipe.train.micro_batch:
         keys |= {"optimizer.release_gradients": False}
     return Way(keys, estimate_memory(recipe.with_keys(keys), device=device))
