@@ -278,9 +278,10 @@ class PoetLinear(HostedLinear):
             raise UserError(f"{self.label}: weight is computed; set it with layer.load_dense_(weight)")
         super().register_parameter(name, param)
 
-    @torch.no_grad()
     def check_permutations(self) -> None:
         """Raise :class:`UserError` where somebody has written a permutation that is none."""
+        if self._hollow:  # no values yet, which check_filled says
+            return
         for name in ("perm_in", "perm_out"):
             perm = getattr(self, name)
             if isinstance(perm, FakeTensor) or torch.compiler.is_compiling() or is_permutation(perm):
@@ -291,6 +292,7 @@ class PoetLinear(HostedLinear):
                 "method='single-step'"
             )
 
+    @torch.no_grad()
     def merge_(self, *also: Callable[[], object]) -> FoldStats:
         """Fold the rotations into the weight, set them to zero, draw new permutations, count one merge.
 
