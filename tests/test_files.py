@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,32 @@ def test_a_lock_is_held_by_one_and_its_file_goes_with_it(tmp_path: Path) -> None
     with locked(path) as held:
         assert held
     assert path.exists()
+
+
+def test_a_lock_whose_file_goes_when_it_is_let_go_is_held_by_one_at_a_time(tmp_path: Path) -> None:
+    path, inside, most = tmp_path / "lock", [], []
+
+    def hold(worker: int) -> None:
+        for _ in range(150):
+            with locked(path, keep=False):
+                inside.append(worker)
+                most.append(len(inside))
+                inside.pop()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(hold, range(8)))
+    assert max(most) == 1
+    assert len(most) == 8 * 150
+
+
+def test_of_several_that_make_the_same_directory_without_a_lock_the_first_one_stays(tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    with new_directory(final, remedy="try", alone=False) as second:
+        (second / "b").write_text("second")
+        with new_directory(final, remedy="try", alone=False) as first:
+            (first / "a").write_text("first")
+    assert [(path.name, path.read_text()) for path in final.iterdir()] == [("a", "first")]
+    assert list(tmp_path.iterdir()) == [final]
+    with new_directory(final, remedy="try", alone=False) as third:  # there already, so meant to be replaced
+        (third / "c").write_text("third")
+    assert [path.name for path in final.iterdir()] == ["c"]

@@ -13,7 +13,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from poetx.errors import UserError, one_line
 
@@ -83,14 +83,15 @@ def new_directory(final: Path, *, remedy: str, sync: bool = False, alone: bool =
     Args:
         remedy: what to do once there is room to write, the end of the message.
         sync: have files and directories on the disk before the rename, as a checkpoint must be.
-        alone: nobody else writes to ``final`` now: remove what killed processes left half-written.
+        alone: nobody else writes to ``final`` now: remove what killed processes left half-written. Otherwise others may
+            be making the same, and the first one's stays.
 
     Raises:
         UserError: the disk is full or not writable; ``final`` is as it was.
     """
     inside = final.is_dir() and not final.is_symlink() and not any(final.iterdir())
     parent = final if inside else final.parent
-    temporary, moved = _beside(final, parent), []
+    temporary, moved, first = _beside(final, parent), [], not (alone or os.path.lexists(final))
     try:
         parent.mkdir(parents=True, exist_ok=True)
         if alone:
@@ -105,6 +106,13 @@ def new_directory(final: Path, *, remedy: str, sync: bool = False, alone: bool =
             for path in sorted(temporary.iterdir()):
                 moved.append(path.replace(final / path.name))
             temporary.rmdir()
+        elif first:
+            try:
+                temporary.rename(final)
+            except OSError:
+                if not final.is_dir():
+                    raise
+                remove(temporary)
         else:
             _replace(temporary, final)
         if sync:
@@ -221,10 +229,18 @@ def locked(path: Path, *, busy: str | None = None, keep: bool = True) -> Iterato
             except OSError:
                 held = False
             else:  # a file that its last holder has removed meanwhile locks nothing
-                held = True if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())) else None
+                held = True if _is_at(file, path) else None
             if held is not None:
                 try:
                     yield held
                 finally:
                     if held and not keep:
                         path.unlink(missing_ok=True)
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether ``path`` still names the open ``file``; another process may remove either at any moment."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False

@@ -88,7 +88,7 @@ def prepare_data(recipe: Recipe, *, progress: Progress | None = None) -> Prepare
             _check_length(meta, data, plan.train)
     except BaseException:
         for path in made:
-            if path.is_dir() and not any(path.iterdir()):
+            with contextlib.suppress(OSError):  # not empty, or gone already
                 path.rmdir()
         raise
     _remove_leftovers(directory.parent)
