@@ -34,7 +34,7 @@ demo-sft: install  ## fine-tune what `make demo` trained on instructions made of
 	$(RUN) poetx train sft model.pretrained=$(BASE) data.train=runs/docstrings.jsonl run_dir=runs/demo-sft $(TINY) --overwrite
 
 test: install  ## run the tests
-	$(RUN) pytest -n auto --maxprocesses 8
+	$(RUN) pytest -n auto --maxprocesses 8 --dist worksteal
 
 test-lowest:  ## run the tests with the oldest versions that are supported (downloads gigabytes)
 	test -x $(VENV)-lowest/bin/python || "$(PYTHON)" -m venv $(VENV)-lowest
