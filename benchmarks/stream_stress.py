@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from benchmarks.record import append, provenance
 from poetx import POETX, PoetConfig, PoetLinear, SingleStepLinear, merge_
 from poetx.layers.walk import converted_layers
-from poetx.ops.host import Copy, HostQueue, Return
+from poetx.ops.host import Copy, FileCopy, HostQueue, Return
 
 CPU = torch.device("cpu")
 WIDTH = 8
+DELAYS = (0, 0, 1e-4, 1e-3)  # seconds
 FORMS: dict[str, tuple[dict[str, Any], torch.dtype]] = {
     "dense": ({}, torch.float32),
     "bfloat16 with extra bits": ({"weight_extra_bits": True}, torch.bfloat16),
@@ -44,10 +45,21 @@ class Interrupted(Exception):
     """What comes in the middle of a pass or a step."""
 
 
-class LateCopy(Copy):
-    """Arrives when it likes; until then its memory holds NaN, and once more when the queue gives it up."""
+class Poisoned(Copy):
+    """Its memory holds NaN once more when the queue gives it up."""
 
     late = random.Random(0)
+
+    def is_of(self, tensors: tuple[Tensor, ...]) -> bool:
+        fits = super().is_of(tensors)
+        if not fits:
+            self.arrived()
+            poison(self._copies)
+        return fits
+
+
+class LateCopy(Poisoned):
+    """Arrives when it likes; until then its memory holds NaN."""
 
     def _fill(self) -> None:
         poison(self._copies)
@@ -57,12 +69,17 @@ class LateCopy(Copy):
         self._thread.join()
         return super().arrived()
 
-    def is_of(self, tensors: tuple[Tensor, ...]) -> bool:
-        fits = super().is_of(tensors)
-        if not fits:
-            self.arrived()
-            poison(self._copies)
-        return fits
+
+class LateRead(Poisoned, FileCopy):
+    """The same out of a file, one after the other."""
+
+    def _start(self) -> None:
+        poison(self._copies)
+        super()._start()
+
+    def _fill(self) -> None:
+        time.sleep(self.late.choice(DELAYS))
+        super()._fill()
 
 
 class LateReturn(Return):
@@ -85,11 +102,12 @@ class LateReturn(Return):
 
 class LateQueue(HostQueue):
     start_copy = LateCopy
+    start_read = LateRead
     start_return = LateReturn
 
 
 def later(what: Any, late: random.Random) -> threading.Thread:
-    delay = late.choice((0, 0, 1e-4, 1e-3))
+    delay = late.choice(DELAYS)
 
     def run() -> None:
         time.sleep(delay)
@@ -185,19 +203,28 @@ def _stop(gradient: Tensor) -> None:
     raise Interrupted
 
 
-def stress(form: str, steps: int, *, seed: int = 0, prefetch: int = 1, keep: int = 0, count: int = 4) -> dict[str, Any]:
-    """Run both, and compare.
+def stress(
+    form: str,
+    steps: int,
+    *,
+    seed: int = 0,
+    prefetch: int = 1,
+    keep: int = 0,
+    count: int = 4,
+    directory: Path | None = None,
+) -> dict[str, Any]:
+    """Run both, and compare; weights in files of ``directory``, if one is given.
 
     Raises:
         AssertionError: they differ.
     """
     model = layers(count, form)
     there = copy.deepcopy(model)
-    queue = LateQueue(prefetch, keep)
+    queue = LateQueue(prefetch, keep, directory)
     in_host_memory(there, queue)
     sides = _Side(model), _Side(there)
     choose = random.Random(seed)
-    LateCopy.late, LateReturn.late = random.Random(seed), random.Random(seed + 1)
+    Poisoned.late, LateReturn.late = random.Random(seed), random.Random(seed + 1)
     usual, interrupted, stopped = list(range(count)), 0, 0
     for number in range(steps):
         for part in range(choose.choice((1, 1, 2))):
@@ -230,12 +257,14 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--prefetch", type=int, default=2, help="copies ahead")
     parser.add_argument("--keep", type=int, default=3, help="weights that stay on the device in a pass")
+    parser.add_argument("--directory", type=Path, help="weights in files there, a disk's")
     parser.add_argument("--out", type=Path, help="append JSON lines here")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for form in args.forms:
         began = time.perf_counter()
-        row = stress(form, args.steps, seed=args.seed, prefetch=args.prefetch, keep=args.keep)
+        row = stress(form, args.steps, seed=args.seed, prefetch=args.prefetch, keep=args.keep, directory=args.directory)
+        row |= {"in_files": True} if args.directory else {}
         row |= {"prefetch": args.prefetch, "keep": args.keep, "seconds": round(time.perf_counter() - began, 1)}
         print(row, flush=True)
         if args.out:

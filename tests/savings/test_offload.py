@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,15 +15,28 @@ from torch import nn
 
 from poetx import PoetConfig, UserError, convert_
 from poetx.layers.walk import poet_layers
+from poetx.ops import host
 from poetx.ops.host import HostQueue
 from poetx.planner.estimate import estimate_memory
 from poetx.recipe import load_recipe
+from poetx.savings import offload_frozen_
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_any_order_with_any_delay_and_any_interruption_gives_the_same_numbers(form: str) -> None:
+@pytest.fixture
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory that counts as one on a disk, wherever the machine has its temporary files."""
+    monkeypatch.setattr(host, "_kind_of_disk", lambda directory: "ext4")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("form", "in_files"), [*((form, False) for form in FORMS), ("bfloat16 with extra bits", True), ("int8", True)]
+)
+def test_any_order_with_any_delay_and_any_interruption_gives_the_same_numbers(
+    form: str, in_files: bool, disk: Path
+) -> None:
     prefetch, keep = {"dense": (2, 3), "int8": (0, 0)}.get(form, (1, 0))
-    found = stress(form, 25, prefetch=prefetch, keep=keep)
+    found = stress(form, 25, prefetch=prefetch, keep=keep, directory=disk if in_files else None)
     assert found["stopped"]
     assert bool(found["writes"]) == bool(found["interrupted_steps"]) == form.startswith("single-step")
 
@@ -97,20 +113,78 @@ def test_a_weight_whose_dtype_would_change_is_refused_and_stays() -> None:
     assert model[0](torch.ones(1, 8)).dtype == torch.float32
 
 
+def test_weights_in_files_are_nowhere_else_and_their_files_have_no_name(disk: Path) -> None:
+    model = layers(2, "bfloat16 with extra bits")
+    plain = [layer.plain_weight() for layer in model]
+    in_host_memory(model, HostQueue(directory=disk))
+    there = [tensor.data_ptr() for layer in model for tensor in layer.host_tensors()]
+    assert len(there) == 4
+    assert all(f"{disk}/" in _mapping(address) for address in there)
+    assert list(disk.iterdir()) == []
+    moved = [layer.plain_weight() for layer in model]
+    assert all(f"{disk}/" in _mapping(weight.data_ptr()) for weight in moved)
+    assert all(map(torch.equal, moved, plain))
+    copied = copy.deepcopy(model)
+    del model, moved
+    assert str(disk) not in MAPS.read_text()
+    assert all(map(torch.equal, (layer.plain_weight() for layer in copied), plain))
+
+
+MAPS = Path("/proc/self/maps")
+
+
+def _mapping(address: int) -> str:
+    """The line of the memory that an address is in."""
+    for line in MAPS.read_text().splitlines():
+        first, last = (int(end, 16) for end in line.split()[0].split("-"))
+        if first <= address < last:
+            return line
+    return ""
+
+
+def test_a_full_disk_is_said_before_a_byte_is_written(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"a weight of 256 bytes cannot be written there \(No space left on device\)"):
+        in_host_memory(layers(1), HostQueue(directory=disk))
+
+
+def test_weights_in_files_need_a_disk() -> None:
+    for place, message in {
+        Path("/no/disk"): "No such file or directory",
+        Path("/dev/shm"): "is in memory itself",
+    }.items():
+        if place.exists() or place.name == "disk":
+            with pytest.raises(UserError, match=message):
+                in_host_memory(layers(1), HostQueue(directory=place))
+
+
+def test_single_step_weights_do_not_go_to_a_disk_that_every_step_would_write() -> None:
+    with pytest.raises(UserError, match="would write all of it at every step"):
+        offload_frozen_(layers(1, "single-step, free"), "cuda", directory=".")
+    with pytest.raises(UserError, match="every step of method=single-step would write all"):
+        load_recipe("llama-1b", ["method=single-step", "model.offload=frozen", "model.offload_dir=."], text=False)
+    with pytest.raises(UserError, match="model.offload_dir: is for model.offload=frozen or both"):
+        load_recipe("llama-1b", ["method=mem", "model.offload_dir=."], text=False)
+
+
 def test_the_planner_counts_host_memory_and_traffic() -> None:
     keys = [
         *("method=mem", "model.gradient_checkpointing=true", "model.num_layers=2", "data.vocab_size=512"),
         *("model.hidden_size=256", "model.intermediate_size=512", "model.num_heads=4", "poet.block_size=64"),
     ]
     here = estimate_memory("llama-1b", keys)
-    there = estimate_memory("llama-1b", [*keys, "model.offload=frozen"])
+    there = estimate_memory("llama-1b", [*keys, "model.offload=frozen", "model.offload_dir=."])
     single = estimate_memory("llama-1b", ["method=single-step", *keys[1:], "model.offload=frozen"])
     weights = 2 * 2 * (4 * 256 * 256 + 3 * 256 * 512)
     assert (single.host, single.moved, single.stepped) == (weights, 1.5 * weights, 2 * weights)
     assert there.stepped == 0
-    assert there.host == weights
+    assert there.file == weights
+    assert there.host == 2 * 2 * (256 * 256 + 256 * 512)  # two locked pieces of each size
     assert there.moved == 1.5 * weights  # the second layer's are still there when it is computed again
-    assert here.host == here.moved == 0
+    assert here.host == here.file == here.moved == 0
     saved = here.phases["step"].total - there.phases["step"].total
     assert weights / 2 - 256 * 512 * 2 <= saved <= weights  # but for a layer's that are kept, and the one ahead
 

@@ -19,6 +19,7 @@ from poetx.layers import hosted
 from poetx.materialize import SafetensorsCheckpoint
 from poetx.methods.base import convert_model
 from poetx.models import build_model
+from poetx.ops import host
 from poetx.runs.load import load_run
 from poetx.train import loop, run
 
@@ -53,11 +54,18 @@ def test_trains_as_on_the_cpu_and_resumes_to_the_bit(name: str, tiny: Tiny, devi
     assert load_run(str(whole.run_dir), device="cpu").model is not None
 
 
-@pytest.mark.parametrize("name", ["mem and its stack", "single-step"])
-def test_a_run_with_its_weights_in_host_memory_is_the_same_run(name: str, tiny: Tiny, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("mem and its stack", ()), ("mem and its stack", ("model.offload_dir=.",)), ("single-step", ())],
+    ids=["mem", "mem in files", "single-step"],
+)
+def test_a_run_with_its_weights_in_host_memory_is_the_same_run(
+    name: str, place: tuple[str, ...], tiny: Tiny, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "_kind_of_disk", lambda directory: "ext4")
     settings = (*FORMS[name], "train.steps=7", "train.micro_batch_size=2")
     resident = run.train(tiny(*settings, run_dir="resident"))
-    recipe = tiny(*settings, "model.offload=frozen", run_dir="streamed")
+    recipe = tiny(*settings, "model.offload=frozen", *place, run_dir="streamed")
     assert run.train(recipe, reporter=At(4, interrupt)).signum == signal.SIGINT
     result = run.train(recipe, resume=True)
     assert losses(result) == losses(resident)

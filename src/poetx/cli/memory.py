@@ -145,26 +145,27 @@ def _show_ways(recipe: Recipe, gpu: float, host: float, *, link: str | None, dev
     from rich.console import Console
     from rich.table import Table
 
-    from poetx.planner.reach import LINKS, Link, ways
+    from poetx.planner.reach import DISK, LINKS, Link, ways
 
     links = LINKS if link is None else {"here": Link.parse(link)}
     speeds = [f"{name} tokens/s" for name in links]
     console = Console()
     table = Table()
-    for place, name in enumerate(("frozen weights", "card GB", "host GB", "fits", *links, *speeds)):
+    for place, name in enumerate(("frozen weights", "card GB", "host GB", "disk GB", "fits", *links, *speeds)):
         table.add_column(name, no_wrap=True, justify="right" if place else "left")
     rows, first = [], None
     for way in ways(recipe, device=device):
         fits = way.device_gib <= gpu and way.host_gib <= host
         first = first or (way if fits else None)
         name = f"{way.keys.get('poet.weight_format') or way.estimate.recipe.train.dtype}, "
-        name += "streamed" if way.keys["model.offload"] else "resident"
+        name += "from files" if way.estimate.file else "streamed" if way.keys["model.offload"] else "resident"
         needed = {name: way.enough_tokens(each) for name, each in links.items()}
         speed = {name: round(way.tokens_per_second(each)) for name, each in links.items()}
         rows.append({"name": name, "fits": fits, "keys": way.keys, "enough_tokens": needed, "tokens_per_second": speed})
         rows[-1] |= {"estimate": way.estimate.to_dict()}
         table.add_row(
-            *(name, f"{way.device_gib:.1f}", f"{way.host_gib:.1f}", "yes" if fits else "no"),
+            *(name, f"{way.device_gib:.1f}", f"{way.host_gib:.1f}"),
+            *(f"{way.estimate.file / 2**30:.1f}" if way.estimate.file else "", "yes" if fits else "no"),
             *(f"{tokens:,}" if tokens else "" for tokens in needed.values()),
             *(f"{tokens:,}" for tokens in speed.values()),
         )
@@ -176,11 +177,12 @@ def _show_ways(recipe: Recipe, gpu: float, host: float, *, link: str | None, dev
     console.print(table)
     say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
     say(f"{', '.join(links)}: tokens a pass from which on the products take longer there than the copies beside them")
-    say("tokens/s: at most, by products and copies alone")
+    say(f"tokens/s: at most, by products and copies alone; from files at {DISK / 1e9:g} GB/s")
     if first is None:
         say("none fits; use a shorter data.seq_len, a smaller poet.block_size or a smaller model")
         return
-    keys = " ".join(f"{key}={'null' if value is None else str(value).lower()}" for key, value in first.keys.items())
+    words = {None: "null", True: "true", False: "false"}
+    keys = " ".join(f"{key}={words.get(value, value)}" for key, value in first.keys.items())
     say(f"the first that fits: {keys}")
 
 
@@ -211,6 +213,8 @@ def _show_table(console: Any, title: str, estimates: dict[str, MemoryEstimate]) 
     lines.append(["when", *(e.phase for e in every)])
     if any(e.host for e in every):
         lines.append(["in host memory", *(f"{e.host / GIB:.2f}" for e in every)])
+        if any(e.file for e in every):
+            lines.append(["in files", *(f"{e.file / GIB:.2f}" for e in every)])
         lines.append(["brought a pass", *(f"{e.moved / GIB:.2f}" for e in every)])
         if any(e.stepped for e in every):
             lines.append(["both ways a step", *(f"{e.stepped / GIB:.2f}" for e in every)])

@@ -47,11 +47,13 @@ class HostedLinear(ConvertedLinear):
     def keep_in_host_memory_(self, queue: HostQueue, device: torch.device) -> None:
         """Move the weight, codes and scales and extra bits with it, to host memory, for use on ``device`` by ``queue``.
 
+        Or to files, where the queue has a directory for them.
+
         Everything else, bias, rotations and permutations, moves as ever. One layer's weight is there twice meanwhile.
         """
         for tensors, name in self._of_the_weight():
             tensor: Tensor = tensors[name]
-            kept = in_host_memory(tensor.detach(), device)
+            kept = in_host_memory(tensor.detach(), device, queue.directory)
             parameter = name == self.weight_name
             tensors[name] = RotatedWeight.of(kept, mark=getattr(tensor, "_mark", None)) if parameter else kept
         self.host = queue
@@ -62,7 +64,10 @@ class HostedLinear(ConvertedLinear):
 
     def plain_weight(self) -> Tensor:
         plain = super().plain_weight()
-        return plain if self.host is None else plain.cpu()
+        if self.host is None:
+            return plain
+        directory = self.host.directory
+        return plain.cpu() if directory is None else in_host_memory(plain, torch.device("cpu"), directory)
 
     def _probe(self) -> Tensor:
         return self._like

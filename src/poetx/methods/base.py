@@ -149,14 +149,15 @@ def convert_model(model: nn.Module, recipe: Recipe, device: torch.device | None)
 
     report = method_of(recipe).apply_(model)
     if device is not None and next(model.parameters()).is_meta:
-        queue = HostQueue()
+        queue = HostQueue(directory=recipe.model.offload_path)
         ready = (lambda layer: layer.keep_in_host_memory_(queue, device)) if recipe.model.streams_weights else None
         materialize_(model, recipe.model.pretrained, device=device, seed=recipe.train.seed, ready=ready)
         report = report and report.with_dense(model, ZERO)
     if recipe.model.streams_weights:
         recomputed = decoder_layers(model) if recipe.model.gradient_checkpointing else []
         weights = (sum(1 for _ in converted_layers(layer)) for layer in recomputed)
-        offload_frozen_(model, device or "meta", keep=max(weights, default=0))
+        place = None if device is None else recipe.model.offload_path
+        offload_frozen_(model, device or "meta", keep=max(weights, default=0), directory=place)
     if recipe.model.gradient_checkpointing:
         checkpoint_layers_(model, recompute=recipe.model.recompute)
     if recipe.model.offloads_activations:

@@ -7,6 +7,8 @@ runs pieces of the forward again. :class:`HostQueue` remembers that order and st
 stream of its own, as soon as one is asked for. The order is a guess that costs time where it is wrong (layers skipped,
 run twice or in another order), never a wrong weight: a copy is used only if it is of the very tensors that are asked
 for, as they were last written. None is started in one pass for the next, which may be a merge or an export away.
+
+Where host memory is too small, too, weights are in files that are mapped into it, and a thread reads ahead.
 """
 
 from __future__ import annotations
@@ -14,9 +16,13 @@ from __future__ import annotations
 import functools
 import logging
 import mmap
+import os
+import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +30,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from poetx.errors import UserError
+from poetx.files import reason
 from poetx.ops.transaction import copy_at_once_
 
 logger = logging.getLogger(__name__)
@@ -39,16 +47,21 @@ class Copy:
         self._sources = tuple(source.detach() for source in sources)  # keeps their memory until they have arrived
         # Memory of the stream that computes: free for its later work as soon as nobody holds it.
         self._copies = tuple(torch.empty_like(source, device=device) for source in self._sources)
-        self._device, self._event = device, None
-        side = _stream(device, "in")
-        if side is None:
+        self._device, self._event, self._side = device, None, _stream(device, "in")
+        if self._side is not None:  # what used that memory before
+            self._side.wait_stream(torch.get_device_module(device).current_stream(device))
+        self._start()
+
+    def _start(self) -> None:
+        self._bring()
+
+    def _bring(self) -> None:
+        if self._side is None:
             self._fill()
             return
-        module = torch.get_device_module(device)
-        side.wait_stream(module.current_stream(device))  # what used that memory before
-        with module.stream(side):
+        with torch.get_device_module(self._device).stream(self._side):
             self._fill()
-            self._event = side.record_event()
+            self._event = self._side.record_event()
 
     def _fill(self) -> None:
         for copy, source in zip(self._copies, self._sources, strict=True):
@@ -64,6 +77,30 @@ class Copy:
         if self._event is not None:
             torch.get_device_module(self._device).current_stream(self._device).wait_event(self._event)
         return self._copies
+
+
+class FileCopy(Copy):
+    """A copy of tensors in files, which a thread reads into locked memory while others compute.
+
+    From there to the device, for a copy out of memory that is not locked would hold up the thread that starts it.
+    """
+
+    def _start(self) -> None:
+        self._read = _reader().submit(self._bring)
+
+    def _fill(self) -> None:
+        for copy, source in zip(self._copies, self._sources, strict=True):
+            there = source.pin_memory() if self._device.type == "cuda" else source
+            copy.copy_(there, non_blocking=True)
+
+    def arrived(self) -> Tensors:
+        self._read.result()
+        return super().arrived()
+
+
+@functools.cache
+def _reader() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "poetx-reader")
 
 
 class Return:
@@ -151,6 +188,7 @@ class HostQueue:
     Args:
         prefetch: weights whose copies are under way, or wait to be used, beyond the one in use. 0: each is waited for.
         keep: weights that stay on the device after their use, the latest, for as long as the pass lasts.
+        directory: where the weights are in files that are mapped into memory; None: they are in memory.
 
     Attributes:
         loads: copies started; moved: their bytes; missed: uses that no copy was there or under way for.
@@ -158,10 +196,11 @@ class HostQueue:
     """
 
     start_copy: Callable[[Tensors, torch.device], Copy] = Copy
+    start_read: Callable[[Tensors, torch.device], Copy] = FileCopy
     start_return: Callable[[Sequence[Tensor], Sequence[Tensor], torch.device], Return] = Return
 
-    def __init__(self, prefetch: int = 1, keep: int = 0) -> None:
-        self.prefetch, self.keep = prefetch, keep
+    def __init__(self, prefetch: int = 1, keep: int = 0, directory: Path | None = None) -> None:
+        self.prefetch, self.keep, self.directory = prefetch, keep, directory
         self.loads = self.moved = self.missed = self.writes = self.returned = 0
         self._weights: dict[int, tuple[int, Callable[[], Tensors | None]]] = {}
         passes = _Order()
@@ -172,7 +211,9 @@ class HostQueue:
         self._going: Return | None = None
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> Any:  # a copy of a model has weights of its own, which are met when they are used
+    def __reduce__(
+        self,
+    ) -> Any:  # a copy of a model has weights of its own, in memory, which are met when they are used
         return HostQueue, (self.prefetch, self.keep)
 
     def meet(self, tensors: Tensors, now: Callable[[], Tensors | None]) -> None:
@@ -234,7 +275,7 @@ class HostQueue:
             return kept
         self.loads += 1
         self.moved += sum(t.numel() * t.element_size() for t in tensors)
-        return self.start_copy(tensors, device)
+        return (self.start_copy if self.directory is None else self.start_read)(tensors, device)
 
     def _drop(self) -> None:
         for _, copy in self._ahead:
@@ -268,11 +309,46 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def in_host_memory(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy of ``tensor`` in :func:`empty_in_host_memory`. Meta and fake tensors are given back as they are."""
+def in_host_memory(tensor: Tensor, device: torch.device, directory: Path | None = None) -> Tensor:
+    """A copy of ``tensor`` in :func:`empty_in_host_memory`, or in a file. Meta and fake tensors are given back.
+
+    Args:
+        directory: where the file is. It has no name, so it is gone with the tensor or the process, however that ends;
+            the system keeps in memory what there is room for, and writes the rest out.
+
+    Raises:
+        UserError: there is no such directory, or no room on its disk; or it is in memory itself (tmpfs).
+    """
     if not tensor.numel() or tensor.is_meta or isinstance(tensor, FakeTensor):
         return tensor
-    return empty_in_host_memory(tensor, device).copy_(tensor.detach())
+    empty = empty_in_host_memory(tensor, device) if directory is None else _empty_in_a_file(tensor, directory)
+    return empty.copy_(tensor.detach())
+
+
+def _empty_in_a_file(like: Tensor, directory: Path) -> Tensor:
+    size = like.numel() * like.element_size()
+    try:
+        if _kind_of_disk(directory) in ("tmpfs", "ramfs"):
+            raise UserError(f"offload to {directory}: is in memory itself (a tmpfs); give a directory on a disk")
+        with tempfile.TemporaryFile(dir=directory) as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is found now: later it would end the process
+            name = f"/proc/self/fd/{file.fileno()}"
+            return torch.from_file(name, shared=True, size=like.numel(), dtype=like.dtype).view(like.shape)
+    except (OSError, AttributeError) as error:  # posix_fallocate and /proc are Linux's
+        raise UserError(
+            f"offload to {directory}: a weight of {size:,} bytes cannot be written there ({reason(error)}); give a "
+            "directory on a disk with room for all weights"
+        ) from None
+
+
+@functools.cache
+def _kind_of_disk(directory: Path) -> str:
+    """The file system's name as Linux gives it; empty where it is not found."""
+    device = directory.stat().st_dev
+    wanted, table = f"{os.major(device)}:{os.minor(device)}", Path("/proc/self/mountinfo")
+    lines = table.read_text().splitlines() if table.exists() else []
+    kinds = [line.partition(" - ")[2].split()[0] for line in lines if line.split()[2] == wanted]
+    return kinds[-1] if kinds else ""
 
 
 def empty_in_host_memory(like: Tensor, device: torch.device) -> Tensor:

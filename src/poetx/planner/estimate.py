@@ -48,8 +48,9 @@ class MemoryEstimate:
         rotations: the part of trainable, gradient and optimizer that belongs to packed rotations.
         phases: the same for the largest moment of each phase.
         tokens: in one backward pass. parameters: all of them; trainable: those that train.
-        host: bytes in host memory (``model.offload``); moved: bytes that a micro-batch brings from there; stepped: that
-            a step brings and writes, beside its micro-batches (single-step).
+        host: bytes in host memory (``model.offload``); file: in files (``model.offload_dir``); moved: bytes that a
+            micro-batch brings from both; stepped: that a step brings and writes, beside its micro-batches
+            (single-step). hosted: of weights among host and file; read: locked memory to read them through.
         extrapolated: whether decoder layers were extrapolated from a few.
         recipe: what was asked, with ``train.dtype`` settled. device: whose allocator and kernels.
     """
@@ -63,6 +64,9 @@ class MemoryEstimate:
     parameters: int
     trainable: int
     host: int
+    file: int
+    hosted: int
+    read: int
     moved: int
     stepped: int
     extrapolated: bool
@@ -78,6 +82,10 @@ class MemoryEstimate:
     def method(self) -> str:
         """The method in a few words, as its file in :mod:`poetx.methods` says it."""
         return method_of(self.recipe).title
+
+    def in_files(self) -> MemoryEstimate:
+        """The same with the weights of host memory in files."""
+        return dataclasses.replace(self, host=self.host - self.hosted + self.read, file=self.hosted)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, sizes in bytes."""
@@ -97,7 +105,9 @@ class _Run:
     splits: dict[str, Split] = field(default_factory=dict)
     parameters: int = 0
     trainable: int = 0
-    host: int = 0
+    hosted: int = 0
+    activations: int = 0  # in host memory
+    read: int = 0
     moved: int = 0
     stepped: int = 0
 
@@ -290,13 +300,15 @@ def _take_step(model: nn.Module, recipe: Recipe, device: str) -> _Run:
             before = _moved(model)
             step.take(batches, clip=clip)
     rotated = [layer for _, layer in poet_layers(model)]
+    hosted = [t.numel() * t.element_size() for _, layer in converted_layers(model) for t in layer.host_tensors()]
     packed = sum(layer.in_features * layer.out_features for layer in rotated if layer.packed_weight is not None)
     return _Run(
         splits={label: tracker.split(label) for label in tracker.labels},
         parameters=sum(p.numel() for p in parameters) + packed,
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        host=sum(t.numel() * t.element_size() for _, layer in converted_layers(model) for t in layer.host_tensors())
-        + (away.size if away is not None else 0),
+        hosted=sum(hosted),
+        activations=away.size if away is not None else 0,
+        read=2 * sum({1 << (size - 1).bit_length() for size in hosted if size}),  # as torch pins: powers of two, kept
         moved=(moved["step"] - before) // passes,
         stepped=_moved(model) - moved["step"],
     )
@@ -383,7 +395,9 @@ def _extrapolate(few: _Run, more: _Run, depth: int) -> _Run:
     result = _Run(
         parameters=_line(few.parameters, more.parameters, factor),
         trainable=_line(few.trainable, more.trainable, factor),
-        host=_line(few.host, more.host, factor),
+        hosted=_line(few.hosted, more.hosted, factor),
+        activations=_line(few.activations, more.activations, factor),
+        read=few.read,
         moved=_line(few.moved, more.moved, factor),
         stepped=_line(few.stepped, more.stepped, factor),
     )
@@ -418,7 +432,7 @@ def _result(run: _Run, recipe: Recipe, device: str, *, extrapolated: bool) -> Me
             phases[phase] = peak_of(max(splits, key=lambda split: sum(split.values())))
     phase = max(phases, key=lambda name: phases[name].total)
     top = phases[phase]
-    return MemoryEstimate(
+    estimate = MemoryEstimate(
         peak=top.total,
         phase=phase,
         categories=top.categories,
@@ -427,10 +441,14 @@ def _result(run: _Run, recipe: Recipe, device: str, *, extrapolated: bool) -> Me
         tokens=recipe.train.micro_batch * recipe.data.seq_len,
         parameters=run.parameters,
         trainable=run.trainable,
-        host=run.host,
+        host=run.hosted + run.activations,
+        file=0,
+        hosted=run.hosted,
+        read=run.read,
         moved=run.moved,
         stepped=run.stepped,
         extrapolated=extrapolated,
         recipe=recipe,
         device=device,
     )
+    return estimate.in_files() if recipe.model.offload_dir else estimate

@@ -66,6 +66,8 @@ class Link:
 #: PCIe 5 and 4 with 16 lanes at four fifths of their 63 and 31.5 GB/s; two fifths of the dense bfloat16 peak of an H100
 #: SXM (989 TFLOP/s) and of an RTX 4090 (165).
 LINKS = {"h100": Link(50e9, 400e12), "4090": Link(25e9, 66e12)}
+#: Bytes a second that a good NVMe SSD reads (PCIe 4, sequential).
+DISK = 5e9
 #: Operations a token and weight in a micro-batch: forward, backward to the input, and with checkpointing forward again;
 #: there is no product for a weight gradient. Block products come on top, a few percent at blocks of 256.
 _OPERATIONS = {False: 4, True: 6}
@@ -95,7 +97,8 @@ class Way:
         """Of one micro-batch: of its products, and of the copies that run beside them."""
         recipe = self.estimate.recipe
         operations = _OPERATIONS[recipe.model.gradient_checkpointing] * self.estimate.parameters
-        return operations * self.estimate.tokens / link.flops, self.estimate.moved / link.bandwidth
+        bandwidth = min(link.bandwidth, DISK) if self.estimate.file else link.bandwidth
+        return operations * self.estimate.tokens / link.flops, self.estimate.moved / bandwidth
 
     def step_seconds(self, link: Link) -> float:
         """Of a step beside its micro-batches: weights that come and go at once, on both ways of the link."""
@@ -128,15 +131,20 @@ def plan(recipe: Recipe, weight_format: str | None, offload: str | None, *, devi
         keys |= {"poet.weight_format": weight_format}
     if recipe.train.batch_size != recipe.train.micro_batch:
         keys |= {"optimizer.release_gradients": False}
-    return Way(keys, estimate_memory(recipe.with_keys(keys), device=device))
+    return Way(keys, estimate_memory(recipe.with_keys(keys | {"model.offload_dir": None}), device=device))
 
 
 def ways(recipe: Recipe, *, device: str = "cuda") -> Iterator[Way]:
-    """Every way of :data:`WAYS` for ``recipe``, each planned when it is asked for: :func:`plan`.
+    """Every way of :data:`WAYS` for ``recipe``, each planned when it is asked for: :func:`plan`; then those from files.
 
-    Of single-step weights those that do not quantize: what changes at every step has no use for few bits.
+    Of single-step weights those that do not quantize: what changes at every step has no use for few bits, nor any for a
+    disk.
     """
     single = recipe.poet is not None and recipe.poet.config.method == "single-step"
+    streamed = []
     for weight_format, offload in WAYS:
         if weight_format is None or not single:
-            yield plan(recipe, weight_format, offload, device=device)
+            yield (way := plan(recipe, weight_format, offload, device=device))
+            streamed += [way] if offload and not single else []
+    for way in streamed:
+        yield Way(way.keys | {"model.offload_dir": "DIR"}, way.estimate.in_files())

@@ -99,6 +99,11 @@ class Recipe(Section):
             raise UserError(
                 f"model.offload={self.model.offload}: is for rotated layers; leave it out, or use activations"
             )
+        if self.model.offload_dir and self.poet is not None and self.poet.config.method == "single-step":
+            raise UserError(
+                f"model.offload_dir={self.model.offload_dir}: every step of method=single-step would write all of its "
+                "weights there; leave it out, or use method=mem"
+            )
         if self.model.offloads_activations and self.train.compile:
             raise UserError(f"model.offload={self.model.offload}: not with train.compile=true; leave one of them out")
         growth = self.optimizer.norm_growth if isinstance(self.optimizer, SingleStepKeys) else 0

@@ -17,6 +17,7 @@ PATHS = (
     "data.cache_dir",
     "model.config",
     "model.pretrained",
+    "model.offload_dir",
 )
 _TEXTS = ("data.train", "data.validation")
 #: Of tokenizers that have no ``tokenizer.json``.

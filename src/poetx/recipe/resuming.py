@@ -18,6 +18,7 @@ FREE_ON_RESUME = (
     "data.validation",
     "data.tokenizer",
     "data.cache_dir",
+    "model.offload_dir",
     "train.device",
     "train.eval_every",
     "train.spectrum_every",
@@ -34,7 +35,7 @@ FREE_ON_RESUME = (
 
 #: What else a single step does not read: how text becomes tokens, and how steps are made repeatable.
 _OF_THE_TEXT = ("data.text_field", "data.format", "data.chat_template", "data.validation_fraction", "data.end_of_text")
-_READ_BY_A_STEP = {"parallel", "data.train", "data.tokenizer", "train.device"}
+_READ_BY_A_STEP = {"parallel", "data.train", "data.tokenizer", "train.device", "model.offload_dir"}
 
 
 def idle_in_a_step(overrides: Sequence[str]) -> list[str]:

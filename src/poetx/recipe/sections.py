@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import typing
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, create_model, model_validator
@@ -73,6 +74,7 @@ class ModelRecipe(Section):
     recompute: Recompute = "auto"  # of rotated layers then
     #: In host memory: the weights that rotations turn (frozen), what decoder layers keep for backward (activations).
     offload: Literal["frozen", "activations", "both"] | None = None
+    offload_dir: Text | None = None  # on a disk: the weights that rotations turn are in files there, not in memory
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelRecipe:
@@ -85,6 +87,8 @@ class ModelRecipe(Section):
                 f"model.offload={self.offload}: is for decoder layers that keep their input only; set "
                 "model.gradient_checkpointing=true, or use model.offload=frozen"
             )
+        if self.offload_dir and not self.streams_weights:
+            raise UserError("model.offload_dir: is for model.offload=frozen or both; set that, or leave it out")
         if self.config and self.pretrained:
             raise UserError("model.config and model.pretrained are both set; give one of them")
         given = [name for name in SIZES if getattr(self, name) is not None]
@@ -119,6 +123,11 @@ class ModelRecipe(Section):
     def streams_weights(self) -> bool:
         """Whether the weights that rotations turn are in host memory."""
         return self.offload in ("frozen", "both")
+
+    @property
+    def offload_path(self) -> Path | None:
+        """:attr:`offload_dir` as a path."""
+        return Path(self.offload_dir) if self.offload_dir else None
 
     @property
     def offloads_activations(self) -> bool:

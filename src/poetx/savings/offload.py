@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from poetx.errors import UserError
+from poetx.layers.single_step import SingleStepLinear
 from poetx.layers.walk import converted_layers
 from poetx.ops.host import HostQueue
 
 
 def offload_frozen_(
-    model: nn.Module, device: torch.device | str | None = None, *, prefetch: int = 1, keep: int = 0
+    model: nn.Module,
+    device: torch.device | str | None = None,
+    *,
+    prefetch: int = 1,
+    keep: int = 0,
+    directory: str | Path | None = None,
 ) -> nn.Module:
     """Keep the weights that the rotated layers turn in host memory, in place; all else moves to ``device``.
 
@@ -34,10 +42,13 @@ def offload_frozen_(
         device: what computes; None: where the model's parameters are.
         prefetch: weights whose copies are ahead of their use; 0 waits for each.
         keep: weights that stay on the device after their use, for another one in the same forward or backward pass.
+        directory: on a disk, for the weights of a model that the host has not the memory for either, in files without a
+            name: every pass reads them from there as far as memory does not hold them, a merge writes them. Linux only.
 
     Raises:
         UserError: no converted layer; a single-step layer that a :class:`poetx.POETX` trains already; the CPU;
-            ``prefetch`` or ``keep`` below 0.
+            ``prefetch`` or ``keep`` below 0; a ``directory`` without room, in memory, or for single-step layers, which
+            every step would write.
     """
     for name, number in {"prefetch": prefetch, "keep": keep}.items():
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
@@ -51,8 +62,13 @@ def offload_frozen_(
             "offload_frozen_: the device is the CPU, where weights are in host memory anyway; give the one that "
             "computes, such as device='cuda'"
         )
-    queue = next((layer.host for layer in layers.values() if layer.host), None) or HostQueue(prefetch)
-    queue.prefetch, queue.keep = prefetch, keep
+    place = None if directory is None else Path(directory)
+    if place is not None and any(isinstance(layer, SingleStepLinear) for layer in layers.values()):
+        raise UserError(
+            f"offload_frozen_: directory={directory}: single-step layers would write all of it at every step"
+        )
+    queue = next((layer.host for layer in layers.values() if layer.host), None) or HostQueue()
+    queue.prefetch, queue.keep, queue.directory = prefetch, keep, place
     for layer in layers.values():
         if layer.host is None:
             layer.keep_in_host_memory_(queue, where)

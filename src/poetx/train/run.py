@@ -239,6 +239,7 @@ def _check_same_start(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
         "data.tokenizer",
         "data.cache_dir",
         "model.pretrained",
+        "model.offload_dir",
     )
     keys = {key: value for key, value in flat(recipe.to_dict()) if key not in places}
     code = {name: version for name, version in versions().items() if name in ("poetx", "torch")}
