@@ -107,11 +107,15 @@ def test_ways_to_keep_the_frozen_weights_on_a_card_and_a_host(app):
     found = json.loads(runner.invoke(app, [*words, "--json"]).stdout)["ways"]
     kinds = ("float32", "int8", "int4")
     assert [way["name"] for way in found] == [
-        f"{kind}, {where}" for where in ("resident", "streamed") for kind in kinds
+        f"{kind}, {where}" for where in ("resident", "streamed", "from files") for kind in kinds
     ]
     weights = 4 * (4 * 64 * 64 + 3 * 64 * 128)
     assert len({way["estimate"]["parameters"] for way in found}) == 1  # packed ones count, too
-    resident, streamed = found[:3], found[3:]
+    resident, streamed, filed = found[:3], found[3:6], found[6:]
+    for here, there in zip(streamed, filed, strict=True):
+        assert there["estimate"]["file"] == here["estimate"]["host"]
+        assert here["tokens_per_second"]["h100"] > there["tokens_per_second"]["h100"] > 0
+        assert there["keys"] == here["keys"] | {"model.offload_dir": "DIR"}
     assert [way["estimate"]["host"] for way in resident] == [0, 0, 0]
     assert streamed[0]["estimate"]["host"] == weights
     assert weights / 4 < streamed[1]["estimate"]["host"] < weights / 3  # codes, scales and zeros
