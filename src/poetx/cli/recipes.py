@@ -26,7 +26,7 @@ def recipes(
 ) -> None:
     """Show the built-in recipes and methods, or the YAML of one recipe, to begin your own with."""
     from poetx.recipe import builtin_recipes
-    from poetx.recipe.loading import recipe_path
+    from poetx.recipe.places import recipe_path
     from poetx.recipe.shorthands import METHODS, SIZED_RECIPES
 
     if name is None:
@@ -46,7 +46,7 @@ def recipes(
 
 
 def _first_line(name: str) -> str:
-    from poetx.recipe.loading import recipe_path
+    from poetx.recipe.places import recipe_path
 
     return recipe_path(name).read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
 

@@ -12,12 +12,11 @@ from poetx.lazy import lazy_names
 if TYPE_CHECKING:
     from poetx.recipe.loading import (
         DEMOS,
-        RECIPE_DIR,
         Recipe,
-        builtin_recipes,
         load_recipe,
         with_method,
     )
+    from poetx.recipe.places import RECIPE_DIR, builtin_recipes
     from poetx.recipe.resuming import differing_keys, settled_as
 
 __all__ = [
@@ -31,6 +30,11 @@ __all__ = [
     "with_method",
 ]
 
-_RESUMING = ("differing_keys", "settled_as")
-_LOADING = tuple(name for name in __all__ if name not in _RESUMING)
-__getattr__ = lazy_names(__name__, {"poetx.recipe.loading": _LOADING, "poetx.recipe.resuming": _RESUMING})
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "poetx.recipe.loading": ("DEMOS", "Recipe", "load_recipe", "with_method"),
+        "poetx.recipe.places": ("RECIPE_DIR", "builtin_recipes"),
+        "poetx.recipe.resuming": ("differing_keys", "settled_as"),
+    },
+)

@@ -19,7 +19,7 @@ from poetx.errors import UserError, nearest, one_line
 from poetx.optim.settings import MATRIX_OPTIMIZERS
 from poetx.recipe.former import drop_without_effect, modern_override, modernize, without_effect
 from poetx.recipe.idle import idle
-from poetx.recipe.places import PATHS, kept_recipe, make_absolute
+from poetx.recipe.places import PATHS, builtin_recipes, kept_recipe, make_absolute, recipe_path
 from poetx.recipe.sections import (
     SIZES,
     DataRecipe,
@@ -41,7 +41,6 @@ from poetx.recipe.values import finite, shown
 
 logger = logging.getLogger(__name__)
 
-RECIPE_DIR = Path(__file__).resolve().parent.parent / "recipes"
 DEMOS = ("demo-single-step", "demo")  # the first is what `poetx train` runs
 
 _SECTIONS = ("model", "data", "poet", "lora", "optimizer", "train")
@@ -145,11 +144,6 @@ class Recipe(Section):
         for key, value in changes.items():
             _set(values, key, value)
         return _build(values)
-
-
-def builtin_recipes() -> list[str]:
-    """Names of the recipes that ship with the package."""
-    return sorted([*(path.stem for path in RECIPE_DIR.glob("*.yaml")), *SIZED_RECIPES])
 
 
 def load_recipe(source: str | None = None, overrides: Sequence[str] = (), *, text: bool = True) -> Recipe:
@@ -267,24 +261,6 @@ def with_method(recipe: Recipe, name: str, *, own_rate: bool = False) -> Recipe:
         del values["model"]["recompute"]
     _share_seed(values)
     return _build(values)
-
-
-def recipe_path(source: str) -> Path:
-    """The YAML file meant by a built-in name, a path, or a run directory."""
-    if source in SIZED_RECIPES:
-        return RECIPE_DIR / "llama.yaml"
-    if source in builtin_recipes():
-        return RECIPE_DIR / f"{source}.yaml"
-    path = Path(source)
-    if path.is_dir():
-        path = path / "recipe.yaml"
-        if not path.is_file():
-            raise UserError(f"{source}: a directory without recipe.yaml is not a run{kept_recipe(source)}")
-        return path
-    if not path.is_file():
-        known = ", ".join(builtin_recipes())
-        raise UserError(f"{source}: no such recipe{nearest(source, builtin_recipes())} (built in: {known}; or a path)")
-    return path
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------

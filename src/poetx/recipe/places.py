@@ -1,4 +1,4 @@
-"""Paths in a recipe, as they are meant where it is read."""
+"""Where recipes are, and the paths in one as they are meant where it is read."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from poetx.errors import UserError
+from poetx.errors import UserError, nearest
+from poetx.recipe.shorthands import SIZED_RECIPES
 
+RECIPE_DIR = Path(__file__).resolve().parent.parent / "recipes"
 PATHS = (
     "data.train",
     "data.validation",
@@ -22,6 +24,29 @@ PATHS = (
 _TEXTS = ("data.train", "data.validation")
 #: Of tokenizers that have no ``tokenizer.json``.
 _OWN_TOKENIZERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
+
+
+def builtin_recipes() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted([*(path.stem for path in RECIPE_DIR.glob("*.yaml")), *SIZED_RECIPES])
+
+
+def recipe_path(source: str) -> Path:
+    """The YAML file meant by a built-in name, a path, or a run directory."""
+    if source in SIZED_RECIPES:
+        return RECIPE_DIR / "llama.yaml"
+    if source in builtin_recipes():
+        return RECIPE_DIR / f"{source}.yaml"
+    path = Path(source)
+    if path.is_dir():
+        path = path / "recipe.yaml"
+        if not path.is_file():
+            raise UserError(f"{source}: a directory without recipe.yaml is not a run{kept_recipe(source)}")
+        return path
+    if not path.is_file():
+        known = ", ".join(builtin_recipes())
+        raise UserError(f"{source}: no such recipe{nearest(source, builtin_recipes())} (built in: {known}; or a path)")
+    return path
 
 
 def make_absolute(values: dict[str, Any]) -> None:
