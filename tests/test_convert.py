@@ -356,6 +356,30 @@ def test_what_is_no_model_is_named(call):
         call(model, optimizer)
 
 
+def test_a_report_in_the_models_place_is_named():
+    report = convert_(mlp(), PoetConfig(block_size=4))
+    for call in (poetx.POETX, lambda model: poetx.param_groups(model, lr=1e-3, poet_lr=1e-3)):
+        with pytest.raises(UserError, match="convert_ changes the model in place, and what it returns is a report"):
+            call(report)
+    for other in (None, 5, "gpt2"):
+        with pytest.raises(UserError, match="was given for a model"):
+            poetx.POETX(other)
+
+
+def test_a_compiled_model_is_converted_as_the_plain_one():
+    plain, compiled = mlp(), torch.compile(mlp(), backend="eager")
+    x = torch.randn(3, 11)
+    before = compiled(x)
+    reports = [convert_(model, PoetConfig(block_size=4)) for model in (plain, compiled)]
+    assert str(reports[0]) == str(reports[1])
+    torch.testing.assert_close(compiled(x), before)
+    state = {name.removeprefix("_orig_mod."): value for name, value in compiled.state_dict().items()}
+    plain.load_state_dict(state)
+    for model in (plain, compiled):
+        poetx.merge_(model, None)
+    assert torch.equal(plain(x), compiled(x))  # the same permutations were drawn
+
+
 def test_what_conversion_would_do_wrong_or_cannot_read_is_one_line():
     with pytest.raises(UserError, match=r"config is a dict; give a PoetConfig"):
         convert_(mlp(), {"block_size": 4})

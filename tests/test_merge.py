@@ -633,3 +633,23 @@ def test_rotations_that_decay_are_said(decay, caplog):
     model = converted_mlp()
     merge_every(torch.optim.AdamW(model.parameters(), weight_decay=decay), model)
     assert ("weight_decay=0.01 of the rotations pulls them back" in caplog.text) == bool(decay)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"weight_decay": 0.1}, "AdamW's weight_decay=0.1 is without effect: every parameter group has its own (0)"),
+        ({"lr": 3e-4}, "AdamW's lr=0.0003 is without effect: every parameter group has its own (0.001, 0.01)"),
+        ({"lr": 1e-2, "weight_decay": 0.0, "betas": (0.8, 0.9), "eps": 1e-6}, ""),  # eps and betas reach all
+        ({"lr": torch.tensor(3e-4), "foreach": False}, ""),
+    ],
+)
+@pytest.mark.parametrize("warmup", [False, True])
+def test_arguments_of_the_optimizer_that_no_group_takes_are_said(settings, said, warmup, caplog):
+    model = converted_mlp()
+    optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3, poet_lr=1e-2), **settings)
+    if warmup:
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
+    merge_every(optimizer, model)
+    assert ("without effect" in caplog.text) == bool(said)
+    assert said in caplog.text

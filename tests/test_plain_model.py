@@ -187,6 +187,14 @@ def test_a_file_where_the_directory_should_be_is_refused(tmp_path):
     assert (tmp_path / "file").read_text() == "kept"
 
 
+def test_settings_of_generation_that_transformers_reads_but_does_not_write(tmp_path):
+    model = turned("fast")
+    model.generation_config.temperature = 0.6  # idle, as nothing is sampled: Llama 2 comes so
+    poetx.save_pretrained(model, tmp_path)
+    assert model.generation_config.temperature == 0.6
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
 WRONG = {
     "another model's": (lambda state: {"0.weight": torch.ones(2, 2)}, "transformer.wte.weight is missing"),
     "prefix": (lambda state: {f"model.{key}": value for key, value in state.items()}, "is missing"),

@@ -279,6 +279,19 @@ def test_rotations_that_nobody_merges_are_spoken_of_once(merged, caplog):
     assert reminder.passes <= 600
 
 
+@pytest.mark.parametrize("stepped", [False, True])
+def test_rotations_that_no_optimizer_moves_are_spoken_of_once(stepped, caplog):
+    model = mlp()
+    early = torch.optim.SGD(model.parameters(), lr=1e-2)  # holds the dense weights, which are gone then
+    convert_(model, config())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2) if stepped else early
+    for _ in range(130):
+        model(torch.ones(2, 11)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert caplog.text.count("no optimizer holds them") == (not stepped)
+
+
 @pytest.mark.parametrize("size", [1e-18, 1e-30, 1e-42])
 @pytest.mark.parametrize("settings", [{}, {"method": "single-step"}, {"mode": "mem", "weight_format": "nf4"}])
 def test_weights_whose_squares_vanish_count_as_zeros(settings, size):

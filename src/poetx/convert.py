@@ -66,6 +66,8 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
             "convert_: the model is in DistributedDataParallel, which would not average the rotations; convert it "
             "first, then wrap it"
         )
+    if hasattr(model, "_orig_mod"):  # of torch.compile: names, by which permutations are drawn, are the plain model's
+        return convert_(model._orig_mod, config)  # pyright: ignore[reportArgumentType]
     if isinstance(model, nn.Linear) or is_conv1d(model):
         raise UserError(
             "convert_ replaces layers inside a model; for a single layer use PoetLinear.from_linear or wrap it "

@@ -23,7 +23,7 @@ from poetx.layers.poet import FoldStats, PoetLinear
 from poetx.layers.walk import poet_layers, rotation_ids
 from poetx.one_rate import OneRate
 from poetx.ops.reference import EXACT
-from poetx.optimizer_restart import COUNTERS, GroupRestart, groups_of, refuse_unfit, reset_rotations
+from poetx.optimizer_restart import COUNTERS, GroupRestart, groups_of, idle_arguments, refuse_unfit, reset_rotations
 
 logger = logging.getLogger(__name__)
 Owner = TypeVar("Owner")
@@ -333,6 +333,8 @@ def merge_every(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int =
             "the optimizer from poetx.param_groups(model, ...), which decays the rest alone",
             decay,
         )
+    for text in idle_arguments(optimizer):
+        logger.warning("merge_every: %s", text)
     if merge_handle(optimizer) is not None:
         raise UserError("merge_every is already registered on this optimizer; remove() the first handle")
     return MergeHandle(optimizer, model, steps)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Set
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -87,6 +88,20 @@ def refuse_unfit(optimizer: torch.optim.Optimizer) -> None:
             f"{kind} keeps {'curvature' if joint is None else repr(joint)} of all parameters together, which can "
             "neither restart nor be saved for some of them; use an optimizer whose state is by parameter, such as AdamW"
         )
+
+
+def idle_arguments(optimizer: torch.optim.Optimizer) -> Iterator[str]:
+    """Texts about arguments of an optimizer that no parameter group takes, all of which have another value."""
+    usual = inspect.signature(type(optimizer)).parameters
+    for key, value in optimizer.defaults.items():
+        own = [group.get(f"initial_{key}", group.get(key)) for group in optimizer.param_groups]
+        number = isinstance(value, (int, float)) and key in usual and value != usual[key].default
+        if number and not any(isinstance(other, Tensor) or other == value for other in own):
+            values = ", ".join(sorted({f"{other:g}" for other in own if isinstance(other, (int, float))}))
+            yield (
+                f"{type(optimizer).__name__}'s {key}={value:g} is without effect: every parameter group has its own "
+                f"({values}); give it to poetx.param_groups(model, ...)"
+            )
 
 
 class GroupRestart:

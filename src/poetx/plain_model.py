@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -41,7 +42,26 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **setti
     if os.path.isfile(directory):  # noqa: PTH113 - transformers would only log it
         raise UserError(f"save_pretrained: {os.fspath(directory)} is a file; name a directory")
     state = plain_state_dict(model, settings.pop("state_dict", None))
-    kind.save_pretrained(model, directory, state_dict=state, **settings)
+    own = getattr(model, "generation_config", None)
+    changed: Any = {} if own is None else {"generation_config": writable_generation(own)}
+    vars(model).update(changed)
+    try:
+        kind.save_pretrained(model, directory, state_dict=state, **settings)
+    finally:
+        vars(model).update(dict.fromkeys(changed, own))
+
+
+def writable_generation(config: Any) -> Any:
+    """A copy of a ``GenerationConfig`` that can be saved; None of None.
+
+    Some checkpoints (Llama 2's) set what only sampling reads where nothing is sampled, which transformers reads but
+    refuses to write.
+    """
+    config = copy.deepcopy(config)
+    if config is not None and not config.do_sample:
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+            setattr(config, name, None)
+    return config
 
 
 def plain_state_dict(model: nn.Module, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

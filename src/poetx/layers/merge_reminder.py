@@ -67,7 +67,14 @@ class MergeReminder:
             return
         with torch.no_grad():
             angle = float(torch.maximum(*(largest_angle(side) for side in layer.sides)))
-        if angle > _LARGE_ANGLE or self.passes >= _LATE:
+        if angle == 0 and self.passes == _FIRST and layer.skew_in.requires_grad:
+            logger.warning(
+                "%s: %d training passes, and its rotations are where they were: no optimizer holds them, as when that "
+                "was built before poetx.convert_, or it has not stepped; build it from poetx.param_groups(model, ...)",
+                layer.label,
+                self.passes,
+            )
+        elif angle > _LARGE_ANGLE or self.passes >= _LATE:
             self.done = True
             logger.warning(
                 "%s: %d forward passes, rotations at an angle of %.2f, and no merge yet; call poetx.merge_every("

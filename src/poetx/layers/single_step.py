@@ -109,7 +109,8 @@ class SingleStepLinear(HostedLinear):
                     raise UserError(f"{self.label}: {tracing} cannot train the layer; call model.eval() before it")
                 raise UserError(
                     f"{self.label}: nothing would train its weight{', as its POETX is gone' if gone else ''}; build "
-                    "poetx.POETX(model, ...) before the forward pass, or call model.eval()"
+                    "poetx.POETX(model, ...) after converting and unfreezing and before the forward pass, or call "
+                    "model.eval()"
                 )
             if self.host is not None:
                 if tracing:

@@ -60,9 +60,11 @@ def warn_of_one_name(model: nn.Module) -> None:
 def check_model(model: object) -> None:
     """Raise :class:`UserError` where something else was given for a model, such as the argument before or after it."""
     if not isinstance(model, nn.Module):
-        raise UserError(
-            f"{type(model).__name__} was given for a model, which must be a torch.nn.Module; check the arguments' order"
-        )
+        kind = type(model).__name__
+        hint = "check the arguments' order"
+        if kind == "ConversionReport":
+            hint = "convert_ changes the model in place, and what it returns is a report"
+        raise UserError(f"{kind} was given for a model, which must be a torch.nn.Module; {hint}")
 
 
 def _layers(model: nn.Module, kind: type[L]) -> Iterator[tuple[str, L]]:

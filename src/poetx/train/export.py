@@ -10,6 +10,7 @@ from poetx.data.tokenizer import fast_tokenizer
 from poetx.distributed.checksum import checksum_of
 from poetx.errors import UserError
 from poetx.files import new_directory, read_json, sha256
+from poetx.plain_model import writable_generation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,7 +93,7 @@ def export_model(
     to_dense_(model)
     model.config.use_cache = True
     stop_at_(model, AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True).eos_token_id)
-    _drop_idle_settings(model)
+    model.generation_config = writable_generation(model.generation_config)
     remedy = "write it with poetx export RUN DIR; the run's checkpoints are untouched"
     with new_directory(directory.resolve(), remedy=remedy) as temporary:
         sizes: dict[str, Any] = {} if shard_size is None else {"max_shard_size": shard_size}
@@ -106,11 +107,3 @@ def stop_at_(model: PreTrainedModel, end_of_text_id: int | None) -> None:
         known = getattr(config, "eos_token_id", None)
         if config is not None and end_of_text_id not in (None, known, *(known if isinstance(known, list) else [])):
             config.eos_token_id = end_of_text_id
-
-
-def _drop_idle_settings(model: PreTrainedModel) -> None:
-    """Unset what only sampling reads where nothing is sampled: some checkpoints set it, and it could not be saved."""
-    config = model.generation_config
-    if config is not None and not config.do_sample:
-        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
-            setattr(config, name, None)

@@ -201,6 +201,11 @@ def test_more_refusals():
         POETX(mlp(), block_size=4).add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
     with pytest.raises(UserError, match="give a model, its parameters"):
         POETX([1, 2])
+    model = mlp()
+    convert_(model, PoetConfig(method="single-step", block_size=4))
+    model.requires_grad_(False)
+    with pytest.raises(UserError, match=r"all \d converted layers are frozen"):
+        POETX(model)
 
 
 def test_names_of_older_versions_are_taken_with_a_warning():

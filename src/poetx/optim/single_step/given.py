@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from poetx.distributed.sharded import is_sharded, refuse_sharded
 from poetx.errors import UserError, nearest
 from poetx.layers.base import DTYPES, RotatedWeight
 from poetx.layers.single_step import SingleStepLinear
-from poetx.layers.walk import poet_layers, single_step_layers, warn_of_one_name
+from poetx.layers.walk import check_model, poet_layers, single_step_layers, warn_of_one_name
 from poetx.optim.groups import dense_groups
 from poetx.optim.settings import check_effect, check_group, check_numbers
 from poetx.optimizer_restart import refuse_unfit
@@ -68,6 +68,8 @@ def read_model(model: Any, settings: dict[str, Any], modules: dict[str, Any], an
         trained: dict[Tensor, SingleStepLinear] = {layer.weight: layer for layer in layers.values() if not layer.frozen}
         return Given(groups, trained, transposed, names, config)
     config = PoetConfig(method="single-step", **given)
+    if not isinstance(model, Iterable) or isinstance(model, str):
+        check_model(model)
     entries = list(model)
     names = {entry[1]: entry[0] for entry in entries if isinstance(entry, tuple)}
     if entries and all(isinstance(entry, dict) for entry in entries):
@@ -124,6 +126,11 @@ def _model_groups(
 ) -> tuple[list[dict[str, Any]], set[Tensor]]:
     """Groups "rotated", "decay" (matrices) and "no_decay" (vectors); and which rotated weights are stored [in, out]."""
     modules: list[Any] = [layer for layer in layers.values() if not layer.frozen]
+    if layers and not modules:
+        raise UserError(
+            f"POETX: all {len(layers)} converted layers are frozen, so nothing would be rotated; unfreeze some before "
+            "POETX is built, or use torch.optim.AdamW on the rest"
+        )
     if not layers:
         refuse_sharded(model.parameters(), "POETX")
         targets = find_targets(model, config, replaced=False)
