@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 from collections import Counter
@@ -289,7 +290,9 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "image": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part that is no text"),
     "text-message": ({"messages": ["a"]}, r"messages\[0\]: str, not a message; write"),
     "no-messages": ({"messages": []}, "a conversation without messages; remove it"),
-    "string": ({"messages": "a"}, r'"messages" is str, not a list'),
+    "string": ({"messages": "a"}, '"messages" is a string that is no JSON; write a list'),
+    "repr": ({"messages": str(turns("a", "b"))}, '"messages" is a string that is no JSON'),
+    "json-no-list": ({"messages": "3"}, '"messages" is int, not a list'),
     "speaker": ({"conversations": [{"from": "ocr", "value": "a"}]}, r'from "ocr", which is none of human'),
     "no-value": ({"conversations": [{"from": "human"}]}, r'"content" is NoneType'),
     "output": ({"instruction": "a", "output": None}, r'"output" is NoneType, not a string'),
@@ -324,6 +327,28 @@ def test_what_is_wrong_in_a_conversation_is_one_line(
         prepare_data(tiny(f"data.train={path}", *settings))
     assert str(caught.value).startswith(f"{path}, line 2")
     assert "\n" not in str(caught.value)
+
+
+def test_answers_that_all_lie_behind_the_cut_are_refused_for_that(
+    tiny: Tiny, tmp_path: Path, settings: list[str]
+) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"messages": turns(f"{n}" * 200, "yes")}) + "\n" for n in range(10, 90)))
+    with pytest.raises(UserError, match=r"conversations for train is longer than data\.seq_len=16 and cut before its"):
+        prepare_data(tiny(f"data.train={path}", *settings, "data.seq_len=16"))
+
+
+def test_conversations_as_json_in_the_cells_of_a_table(
+    tiny: Tiny, tmp_path: Path, settings: list[str], chats: Callable[..., Path]
+) -> None:
+    records = [json.loads(line) for line in chats().read_text().splitlines()]
+    path = tmp_path / "chats.csv"
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["id", "messages"])
+        rows.writerows([number, json.dumps(record["messages"])] for number, record in enumerate(records))
+    written, wanted = (prepare_data(tiny(f"data.train={text}", *settings)) for text in (path, chats()))
+    assert written.meta.fingerprint == wanted.meta.fingerprint
 
 
 @pytest.mark.parametrize("held_out", [False, True])

@@ -282,6 +282,11 @@ WRONG: dict[str, tuple[bytes, str]] = {
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
         "a pointer of Git LFS, not the file",
     ),
+    "records.txt": (b'{"text": "a", "id": 1}\n\n{"text": "b"}\nmore', "its lines are JSON records, and its name says"),
+    "dump.log.gz": (
+        gzip.compress(b'{"messages": [{"role": "user", "content": "a"}]}\n' * 9),
+        "its lines are JSON records, and its name says text",
+    ),
     "string.jsonl": (b'"words"\n', r"line 1: str, not a record"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -85,6 +86,11 @@ def _field(record: Record, name: str, kind: Any, place: str) -> Any:
         raise UserError(
             f'{place}: no "{name}" field (it has: {shown_fields(record)}); data.format says what records are'
         )
+    if kind is list and isinstance(record[name], str):  # a cell of a table, which holds no list
+        try:
+            record = {name: json.loads(record[name])}
+        except (ValueError, RecursionError):
+            raise UserError(f'{place}: "{name}" is a string that is no JSON; write a list, or a list as JSON') from None
     if not isinstance(record[name], kind):
         kinds = " or ".join(
             {str: "a string", list: "a list"}[one] for one in (kind if isinstance(kind, tuple) else (kind,))

@@ -92,6 +92,17 @@ def _first_value(path: Path) -> Any:
         return None
 
 
+def holds_records(path: Path, fields: Collection[str]) -> bool:
+    """Whether the first two lines of a file that is text by its name are JSON records with one of ``fields``."""
+    with open_text(path) as file:
+        lines = [_first_line(file) for _ in range(2)]
+    try:
+        values = [json.loads(line) for line in lines]
+    except (ValueError, RecursionError):
+        return False
+    return all(isinstance(value, dict) and not value.keys().isdisjoint(fields) for value in values)
+
+
 def _json_array(path: Path, decoder: json.JSONDecoder = _DECODER) -> Iterator[tuple[str, Record]]:
     """The records of one list, of which a piece at a time is in memory."""
     with open_text(path) as file:

@@ -18,7 +18,7 @@ from typing import Literal
 
 from poetx.data.chat import conversation, format_of
 from poetx.data.opening import check_is_text, name_inside, open_text
-from poetx.data.records import Record, hub_records, kind_of, read_records, shown_fields
+from poetx.data.records import Record, holds_records, hub_records, kind_of, read_records, shown_fields
 from poetx.errors import UserError
 from poetx.files import read_json, reason
 from poetx.recipe.places import is_hub_name, is_prepared
@@ -329,6 +329,8 @@ def _kind(files: list[Path], what: str, text_field: str, *, alone: bool) -> tupl
     if other is not None:
         raise UserError(f"{what}: mixes {kinds[first]} ({first.name}) and {kinds[other]} ({other.name}); name one kind")
     if kinds[first] == "text":
+        if holds_records(first, (text_field, *CHAT_FIELDS)):
+            raise UserError(f"{first}: its lines are JSON records, and its name says text; let that end in .jsonl")
         return ("file" if alone else "directory"), files
     held_out = [file.name for file in files if _HELD_OUT.search(file.name)]
     if 0 < len(held_out) < len(files):

@@ -179,6 +179,12 @@ def write_tokens(
     counts = writer.counts
     for part, number in writer.answers.items():
         if template and number == 0 and counts[part]:
+            packer = writer.packers[part]
+            if packer.cut and packer.cut == packer.dropped:
+                raise UserError(
+                    f"data.train={train.source}: each of the {packer.cut} conversations for {part} is longer than "
+                    f"data.seq_len={packed} and cut before its answer; raise that"
+                )
             raise UserError(f"data.train={train.source}: no answers for {part}, which alone are learnt; give some")
     shares = [[size, weight] for size, weight in zip(writer.sizes, train.weights or [], strict=False)]
     if packed:
