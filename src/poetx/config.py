@@ -19,6 +19,7 @@ Mode = Literal["fast", "mem", "weight"]
 Init = Literal["keep", "normalized", "uniform"]
 NeumannOrder = Literal[3, 7, "exact"]
 Method = Literal["poet-x", "single-step", "oft"]
+Permutation = Literal["random", "contiguous"]
 Update = Literal["rotation", "free"]
 #: How rotated layers run inside checkpointed decoder layers: :func:`poetx.savings.checkpoint_layers_`.
 Recompute = Literal["auto", "fast", "mem"]
@@ -37,6 +38,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "method": get_args(Method),
     "update": get_args(Update),
     "mode": get_args(Mode),
+    "permutation": get_args(Permutation),
     "init": get_args(Init),
     "neumann_order": get_args(NeumannOrder),
     "rotation_dtype": ("float32", "bfloat16", "float64"),
@@ -48,13 +50,14 @@ _OF_FRESH = ("poet-x", "single-step")
 METHODS_OF: dict[str, tuple[str, ...]] = {
     "update": ("single-step",),
     "weight_extra_bits": ("poet-x",),
+    "permutation": ("poet-x",),
     "neumann_order": ("poet-x", "oft"),
     "weight_format": ("poet-x", "oft"),
     **dict.fromkeys(("mode", "init", "init_scale", "residual_scale", "residual_modules"), _OF_FRESH),
 }
 #: Settings that ``overrides`` can change for some layers.
 PER_LAYER = (
-    *("block_size", "update", "mode", "init_scale", "neumann_order"),
+    *("block_size", "update", "mode", "init_scale", "permutation", "neumann_order"),
     *("rotation_dtype", "weight_extra_bits", "weight_format", "group_size"),
 )
 
@@ -171,6 +174,10 @@ class PoetConfig:
             starts near the embedding alone; must be 1 with ``init="keep"``.
         residual_modules: which layers these are, in PEFT's meaning, as for ``target_modules``. The usual names of
             ``transformers`` models unless given.
+        permutation: which features of a side share a block, with ``"poet-x"``. ``"random"``, the paper's: others after
+            every merge, so that in time all of them mix; activations are gathered for it five times a layer and step
+            (six with *mem*). ``"contiguous"``: neighbours, for good; nothing is gathered, and every b × b part of the
+            weight keeps its singular values.
         neumann_order: highest power k of the Neumann series in the Cayley–Neumann parametrization, 3 (the
             paper's) or 7, or ``"exact"`` for the Cayley transform itself.
         target_modules: ``"all-linear"``, or names (a module matches when its dotted name equals or ends with
@@ -205,6 +212,7 @@ class PoetConfig:
     init_scale: float = 1.0
     residual_scale: float = 1.0
     residual_modules: str | tuple[str, ...] = RESIDUAL_MODULES
+    permutation: Permutation = "random"
     neumann_order: NeumannOrder = 3
     target_modules: str | tuple[str, ...] = "all-linear"
     exclude_modules: str | tuple[str, ...] = ("lm_head",)

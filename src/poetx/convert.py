@@ -205,7 +205,11 @@ def _described(layer: ConvertedLinear, name: str, config: PoetConfig, change: st
 def _remarks(config: PoetConfig, names: Iterable[str]) -> Iterator[str]:
     """Settings that were changed and that nothing reads."""
     default = {field.name: field.default for field in dataclasses.fields(PoetConfig)}
-    idle = {"single-step": ["neumann_order"], "poet-x": ["update"], "oft": ["update", "mode"]}[config.method]
+    idle = {
+        "single-step": ["neumann_order", "permutation"],
+        "poet-x": ["update"],
+        "oft": ["update", "mode", "permutation"],
+    }[config.method]
     idle += ["group_size"] if config.weight_format is None else []
     idle += ["residual_modules"] if config.residual_scale == 1 else []
     for name in idle:

@@ -49,12 +49,13 @@ def problem(shape, *, dtype=torch.float64, bias=True, seed=0):
     return inputs, frozen
 
 
-def run(inputs, frozen, *, order, mode):
+def run(inputs, frozen, *, order, mode, gathers=True):
     weight = frozen["weight"][frozen["perm_out"].long()][:, frozen["perm_in"].long()]
     both = sides(
         (inputs["q_in"], inputs["q_out"]),
-        (frozen["perm_in"], frozen["perm_out"]),
+        weight.shape[::-1],
         (frozen["block_size_in"], frozen["block_size_out"]),
+        (frozen["perm_in"], frozen["perm_out"]) if gathers else (None, None),
     )
     return poet_linear(inputs["x"], Stored((weight,)), both, order=order, mode=mode, bias=inputs["bias"])
 
@@ -73,6 +74,20 @@ def test_output_and_gradients_equal_the_reference(shape, bias, order, mode):
     inputs, frozen = problem(shape, bias=bias)
     expected = reference.poet_linear(**inputs, **frozen, order=order)
     y = run(inputs, frozen, order=order, mode=mode)
+    assert relative_error(y, expected) < TOLERANCE[torch.float64]
+    want = gradients(expected, inputs)
+    for name, got in gradients(y, inputs).items():
+        assert relative_error(got, want[name]) < TOLERANCE[torch.float64], name
+
+
+@pytest.mark.parametrize("mode", ["fast", "mem"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_blocks_of_neighbours_equal_the_reference_without_a_permutation(shape, mode):
+    inputs, frozen = problem(shape, bias=True)
+    m, n = frozen["weight"].shape
+    frozen |= {"perm_in": torch.arange(n).int(), "perm_out": torch.arange(m).int()}
+    expected = reference.poet_linear(**inputs, **frozen, order=3)
+    y = run(inputs, frozen, order=3, mode=mode, gathers=False)
     assert relative_error(y, expected) < TOLERANCE[torch.float64]
     want = gradients(expected, inputs)
     for name, got in gradients(y, inputs).items():

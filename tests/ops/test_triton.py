@@ -192,7 +192,7 @@ def test_what_is_no_permutation_of_a_row_is_gathered_all_the_same():
 
 
 def layer(x, q_in, q_out, bias, weight, perm_in, perm_out, block_sizes, **settings):
-    both = sides((q_in, q_out), (perm_in, perm_out), block_sizes)
+    both = sides((q_in, q_out), weight.shape[::-1], block_sizes, (perm_in, perm_out))
     return poet_linear(x, Stored((weight,)), both, bias=bias, **settings)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from poetx.layers.poet import PoetLinear
@@ -25,11 +24,6 @@ class OFTLinear(PoetLinear):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.skew_out.requires_grad_(False)
-
-    def _draw_permutations(self, merge_count: int) -> list[Tensor]:
-        return [
-            torch.arange(perm.numel(), device=perm.device, dtype=perm.dtype) for perm in (self.perm_in, self.perm_out)
-        ]
 
     def mode_for(self, x: Tensor) -> str:
         return "mem"

@@ -52,7 +52,8 @@ class PoetLinear(HostedLinear):
         skew_in [⌈n/b⌉, b(b−1)/2], skew_out [⌈m/b⌉, b(b−1)/2]: packed rotations, ``config.rotation_dtype``; where b
             does not divide the side, the last row's entries beyond the shorter last block have no effect.
         bias [m] or None: outside the rotation, trained as usual.
-        perm_in [n], perm_out [m]: int32. merge_count: int64 scalar. base_norm: ‖W0‖, float64 scalar.
+        perm_in [n], perm_out [m]: int32; the identity with ``config.permutation="contiguous"``. merge_count: int64
+            scalar. base_norm: ‖W0‖, float64 scalar.
         trained_with [2]: int64, the Neumann order (−1: exact) and the seed that the rest belongs to. A state of other
             settings is refused; an older one, without it, is taken to fit.
         residual [m, n]: int8, only where ``config.keeps_extra_bits``, of a bfloat16 weight.
@@ -150,10 +151,16 @@ class PoetLinear(HostedLinear):
     @property
     def sides(self) -> Sides:
         """Both rotations, (input, output)."""
+        perm_in, perm_out = (self.perm_in, self.perm_out) if self.is_permuted else (None, None)
         return (
-            Side(self.skew_in, self.perm_in, self.in_features, self.block_size_in),
-            Side(self.skew_out, self.perm_out, self.out_features, self.block_size_out),
+            Side(self.skew_in, perm_in, self.in_features, self.block_size_in),
+            Side(self.skew_out, perm_out, self.out_features, self.block_size_out),
         )
+
+    @property
+    def is_permuted(self) -> bool:
+        """Whether features of a block are drawn at random; if not, they are neighbours and nothing is gathered."""
+        return self.config.permutation == "random" and not self.one_sided
 
     @property
     def order(self) -> int:
@@ -191,7 +198,12 @@ class PoetLinear(HostedLinear):
         return 1e-2 if self.weight_dtype == torch.bfloat16 else 1e-3
 
     def _draw_permutations(self, merge_count: int) -> list[Tensor]:
-        """Fresh permutations of both sides, as they are stored."""
+        """Fresh permutations of both sides, as they are stored; the identity unless :attr:`is_permuted`."""
+        if not self.is_permuted:
+            return [
+                torch.arange(perm.numel(), device=perm.device, dtype=perm.dtype)
+                for perm in (self.perm_in, self.perm_out)
+            ]
         seed, name = self.config.seed, self.name
         sizes = (("in", self.in_features), ("out", self.out_features))
         drawn = [torch.randperm(n, generator=stream(seed, name, merge_count, s), device="cpu") for s, n in sizes]
@@ -221,7 +233,8 @@ class PoetLinear(HostedLinear):
         self.trained_with.copy_(self._settings())
         for perm, fresh in zip((self.perm_in, self.perm_out), self._draw_permutations(0), strict=True):
             perm.copy_(fresh)
-        weight = _permuted(weight, self.perm_out, self.perm_in)
+        if self.is_permuted:
+            weight = _permuted(weight, self.perm_out, self.perm_in)
         self.frozen_weight.write(weight, noise=None)
         del weight
         self.base_norm.copy_(torch.linalg.vector_norm(self.frozen_weight.precise(), dtype=torch.float64))
@@ -262,7 +275,7 @@ class PoetLinear(HostedLinear):
         self.check_filled()
         self.check_permutations()
         weight = fold(self.frozen_weight.fetch(), self.sides, order=self.order)
-        return _permuted(weight, inverse(self.perm_out), inverse(self.perm_in))
+        return _permuted(weight, inverse(self.perm_out), inverse(self.perm_in)) if self.is_permuted else weight
 
     @property
     def weight(self) -> Tensor:
@@ -319,10 +332,11 @@ class PoetLinear(HostedLinear):
         weight /= torch.where(known, ratio, 1.0)
         angle = torch.maximum(*(largest_angle(side) for side in self.sides))
         fresh = self._draw_permutations(count)
-        rows, columns = (
-            inverse(side.perm)[new.long()] for side, new in zip(self.sides[::-1], fresh[::-1], strict=True)
-        )
-        weight = _permuted(weight, rows, columns)
+        if self.is_permuted:
+            columns, rows = (
+                inverse(old)[new.long()] for old, new in zip((self.perm_in, self.perm_out), fresh, strict=True)
+            )
+            weight = _permuted(weight, rows, columns)
         noise = stream(self.config.seed, self.name, count, "rounding", self.skew_in.device)
         pairs = self.frozen_weight.staged(weight, noise=noise)
         pairs += [(self.perm_in, fresh[0]), (self.perm_out, fresh[1])]
@@ -381,10 +395,17 @@ class PoetLinear(HostedLinear):
             )
         for side in ("perm_in", "perm_out"):
             perm = state_dict.get(f"{prefix}{side}")
-            if perm is not None and perm.shape == getattr(self, side).shape and not is_permutation(perm):
+            if perm is None or perm.shape != getattr(self, side).shape:
+                continue
+            if not is_permutation(perm):
                 raise UserError(
                     f"{self.label}: {side} in the state is no permutation (indices twice or out of range); its file is "
                     "damaged: load another one"
+                )
+            if not (self.is_permuted or perm.is_meta or torch.equal(perm, torch.arange(len(perm)).to(perm))):
+                raise UserError(
+                    f"{self.label}: the state is of permutation='random', the layer of 'contiguous'; convert the model "
+                    "with permutation='random' to load it"
                 )
         if self.residual is not None and (weight := state_dict.get(f"{prefix}base_weight")) is not None:
             state_dict.setdefault(f"{prefix}residual", torch.zeros_like(weight, dtype=torch.int8))

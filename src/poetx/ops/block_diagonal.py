@@ -155,7 +155,7 @@ def _add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def gather_rotate(x_NF: Tensor, perm: Tensor | None, G_KBB: Tensor) -> Tensor:
-    """``x[:, perm] · Diag(G)``, [N, F]; None for ``perm``: as they are."""
+    """``x[:, perm] · Diag(G)``, [N, F]; without ``perm`` of the features as they are, and nothing is gathered."""
     if perm is None:
         return rotate(x_NF, G_KBB)
     out = torch.empty_like(x_NF, memory_format=torch.contiguous_format)
@@ -164,8 +164,11 @@ def gather_rotate(x_NF: Tensor, perm: Tensor | None, G_KBB: Tensor) -> Tensor:
     return out
 
 
-def rotate_scatter(x_NF: Tensor, G_KBB: Tensor, perm: Tensor, bias: Tensor | None = None) -> Tensor:
+def rotate_scatter(x_NF: Tensor, G_KBB: Tensor, perm: Tensor | None, bias: Tensor | None = None) -> Tensor:
     """y with ``y[:, perm] = x · Diag(G)``, [N, F], plus ``bias`` [F]."""
+    if perm is None:
+        out = rotate(x_NF, G_KBB)
+        return out if bias is None else out.add_(bias)
     out = torch.empty_like(x_NF, memory_format=torch.contiguous_format)
     back = inverse(perm)
     for rows in slices(x_NF):
@@ -184,13 +187,17 @@ def _plus_outer(total_KBB: Tensor | None, x_NF: Tensor, y_NF: Tensor, block_size
 def gather_rotate_backward(
     x_NF: Tensor, perm: Tensor | None, G_KBB: Tensor, grad_NF: Tensor, needs_dx: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients (dx, dG) of :func:`gather_rotate` from its input and its output's gradient, which dx overwrites.
+    """Gradients (dx, dG) of :func:`gather_rotate` from its input and its output's gradient, which dx may overwrite.
 
     dG is float32 or float64; dx is empty if not needed.
     """
-    dG = None if device_type(x_NF) != "cpu" and x_NF.shape[0] else zeros_like_blocks(G_KBB)
+    Gt, on_cpu = G_KBB.transpose(1, 2), device_type(x_NF) == "cpu"
+    if perm is None and not on_cpu:
+        dG = block_outer_products(x_NF, grad_NF, G_KBB.shape[-1])
+        return rotate(grad_NF, Gt) if needs_dx else x_NF.new_empty(0), dG
+    dG = None if not on_cpu and x_NF.shape[0] else zeros_like_blocks(G_KBB)
     dx = grad_NF if needs_dx else x_NF.new_empty(0)
-    back, Gt = None if perm is None or not needs_dx else inverse(perm), G_KBB.transpose(1, 2)
+    back = None if perm is None or not needs_dx else inverse(perm)
     for rows in slices(x_NF):
         x = x_NF[rows] if perm is None else gather(x_NF[rows], perm)
         dG = _plus_outer(dG, x, grad_NF[rows], G_KBB.shape[-1])
@@ -202,12 +209,15 @@ def gather_rotate_backward(
 
 
 def rotate_scatter_backward(
-    x_NF: Tensor, G_KBB: Tensor, perm: Tensor, grad_NF: Tensor, *, overwrite: bool = False
+    x_NF: Tensor, G_KBB: Tensor, perm: Tensor | None, grad_NF: Tensor, *, overwrite: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Gradients (dx, dG) of :func:`rotate_scatter` from its input, where dx may go, and its output's gradient."""
+    Gt = G_KBB.transpose(1, 2)
+    if perm is None:
+        dG = block_outer_products(x_NF, grad_NF, G_KBB.shape[-1])
+        return rotate(grad_NF, Gt, out=x_NF if overwrite else None), dG
     dG = None if device_type(x_NF) != "cpu" and x_NF.shape[0] else zeros_like_blocks(G_KBB)
     dx = x_NF if overwrite else torch.empty_like(x_NF, memory_format=torch.contiguous_format)
-    Gt = G_KBB.transpose(1, 2)
     for rows in slices(x_NF):
         grad = gather(grad_NF[rows], perm)
         dG = _plus_outer(dG, x_NF[rows], grad, G_KBB.shape[-1])

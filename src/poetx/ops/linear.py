@@ -7,6 +7,8 @@ With W' = W[perm_out][:, perm_in] and rows as tokens:
     g' = g[:, perm_out];  dG_out = b_kᵀ g'_k;  db = g' · G_outᵀ;  da = db · W'
     dG_in = x'_kᵀ da_k;   dx' = da · G_inᵀ;    dx[:, perm_in] = dx'
 
+Where blocks are of neighbours, perm_in and perm_out are the identity, ``perms`` is empty and nothing is gathered.
+
 There is no product of size tokens × out_features × in_features for a weight gradient.
 """
 
@@ -24,9 +26,11 @@ from poetx.ops.rebuild import rebuild
 from poetx.ops.side import Sides, sides
 from poetx.ops.stored import Stored, fetch
 
+_IN_PLACE = (None, None)
+
 
 def _fake_fast(x, stored, kind, group_size, blocks, perms, bias):
-    shape = (x.shape[0], perms[1].numel())
+    shape = (x.shape[0], stored[0].shape[0])
     return x.new_empty(shape), x.new_empty(shape)
 
 
@@ -41,9 +45,10 @@ def _linear_fast(
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(y, b)."""
+    perm_in, perm_out = perms or _IN_PLACE
     weight = fetch(stored, kind, group_size, x.shape[1], x.dtype, x.device)
-    b = block_diagonal.gather_rotate(x, perms[0], blocks[0]) @ weight.T
-    return block_diagonal.rotate_scatter(b, blocks[1], perms[1], bias), b
+    b = block_diagonal.gather_rotate(x, perm_in, blocks[0]) @ weight.T
+    return block_diagonal.rotate_scatter(b, blocks[1], perm_out, bias), b
 
 
 def _fake_fast_backward(g, x, b, stored, kind, group_size, blocks, perms, needs_dx):
@@ -64,15 +69,16 @@ def _linear_fast_backward(
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dG_in, dG_out); dx is empty when nobody needs it."""
-    db, dG_out = block_diagonal.rotate_scatter_backward(b, blocks[1], perms[1], g)
+    perm_in, perm_out = perms or _IN_PLACE
+    db, dG_out = block_diagonal.rotate_scatter_backward(b, blocks[1], perm_out, g)
     da = db @ fetch(stored, kind, group_size, x.shape[1], g.dtype, g.device)
     del db
-    dx, dG_in = block_diagonal.gather_rotate_backward(x, perms[0], blocks[0], da, needs_dx)
+    dx, dG_in = block_diagonal.gather_rotate_backward(x, perm_in, blocks[0], da, needs_dx)
     return dx, dG_in, dG_out
 
 
 def _fake_mem(x, stored, kind, group_size, packed, perms, block_sizes, order, bias):
-    return x.new_empty(x.shape[0], perms[1].numel())
+    return x.new_empty(x.shape[0], stored[0].shape[0])
 
 
 @operator(_fake_mem)
@@ -87,11 +93,12 @@ def _linear_mem(
     order: int,
     bias: Tensor | None,
 ) -> Tensor:
+    perm_in, perm_out = perms or _IN_PLACE
     weight = fetch(stored, kind, group_size, x.shape[1], x.dtype, x.device)
-    G_in, G_out = cayley_blocks(packed, [perm.numel() for perm in perms], block_sizes, order, x.dtype)
-    b = block_diagonal.gather_rotate(x, perms[0], G_in) @ weight.T
+    G_in, G_out = cayley_blocks(packed, weight.shape[::-1], block_sizes, order, x.dtype)
+    b = block_diagonal.gather_rotate(x, perm_in, G_in) @ weight.T
     del G_in, weight
-    return block_diagonal.rotate_scatter(b, G_out, perms[1], bias)
+    return block_diagonal.rotate_scatter(b, G_out, perm_out, bias)
 
 
 def _fake_mem_backward(g, x, stored, kind, group_size, packed, perms, block_sizes, order, needs_dx):
@@ -112,15 +119,16 @@ def _linear_mem_backward(
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dq_in, dq_out)."""
-    sizes = [perm.numel() for perm in perms]
+    perm_in, perm_out = perms or _IN_PLACE
     weight = fetch(stored, kind, group_size, x.shape[1], x.dtype, x.device)
+    sizes = weight.shape[::-1]
     G_in, G_out = cayley_blocks(packed, sizes, block_sizes, order, x.dtype)
-    b = block_diagonal.gather_rotate(x, perms[0], G_in) @ weight.T
+    b = block_diagonal.gather_rotate(x, perm_in, G_in) @ weight.T
     # One buffer [N, m] for b and db, gone before dx is made.
-    db, dG_out = block_diagonal.rotate_scatter_backward(b, G_out, perms[1], g, overwrite=True)
+    db, dG_out = block_diagonal.rotate_scatter_backward(b, G_out, perm_out, g, overwrite=True)
     da = db @ weight
     del b, db, G_out, weight
-    dx, dG_in = block_diagonal.gather_rotate_backward(x, perms[0], G_in, da, needs_dx)
+    dx, dG_in = block_diagonal.gather_rotate_backward(x, perm_in, G_in, da, needs_dx)
     del da, G_in
     dq_in, dq_out = cayley_blocks_backward(
         [dG_in, dG_out], packed, sizes, block_sizes, order, x.dtype == torch.bfloat16
@@ -128,27 +136,32 @@ def _linear_mem_backward(
     return dx, dq_in, dq_out
 
 
+def _perms(perm_in: Tensor | None, perm_out: Tensor | None) -> list[Tensor]:
+    """As the operators take them."""
+    return [] if perm_in is None or perm_out is None else [perm_in, perm_out]
+
+
 class _FastLinear(torch.autograd.Function):
     """Saves x, b = a · W'ᵀ [N, m], G_in and G_out in x's dtype; weight, q and permutations are kept anyway."""
 
     @staticmethod
     def forward(ctx, x, skew_in, skew_out, perm_in, perm_out, bias, settings, *tensors):
-        kind, group_size, count, block_sizes, order = ctx.settings = settings
-        stored, blocks, perms = list(tensors[:count]), list(tensors[count:]), [perm_in, perm_out]
+        kind, group_size, count, sizes, block_sizes, order = ctx.settings = settings
+        stored, blocks = list(tensors[:count]), list(tensors[count:])
         if not blocks:
-            blocks = side_blocks(sides([skew_in, skew_out], perms, block_sizes), order, x.dtype)
-        y, b = _linear_fast(x, stored, kind, group_size, blocks, perms, bias)
-        ctx.save_for_backward(x, b, skew_in, skew_out, *perms, *blocks, *stored)
+            blocks = side_blocks(sides([skew_in, skew_out], sizes, block_sizes), order, x.dtype)
+        y, b = _linear_fast(x, stored, kind, group_size, blocks, _perms(perm_in, perm_out), bias)
+        ctx.save_for_backward(x, b, skew_in, skew_out, perm_in, perm_out, *blocks, *stored)
         return y
 
     @staticmethod
     def backward(ctx, g):
         first_derivatives_only()
         x, b, skew_in, skew_out, perm_in, perm_out, G_in, G_out, *stored = ctx.saved_tensors
-        kind, group_size, _, block_sizes, order = ctx.settings
-        perms, needs_dx = [perm_in, perm_out], ctx.needs_input_grad[0]
+        kind, group_size, _, sizes, block_sizes, order = ctx.settings
+        perms, needs_dx = _perms(perm_in, perm_out), ctx.needs_input_grad[0]
         dx, *grads = _linear_fast_backward(g, x, b, stored, kind, group_size, [G_in, G_out], perms, needs_dx)
-        dq = side_blocks_backward(grads, sides([skew_in, skew_out], perms, block_sizes), order, x.dtype)
+        dq = side_blocks_backward(grads, sides([skew_in, skew_out], sizes, block_sizes), order, x.dtype)
         return _gradients(ctx, g, dx, *dq)
 
 
@@ -160,22 +173,22 @@ class _MemLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, skew_in, skew_out, perm_in, perm_out, bias, settings, *tensors):
-        kind, group_size, count, block_sizes, order = ctx.settings = settings
+        kind, group_size, count, _, block_sizes, order = ctx.settings = settings
         stored, factors = tensors[:count], tensors[count:]
         ctx.save_for_backward(skew_in, skew_out, perm_in, perm_out, *stored, *(factors or (x,)))
         ctx.like = x.shape, x.dtype
-        weight = (list(stored), kind, group_size)
-        return _linear_mem(x, *weight, [skew_in, skew_out], [perm_in, perm_out], list(block_sizes), order, bias)
+        weight, perms = (list(stored), kind, group_size), _perms(perm_in, perm_out)
+        return _linear_mem(x, *weight, [skew_in, skew_out], perms, list(block_sizes), order, bias)
 
     @staticmethod
     def backward(ctx, g):
         first_derivatives_only()
-        kind, group_size, count, block_sizes, order = ctx.settings
+        kind, group_size, count, _, block_sizes, order = ctx.settings
         skew_in, skew_out, perm_in, perm_out, *rest = ctx.saved_tensors
         x = rebuild(rest[count:], *ctx.like)
         stored = rest[:count]
         del rest
-        rotation = ([skew_in, skew_out], [perm_in, perm_out], list(block_sizes), order)
+        rotation = ([skew_in, skew_out], _perms(perm_in, perm_out), list(block_sizes), order)
         return _gradients(
             ctx, g, *_linear_mem_backward(g, x, stored, kind, group_size, *rotation, ctx.needs_input_grad[0])
         )
@@ -213,7 +226,8 @@ def poet_linear(
     """
     no_transforms()
     side_in, side_out = both
-    settings = (weight.kind, weight.group_size, len(weight.tensors), (side_in.block_size, side_out.block_size), order)
+    sizes, block_sizes = (side_in.size, side_out.size), (side_in.block_size, side_out.block_size)
+    settings = (weight.kind, weight.group_size, len(weight.tensors), sizes, block_sizes, order)
     function, more = (_MemLinear, factors) if mode == "mem" else (_FastLinear, blocks)
     y = function.apply(
         x.reshape(-1, x.shape[-1]),

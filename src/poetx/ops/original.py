@@ -17,11 +17,14 @@ def original_weight(weight: Tensor, both: Sides, *, order: int) -> Tensor:
     kept for backward: for comparison with what forward does instead.
 
     Args:
-        weight: W' = W0[perm_out][:, perm_in], frozen.
+        weight: W' = W0[perm_out][:, perm_in], or W0 where blocks are of neighbours; frozen.
     """
     P, R = (_dense_rotation(side, order).to(weight.dtype) for side in both)
-    rows, columns = (inverse(side.perm) for side in both[::-1])
-    return (R.T @ weight @ P.T).index_select(0, rows).index_select(1, columns)
+    product = R.T @ weight @ P.T
+    for dim, side in enumerate(both[::-1]):
+        if side.perm is not None:
+            product = product.index_select(dim, inverse(side.perm))
+    return product
 
 
 def _dense_rotation(side: Side, order: int) -> Tensor:

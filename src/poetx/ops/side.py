@@ -16,11 +16,12 @@ def block_count(size: int, block_size: int) -> int:
 class Side(NamedTuple):
     """A block-diagonal rotation of ``size`` features, in the order of ``perm``.
 
-    packed [⌈size / block_size⌉, P]: strict upper triangles of the skew blocks. perm [size]: int32.
+    packed [⌈size / block_size⌉, P]: strict upper triangles of the skew blocks. perm [size]: int32; None where a block
+    is of neighbours.
     """
 
     packed: Tensor
-    perm: Tensor
+    perm: Tensor | None
     size: int
     block_size: int
 
@@ -28,9 +29,12 @@ class Side(NamedTuple):
 Sides = tuple[Side, Side]
 
 
-def sides(packed: Sequence[Tensor], perms: Sequence[Tensor], block_sizes: Sequence[int]) -> Sides:
+def sides(
+    packed: Sequence[Tensor],
+    sizes: Sequence[int],
+    block_sizes: Sequence[int],
+    perms: Sequence[Tensor | None] = (None, None),
+) -> Sides:
     """(input side, output side) from what an operator takes in their place."""
-    side_in, side_out = (
-        Side(q, perm, perm.numel(), block_size) for q, perm, block_size in zip(packed, perms, block_sizes, strict=True)
-    )
+    side_in, side_out = map(Side, packed, perms, sizes, block_sizes)
     return side_in, side_out
