@@ -44,7 +44,8 @@ part_layer() {
         bench 60 layer layer --tokens 32 --in-features 32 --out-features 48 --block-size 16 --repeats 1
         return
     fi
-    local tokens all=linear,original,fast,mem,single-step,single-step-free some=linear,fast,mem,single-step-free
+    local tokens near=fast-contiguous,mem-contiguous
+    local all=linear,original,fast,mem,$near,single-step,single-step-free some=linear,fast,mem,$near,single-step-free
     for tokens in 8192 2048 16384; do
         bench 40 layer layer --tokens $tokens --in-features 4096 --out-features 4096 --block-size 256 --contestants $all
         bench 40 layer layer --tokens $tokens --in-features 4096 --out-features 14336 --block-size 256 \

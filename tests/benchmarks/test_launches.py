@@ -11,11 +11,15 @@ from poetx.recipe import load_recipe
 pytest.importorskip("triton", reason="what is counted are its launches")
 TINY = ["model.hidden_size=64", "model.intermediate_size=96", "model.num_heads=2", "data.vocab_size=300"]
 TINY += ["poet.block_size=16", "train.dtype=bfloat16"]
+NEIGHBOURS = "poet.permutation=contiguous"
 
 
-@pytest.mark.parametrize(("method", "most"), [("single-step", 6), ("fast", 23), ("mem", 29)])
-def test_a_layer_asks_for_few_kernels(method: str, most: int) -> None:
-    found = of_a_layer(by_method(load_recipe("demo", TINY, text=False), method), 48)
+@pytest.mark.parametrize(
+    ("method", "more", "most"),
+    [("single-step", [], 6), ("fast", [], 23), ("mem", [], 29), ("fast", [NEIGHBOURS], 16), ("mem", [NEIGHBOURS], 21)],
+)
+def test_a_layer_asks_for_few_kernels(method: str, more: list[str], most: int) -> None:
+    found = of_a_layer(by_method(load_recipe("demo", TINY + more, text=False), method), 48)
     assert len(found) == 3
     for kernels in found.values():
         assert 4 < kernels.total() <= most, dict(kernels)

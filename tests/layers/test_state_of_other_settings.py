@@ -37,6 +37,16 @@ def test_a_state_of_other_settings_is_refused(there, here, words):
         assert str(twin.load_state_dict(layer.state_dict())) == "<All keys matched successfully>"
 
 
+def test_permuted_weights_are_not_taken_for_those_of_neighbours():
+    random, contiguous = make(), make(permutation="contiguous")
+    x = torch.randn(3, 10)
+    with pytest.raises(UserError, match="^layer: the state is of permutation='random', the layer of 'contiguous'; con"):
+        contiguous.load_state_dict(random.state_dict())
+    assert torch.equal(contiguous(x), make(permutation="contiguous")(x))
+    random.load_state_dict(contiguous.state_dict())  # gathers, in the order that is there
+    assert torch.allclose(random(x), contiguous(x))
+
+
 @pytest.mark.parametrize("beside", [False, True], ids=["own", "with the plain weight"])
 @pytest.mark.parametrize(
     ("there", "here", "words"),

@@ -46,9 +46,9 @@ def _arguments(shape: Shape, **settings: Any) -> dict[str, Any]:
     return sizes | {"config": config, "name": "bench", "device": shape.device, "dtype": shape.dtype}
 
 
-def poet_layer(shape: Shape, mode: str) -> PoetLinear:
+def poet_layer(shape: Shape, mode: str, **settings: Any) -> PoetLinear:
     """A layer whose rotations are not the identity: angles of a few tenths, from a fixed seed."""
-    layer = PoetLinear(**_arguments(shape, mode=mode))
+    layer = PoetLinear(**_arguments(shape, mode=mode, **settings))
     with torch.no_grad():
         for skew in layer.rotations:
             skew.normal_(std=0.15 / shape.block_size**0.5, generator=torch.Generator(shape.device).manual_seed(0))
@@ -72,6 +72,8 @@ CONTESTANTS: dict[str, Callable[[Shape], nn.Module]] = {
     "original": lambda shape: poet_layer(shape, "weight"),  # POET's own, weight-centric way
     "fast": lambda shape: poet_layer(shape, "fast"),
     "mem": lambda shape: poet_layer(shape, "mem"),
+    "fast-contiguous": lambda shape: poet_layer(shape, "fast", permutation="contiguous"),
+    "mem-contiguous": lambda shape: poet_layer(shape, "mem", permutation="contiguous"),
     "single-step": lambda shape: _single_step(shape, update="rotation"),
     "single-step-free": lambda shape: _single_step(shape, update="free"),
 }
