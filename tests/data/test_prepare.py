@@ -309,6 +309,22 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
         assert not (tmp_path / "new").exists()
 
 
+def test_tokens_that_are_whole_are_read_where_nothing_can_be_written(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny()
+    made = prepare_data(recipe)
+
+    def read_only(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+        if set(mode) & set("wax+"):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return opened(path, mode, *args, **options)
+
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", read_only)
+    assert prepare_data(recipe).meta == made.meta
+
+
 def test_windows_cover_every_label_once() -> None:
     tokens = np.arange(23, dtype=np.uint16)
     windows = TokenWindows(tokens, seq_len=5)

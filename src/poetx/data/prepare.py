@@ -79,13 +79,15 @@ def prepare_data(recipe: Recipe, *, progress: Progress | None = None) -> Prepare
     directory = recipe.cache_dir / f"data-{plan.key}"
     made = [path for path in (directory.parent, *directory.parent.parents) if not path.exists()]
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with locked(directory.with_name(f".{directory.name}.lock"), keep=False) as alone:
-            if (meta := _found(directory, say)) is None:
-                remedy = "run it again, or with another data.cache_dir=PATH"
-                with new_directory(directory, remedy=remedy, alone=alone) as temporary:
-                    meta = build(plan, data, temporary, say)
-            _check_length(meta, data, plan.train)
+        meta = _found(directory, lambda damage: None)  # what is whole needs no lock, which needs a place to write to
+        if meta is None:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            with locked(directory.with_name(f".{directory.name}.lock"), keep=False) as alone:
+                if (meta := _found(directory, say)) is None:
+                    remedy = "run it again, or with another data.cache_dir=PATH"
+                    with new_directory(directory, remedy=remedy, alone=alone) as temporary:
+                        meta = build(plan, data, temporary, say)
+        _check_length(meta, data, plan.train)
     except BaseException:
         for path in made:
             with contextlib.suppress(OSError):  # not empty, or gone already
