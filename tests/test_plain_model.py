@@ -185,6 +185,10 @@ def test_a_file_where_the_directory_should_be_is_refused(tmp_path):
     with pytest.raises(UserError, match="file is a file; name a directory"):
         poetx.save_pretrained(turned("fast"), tmp_path / "file")
     assert (tmp_path / "file").read_text() == "kept"
+    with pytest.raises(UserError, match="directory=None: name a directory"):
+        poetx.save_pretrained(turned("fast"), None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="str was given for a model, .*; check the arguments' order"):
+        poetx.save_pretrained("out", turned("fast"))  # type: ignore[arg-type]
 
 
 def test_settings_of_generation_that_transformers_reads_but_does_not_write(tmp_path):

@@ -263,3 +263,19 @@ def test_everything_unfrozen_and_a_part_frozen_again_raise_no_alarm(method):
         descend(model(torch.randn(5, 6)).square().mean(), optimizer)
     assert check.result.problems == ()
     assert check.result.matrices == (2 if method == "single-step" else 4)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: check_training(model, None),  # type: ignore[arg-type]
+        lambda model: merge_every(None, model),  # type: ignore[arg-type]
+        lambda model: merge_every(list(model.parameters()), model),
+        lambda model: poetx.merge_(model, "sgd"),
+    ],
+)
+def test_what_is_no_optimizer_is_named(call):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    convert_(model, PoetConfig(block_size=4, target_modules=["0"]))
+    with pytest.raises(poetx.UserError, match=r"was given for an optimizer, such as torch\.optim\.AdamW"):
+        call(model)

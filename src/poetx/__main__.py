@@ -2,6 +2,6 @@
 
 import sys
 
-from poetx.cli.app import main
+from poetx.cli import main
 
 sys.exit(main())

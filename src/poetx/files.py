@@ -184,6 +184,13 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_at_once(path: Path) -> None:
+    """Remove a directory or file that others may be reading: they find the whole of it, or nothing."""
+    gone = _beside(path, path.parent)
+    path.rename(gone)
+    remove(gone)
+
+
 def sha256(path: Path) -> str:
     """Hash of a file, hexadecimal; about a second a GB."""
     digest = hashlib.sha256()

@@ -73,8 +73,15 @@ def groups_of(optimizer: torch.optim.Optimizer, rotations: Set[int]) -> list[dic
     return [group for group in optimizer.param_groups if any(id(p) in rotations for p in group["params"])]
 
 
+def check_optimizer(optimizer: object) -> None:
+    """Raise :class:`UserError` where something else was given for an optimizer."""
+    if not hasattr(optimizer, "param_groups"):
+        raise UserError(f"{type(optimizer).__name__} was given for an optimizer, such as torch.optim.AdamW(...)")
+
+
 def refuse_unfit(optimizer: torch.optim.Optimizer) -> None:
     """Refuse wrappers whose step runs no hooks, and optimizers with state that is not of one parameter."""
+    check_optimizer(optimizer)
     kind = type(optimizer).__name__
     if not hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks"):  # made without torch's own __init__
         inner = type(getattr(optimizer, "optimizer", None)).__name__

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from poetx.errors import UserError
 from poetx.layers.plain_weights import check_whole, plain_weights, rotated_places
-from poetx.layers.walk import converted_layers
+from poetx.layers.walk import check_model, converted_layers
 
 
 def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **settings: Any) -> None:
@@ -33,7 +33,10 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **setti
         UserError: ``model`` has no ``save_pretrained``, is on the meta device, or holds layers that another library has
             quantized; ``directory`` is a file; a ``state_dict`` that is given is not this model's or not whole.
     """
+    check_model(model)
     kind: Any = type(model)
+    if not isinstance(directory, (str, os.PathLike)):
+        raise UserError(f"save_pretrained: directory={directory!r}: name a directory")
     if not callable(getattr(kind, "save_pretrained", None)):
         raise UserError(
             f"save_pretrained: {kind.__name__} is no transformers model (unwrap it first if it holds one); "

@@ -15,6 +15,7 @@ from poetx.layers.poet import PoetLinear
 from poetx.layers.single_step import SingleStepLinear
 from poetx.layers.walk import check_model, poet_layers, single_step_layers
 from poetx.merge import merge_handle
+from poetx.optimizer_restart import check_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ class TrainingCheck:
         tell: Callable[[TrainingReport], Any] | None,
     ) -> None:
         check_model(model)
+        check_optimizer(optimizer)
         self._model, self._steps, self._tell = model, steps, tell
         while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer  # pyright: ignore[reportAttributeAccessIssue]  # accelerate's wrapper

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -76,6 +77,24 @@ def test_shells_complete_recipes_and_keys() -> None:
     path = {"PYTHONPATH": ":".join(sys.path)}
     told = subprocess.run([sys.executable, "-c", code], env=environment | path, capture_output=True, text=True)
     assert told.stdout.split() == ["demo", "demo-single-step"]
+
+
+def test_ctrl_c_while_the_command_is_imported_is_one_word() -> None:
+    code = """
+import builtins, sys
+real = builtins.__import__
+def interrupted(name, *rest, **more):
+    if name == "typer":
+        raise KeyboardInterrupt
+    return real(name, *rest, **more)
+builtins.__import__ = interrupted
+sys.argv[1:] = ["env"]
+import runpy
+runpy.run_module("poetx", run_name="__main__")
+"""
+    path = {"PYTHONPATH": ":".join(sys.path)}
+    told = subprocess.run([sys.executable, "-c", code], env=os.environ | path, capture_output=True, text=True)
+    assert (told.returncode, told.stderr) == (130, "interrupted\n")
 
 
 def test_a_key_without_its_section_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -397,6 +397,15 @@ def test_what_has_text_and_is_not_read_is_said(source: str, tmp_path: Path, capl
         open_corpus(str(tmp_path / "pipe.d"))
 
 
+def test_marks_beside_a_table_are_no_text_of_it(tmp_path: Path) -> None:
+    for name in ("lang=de/0.jsonl", "lang=en/0.jsonl"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(jsonl())
+    for name in ("_SUCCESS", "_committed_31415", "lang=en/_metadata"):
+        (tmp_path / name).touch()
+    assert len(open_corpus(str(tmp_path)).files) == 2
+
+
 def test_hidden_files_are_left_out_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / ".git").mkdir()
     for name in ("a.txt", ".b.txt", ".git/c.txt"):

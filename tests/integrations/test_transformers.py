@@ -127,6 +127,9 @@ def test_what_the_call_itself_lacks_or_has_too_much_is_refused(tmp_path: Any) ->
         (single, {"angle": -0.1}, "angle=-0.1: radians"),
         (single, {"norm_growth": 1.5}, "norm_growth=1.5"),
     ]
+    for other in (made.args, made.model, None):
+        with pytest.raises(UserError, match="was given for a transformers.Trainer"):
+            attach(other, single)
     for config, arguments, words in cases:
         with pytest.raises(UserError, match=words):
             attach(made, config, **arguments)

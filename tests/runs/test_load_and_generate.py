@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from builders import Tiny
 from poetx.errors import UserError
+from poetx.files import remove_at_once, sha256
 from poetx.runs import evaluate, load
 from poetx.runs.evaluate import evaluate_run
 from poetx.runs.generate import generate_text
@@ -190,6 +192,27 @@ def test_a_run_that_trains_on_is_read_at_its_newer_checkpoint(
         assert load_run(str(run_dir), device="cpu").text is not None
     shutil.rmtree(newer)
     with pytest.raises(UserError, match="no checkpoints yet"):
+        load_run(str(run_dir), device="cpu")
+
+
+def test_a_run_that_outruns_its_readers_is_named(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = train(tiny("train.export=false")).run_dir
+
+    def train_on(checkpoint: Path, model: torch.nn.Module) -> None:
+        number = int(checkpoint.name[-8:]) + 1
+        state = json.loads((checkpoint / "state.json").read_text())
+        state["train"]["step"] = number
+        newer = shutil.copytree(checkpoint, checkpoint.with_name(f"step-{number:08d}"))
+        (newer / "state.json").write_text(json.dumps(state))
+        manifest = json.loads((newer / "manifest.json").read_text())
+        size, digest = (newer / "state.json").stat().st_size, sha256(newer / "state.json")
+        manifest["files"]["state.json"] = {"size": size, "sha256": digest}
+        (newer / "manifest.json").write_text(json.dumps(manifest))
+        remove_at_once(checkpoint)
+        load_file(checkpoint / "model.safetensors")
+
+    monkeypatch.setattr(load, "load_model", train_on)
+    with pytest.raises(UserError, match=r"removed each of 5 checkpoints before they were read; have it keep more"):
         load_run(str(run_dir), device="cpu")
 
 

@@ -17,7 +17,7 @@ from poetx.distributed.launch import started_ranks
 from poetx.errors import UserError, one_line, out_of_memory
 from poetx.files import hint, reason, unwritten
 
-SIGINT, SIGPIPE = 2, 13  # Windows has no SIGPIPE
+SIGPIPE = 13  # Windows has none
 _ON_RANKS = ("train", "eval")
 
 app = typer.Typer(
@@ -38,8 +38,12 @@ register_compare(app)
 app.add_typer(bench_app)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; the exit code. A user's mistake is one line on stderr and exit code 2."""
+def run(argv: list[str] | None = None) -> int:
+    """Run the command line; the exit code. A user's mistake is one line on stderr and exit code 2.
+
+    Raises:
+        KeyboardInterrupt: by Ctrl-C; what is under way has ended cleanly.
+    """
     _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model's text may have any character, a terminal's encoding not
@@ -65,9 +69,6 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"error: {out_of_memory(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + SIGINT
     return 0
 
 

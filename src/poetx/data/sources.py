@@ -271,6 +271,8 @@ def _readable(found: Iterable[Path]) -> list[Path]:
     return files
 
 
+#: Files that Spark and Hive write beside a table.
+_MARK = re.compile(r"_SUCCESS|_(common_)?metadata|_(committed|started)_\d+")
 #: Hidden names that hold no text of the data.
 _TOOLS = {".git", ".gitignore", ".gitattributes", ".gitkeep", ".github", ".DS_Store", ".cache", ".ipynb_checkpoints"}
 
@@ -286,7 +288,7 @@ def _visible(directory: Path) -> Iterator[Path]:
         hidden += [Path(place, name) for name in [*directories, *files] if name.startswith(".") and name not in _TOOLS]
         directories[:] = [name for name in directories if not name.startswith(".")]
         links = [name for name in directories if Path(place, name).is_symlink()]
-        yield from (Path(place, name) for name in [*links, *files] if not name.startswith("."))
+        yield from (Path(place, name) for name in [*links, *files] if not (name[0] == "." or _MARK.fullmatch(name)))
     if hidden:
         logger.warning("%s: %d hidden, %s first, which are not read", directory, len(hidden), min(hidden).name)
 

@@ -85,6 +85,8 @@ def attach(
 
 
 def _check(trainer: Trainer) -> None:
+    if not all(hasattr(trainer, name) for name in ("args", "model", "optimizer")):
+        raise UserError(f"attach: {type(trainer).__name__} was given for a transformers.Trainer")
     args: Any = trainer.args
     wrong = {
         "optimizers": trainer.optimizer is not None,

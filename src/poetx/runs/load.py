@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 T = TypeVar("T")
+#: Checkpoints of a run that is training that are tried.
+_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,22 @@ def load_run(run: str, *, device: str = "auto") -> LoadedModel:
 
 
 def while_it_trains(run_dir: Path, read: Callable[[], T]) -> T:
-    """What ``read`` makes of the newest checkpoint; again where the run, which goes on, has removed that meanwhile."""
-    while True:
+    """What ``read`` makes of the newest checkpoint; again where the run, which goes on, has removed that meanwhile.
+
+    Raises:
+        UserError: the run removed each of several.
+    """
+    for _ in range(_TRIES):
         newest = checkpoints(run_dir)[-1:]
         try:
             return read()
         except Exception:  # by where the files vanish, safetensors' errors, ours or the system's
             if not newest or newest[0].exists():
                 raise
+    raise UserError(
+        f"{run_dir}: it is training, and removed each of {_TRIES} checkpoints before they were read; have it keep more "
+        "of them (train.keep_checkpoints), save less often, or stop it first"
+    )
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from poetx.errors import UserError, one_line
-from poetx.files import new_directory, read_json, reason, remove, sha256
+from poetx.files import new_directory, read_json, reason, remove, remove_at_once, sha256
 from poetx.models import not_finite
 from poetx.optimizer_restart import COUNTERS
 
@@ -153,7 +153,7 @@ def save_checkpoint(
         (temporary / MANIFEST).write_text(manifest, encoding="utf-8")
     for old in [path for path in checkpoints(run_dir) if step_of(path) <= state.step][:-keep]:
         try:
-            remove(old)
+            remove_at_once(old)
         except OSError as error:
             logger.warning("%s: could not be removed (%s)", old, reason(error))
     return final
