@@ -21,7 +21,7 @@ from ranks import run_on_two_ranks
 FORMS: dict[str, dict[str, Any]] = {
     "fast": {"mode": "fast"},
     "mem": {"mode": "mem", "neumann_order": "exact"},
-    "int8": {"mode": "mem", "weight_format": "int8", "group_size": 8},
+    "int8": {"mode": "mem", "weight_format": "int8", "group_size": 8, "permutation": "contiguous"},
 }
 NARROW: dict[str, dict[str, Any]] = {
     "bfloat16": {"weight_extra_bits": False},

@@ -13,7 +13,10 @@ from poetx import PoetConfig, PoetLinear, UserError, convert_
 from poetx.ops.random import stream
 
 INT8 = {"mode": "mem", "weight_format": "int8", "group_size": 2}
-EACH = pytest.mark.parametrize("settings", [{}, {"mode": "mem"}, INT8], ids=["fast", "mem", "int8"])
+NEIGHBOURS = {"permutation": "contiguous"}
+EACH = pytest.mark.parametrize(
+    "settings", [{}, {"mode": "mem"}, INT8, NEIGHBOURS], ids=["fast", "mem", "int8", "neighbours"]
+)
 
 
 def make(mode="fast", *, m=12, n=10, dtype=torch.float32, bias=True, angle=0.2, **config):
