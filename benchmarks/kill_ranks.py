@@ -1,10 +1,11 @@
 """Kill one rank at random under ``torchrun --max-restarts``, and compare the curve with a job that was never killed.
 
-    python -m benchmarks.kill_ranks --kills 5 --out benchmarks/results/kill_ranks.jsonl
+    python -m benchmarks.kill_ranks --kills 5
 
-A small Llama on text made here, two processes over gloo, in every form under DDP and FSDP2: a merge every 5 steps, a
-checkpoint at every 2nd. A kill comes up to a second after a random checkpoint is there, so it falls into start-up,
-steps, merges and the writing of checkpoints alike; torchrun starts all ranks again, and the run goes on by itself.
+Forms with that many kills in the rows already are left out, so the same command goes on where it was stopped. A small
+Llama on text made here, two processes over gloo, in every form under DDP and FSDP2: a merge every 5 steps, a checkpoint
+at every 2nd. A kill comes up to a second after a random checkpoint is there, so it falls into start-up, steps, merges
+and the writing of checkpoints alike; torchrun starts all ranks again, and the run goes on by itself.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.kill import RECIPE, _newest_step, _write_text
-from benchmarks.record import append, provenance
+from benchmarks.record import RESULTS, append, provenance, rows_in
 from poetx.train.metrics import read_metrics
 
 METHODS = {
@@ -101,18 +102,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=5, help="of each form")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="append JSON lines here")
+    parser.add_argument("--out", type=Path, default=RESULTS / "kill_ranks.jsonl", help="append JSON lines here")
     args = parser.parse_args()
     different = []
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         _write_text(directory / "text")
         (directory / "kill.yaml").write_text(RECIPE)
+        done = {(row["parallel"], row["form"]) for row in rows_in(args.out) if row["kills"] >= args.kills}
         for number, (way, form) in enumerate(FORMS):
+            if (way, form) in done:
+                continue
             row = compare(way, form, directory, args.kills, args.seed + number)
             print(row, flush=True)
-            if args.out:
-                append(args.out, [row | provenance(torch.device("cpu"))])
+            append(args.out, [row | provenance(torch.device("cpu"))])
             different += [row] if row["largest_difference"] else []
     if different:
         raise SystemExit(f"{len(different)} jobs ended on another curve than undisturbed: {different[0]}")

@@ -1,16 +1,16 @@
 """A loop of one's own by 1, 2 and 4 processes under DistributedDataParallel and FSDP2: losses and bytes.
 
-    python -m benchmarks.sharded_loops --steps 50 --out benchmarks/results/sharded_loops.jsonl
+    python -m benchmarks.sharded_loops --steps 50
 
-Two decoder-like layers with biases and sizes that divide by nothing, over gloo, with two merges; each form in float64
-and float32, plain and with activation checkpointing. Bytes are what one rank gives to collectives in a step without a
-merge, and in a merge, which single steps have none of.
+What is in the rows already is left out, so the same command goes on where it was stopped. Two decoder-like layers with
+biases and sizes that divide by nothing, over gloo, with two merges; each form in float64 and float32, plain and with
+activation checkpointing. Bytes are what one rank gives to collectives in a step without a merge, and in a merge, which
+single steps have none of.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.record import append, provenance
+from benchmarks.record import RESULTS, append, provenance, rows_in
 from poetx import POETX, PoetConfig, convert_, merge_, merge_every, param_groups
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -131,25 +131,34 @@ def train(form: str, way: str, rank: int, ranks: int, steps: int, dtype: str, *,
     return {"losses": losses, "step": sent["step"], "merge": sent["merge"]}
 
 
-def _rank(rank: int, ranks: int, steps: int, directory: str, out: Path | None) -> None:
+def cells(ranks: int) -> list[dict[str, Any]]:
+    """What so many processes run, what matters most first: each takes a minute where processes share a core."""
+    keys = ("checkpointed", "dtype", "parallel", "form")
+    values = product((False, True), TOLERANCE, WAYS if ranks > 1 else WAYS[:1], FORMS)
+    return [dict(zip(keys, cell, strict=True)) | {"ranks": ranks} for cell in values]
+
+
+def left(ranks: int, steps: int, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [c for c in cells(ranks) if not any((c | {"steps": steps}).items() <= row.items() for row in rows)]
+
+
+def _rank(rank: int, ranks: int, steps: int, directory: str, asked: list[dict[str, Any]], out: Path) -> None:
     torch.set_num_threads(1)
     if ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{directory}/store-{ranks}", rank=rank, world_size=ranks)
     alone: dict[Any, list[float]] = {} if ranks == 1 else torch.load(f"{directory}/alone.pt")
-    # What matters most comes first, for each takes minutes where processes wait for each other's core.
-    for checkpointed, dtype, way, form in product((False, True), TOLERANCE, WAYS if ranks > 1 else WAYS[:1], FORMS):
+    for cell in asked:
+        form, way, dtype, checkpointed = (cell[key] for key in ("form", "parallel", "dtype", "checkpointed"))
         run = train(form, way, rank, ranks, steps, dtype, checkpointed=checkpointed)
         if ranks == 1:
             alone[form, dtype, checkpointed] = run["losses"]
         elif rank == 0:
             pairs = zip(alone[form, dtype, checkpointed], run["losses"], strict=True)
-            row = {"benchmark": "sharded_loops", "form": form, "parallel": way, "checkpointed": checkpointed}
-            row |= {"ranks": ranks, "steps": steps, "dtype": dtype}
+            row = {"benchmark": "sharded_loops", **cell, "steps": steps}
             row |= {"largest_difference": max(abs(a - b) / a for a, b in pairs), "last": run["losses"][-1]}
             row |= {"step_bytes": run["step"], "merge_bytes": run["merge"]} | provenance(torch.device("cpu"))
             print(row, flush=True)
-            for place in (Path(directory) / "rows.jsonl", *([out] if out else [])):
-                append(place, [row])
+            append(out, [row])
     if ranks == 1:
         torch.save(alone, f"{directory}/alone.pt")
     else:
@@ -161,14 +170,16 @@ def _rank(rank: int, ranks: int, steps: int, directory: str, out: Path | None) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=50, help="two merges fall into them")
-    parser.add_argument("--out", type=Path, help="append JSON lines here")
+    parser.add_argument("--out", type=Path, default=RESULTS / "sharded_loops.jsonl", help="append JSON lines here")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         for ranks in RANKS:
+            asked = cells(1) if ranks == 1 else left(ranks, args.steps, rows_in(args.out))
             began = time.perf_counter()
-            start_processes(_rank, args=(ranks, args.steps, directory, args.out), nprocs=ranks, start_method="fork")
+            words = (ranks, args.steps, directory, asked, args.out)
+            start_processes(_rank, args=words, nprocs=ranks, start_method="fork")
             print(f"{ranks} processes: {time.perf_counter() - began:.0f} s", flush=True)
-        rows = [json.loads(line) for line in (Path(directory) / "rows.jsonl").read_text().splitlines()]
+    rows = [row for row in rows_in(args.out) if row["steps"] == args.steps]
     if off := [row for row in rows if not row["largest_difference"] <= TOLERANCE[row["dtype"]]]:
         raise SystemExit(f"{len(off)} runs differ by more than {TOLERANCE}: {off[0]}")
 
