@@ -82,11 +82,32 @@ def test_ranks_stay_identical_and_follow_one_process(trained, case):
             assert relative_error(first[name], value) < 1e-4, name
 
 
-def test_the_mean_of_narrow_momenta_is_unbiased(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_mean_in_bfloat16_is_unbiased(monkeypatch, dtype):
     """64 ranks of which one has something to add, too little for a sum in bfloat16 to see."""
+
+    def exchange(parts, sent):
+        assert sent.dtype == torch.bfloat16
+        parts.copy_(sent)
+        parts[0] += 2**-4
+
+    def gather(parts, own):
+        for part in parts:
+            part.copy_(own)
+
     monkeypatch.setattr(agreement, "rank_count", lambda: 64)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.mul_(64).add_(2**-4))
-    momentum = torch.ones(20000, dtype=torch.bfloat16)
-    agreement.average_(momentum, lambda: torch.Generator().manual_seed(0))
+    monkeypatch.setattr(torch.distributed, "all_to_all_single", exchange)
+    monkeypatch.setattr(torch.distributed, "all_gather", gather)
+    momentum = torch.ones(64 * 20000 - 3, dtype=dtype)
+    agreement.average_(momentum, lambda: torch.Generator().manual_seed(0), torch.bfloat16)
     # Of 2^-7, the gap above 1, an eighth is added: 2^-10, with the standard error of 20000 draws.
     assert abs(momentum.float().mean() - 1 - 2**-10) < 5 * 2**-7 * (1 / 8 * 7 / 8 / 20000) ** 0.5
+
+
+def test_what_is_sent_in_bfloat16_is_rounded_without_bias(monkeypatch):
+    sent = []
+    monkeypatch.setattr(agreement, "rank_count", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_to_all_single", lambda parts, values: sent.append(values.clone()))
+    monkeypatch.setattr(torch.distributed, "all_gather", lambda parts, own: None)
+    agreement.average_(torch.full((20000,), 1 + 2**-10), lambda: torch.Generator().manual_seed(0), torch.bfloat16)
+    assert abs(sent[0].float().mean() - 1 - 2**-10) < 5 * 2**-7 * (1 / 8 * 7 / 8 / 20000) ** 0.5

@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from builders import At, curve, interrupt, poison, train_losses
 from helpers import relative_error
+from poetx import PoetConfig, convert_
 from poetx.distributed.gradients import GradientAverage
 from poetx.errors import UserError
 from poetx.layers.walk import poet_layers
@@ -23,6 +25,7 @@ from poetx.recipe import load_recipe
 from poetx.train import loop, tensor_file
 from poetx.train.checkpoint import checkpoints, step_of, tensor_shapes
 from poetx.train.run import train
+from poetx.train.step import average_of
 from ranks import run_on_ranks, run_on_two_ranks
 
 #: A merge at the steps 5 and 10 of 12; batches of 4, so 2 sequences a rank.
@@ -70,6 +73,7 @@ MOVED = {
 
 def on_a_rank(rank: int, directory: str, yaml: str, runs: dict[str, list[str]]) -> None:
     place = Path(directory)
+    torch.save(averaged(rank), place / f"averaged-{rank}-of-{torch.distributed.get_world_size()}.pt")
     torch.save(average(rank), place / f"gradients-{rank}-of-{torch.distributed.get_world_size()}.pt")
     for name, overrides in runs.items():
         with pytest.MonkeyPatch.context() as patch:
@@ -88,10 +92,11 @@ def average(rank: int) -> list[list[torch.Tensor | None]]:
     """Gradients of seven parameters, one a bucket of its own, after each of two steps of two backward passes.
 
     Parameter i is used in the first step on rank 0 where i is even, on rank 1 where i is a multiple of 3, once or
-    twice.
+    twice. The third is sent by rows, the last in bfloat16.
     """
-    parameters = [torch.full((size,), 1.0, requires_grad=True) for size in (3, 1, 40, 2, 5, 1, 3)]
-    gradients = GradientAverage(parameters, bucket_bytes=32)
+    parameters = [torch.full((size, 1), 1.0, requires_grad=True) for size in (3, 1, 40, 2, 5, 1, 3)]
+    sent_in = {parameters[6]: torch.bfloat16}
+    gradients = GradientAverage(parameters, bucket_bytes=32, sent_in=sent_in, by_row=[parameters[2]])
     results = []
     for step in range(2):
         for number in range(2):
@@ -104,6 +109,40 @@ def average(rank: int) -> list[list[torch.Tensor | None]]:
         for p in parameters:
             p.grad = None
     return results
+
+
+def averaged(rank: int) -> dict[str, Any]:
+    """Gradients of an embedding, of one tied to a head and of a bfloat16 layer, their means, and the sizes sent."""
+    torch.manual_seed(0)
+    tokens = torch.tensor([1, 5, 5]) if rank else torch.tensor([2, 5])
+    plain, tied, head = torch.nn.Embedding(50, 4), torch.nn.Embedding(50, 4), torch.nn.Linear(4, 50, bias=False)
+    head.weight = tied.weight
+    rotated = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False)).bfloat16()
+    convert_(rotated, PoetConfig(block_size=4, init="normalized"))
+    model = torch.nn.ModuleDict({"plain": plain, "tied": tied, "head": head, "rotated": rotated})
+    gradients = average_of(model.parameters(), model)
+
+    def backward() -> None:
+        x = plain(tokens)
+        (head(x + tied(tokens)).square().sum() + rotated(x.bfloat16()).exp().sum()).backward()
+
+    def grads() -> dict[str, torch.Tensor]:
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    backward()
+    own, sizes, reduce = grads(), [], torch.distributed.all_reduce
+    model.zero_grad()
+
+    def all_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append((tensor.dtype, tensor.numel()))
+        return reduce(tensor, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "all_reduce", all_reduce)
+        gradients.start()
+        backward()
+        gradients.finish()
+    return {"own": own, "mean": grads(), "sizes": sizes}
 
 
 def meddle(name: str, patch: pytest.MonkeyPatch) -> list[str]:
@@ -205,6 +244,21 @@ def test_gradients_are_averaged_whoever_has_one(trained: Path) -> None:
         for mine, theirs, value in zip(first[step], second[step], wanted[step], strict=True):
             assert (mine is None) == (theirs is None) == (value is None)
             assert value is None or (torch.equal(mine, theirs) and torch.all(mine == value))
+
+
+def test_rotations_of_bfloat16_layers_and_rows_of_embeddings_send_no_more_than_they_need(trained: Path) -> None:
+    first, second = (torch.load(trained / f"averaged-{rank}-of-2.pt") for rank in range(2))
+    bfloat16, float32 = torch.bfloat16, torch.float32
+    # Both skews of 6 numbers together; the tied embedding whole; of the plain one the rows 1, 2 and 5, and which.
+    assert sorted(first["sizes"], key=str) == sorted(
+        [(bfloat16, 12), (float32, 200), (torch.uint8, 50), (float32, 12), (torch.int32, 4)], key=str
+    )
+    for name, mean in first["mean"].items():
+        assert torch.equal(mean, second["mean"][name]), name
+        wanted = (first["own"][name] + second["own"][name]) / 2
+        assert mean.dtype == wanted.dtype
+        assert relative_error(mean, wanted) < (2**-7 if "skew" in name else 1e-6), name
+    assert first["mean"]["plain.weight"].ne(0).any(1).nonzero().flatten().tolist() == [1, 2, 5]
 
 
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all_and_leaves_no_trace(trained: Path) -> None:

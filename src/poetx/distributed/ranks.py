@@ -30,14 +30,40 @@ def on_any_rank(flags: list[bool], device: torch.device) -> list[bool]:
     return [bool(flag) for flag in total.tolist()]
 
 
-def average_(tensor: Tensor, noise: Callable[[], torch.Generator]) -> None:
-    """Mean over the ranks, in place. Of bfloat16 the sum is float32, and rounded stochastically, alike on all ranks."""
-    if (ranks := rank_count()) > 1:
-        total = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-        torch.distributed.all_reduce(total)
-        total.div_(ranks)
-        if total is not tensor:
-            stochastic_round_(tensor, total, noise())
+def sent_dtype(values: torch.dtype, weight: torch.dtype) -> torch.dtype:
+    """What a mean over the ranks is sent in: bfloat16 where the values or their layer's weight are, as dense gradients.
+
+    The products that ``values`` come from were rounded to the weight's dtype.
+    """
+    return torch.bfloat16 if torch.bfloat16 in (values, weight) else values
+
+
+def average_(tensor: Tensor, noise: Callable[[], torch.Generator], dtype: torch.dtype) -> None:
+    """Mean over the ranks, in place, sent in ``dtype``.
+
+    In bfloat16 each rank gets one part of ``tensor`` from all, sums it in float32, and gives the mean to all. What is
+    sent is rounded stochastically, so the mean is unbiased, however little one rank adds to it.
+
+    Args:
+        noise: this rank's own.
+    """
+    if (ranks := rank_count()) == 1:
+        return
+    if dtype != torch.bfloat16:
+        torch.distributed.all_reduce(tensor)
+        tensor.div_(ranks)
+        return
+    generator, size = noise(), tensor.numel()
+    sent = tensor.new_zeros(ranks, -(-size // ranks), dtype=dtype)
+    sent_flat, parts = sent.view(-1)[:size], torch.empty_like(sent)
+    if tensor.dtype == dtype:
+        sent_flat.copy_(tensor.flatten())
+    else:
+        stochastic_round_(sent_flat, tensor.flatten(), generator)
+    torch.distributed.all_to_all_single(parts, sent)
+    own = stochastic_round_(sent[0], parts.float().mean(0), generator)
+    torch.distributed.all_gather(list(parts), own)
+    tensor.copy_(parts.view(-1)[:size].view_as(tensor))
 
 
 def sum_(tensor: Tensor) -> Tensor:

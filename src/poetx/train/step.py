@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from poetx.distributed.gradients import GradientAverage, clip_, total_norm
-from poetx.distributed.ranks import on_any_rank, rank_count, sum_
+from poetx.distributed.gradients import GradientAverage, clip_, embeddings, total_norm
+from poetx.distributed.ranks import on_any_rank, rank_count, sent_dtype, sum_
 from poetx.distributed.sharded import as_forward, is_sharded
 from poetx.errors import UserError
 from poetx.layers.shared_blocks import shared_blocks
+from poetx.layers.walk import poet_layers
 from poetx.methods.base import method_of, release_handle
 from poetx.optim.gradient_release import is_handed_over
 from poetx.recipe import Recipe
@@ -90,7 +91,7 @@ class TrainingStep:
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             kept = [p for p in model.parameters() if id(p) in held and not is_handed_over(p)]
             kept = [p for p in kept if not is_sharded(p)]  # fully_shard averages those by itself
-            gradients = GradientAverage(kept, overlap=release_handle(optimizer) is None) if kept else None
+            gradients = average_of(kept, model, overlap=release_handle(optimizer) is None) if kept else None
         return cls(
             model=model,
             optimizer=optimizer,
@@ -193,6 +194,12 @@ class TrainingStep:
         """Cross entropy in nats summed over the labels, and the routers' loss of a mixture of experts or None."""
         with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             return language_loss(self.model, self.forward, inputs, labels, position_ids, chunked=self.chunked_loss)
+
+
+def average_of(parameters: Iterable[Tensor], model: nn.Module, *, overlap: bool = True) -> GradientAverage:
+    """What averages the gradients of ``parameters``, in ``model``, over the ranks: rotations in their layer's dtype."""
+    sent_in = {p: sent_dtype(p.dtype, layer.weight_dtype) for _, layer in poet_layers(model) for p in layer.rotations}
+    return GradientAverage(parameters, overlap=overlap, sent_in=sent_in, by_row=embeddings(model))
 
 
 def language_loss(

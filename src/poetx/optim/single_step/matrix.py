@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from poetx.config import PoetConfig
-from poetx.distributed.ranks import average_
+from poetx.distributed.ranks import average_, rank, sent_dtype
 from poetx.distributed.sharded import compute_device, is_sharded, local, own_rows, shard_sum_, whole_blocks
 from poetx.errors import UserError
 from poetx.layers.single_step import SingleStepLinear
@@ -216,7 +216,13 @@ class Matrix:
     def average(self) -> None:
         """Mean over the ranks of what they added: a momentum is linear, and all ranks had the same one before."""
         for side in SIDES:
-            average_(self.state[f"momentum_{side}"], partial(self.noise, f"ranks-{side}", self.step))
+            noise = partial(self.noise, f"ranks-{side}-{rank()}", self.step)
+            average_(self.state[f"momentum_{side}"], noise, self.sent_dtype)
+
+    @property
+    def sent_dtype(self) -> torch.dtype:
+        """What :meth:`average` sends momenta in."""
+        return sent_dtype(self.momenta.dtype, self.parameter.dtype)
 
     @property
     def can_discard(self) -> bool:
