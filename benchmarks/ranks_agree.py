@@ -3,8 +3,8 @@
     python -m benchmarks.ranks_agree --out benchmarks/results/ranks_agree.jsonl
 
 A Llama of one layer in float32 on text made here, over gloo: 50 steps with two merges, batches of 4 sequences, each
-form plain and with activation checkpointing. The bytes are those of the tensors handed to all-reduce in one step; for
-the 3B shape they are added up from the parameters' shapes, by the rule that the counted ones are held to.
+form plain and with activation checkpointing. The bytes are those of the tensors handed to all-reduce in one step,
+beside what shapes say (:mod:`benchmarks.rank_bytes`) where every row of the embedding has a gradient.
 """
 
 from __future__ import annotations
@@ -22,10 +22,8 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from benchmarks.kill import _write_text
+from benchmarks.rank_bytes import sent_by_shapes
 from benchmarks.record import append, provenance
-from poetx.methods.base import convert_model, method_of
-from poetx.models import build_model
-from poetx.optim.single_step.optimizer import POETX
 from poetx.recipe import Recipe, load_recipe
 from poetx.train import loop
 from poetx.train.metrics import read_metrics
@@ -101,38 +99,6 @@ def _count_sent() -> list[int]:
     return counted
 
 
-def sent_by_shapes(recipe: Recipe, vocab_size: int) -> int:
-    """Bytes of what a step averages: every gradient, and the momenta of single-step matrices."""
-    device = torch.device("meta")
-    with device:
-        model = build_model(recipe, vocab_size=vocab_size, end_of_text_id=0, device=device)
-    convert_model(model, recipe, None)
-    total = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    optimizer = method_of(recipe).build_optimizer(model, recipe.train.steps)
-    if isinstance(optimizer, POETX):
-        states = (state for state in optimizer.state.values() if "momentum_in" in state)
-        total += sum(state[f"momentum_{side}"].nbytes for state in states for side in ("in", "out"))
-    return total
-
-
-def three_billion() -> list[dict[str, Any]]:
-    """What each form sends for the 3B shape, over what AdamW sends there, in weights of either dtype."""
-    rows = []
-    for dtype in ("float32", "bfloat16"):
-        sizes = {}
-        for form, settings in FORMS.items():
-            overrides = [*settings[:1], *(s for s in settings[1:] if "poet" in s), f"train.dtype={dtype}"]
-            if form != "adamw":
-                overrides.append("poet.block_size=256")
-            sizes[form] = sent_by_shapes(load_recipe("llama-3b", overrides, text=False), 32000)
-        rows += [
-            {"benchmark": "bytes", "shape": "llama-3b", "block_size": 256, "dtype": dtype, "form": form, "bytes": size}
-            | {"of_adamw": round(size / sizes["adamw"], 4)}
-            for form, size in sizes.items()
-        ]
-    return rows
-
-
 def compare(directory: Path) -> list[dict[str, Any]]:
     """One row a form and number of processes: the largest relative difference of its losses from one process's."""
     rows = []
@@ -176,7 +142,6 @@ def main() -> None:
             spawn(_rank, args=(ranks, directory), nprocs=ranks)
             print(f"{ranks} processes: {time.perf_counter() - began:.0f} s", flush=True)
         rows = compare(directory)
-    rows += three_billion()
     for row in rows:
         print(row)
     if args.out:

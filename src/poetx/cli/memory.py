@@ -26,6 +26,7 @@ _COLOURS = {
     "trainable": "cyan",
     "gradient": "magenta",
     "optimizer": "yellow",
+    "gathered": "white",
     "activations": "green",
     "temporary": "red",
 }
@@ -82,21 +83,14 @@ def memory(
         if not 0 < host * 2**30 < math.inf:
             raise UserError(f"host={host}: must be a positive, finite number of GB")
         (planned,) = _planned(recipe, settings, None).values()
-        _show_ways(_part_of(planned, gpus), gpu, host, link=link, device=device, as_json=as_json)
+        from poetx.planner.estimate import part_of
+
+        _show_ways(part_of(planned, gpus), gpu, host, link=link, device=device, as_json=as_json)
         return
     if link is not None:
         raise UserError("--link: goes with --host")
     names = None if methods is None else names_in("methods", methods)
-    recipes = {name: _part_of(planned, gpus) for name, planned in _planned(recipe, settings, names).items()}
-    _run(recipes, gpu=gpu, device=device, plot=plot, as_json=as_json)
-
-
-def _part_of(recipe: Recipe, gpus: int) -> Recipe:
-    """What one of so many processes trains: all of the model, on its part of each batch."""
-    if gpus > 1 and recipe.parallel == "fsdp":
-        raise UserError("parallel=fsdp: what is sharded is not planned yet; use parallel=ddp to see the whole model")
-    share, micro_batch = recipe.train.share(gpus)
-    return recipe.with_keys({"train.batch_size": share, "train.micro_batch_size": micro_batch}) if gpus > 1 else recipe
+    _run(_planned(recipe, settings, names), gpus=gpus, gpu=gpu, device=device, plot=plot, as_json=as_json)
 
 
 def _planned(source: str, overrides: Sequence[str], methods: Sequence[str] | None) -> dict[str, Recipe]:
@@ -110,7 +104,9 @@ def _planned(source: str, overrides: Sequence[str], methods: Sequence[str] | Non
     return {plain.name: plain}
 
 
-def _run(recipes: dict[str, Recipe], *, gpu: float | None, device: str, plot: Path | None, as_json: bool) -> None:
+def _run(
+    recipes: dict[str, Recipe], *, gpus: int, gpu: float | None, device: str, plot: Path | None, as_json: bool
+) -> None:
     from rich.console import Console
 
     from poetx.planner.batch_limit import largest_batch
@@ -121,9 +117,9 @@ def _run(recipes: dict[str, Recipe], *, gpu: float | None, device: str, plot: Pa
     limits: dict[str, BatchLimit] = {}
     for name, recipe in recipes.items():
         with Console(stderr=True).status(f"{name}: one step of {recipe.name} on fake tensors"):
-            estimates[name] = estimate_memory(recipe, device=device)
+            estimates[name] = estimate_memory(recipe, device=device, ranks=gpus)
             if gpu is not None:
-                limits[name] = largest_batch(recipe, gpu, device=device)
+                limits[name] = largest_batch(recipe, gpu, device=device, ranks=gpus)
     title = _title(next(iter(estimates.values())))
     if plot is not None:
         draw(plot, title, estimates)
@@ -204,6 +200,8 @@ def _show_table(console: Any, title: str, estimates: dict[str, MemoryEstimate]) 
     console.print(f"{title}: peak of one step, GB (2^30 bytes)", highlight=False, soft_wrap=True)
     lines = [["", *estimates]]
     for category in CATEGORIES:
+        if category == "gathered" and not any(e.categories[category] for e in every):
+            continue  # of what fully_shard parts alone
         lines.append(
             [f"[{_COLOURS[category]}]■[/] {category}", *(f"{e.categories[category] / GIB:.2f}" for e in every)]
         )
@@ -284,7 +282,7 @@ def draw(path: Path, title: str, estimates: dict[str, MemoryEstimate]) -> None:
     left = [0.0] * len(estimates)
     for category in CATEGORIES:
         sizes = [estimate.categories[category] / GIB for estimate in estimates.values()]
-        colour = {"magenta": "pink", "yellow": "olive"}.get(_COLOURS[category], _COLOURS[category])
+        colour = {"magenta": "pink", "yellow": "olive", "white": "gray"}.get(_COLOURS[category], _COLOURS[category])
         axes.barh(list(estimates), sizes, left=left, label=category, color=f"tab:{colour}")
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     axes.invert_yaxis()

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from poetx.distributed.sharded import is_sharded, local
 from poetx.layers.walk import converted_layers, rotation_ids, single_step_layers
 
 #: What a byte can belong to, in the order of the tables.
-CATEGORIES = ("frozen", "trainable", "gradient", "optimizer", "activations", "temporary")
+CATEGORIES = ("frozen", "trainable", "gradient", "optimizer", "gathered", "activations", "temporary")
 PHASES = ("forward", "backward", "step", "merge")
 
 #: Sizes by (category, whether it belongs to a packed rotation).
@@ -41,7 +42,8 @@ class Record:
 
 
 def storages(tensor: Tensor) -> list[torch.UntypedStorage]:
-    """The storages behind a tensor; those of a wrapper subclass (a quantized tensor) are its parts'."""
+    """The storages behind a tensor; those of a wrapper subclass (a quantized tensor) are its parts', of a shard its."""
+    tensor = local(tensor)
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         return [storage for name in names for storage in storages(getattr(tensor, name))]
@@ -52,7 +54,9 @@ def storages(tensor: Tensor) -> list[torch.UntypedStorage]:
 
 
 class StorageTracker(TorchDispatchMode):
-    """Counts the bytes of every storage that an operator makes while the mode is on.
+    """Counts the bytes of every storage that an operator makes, or something resizes, while the mode is on.
+
+    What grows from nothing is ``"gathered"``: FSDP2 keeps the storages of a layer's whole parameters and empties them.
 
     Args:
         granularity: sizes are rounded up to this many bytes: 512 for the CUDA caching allocator, 1 for none.
@@ -103,13 +107,34 @@ class StorageTracker(TorchDispatchMode):
         """Say what these tensors are; those the tracker has not met are counted from now on."""
         for tensor in tensors:
             for storage in storages(tensor):
-                record = self._alive.get(storage._cdata) or self._add(tensor, storage)
+                record = self._alive.get(storage._cdata) or self._add(storage, tensor.is_meta)
                 if record is not None:
                     record.category, record.rotation = category, rotation
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
         """Do not count these, which are in other memory and stay alive as long as the tracker is on."""
         self._elsewhere.update(storage._cdata for tensor in tensors for storage in storages(tensor))
+
+    def __enter__(self) -> StorageTracker:
+        resize = self._resize = torch.UntypedStorage.resize_
+
+        def followed(storage: torch.UntypedStorage, size: int) -> Any:
+            before = storage.nbytes()
+            result = resize(storage, size)
+            if storage._cdata in self._alive:
+                self._remove(storage._cdata)
+            record = self._add(storage)
+            if record is not None and not before:
+                record.category = "gathered"
+            self._mark(0)
+            return result
+
+        torch.UntypedStorage.resize_ = followed
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -131,11 +156,11 @@ class StorageTracker(TorchDispatchMode):
     def _see(self, tensor: Tensor) -> None:
         for storage in storages(tensor):
             if storage._cdata not in self._alive:
-                self._add(tensor, storage)
+                self._add(storage, tensor.is_meta)
 
-    def _add(self, tensor: Tensor, storage: torch.UntypedStorage) -> Record | None:
+    def _add(self, storage: torch.UntypedStorage, is_meta: bool = False) -> Record | None:
         size = storage.nbytes()
-        if not size or tensor.is_meta or storage._cdata in self._elsewhere:
+        if not size or is_meta or storage._cdata in self._elsewhere:
             return None
         size += -size % self._granularity
         self._clock += 1
@@ -230,8 +255,11 @@ def stepped_rotations(model: nn.Module) -> set[int]:
 
 
 def adopt_state(tracker: StorageTracker, optimizers: Iterable[torch.optim.Optimizer], model: nn.Module) -> None:
-    """Tell ``tracker`` about the tensors in the optimizers' state."""
+    """Tell ``tracker`` about the tensors in the optimizers' state, and FSDP2's gradients, of which no hook tells."""
     rotations = stepped_rotations(model)
+    for parameter in model.parameters():
+        if parameter.grad is not None and is_sharded(parameter):
+            tracker.adopt([parameter.grad], "gradient", rotation=id(parameter) in rotations)
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
             tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor) and leaf.numel() > 1]

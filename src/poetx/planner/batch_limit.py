@@ -32,7 +32,13 @@ class BatchLimit:
 
 
 def largest_batch(
-    source: Any, budget_gib: float, overrides: Sequence[str] = (), *, recipe: Any = None, device: str = "cuda"
+    source: Any,
+    budget_gib: float,
+    overrides: Sequence[str] = (),
+    *,
+    recipe: Any = None,
+    device: str = "cuda",
+    ranks: int = 1,
 ) -> BatchLimit:
     """Search the largest ``train.micro_batch_size`` whose predicted peak is at most ``budget_gib`` · 2³⁰ bytes.
 
@@ -46,14 +52,15 @@ def largest_batch(
         raise UserError(f"gpu={budget_gib}: must be a positive, finite number of GB")
     budget = int(budget_gib * GIB)
     own_model, plan = planned_recipe(source, overrides, recipe)
-    passes = min(2, plan.train.batch_size // plan.train.micro_batch)
+    share, micro_batch = plan.train.share(ranks)
+    passes = min(2, share // micro_batch)
     seen: dict[int, MemoryEstimate] = {}
 
     def estimate(batch: int) -> MemoryEstimate:
         if batch not in seen:
-            changed = plan.with_keys({"train.micro_batch_size": batch, "train.batch_size": batch * passes})
-            asked = changed if own_model is None else own_model
-            seen[batch] = estimate_memory(asked, recipe=changed if own_model is not None else None, device=device)
+            changed = plan.with_keys({"train.micro_batch_size": batch, "train.batch_size": batch * passes * ranks})
+            asked, own = (changed, None) if own_model is None else (own_model, changed)
+            seen[batch] = estimate_memory(asked, recipe=own, device=device, ranks=ranks)
         return seen[batch]
 
     size = search(lambda batch: estimate(batch).peak, budget)

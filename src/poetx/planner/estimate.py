@@ -16,19 +16,21 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from poetx.data.tokenizer import embeddings_needed, read_tokenizer, tokenizer_file
+from poetx.distributed.ranks import rank_count
 from poetx.errors import UserError
 from poetx.layers.walk import converted_layers, poet_layers
 from poetx.memory.tracker import PHASES, PhasePeak, Split, StorageTracker, adopt_state, followed, peak_of
 from poetx.methods.base import convert_model, method_of
 from poetx.models import check_fits, model_config, model_from_config, settled
 from poetx.ops.library import transparent_operators
-from poetx.planner.fake import NumbersAreOne, fake_, flash_backward_buffers, fuse_attention_, meta_copy
+from poetx.planner.fake import NumbersAreOne, fake_, fake_ranks, flash_backward_buffers, fuse_attention_, meta_copy
 from poetx.recipe import Recipe, load_recipe
 from poetx.recipe.places import is_prepared
 from poetx.savings.activation_checkpointing import decoder_layers
 from poetx.savings.chunked_loss import check_head
 from poetx.savings.offload_activations import host_activations
 from poetx.targets import find_targets
+from poetx.train.sharding import all_ranks, check_shardable, shard_model_
 from poetx.train.step import TrainingStep
 
 GIB = 1 << 30
@@ -119,6 +121,7 @@ def estimate_memory(
     recipe: Recipe | str | None = None,
     device: str = "cuda",
     every_layer: bool = False,
+    ranks: int = 1,
 ) -> MemoryEstimate:
     """Predict the peak memory of one training step, without a GPU and without the memory.
 
@@ -130,8 +133,8 @@ def estimate_memory(
 
     What is modelled instead of run, for ``device="cuda"``: sizes are rounded to the allocator's 512
     bytes, attention is the flash kernel with its backward's buffers, and layers take the slices they take on an
-    accelerator. Not counted: the CUDA context, cuBLAS's workspace, fragmentation, the other temporaries inside a
-    native kernel, and merging. No text is read; without a tokenizer there are ``data.vocab_size`` tokens.
+    accelerator. Not counted: the CUDA context, cuBLAS's workspace, NCCL's buffers, fragmentation, the other temporaries
+    inside a native kernel, and merging. No text is read; without a tokenizer there are ``data.vocab_size`` tokens.
 
     Args:
         source: a recipe, the name or path of one, or a model of your own: a module, a function that makes one
@@ -141,6 +144,8 @@ def estimate_memory(
         device: ``"cuda"`` or ``"cpu"``; ``train.dtype: auto`` is bfloat16 or float32 there.
         every_layer: run all decoder layers instead of extrapolating from 3 and 4 of them. Both give the same number
             (a test holds that) for a model of equal layers; others are run whole anyway.
+        ranks: processes that share each batch; planned is what the first takes, which has the most rows of what
+            ``parallel: fsdp`` shards.
 
     Raises:
         UserError: a recipe, a model or a setting that does not exist or does not fit together.
@@ -148,9 +153,9 @@ def estimate_memory(
     if device not in _DEVICES:
         raise UserError(f"device={device}: must be one of {', '.join(_DEVICES)}")
     own_model, plan = planned_recipe(source, overrides, recipe)
-    plan = settled(plan, torch.device(device))
+    plan = settled(part_of(plan, ranks), torch.device(device))
     if isinstance(own_model, nn.Module) or callable(own_model):
-        return _result(_take_step(_made(own_model), plan, device), plan, device, extrapolated=False)
+        return _result(_take_step(_made(own_model), plan, device, ranks), plan, device, extrapolated=False)
     config = own_model
     vocab_size = 0
     if config is None:
@@ -161,7 +166,7 @@ def estimate_memory(
     def run(layers: int | None = None) -> _Run:
         model = meta_model(config if layers is None else _with_layers(config, layers), plan)
         check_fits(model, plan, vocab_size)
-        return _take_step(model, plan, device)
+        return _take_step(model, plan, device, ranks)
 
     depth = int(getattr(config, "num_hidden_layers", 0) or 0)
     if every_layer or depth <= max(_FEW) or not _uniform(config, plan):
@@ -183,6 +188,20 @@ def planned_recipe(source: Any, overrides: Sequence[str], recipe: Recipe | str |
     elif overrides:
         raise UserError(f"overrides={list(overrides)}: are for a recipe's name or path; change the recipe itself")
     return own_model, asked.with_keys({"poet.merge_every": None}) if asked.merge_every is not None else asked
+
+
+def part_of(recipe: Recipe, ranks: int) -> Recipe:
+    """What one of so many processes trains.
+
+    Raises:
+        UserError: a batch that cannot be parted, or a key that a sharded model is not trained with.
+    """
+    if ranks == 1:
+        return recipe
+    if recipe.parallel == "fsdp":
+        check_shardable(recipe)
+    share, micro_batch = recipe.train.share(ranks)
+    return recipe.with_keys({"train.batch_size": share, "train.micro_batch_size": micro_batch})
 
 
 def vocabulary(recipe: Recipe) -> int:
@@ -256,14 +275,24 @@ def _uniform(config: Any, recipe: Recipe) -> bool:
     return _UNIFORM[key]
 
 
-def _take_step(model: nn.Module, recipe: Recipe, device: str) -> _Run:
+def _take_step(model: nn.Module, recipe: Recipe, device: str, ranks: int) -> _Run:
     """Convert the dense meta model, build its optimizer, and follow its second step."""
+    with fake_ranks(ranks):
+        return _taken_step(model, recipe, device)
+
+
+def _taken_step(model: nn.Module, recipe: Recipe, device: str) -> _Run:
     fuse_attention_(model)
     convert_model(model, recipe, None)
     if recipe.train.chunked_loss:
         check_head(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake_(model, mode)
+    if recipe.parallel == "fsdp" and rank_count() > 1:
+        place = torch.device("cpu")
+        mesh = all_ranks(place)
+        with mode:
+            shard_model_(model, place, mesh)
     parameters = list(model.parameters())
     on_cuda = device == "cuda"
     tracker = StorageTracker(
@@ -276,6 +305,8 @@ def _take_step(model: nn.Module, recipe: Recipe, device: str) -> _Run:
 
         def enter(phase: str) -> None:
             numbers.phase = phase
+            if phase == "step":
+                adopt_state(tracker, [optimizer], model)
             tracker.enter_phase(phase)
             moved[phase] = _moved(model)
 

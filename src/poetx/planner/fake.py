@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +18,21 @@ logger = logging.getLogger(__name__)
 
 #: The name under which ``transformers`` finds :func:`_attention` and :func:`_mask`.
 _FUSED = "poetx_fused"
+
+
+@contextlib.contextmanager
+def fake_ranks(count: int) -> Iterator[None]:
+    """Be the first of so many ranks, whose collectives send nothing; of one: no group at all."""
+    if count == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -47,13 +64,18 @@ def fake_(model: nn.Module, mode: FakeTensorMode) -> None:
 
 
 class NumbersAreOne(TorchDispatchMode):
-    """A number that an optimizer reads from a fake tensor is 1 (Adafactor reads norms); a model may read none."""
+    """A number that an optimizer reads from a fake tensor is 1 (Adafactor reads norms); a model may read none.
+
+    Nor is any row of a gradient zero.
+    """
 
     phase = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and self.phase != "forward":
             return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
+        if func is torch.ops.aten.nonzero.default and self.phase != "forward":
+            return torch.arange(args[0].numel()).view(-1, 1)
         return func(*args, **(kwargs or {}))
 
 

@@ -25,14 +25,13 @@ def preview(recipe: Recipe, *, ranks: int = 1, overwrite: bool = False) -> Itera
     Raises:
         UserError: what the run itself would be refused for before its first step, but for what only tokens tell.
     """
-    share, micro_batch = recipe.train.share(ranks)
+    recipe.train.share(ranks)
     device = resolve_device(recipe.train.device)
     if not overwrite:
         check_free(recipe.directory)
     data = find_data(recipe)
     recipe = settled(recipe, device)
-    planned = recipe.with_keys({"train.batch_size": share, "train.micro_batch_size": micro_batch})
-    estimate = estimate_memory(planned, device="cuda" if device.type == "cuda" else "cpu")
+    estimate = estimate_memory(recipe, device="cuda" if device.type == "cuda" else "cpu", ranks=ranks)
     yield "recipe", f"{recipe.name}, {recipe.train.dtype} on {device}" + (f", {ranks} processes" if ranks > 1 else "")
     trains = f"{estimate.trainable / 1e6:.2f}M of {estimate.parameters / 1e6:.2f}M parameters train"
     yield "method", f"{estimate.method}; {trains}"

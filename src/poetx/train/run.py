@@ -56,7 +56,7 @@ from poetx.train.loop import TrainingRun, fit
 from poetx.train.metrics import MetricsWriter, UnwrittenMetrics, divergence, is_whole, read_metrics
 from poetx.train.packing import check_packing
 from poetx.train.progress import Reporter, RunInfo, SilentReporter
-from poetx.train.sharding import check_shardable, shard_model_
+from poetx.train.sharding import all_ranks, check_shardable, shard_model_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -183,7 +183,7 @@ def _train(
             reporter.note(text)
         if sharded:
             check_alike([*model.named_parameters(), *model.named_buffers()], "before they are sharded")
-            shard_model_(model, device)
+            shard_model_(model, device, all_ranks(device))
         optimizer = method_of(recipe).build_optimizer(model, recipe.train.steps)
         start_spectrum = None
         if report is not None and recipe.train.spectrum_every is not None and rank() == 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
@@ -11,6 +13,9 @@ from poetx.layers.walk import poet_layers, rotation_ids
 from poetx.recipe import Recipe
 from poetx.recipe.loading import flat
 from poetx.savings.activation_checkpointing import decoder_layers
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 #: What a sharded model is not trained with.
 _UNFIT = (
@@ -35,16 +40,21 @@ def check_shardable(recipe: Recipe) -> None:
             raise UserError(f"{key}={keys[key]}: not with parallel=fsdp; leave it out, or use parallel=ddp")
 
 
-def shard_model_(model: nn.Module, device: torch.device) -> None:
+def all_ranks(device: torch.device) -> DeviceMesh:
+    """The mesh of all ranks, on ``device``."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+
+
+def shard_model_(model: nn.Module, device: torch.device, mesh: DeviceMesh) -> None:
     """Move ``model`` to ``device`` layer by layer, and keep there this rank's rows of each parameter.
 
     FSDP2 averages the gradients of a layer in one call, so of one dtype: where rotations are float32 in a bfloat16
     layer, its norms and biases, which are small, stay whole.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     layers = decoder_layers(model)
     inside = {module for layer in layers for module in layer.modules()}
     outside = [layer for _, layer in poet_layers(model) if layer not in inside]

@@ -137,7 +137,8 @@ class TrainingStep:
         """The same step without looking at any number: for fake tensors, which have none; the loss, a scalar."""
         total, _ = self._accumulate(micro_batches, None, reads=False)
         if clip:
-            torch.nn.utils.clip_grad_norm_(self._parameters(), clip)
+            norm = total_norm([p.grad for p in self._parameters() if p.grad is not None])
+            clip_(self._parameters(), clip, norm)
         self._step()
         return total
 
