@@ -33,14 +33,20 @@ def test_table_bar_and_batch(app):
     assert "adamw on 0.005 GB: fits, up to batch" in card.stdout
 
 
-def test_one_of_several_processes_takes_what_its_part_of_the_batch_takes(app):
-    batch = ["train.batch_size=8", "train.micro_batch_size=4", "--json"]
-    together, alone = (
-        json.loads(runner.invoke(app, [*TINY, *words]).stdout)["estimates"]["demo"]["peak"]
-        for words in ([*batch, "--gpus", "4"], ["train.batch_size=2", "--json"])
+def test_one_of_several_processes_takes_its_part_of_the_batch_and_perhaps_of_the_model(app):
+    batch = ["method=mem", "train.batch_size=8", "train.micro_batch_size=4", "--json"]
+    sharded = ["parallel=fsdp", "train.sample_tokens=0", "--gpus", "4"]
+    alone, whole, parted = (
+        json.loads(runner.invoke(app, [*TINY, *words]).stdout)["estimates"]["demo"]["categories"]
+        for words in (["method=mem", "train.batch_size=2", "--json"], [*batch, "--gpus", "4"], [*batch, *sharded])
     )
-    assert together == alone
+    assert whole["activations"] == alone["activations"] == parted["activations"]
+    assert whole["optimizer"] == alone["optimizer"] > 3.5 * parted["optimizer"]
+    assert parted["gathered"] > whole["gathered"] == 0
     assert "over 3 processes; use a multiple of 3" in str(runner.invoke(app, [*TINY, *batch, "--gpus", "3"]).exception)
+    table = runner.invoke(app, [*TINY, "train.batch_size=4", *sharded])
+    assert "one of 4 processes, parallel=fsdp, 1 x 64 tokens a pass" in table.stdout
+    assert "gathered" in table.stdout
 
 
 def test_json_and_plot(app, tmp_path):

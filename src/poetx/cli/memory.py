@@ -120,7 +120,7 @@ def _run(
             estimates[name] = estimate_memory(recipe, device=device, ranks=gpus)
             if gpu is not None:
                 limits[name] = largest_batch(recipe, gpu, device=device, ranks=gpus)
-    title = _title(next(iter(estimates.values())))
+    title = _title(next(iter(estimates.values())), gpus)
     if plot is not None:
         draw(plot, title, estimates)
     if as_json:
@@ -182,11 +182,12 @@ def _show_ways(recipe: Recipe, gpu: float, host: float, *, link: str | None, dev
     say(f"the first that fits: {keys}")
 
 
-def _title(estimate: MemoryEstimate) -> str:
+def _title(estimate: MemoryEstimate, gpus: int) -> str:
     recipe = estimate.recipe
+    several = f"one of {gpus} processes, parallel={recipe.parallel}, " if gpus > 1 else ""
     passes = recipe.train.batch_size // recipe.train.micro_batch
     accumulated = f", {passes} of them a step" if passes > 1 else ""
-    return f"{recipe.name}, {recipe.train.micro_batch} x {recipe.data.seq_len} tokens a pass{accumulated}"
+    return f"{recipe.name}, {several}{recipe.train.micro_batch} x {recipe.data.seq_len} tokens a pass{accumulated}"
 
 
 def _show_table(console: Any, title: str, estimates: dict[str, MemoryEstimate]) -> None:
