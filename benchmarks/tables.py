@@ -28,6 +28,7 @@ PAGES = (
     "docs/log.md",
     "docs/memory.md",
     "docs/reach.md",
+    "docs/scaling.md",
     "docs/single-step.md",
     "docs/speed.md",
     "docs/training.md",
@@ -98,6 +99,67 @@ def sharded_loops() -> str:
         body.append([form, parallel, str(ranks), *differences, *sent])
     head = ["form", "parallel", "processes", "float64", "checkpointed", "float32", "checkpointed"]
     return _markdown([*head, "a step sends", "a merge sends"], body)
+
+
+def rank_bytes() -> str:
+    """What a step of the 3B shape sends beside AdamW's, of the newest rows."""
+    newest = {(row["form"], row["dtype"]): row for row in _rows("rank_bytes")}
+    keys = ("bytes", "of_adamw", "of_ddp", "all_rows_of_ddp")
+    body = [
+        [form, dtype, f"{row['bytes'] / 1e9:.2f}", *(f"{row[key]:.3f}" for key in keys[1:])]
+        for (form, dtype), row in newest.items()
+    ]
+    head = ["form", "weights", "GB a step", "of AdamW's", "of AdamW's under DDP", "the same, every row sent"]
+    return _markdown(head, body)
+
+
+def rank_memory() -> str:
+    """Planned and tracked peaks of one rank, of the newest rows."""
+    newest = {(row["form"], row["parallel"], row["ranks"]): row for row in _rows("rank_memory")}
+    body = [
+        [
+            form,
+            parallel,
+            str(ranks),
+            *(f"{row[key] / 1e6:.2f}" for key in ("planned", "tracked")),
+            f"{row['error']:+.1%}",
+        ]
+        for (form, parallel, ranks), row in sorted(newest.items())
+    ]
+    return _markdown(["form", "parallel", "processes", "planned, MB", "tracked, MB", "off by"], body)
+
+
+def rank_merges() -> str:
+    """Processor seconds of a rank's merge or fold by the number of ranks, of the newest rows."""
+    newest = {(row["form"], row["what"]): row for row in _rows("rank_merges")}
+    body = []
+    for (form, what), row in newest.items():
+        seconds = [f"{value:.2f}" for value in row["seconds"].values()]
+        body.append([form, what, *seconds, f"{row['from_2_to_4']:.2f}"])
+    return _markdown(["form", "of", "1 process", "2", "4", "2 over 4"], body)
+
+
+def scaling_assumptions() -> str:
+    """The constants of the model on paper."""
+    from benchmarks.scaling import assumptions
+
+    return _markdown(["constant", "value", "what it is"], assumptions())
+
+
+def scaling_checked() -> str:
+    """The model on paper beside what was published for 64 GPUs."""
+    from benchmarks.scaling import checked
+
+    head = ["model", "method", "tokens", "ms for tokens", "fixed", "sent", "a step"]
+    return _markdown([*head, "predicted, k tokens/s", "published", "off by"], checked())
+
+
+def scaling_planned() -> str:
+    """What the model on paper says of other numbers of GPUs."""
+    from benchmarks.scaling import GPUS, planned
+
+    body = [[str(tokens), *row] for tokens in (512, 2048) for row in planned(tokens)]
+    return _markdown(["tokens", "model", "method", "GB sent", *(f"{gpus} GPUs" for gpus in GPUS)], body)
 
 
 def reach_targets() -> str:
@@ -637,6 +699,12 @@ _TABLES = (
     fine_tuning,
     fine_tuning_memory,
     sharded_loops,
+    rank_bytes,
+    rank_memory,
+    rank_merges,
+    scaling_assumptions,
+    scaling_checked,
+    scaling_planned,
     merges,
     merges_spectra,
     layer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from helpers import relative_error
 from poetx import PoetConfig, UserError, convert_, merge_, merge_every, param_groups
 from poetx.layers.walk import poet_layers
 from poetx.optim import build_optimizer
-from ranks import run_on_two_ranks
+from ranks import run_on_ranks, run_on_two_ranks
 
 #: Odd sizes: blocks and rows that do not divide by the ranks, and a side of one block.
 FORMS: dict[str, dict[str, Any]] = {
@@ -89,18 +90,26 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in state.items()}
 
 
+def merged(settings: dict[str, Any], shard: Callable[[Any], Any] = lambda model: model) -> dict[str, Tensor]:
+    """A bfloat16 model after two merges from states that do not depend on how it is sharded."""
+    model = shard(build(settings, torch.bfloat16))
+    for _ in range(2):
+        turn(model)
+        merge_(model)
+    return whole(model)
+
+
+def one_of_four(rank: int, directory: str) -> None:
+    found = {form: (merged(settings), merged(settings, shard)) for form, settings in NARROW.items()}
+    torch.save(found, f"{directory}/{rank}.pt")
+
+
 def on_a_rank(rank: int, directory: str) -> None:
     results: dict[str, Any] = {}
     for form, settings in FORMS.items():
         model = shard(build(settings))
         facts = train(model, slice(rank * 4, rank * 4 + 4))
         results[form] = facts, whole(model)
-    for form, settings in NARROW.items():
-        model = shard(build(settings, torch.bfloat16))
-        for _ in range(2):
-            turn(model)
-            merge_(model)
-        results[form] = whole(model)
     model = shard(build(TRAINED, torch.bfloat16))
     train_narrow(model, slice(rank * 4, rank * 4 + 4))
     results["trained"] = whole(model)
@@ -145,15 +154,16 @@ def test_a_loop_of_ones_own_trains_the_weights_of_one_process(form: str, found: 
             assert torch.equal(first[name], value), name
 
 
-@pytest.mark.parametrize("form", NARROW)
-def test_a_merge_from_the_same_state_gives_the_same_bits(form: str, found: list[dict[str, Any]]) -> None:
-    alone = build(NARROW[form], torch.bfloat16)
-    for _ in range(2):
-        turn(alone)
-        merge_(alone)
-    for name, value in alone.state_dict().items():
-        for results in found:
-            assert torch.equal(results[form][name], value), name
+def test_four_ranks_merge_the_same_state_to_the_bits_of_one_process(tmp_path: Path) -> None:
+    run_on_ranks(4, one_of_four, str(tmp_path))
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(4)]
+    for form, settings in NARROW.items():
+        alone, before = merged(settings), build(settings, torch.bfloat16).state_dict()
+        assert any(not torch.equal(value, before[name]) for name, value in alone.items() if value.ndim == 2)
+        for name, value in alone.items():
+            for results in found:
+                for state in results[form]:
+                    assert torch.equal(state[name], value), f"{form}, {name}"
 
 
 def test_a_bfloat16_loop_follows_one_process(found: list[dict[str, Any]]) -> None:
