@@ -41,7 +41,7 @@ def test_one_of_several_processes_takes_its_part_of_the_batch_and_perhaps_of_the
         for words in (["method=mem", "train.batch_size=2", "--json"], [*batch, "--gpus", "4"], [*batch, *sharded])
     )
     assert whole["activations"] == alone["activations"]
-    assert whole["optimizer"] == alone["optimizer"] > 3.5 * parted["optimizer"]
+    assert whole["optimizer"] == alone["optimizer"] > 2.5 * parted["optimizer"]
     assert parted["gathered"] > whole["gathered"] == 0
     assert "over 3 processes; use a multiple of 3" in str(runner.invoke(app, [*TINY, *batch, "--gpus", "3"]).exception)
     table = runner.invoke(app, [*TINY, "train.batch_size=4", *sharded])

@@ -36,6 +36,7 @@ FORMS = {
     "single-step, rotation": ["method=single-step", "poet.update=rotation", "model.gradient_checkpointing=true"],
     "sharded": ["method=fast", "parallel=fsdp", "model.tie_embeddings=true"],
     "sharded, bfloat16": ["method=fast", "parallel=fsdp", "train.dtype=bfloat16"],
+    "sharded, autocast to bfloat16": ["method=single-step", "parallel=fsdp", "train.autocast=true"],
     "sharded, int8, no logits": [
         *("method=int8", "model.gradient_checkpointing=true", "train.chunked_loss=true", "train.export=true"),
         "parallel=fsdp",
