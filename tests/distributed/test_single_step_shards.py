@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.pytorch_utils import Conv1D
 
 from helpers import relative_error
 from poetx import POETX, PoetConfig, UserError, convert_
+from poetx.distributed.rows import own_part, whole_on_first
 from poetx.distributed.sharded import whole_blocks
 from poetx.optim.single_step import matrix
 from ranks import run_on_ranks, run_on_two_ranks
@@ -25,13 +29,17 @@ FORMS: dict[str, tuple[str, tuple[int, ...]]] = {
     "rotation": ("rotation", (16, 24, 8)),
     "free, straddling": ("free", (9, 22, 3)),
     "rotation, straddling": ("rotation", (9, 22, 3)),
+    "free, of Conv1D": ("free", (16, 24, 8)),
 }
 
 
 def build(form: str, dtype: torch.dtype = torch.float64) -> Any:
     torch.manual_seed(0)
     update, (size, hidden, out) = FORMS[form]
-    model = nn.Sequential(nn.Linear(size, hidden), nn.GELU(), nn.Linear(hidden, out, bias=False)).to(dtype)
+    if "Conv1D" in form:
+        model = nn.Sequential(Conv1D(hidden, size), nn.GELU(), Conv1D(out, hidden)).to(dtype)
+    else:
+        model = nn.Sequential(nn.Linear(size, hidden), nn.GELU(), nn.Linear(hidden, out, bias=False)).to(dtype)
     return convert_(model, PoetConfig(method="single-step", update=update, block_size=4, init="normalized")) and model
 
 
@@ -84,6 +92,10 @@ def on_a_rank(rank: int, directory: str) -> None:
             key: value.full_tensor() if key.endswith(("weight", "bias")) else value
             for key, value in model.state_dict().items()
         }
+        found[f"{form}, read again"] = all(
+            torch.equal(value.full_tensor() if key.endswith(("weight", "bias")) else value, state[key])
+            for key, value in through_a_file(form, model, Path(directory)).items()
+        )
         momenta = [optimizer.state[layer.weight] for layer in (model[0], model[2])]
         found[form] = state, [{k: v.clone() for k, v in m.items()} for m in momenta], sent
     mesh = model[0].weight.device_mesh
@@ -95,6 +107,19 @@ def on_a_rank(rank: int, directory: str) -> None:
     with pytest.raises(UserError, match="POETX: a parameter of shape .* is a DTensor"):
         POETX(plain)
     torch.save(found, f"{directory}/{rank}.pt")
+
+
+def through_a_file(form: str, model: Any, directory: Path) -> dict[str, Any]:
+    """The state of another model that read its own part of what the first rank has gathered and written."""
+    state, file = model.state_dict(), directory / f"{form}.safetensors"
+    whole = list(whole_on_first(state.values()))
+    if torch.distributed.get_rank() == 0:
+        save_file({name: value.contiguous() for name, value in zip(state, whole, strict=True)}, file)
+    torch.distributed.barrier()
+    other = fully_shard(build(form))
+    with safe_open(file, "pt") as opened:
+        other.load_state_dict({name: own_part(opened, name, like) for name, like in other.state_dict().items()})
+    return other.state_dict()
 
 
 def bits_on_a_rank(rank: int, directory: str) -> None:
@@ -138,6 +163,12 @@ def test_shards_follow_one_process(form: str, found: list[dict[str, Any]]) -> No
         for layer, momentum in zip((alone[0], alone[2]), momenta, strict=True):
             for key, value in optimizer.state[layer.weight].items():
                 torch.testing.assert_close(momentum[key], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_gathered_is_read_again_in_parts(form: str, found: list[dict[str, Any]]) -> None:
+    assert found[0][f"{form}, read again"]
+    assert found[1][f"{form}, read again"]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from poetx.distributed.sharded import is_sharded, local, own_rows, padded, shard_group, shard_of
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def whole_on_first(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -17,6 +20,9 @@ def whole_on_first(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
         if not is_sharded(tensor):
             yield tensor
             continue
+        if _by_columns(tensor):
+            yield next(whole_on_first([tensor.T])).T
+            continue
         group, own = shard_group(tensor), local(tensor)
         chunk = padded(own, tensor)
         first = group.rank() == 0
@@ -24,6 +30,11 @@ def whole_on_first(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
         torch.distributed.gather(chunk, list(rows) if first else None, group=group, group_dst=0)
         yield rows.view(own.dtype).flatten()[: tensor.numel()].view(tensor.shape) if first else own
         del rows, chunk
+
+
+def _by_columns(tensor: DTensor) -> bool:
+    """Whether ``tensor`` is the transpose of what is sharded by rows, as a state holds a Conv1D's weight."""
+    return any(placement.is_shard(dim=1) for placement in tensor.placements)
 
 
 def own_part(file: Any, name: str, like: Tensor | None) -> Tensor:
@@ -39,7 +50,11 @@ def own_part(file: Any, name: str, like: Tensor | None) -> Tensor:
     shape = tuple(stored.get_shape())
     if not is_sharded(like) or not shape or shape not in (tuple(like.shape), (like.numel(),)):
         return file.get_tensor(name)
+    if _by_columns(like):
+        columns = own_rows(like.T)
+        piece = stored[:, columns.start : columns.stop].T.contiguous()
+        return shard_of(piece.to(local(like).device), like.T).T
     width = 1 if shape == tuple(like.shape) else like.numel() // like.shape[0]
     rows = own_rows(like)
-    piece: Tensor = stored[rows.start * width : rows.stop * width]
+    piece = stored[rows.start * width : rows.stop * width]
     return shard_of(piece.to(local(like).device).view(-1, *like.shape[1:]), like)

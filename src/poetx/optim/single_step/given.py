@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from poetx.config import PoetConfig, name_matches
-from poetx.distributed.sharded import is_sharded, refuse_sharded
+from poetx.distributed.sharded import refuse_sharded
 from poetx.errors import UserError, nearest
 from poetx.layers.base import DTYPES, RotatedWeight
 from poetx.layers.single_step import SingleStepLinear
@@ -255,8 +255,6 @@ def check_groups(
                 check_numbers({"angle": group["lr"]})
     for p in itertools.chain.from_iterable(group["params"] for group in rotated):
         refuse_sharded([p], "POETX", rows=p in layers)
-        if p in layers and layers[p].transposed and is_sharded(p):
-            raise UserError(f"POETX: {layers[p].label} was a Conv1D, and its weight is sharded; use parallel=ddp")
         if p.ndim not in (2, 3) or p.dtype not in DTYPES:
             raise UserError(
                 f"POETX: cannot rotate a parameter of shape {tuple(p.shape)} and {p.dtype}; matrices (or stacks of "
