@@ -99,12 +99,12 @@ def fold_seconds(form: str, width: int, ranks: int, repeats: int) -> dict[str, f
     return {"fold": median(sum(inside[at : at + LAYERS]) for at in range(LAYERS, len(inside), LAYERS)), "step": whole}
 
 
-def _rank(rank: int, ranks: int, width: int, repeats: int, directory: str) -> None:
+def _rank(rank: int, ranks: int, forms: list[str], width: int, repeats: int, directory: str) -> None:
     torch.set_num_threads(1)
     if ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{directory}/store-{ranks}", rank=rank, world_size=ranks)
     found = {}
-    for form in FORMS:
+    for form in forms:
         function = fold_seconds if "method" in FORMS[form] else merge_seconds
         found |= {f"{form}/{what}": s for what, s in function(form, width, ranks, repeats).items()}
     everyone: list[Any] = [found] * ranks
@@ -120,14 +120,15 @@ def _rank(rank: int, ranks: int, width: int, repeats: int, directory: str) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--width", type=int, default=1024, help="of each of eight square layers")
+    parser.add_argument("--forms", default=",".join(FORMS), help=f"of {', '.join(FORMS)}")
+    parser.add_argument("--width", type=int, default=2048, help="of each of eight square layers")
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--out", type=Path, help="append JSON lines here")
     args = parser.parse_args()
     found = {}
     with tempfile.TemporaryDirectory() as directory:
         for ranks in RANKS:
-            words = (ranks, args.width, args.repeats, directory)
+            words = (ranks, args.forms.split(","), args.width, args.repeats, directory)
             start_processes(_rank, args=words, nprocs=ranks, start_method="fork")
             found[ranks] = json.loads(Path(directory, f"{ranks}.json").read_text())
     for key in found[1]:

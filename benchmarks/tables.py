@@ -131,12 +131,12 @@ def rank_memory() -> str:
 
 def rank_merges() -> str:
     """Processor seconds of a rank's merge or fold by the number of ranks, of the newest rows."""
-    newest = {(row["form"], row["what"]): row for row in _rows("rank_merges")}
+    newest = {(row["form"], row["what"], row["width"]): row for row in _rows("rank_merges")}
     body = []
-    for (form, what), row in newest.items():
+    for (form, what, width), row in newest.items():
         seconds = [f"{value:.2f}" for value in row["seconds"].values()]
-        body.append([form, what, *seconds, f"{row['from_2_to_4']:.2f}"])
-    return _markdown(["form", "of", "1 process", "2", "4", "2 over 4"], body)
+        body.append([f"{form}, {what}", f"8 of {width} x {width}", *seconds, f"{row['from_2_to_4']:.2f}"])
+    return _markdown(["form", "layers", "1 process, s", "2", "4", "2 over 4"], body)
 
 
 def scaling_assumptions() -> str:
