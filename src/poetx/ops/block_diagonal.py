@@ -185,17 +185,18 @@ def _plus_outer(total_KBB: Tensor | None, x_NF: Tensor, y_NF: Tensor, block_size
 
 
 def gather_rotate_backward(
-    x_NF: Tensor, perm: Tensor | None, G_KBB: Tensor, grad_NF: Tensor, needs_dx: bool
+    x_NF: Tensor, perm: Tensor | None, G_KBB: Tensor, grad_NF: Tensor, needs_dx: bool, *, overwrite: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Gradients (dx, dG) of :func:`gather_rotate` from its input and its output's gradient, which dx may overwrite.
+    """Gradients (dx, dG) of :func:`gather_rotate` from its input and its output's gradient.
 
-    dG is float32 or float64; dx is empty if not needed.
+    dG is float32 or float64; dx is empty if not needed. With ``perm``, or if told to ``overwrite``, dx takes the memory
+    of the output's gradient.
     """
-    Gt, on_cpu = G_KBB.transpose(1, 2), device_type(x_NF) == "cpu"
-    if perm is None and not on_cpu:
+    Gt = G_KBB.transpose(1, 2)
+    if perm is None and not overwrite:
         dG = block_outer_products(x_NF, grad_NF, G_KBB.shape[-1])
         return rotate(grad_NF, Gt) if needs_dx else x_NF.new_empty(0), dG
-    dG = None if not on_cpu and x_NF.shape[0] else zeros_like_blocks(G_KBB)
+    dG = None if device_type(x_NF) != "cpu" and x_NF.shape[0] else zeros_like_blocks(G_KBB)
     dx = grad_NF if needs_dx else x_NF.new_empty(0)
     back = None if perm is None or not needs_dx else inverse(perm)
     for rows in slices(x_NF):

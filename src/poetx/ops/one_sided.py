@@ -59,7 +59,7 @@ def _one_sided_backward(
     """(dx, dq)."""
     da = g @ fetch(stored, kind, group_size, x.shape[1], x.dtype, x.device)
     (G,) = cayley_blocks([packed], [x.shape[1]], [block_size], order, x.dtype)
-    dx, dG = block_diagonal.gather_rotate_backward(x, None, G, da, needs_dx)
+    dx, dG = block_diagonal.gather_rotate_backward(x, None, G, da, needs_dx, overwrite=True)
     del da, G
     narrow = x.dtype == torch.bfloat16
     (dq,) = cayley_blocks_backward([dG], [packed], [x.shape[1]], [block_size], order, narrow)
