@@ -71,9 +71,13 @@ def test_blocks_of_two_sides(order, dtype, device):
     sizes, block_size = (75, 40), 40
     qs = [random_skew(size, block_size, dtype=torch.float32, seed=size).to(device) for size in sizes]
     qs[0][-1, -1] = 0.7  # beyond the ragged end: must have no effect
+    squares = []
     with kernels_on(device):
-        blocks = cayley_kernels.cayley(qs, sizes, block_size, order, dtype)
+        blocks = cayley_kernels.cayley(qs, sizes, block_size, order, dtype, squares)
         (alone,) = cayley_kernels.cayley(qs[:1], sizes[:1], block_size, order, dtype)
+        settings = ([G.float() for G in blocks], qs, sizes, block_size, order, dtype == torch.bfloat16)
+        kept, again = (cayley_kernels.cayley_backward(*settings, *S) for S in (squares, []))
+    assert all(map(torch.equal, kept, again))
     assert torch.equal(alone, blocks[0])
     for G, q, size in zip(blocks, qs, sizes, strict=True):
         assert G.dtype == dtype

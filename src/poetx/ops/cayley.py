@@ -174,14 +174,23 @@ def _cayley(
 
 
 def cayley_blocks(
-    packed: Sequence[Tensor], sizes: Sequence[int], block_sizes: Sequence[int], order: int, dtype: torch.dtype
+    packed: Sequence[Tensor],
+    sizes: Sequence[int],
+    block_sizes: Sequence[int],
+    order: int,
+    dtype: torch.dtype,
+    squares: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Blocks G [K, B, B] of one or two sides, rounded to ``dtype`` once; not differentiable."""
+    """Blocks G [K, B, B] of one or two sides, rounded to ``dtype`` once; not differentiable.
+
+    Args:
+        squares: a list that kernels put S into, for :func:`cayley_blocks_backward` of the same rotations.
+    """
     if kernels := _kernels(packed, block_sizes, order):
         if len(set(block_sizes)) == 1:
-            return kernels.cayley(packed, sizes, block_sizes[0], order, dtype)
+            return kernels.cayley(packed, sizes, block_sizes[0], order, dtype, squares)
         each = zip(packed, sizes, block_sizes, strict=True)
-        return [kernels.cayley([q], [size], block_size, order, dtype)[0] for q, size, block_size in each]
+        return [kernels.cayley([q], [size], block_size, order, dtype, squares)[0] for q, size, block_size in each]
     if _alike(packed, sizes, block_sizes):
         G = cayley_forward(torch.cat(list(packed)), sum(sizes), block_sizes[0], order).to(dtype)
         # An operator's outputs must not share memory.
@@ -209,16 +218,18 @@ def cayley_blocks_backward(
     block_sizes: Sequence[int],
     order: int,
     narrow: bool,
+    squares: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """∂L/∂q of every side in its q's dtype, from the float32 (float64) gradients of the blocks.
 
     ``narrow``: the activations behind them are bfloat16, so that a GPU's TF32 products lose nothing.
     """
     if kernels := _kernels(packed, block_sizes, order):
+        kept = squares or [None] * len(packed)
         if len(set(block_sizes)) == 1:
-            return kernels.cayley_backward(grads, packed, sizes, block_sizes[0], order, narrow)
-        each = zip(grads, packed, sizes, block_sizes, strict=True)
-        return [kernels.cayley_backward([dG], [q], [size], b, order, narrow)[0] for dG, q, size, b in each]
+            return kernels.cayley_backward(grads, packed, sizes, block_sizes[0], order, narrow, kept[0])
+        each = zip(grads, packed, sizes, block_sizes, kept, strict=True)
+        return [kernels.cayley_backward([dG], [q], [size], b, order, narrow, S)[0] for dG, q, size, b, S in each]
     if _alike(packed, sizes, block_sizes):
         dq = cayley_backward(torch.cat(list(grads)), torch.cat(list(packed)), sum(sizes), block_sizes[0], order)
         return [part.clone() for part in dq.split([len(q) for q in packed])]

@@ -121,8 +121,8 @@ def _linear_mem_backward(
     """(dx, dq_in, dq_out)."""
     perm_in, perm_out = perms or _IN_PLACE
     weight = fetch(stored, kind, group_size, x.shape[1], x.dtype, x.device)
-    sizes = weight.shape[::-1]
-    G_in, G_out = cayley_blocks(packed, sizes, block_sizes, order, x.dtype)
+    sizes, squares = weight.shape[::-1], []
+    G_in, G_out = cayley_blocks(packed, sizes, block_sizes, order, x.dtype, squares)
     b = block_diagonal.gather_rotate(x, perm_in, G_in) @ weight.T
     # One buffer [N, m] for b and db, gone before dx is made.
     db, dG_out = block_diagonal.rotate_scatter_backward(b, G_out, perm_out, g, overwrite=True)
@@ -131,7 +131,7 @@ def _linear_mem_backward(
     dx, dG_in = block_diagonal.gather_rotate_backward(x, perm_in, G_in, da, needs_dx)
     del da, G_in
     dq_in, dq_out = cayley_blocks_backward(
-        [dG_in, dG_out], packed, sizes, block_sizes, order, x.dtype == torch.bfloat16
+        [dG_in, dG_out], packed, sizes, block_sizes, order, x.dtype == torch.bfloat16, squares
     )
     return dx, dq_in, dq_out
 

@@ -58,11 +58,12 @@ def _one_sided_backward(
 ) -> tuple[Tensor, Tensor]:
     """(dx, dq)."""
     da = g @ fetch(stored, kind, group_size, x.shape[1], x.dtype, x.device)
-    (G,) = cayley_blocks([packed], [x.shape[1]], [block_size], order, x.dtype)
+    squares = []
+    (G,) = cayley_blocks([packed], [x.shape[1]], [block_size], order, x.dtype, squares)
     dx, dG = block_diagonal.gather_rotate_backward(x, None, G, da, needs_dx, overwrite=True)
     del da, G
     narrow = x.dtype == torch.bfloat16
-    (dq,) = cayley_blocks_backward([dG], [packed], [x.shape[1]], [block_size], order, narrow)
+    (dq,) = cayley_blocks_backward([dG], [packed], [x.shape[1]], [block_size], order, narrow, squares)
     return dx, dq
 
 

@@ -310,27 +310,36 @@ def _halves(M_KBB: Tensor, count0: int) -> tuple[Tensor, Tensor]:
     return M_KBB, M_KBB[count0:] if len(M_KBB) > count0 else M_KBB
 
 
-def cayley(qs: Sequence[Tensor], sizes: Sequence[int], block_size: int, order: int, dtype: torch.dtype) -> list[Tensor]:
+def cayley(
+    qs: Sequence[Tensor],
+    sizes: Sequence[int],
+    block_size: int,
+    order: int,
+    dtype: torch.dtype,
+    squares: list[Tensor] | None = None,
+) -> list[Tensor]:
     """Blocks G [K_s, B, B] in ``dtype`` for each of one or two packed tensors q_s [K_s, P] of one block size.
 
     Twin of :func:`poetx.ops.cayley.cayley_forward`. Two launches for order 3, three for order 7; scratch of one
-    float32 [ΣK, B, B] (three for order 7).
+    float32 [ΣK, B, B] (three for order 7), which is put into ``squares`` if they are wanted: S.
     """
     assert order in (3, 7)
     assert len(qs) in (1, 2)
     qs = [q.contiguous() for q in qs]
     narrow = dtype == torch.bfloat16
     tiles = _TILES if block_size > _TILES[0].size else _TILES[:1]
-    plans = [partial(_cayley, qs, sizes, order, dtype, _settings(block_size, tile, narrow)) for tile in tiles]
-    key = ("cayley", sum(map(len, qs)), block_size, order, dtype, qs[0].dtype, qs[0].device)
+    S = torch.empty(sum(map(len, qs)), block_size, block_size, dtype=torch.float32, device=qs[0].device)
+    plans = [partial(_cayley, qs, sizes, order, dtype, S, _settings(block_size, tile, narrow)) for tile in tiles]
+    key = ("cayley", len(S), block_size, order, dtype, qs[0].dtype, qs[0].device)
+    if squares is not None:
+        squares.append(S)
     return fastest(key, qs[0].device, plans)
 
 
-def _cayley(qs, sizes, order, dtype, settings) -> list[Tensor]:
+def _cayley(qs, sizes, order, dtype, S, settings) -> list[Tensor]:
     (q0, q1), (count0, count) = _two(qs), (len(qs[0]), sum(map(len, qs)))
     size0, size1 = sizes[0], sizes[-1]
     B, tiles = settings["B"], ceil_div(settings["B"], settings["TILE"])
-    S = torch.empty(count, B, B, dtype=torch.float32, device=q0.device)
     launch(square_kernel, (tiles * (tiles + 1) // 2, count), q0, q1, S, count0, size0, size1, **settings)
     blocks = [torch.empty(len(q), B, B, dtype=dtype, device=q0.device) for q in qs]
     G0, G1 = _two(blocks)
@@ -346,33 +355,42 @@ def _cayley(qs, sizes, order, dtype, settings) -> list[Tensor]:
 
 
 def cayley_backward(
-    grads: Sequence[Tensor], qs: Sequence[Tensor], sizes: Sequence[int], block_size: int, order: int, narrow: bool
+    grads: Sequence[Tensor],
+    qs: Sequence[Tensor],
+    sizes: Sequence[int],
+    block_size: int,
+    order: int,
+    narrow: bool,
+    S: Tensor | None = None,
 ) -> list[Tensor]:
     """∂L/∂q_s [K_s, P] in q_s's dtype from Γ_s [K_s, B, B].
 
-    Twin of :func:`poetx.ops.cayley.cayley_backward`. Three launches for order 3, five for order 7; scratch of three
-    (seven) float32 [ΣK, B, B].
+    Twin of :func:`poetx.ops.cayley.cayley_backward`. Three launches for order 3, five for order 7, one less with S;
+    scratch of three (seven) float32 [ΣK, B, B].
 
     Args:
         narrow: the activations behind Γ are bfloat16, so that TF32 products lose nothing.
+        S: what :func:`cayley` of these tensors has kept.
     """
     assert order in (3, 7)
     assert len(qs) in (1, 2)
     qs, grads = [q.contiguous() for q in qs], [grad.contiguous() for grad in grads]
     tiles = [_settings(block_size, tile, narrow) for tile in _GRADIENT_TILES]
-    plans = [partial(_cayley_backward, grads, qs, sizes, order, settings) for settings in tiles]
+    plans = [partial(_cayley_backward, grads, qs, sizes, order, S, settings) for settings in tiles]
     key = ("cayley_backward", sum(map(len, qs)), block_size, order, narrow, grads[0].dtype, qs[0].dtype, qs[0].device)
     return fastest(key, qs[0].device, plans)
 
 
-def _cayley_backward(grads, qs, sizes, order, settings) -> list[Tensor]:
+def _cayley_backward(grads, qs, sizes, order, S, settings) -> list[Tensor]:
     (q0, q1), (count0, count) = _two(qs), (len(qs[0]), sum(map(len, qs)))
     B, tiles = settings["B"], ceil_div(settings["B"], settings["TILE"])
     upper, whole = (tiles * (tiles + 1) // 2, count), (tiles * tiles, count)
     sides = (count0, sizes[0], sizes[-1])
-    S, dB, D = (torch.empty(count, B, B, dtype=torch.float32, device=q0.device) for _ in range(3))
+    dB, D = (torch.empty(count, B, B, dtype=torch.float32, device=q0.device) for _ in range(2))
+    if S is None:
+        S = torch.empty_like(dB)
+        launch(square_kernel, upper, q0, q1, S, *sides, **settings)
     dF = S
-    launch(square_kernel, upper, q0, q1, S, *sides, **settings)
     if order == 7:
         E, F, dX, dF = (torch.empty_like(S) for _ in range(4))
         launch(series_kernel, whole, q0, q1, S, *_halves(E, count0), F, *sides, FACTORS=True, **settings)
