@@ -11,6 +11,7 @@ import importlib
 import json
 import math
 import os
+import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,8 @@ class Trackio(Logger):
     package = "trackio"
 
     def start(self, info: RunInfo) -> None:
-        name = _place(info.run_dir, self.package) or f"{info.name} {info.run_dir.name}"
+        # Its runs are known by their names: another one of this name would be gone on with.
+        name = _place(info.run_dir, self.package) or f"{info.name} {info.run_dir.name} {secrets.token_hex(3)}"
         self._module.init(project=_PROJECT, name=name, config=info.recipe, resume="allow")
         _keep(info.run_dir, self.package, name)
 
