@@ -76,8 +76,16 @@ def test_tasks_need_their_package_and_scores_are_lines(monkeypatch, capsys):
     assert main(["eval", "nowhere", "--tasks", "arc_easy", "--data", "a.txt"]) == 2
     assert main(["eval", "nowhere", "--limit", "3"]) == 2
     results = {
-        "own": {"alias": "own", "acc,none": 0.5, "acc_stderr,none": 0.25, "f1,strict": 1, "f1_stderr,strict": "N/A"}
+        "own": {
+            "alias": "own",
+            "sample_len": 12,
+            "acc,none": 0.5,
+            "acc_stderr,none": 0.25,
+            "f1,strict": 1,
+            "f1_stderr,strict": "N/A",
+        }
     }
-    first, second = (line.split() for line in score_lines(results))
+    count, first, second = (line.split() for line in score_lines(results))
+    assert count == ["own", "sample_len", "12"]
     assert first == ["own", "acc", "0.5000", "±", "0.2500"]
     assert second == ["own", "f1", "(strict)", "1.0000"]

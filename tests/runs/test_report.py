@@ -112,6 +112,8 @@ def test_a_browser_draws_every_chart_without_an_error(tmp_path):
     assert done.stdout.count("<svg ") == charts
     assert done.stdout.count('class="line') >= charts
     assert "once</span> upon" in done.stdout
+    assert 'aria-pressed="true">steps</button>' in done.stdout
+    assert ">tokens</button>" not in done.stdout  # of neither is known how many a step took
 
 
 def test_not_a_run(tmp_path):

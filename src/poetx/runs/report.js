@@ -2,7 +2,8 @@
 // Draws the charts of a report from the numbers in the page, as wide as there is room, and again when that changes.
 const page = JSON.parse(document.getElementById("numbers").textContent);
 const SVG = "http://www.w3.org/2000/svg";
-const state = { x: "tokens", smooth: 0 };
+const AXES = ["tokens", "seconds", "steps"].slice(page.runs.every((run) => run.tokens > 1) ? 0 : 1); // 1: not known
+const state = { x: AXES.includes("tokens") ? "tokens" : "steps", smooth: 0 };
 const HEIGHT = 250, LEFT = 58, RIGHT = 12, TOP = 12, BOTTOM = 40;
 
 function make(name, attributes, parent) {
@@ -153,7 +154,7 @@ const boxes = page.charts.map((chart) => {
 const redraw = () => boxes.forEach(([chart, box]) => draw(chart, box));
 
 const controls = document.getElementById("controls");
-for (const name of ["tokens", "seconds", "steps"]) {
+for (const name of AXES) {
   const button = html("button", "", name, controls);
   const mark = () => controls.querySelectorAll("button").forEach((b) => b.setAttribute("aria-pressed", b.textContent === state.x));
   button.type = "button";

@@ -108,8 +108,8 @@ def _tokens_a_step(place: Path, entries: list[Entry]) -> int:
     """From the run's audit or its recipe; 1 where neither is there."""
     steps = sum(entry["event"] == "train" for entry in entries)
     for entry in entries:
-        if entry["event"] == "audit" and isinstance(entry.get("tokens"), int):
-            return max(1, entry["tokens"] // steps)
+        if entry["event"] == "audit" and isinstance(entry.get("tokens"), int) and entry["tokens"] >= steps > 0:
+            return entry["tokens"] // steps
     from poetx.recipe import load_recipe
 
     try:

@@ -56,4 +56,4 @@ def score_lines(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             error = metrics.get(f"{name}_stderr,{which}" if which else f"{name}_stderr")
             more = f" ± {error:.4f}" if isinstance(error, int | float) else ""
             label = name if which in ("", "none") else f"{name} ({which})"
-            yield f"{task:24}{label:28}{value:.4f}{more}"
+            yield f"{task:24}{label:28}" + (str(value) if name == "sample_len" else f"{value:.4f}{more}")
