@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = (
     "README.md",
     "docs/compare.md",
+    "docs/data.md",
     "docs/fine-tuning.md",
     "docs/integrations.md",
     "docs/log.md",
@@ -84,6 +85,61 @@ def fine_tuning_memory() -> str:
         share = row["trainable"] / row["parameters"]
         body.append([model, method, f"{row['peak_gib']:.1f}", fits, f"{100 * share:.0f} %"])
     return _markdown(["model", "method", "peak, GB", "smallest card, GB", "trained"], body)
+
+
+def loop_overhead() -> str:
+    """Tokens a second of the training loop against a bare one, of the newest run of each recipe."""
+    newest = {row["recipe"]: row for row in _rows("loop_overhead")}
+    body = []
+    for name, row in newest.items():
+        cells = [f"{row[f'{clock}_ratio']:.3f}, {row[f'{clock}_ratio_of_totals']:.3f}" for clock in ("cpu", "wall")]
+        body.append([name, str(row["steps"]), *cells])
+    return _markdown(["recipe", "steps of each", "by CPU time: median, of totals", "by wall time"], body)
+
+
+def prepare_speed() -> str:
+    """What large texts took to tokenize, the newest row of each size."""
+    newest = {row["megabytes"]: row for row in _rows("prepare_speed")}
+    body = [
+        [
+            f"{size:,.0f} MB",
+            f"{row['tokens'] / 1e6:,.1f}M",
+            f"{row['seconds']:,.0f} s",
+            f"{row['tokens_per_second']:,}",
+            f"{row['tokens_per_cpu_second']:,}",
+            f"{row['peak_mib']:,.0f} MiB",
+        ]
+        for size, row in sorted(newest.items())
+    ]
+    return _markdown(["text", "tokens", "wall time", "tokens/s", "a CPU second", "largest process"], body)
+
+
+def host_peak() -> str:
+    """Host memory while checkpoints were loaded for streaming."""
+    newest = {(row["layers"], row["hidden_size"], row["in_files"]): row for row in _rows("host_peak")}
+    body = [
+        [
+            f"{row['layers']} of {row['layer_mib']:,.0f} MiB",
+            "in files" if row["in_files"] else "in memory",
+            *(f"{row[f'{name}_mib'] / 1024:.2f}" for name in ("base", "card", "peak")),
+            f"{row['more_than_held_in_layers']:.2f} layers",
+        ]
+        for _, row in sorted(newest.items())
+    ]
+    held = ["weights, GB", "on the stand-in's card, GB", "peak, GB"]
+    return _markdown(["decoder layers", "weights", *held, "more than what stays"], body)
+
+
+def stream_stress() -> str:
+    """Steps of streamed tiny layers that were compared, to the bit."""
+    newest = {(row["form"], row.get("in_files", False)): row for row in _rows("stream_stress")}
+    body = []
+    for (form, in_files), row in newest.items():
+        counts = [f"{row[name]:,}" for name in ("steps", "stopped", "interrupted_steps", "loads", "missed", "writes")]
+        place = "in files" if in_files else "in memory"
+        body.append([form, place, *counts, "yes" if row["identical"] else "**no**"])
+    head = ["form", "weights", "steps", "passes stopped", "steps interrupted", "loads", "not foreseen", "writes"]
+    return _markdown([*head, "to the bit"], body)
 
 
 def sharded_loops() -> str:
@@ -179,6 +235,8 @@ def reach_contexts() -> str:
     """Plans of the 8B by sequence length, and where what its decoder layers keep is."""
     newest = {(row["tokens"], row["way"]): row for row in _rows("reach_contexts")}
     ways = list(dict.fromkeys(way for _, way in sorted(newest)))
+    words = {"None": "all on the card", "activations": "inputs away", "both": "and weights away"}
+    titles = [words[way.removeprefix("offload=")] for way in ways]
     body = []
     for tokens in sorted({tokens for tokens, _ in newest}):
         cells = []
@@ -186,24 +244,28 @@ def reach_contexts() -> str:
             row = newest.get((tokens, way))
             cells += ["", ""] if row is None else [f"{row['device_gib']:.1f}", f"{row['host_gib']:.1f}"]
         body.append([f"{tokens:,}", *cells])
-    return _markdown(["tokens", *(f"{way}, {what}, GB" for way in ways for what in ("card", "host"))], body)
+    return _markdown(["tokens", *(f"{title}: {what}, GB" for title in titles for what in ("card", "host"))], body)
 
 
 def reach_cards() -> str:
     """Every plan: what it takes, on which cards it fits, and what it costs."""
-    from poetx.planner.reach import LINKS
+    from benchmarks.reach import MODELS, SINGLE, name_of
+    from poetx.planner.reach import LINKS, WAYS
 
+    names = [name_of(*way) for way in (*WAYS, *SINGLE)]
     cards = (8, 12, 16, 24, 48, 80)
     newest = {(row["model"], row["way"]): row for row in _rows("reach")}
     body = []
-    for (model, way), row in newest.items():
+    for model, way in sorted(newest, key=lambda key: (MODELS.index(key[0]), names.index(key[1]))):
+        row = newest[model, way]
         fits = next((f"{card}" for card in cards if row["device_gib"] <= 0.95 * card), "none")
-        enough = [f"{row['enough_tokens'][link]:,}" if row["host_gib"] else "" for link in LINKS]
-        speed = [f"{row['tokens_per_second'][link]:,}" for link in LINKS]
+        enough, speed = (
+            " / ".join(f"{row[what][link]:,}" for link in LINKS) for what in ("enough_tokens", "tokens_per_second")
+        )
         host = f"{row['host_gib']:.1f}" if row["host_gib"] else ""
-        body.append([model, way, f"{row['device_gib']:.1f}", fits, host, *speed, *enough])
-    head = ["model", "frozen weights", "card, GB", "smallest card", "host, GB"]
-    head += [f"tokens/s, {link}" for link in LINKS] + [f"enough tokens, {link}" for link in LINKS]
+        body.append([model, way, f"{row['device_gib']:.1f}", fits, host, speed, enough if host else ""])
+    both = " / ".join(LINKS)
+    head = ["model", "frozen weights", "card, GB", "fits", "host, GB", f"tokens/s, {both}", f"enough tokens, {both}"]
     return _markdown(head, body)
 
 
@@ -693,6 +755,10 @@ _TABLES = (
     reach_targets,
     reach_cards,
     reach_contexts,
+    host_peak,
+    stream_stress,
+    loop_overhead,
+    prepare_speed,
     compare_tiny,
     compare_tiny_budgets,
     integrations,
