@@ -8,13 +8,16 @@ import os
 import re
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from poetx.cli import main
 from poetx.cli.recipes import complete_recipe, complete_setting
+from poetx.planner import preview
 from poetx.recipe import builtin_recipes, load_recipe
 from poetx.recipe.sections import every_key
 
@@ -122,6 +125,22 @@ def test_a_dry_run_tells_what_the_run_does_and_writes_nothing(place: Path, capsy
     assert "already has checkpoints" in capsys.readouterr().err
     assert main([*arguments, "--dry-run", "--resume"]) == 2
     assert "leave --resume out" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_how_long_products_take_at_least(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preview, "measure_products", lambda device: 1e3)
+    recipe = load_recipe("small.yaml", ["data.train=text.txt", "train.dtype=float32"])
+    model = preview.meta_model(preview.model_config(recipe, vocab_size=300), recipe)
+    weights = sum(p.numel() for name, p in model.named_parameters() if "proj" in name or "lm_head" in name)
+    for settings, ranks, operations in (
+        ({}, 1, 4),
+        ({}, 2, 2),
+        ({"poet": None}, 1, 6),
+        ({"model.gradient_checkpointing": True}, 1, 6),
+    ):
+        told = preview._time(recipe.with_keys(settings), torch.device("cpu"), ranks)
+        least = timedelta(seconds=round(operations * weights * 2 * 4 * 16 / 1e3))
+        assert told == f"at least {least}, by large products alone at the 1e-09 TFLOP/s measured here"
 
 
 def test_a_dry_run_refuses_what_the_run_refuses(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

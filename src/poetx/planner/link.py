@@ -20,14 +20,19 @@ def measure_link(device: torch.device, *, repeats: int = 5) -> Link:
     The median of ``repeats`` after one to warm up; on a CPU the copy is one from memory to memory. Takes seconds, and
     half a GB.
     """
-    size, rows = _SIZES.get(device.type, _SIZES["cpu"])
+    size, _ = _SIZES.get(device.type, _SIZES["cpu"])
     source = in_host_memory(torch.zeros(size, dtype=torch.uint8), device)
     target = torch.empty(size, dtype=torch.uint8, device=device)
+    copying = _median_seconds(lambda: target.copy_(source, non_blocking=True), device, repeats)
+    return Link(bandwidth=size / copying, flops=measure_products(device, repeats=repeats))
+
+
+def measure_products(device: torch.device, *, repeats: int = 5) -> float:
+    """The second of :func:`measure_link` alone."""
+    _, rows = _SIZES.get(device.type, _SIZES["cpu"])
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     a, b = (torch.ones(rows, rows, device=device, dtype=dtype) for _ in range(2))
-    copying = _median_seconds(lambda: target.copy_(source, non_blocking=True), device, repeats)
-    multiplying = _median_seconds(lambda: torch.mm(a, b), device, repeats)
-    return Link(bandwidth=size / copying, flops=2 * rows**3 / multiplying)
+    return 2 * rows**3 / _median_seconds(lambda: torch.mm(a, b), device, repeats)
 
 
 def _median_seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:

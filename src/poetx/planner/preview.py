@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
 
 from poetx.data.prepare import FoundData, find_data
 from poetx.data.tokens import DataMeta, window_count
@@ -11,12 +14,13 @@ from poetx.errors import UserError
 from poetx.methods.base import convert_model
 from poetx.models import model_config, resolve_device, settled
 from poetx.planner.estimate import estimate_memory, meta_model, vocabulary
+from poetx.planner.link import measure_products
 from poetx.recipe import Recipe
 from poetx.train.run import check_free
 
 
 def preview(recipe: Recipe, *, ranks: int = 1, overwrite: bool = False) -> Iterator[tuple[str, str]]:
-    """Names and values of what would be trained: model, method, layers, text, tokens, memory, and where it is written.
+    """Names and values of what would be trained: model, method, layers, text, tokens, memory, time, and where it is.
 
     Args:
         ranks: processes that share each batch; memory is that of one of them.
@@ -41,7 +45,21 @@ def preview(recipe: Recipe, *, ranks: int = 1, overwrite: bool = False) -> Itera
     yield "tokens", _tokens(recipe, data.meta)
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in estimate.categories.items() if size)
     yield "memory", f"{estimate.gib:.2f} GiB planned at the peak of a step, in {estimate.phase} ({parts})"
+    yield "time", _time(recipe, device, ranks)
     yield "run", f"{recipe.directory}{' (an earlier run there would be deleted)' if _taken(recipe) else ''}"
+
+
+def _time(recipe: Recipe, device: torch.device, ranks: int) -> str:
+    """At least: forward, backward to the input, what is computed again, and the gradients of weights that train."""
+    config = model_config(recipe, vocab_size=vocabulary(recipe), end_of_text_id=0)
+    linear = [module for module in meta_model(config, recipe).modules() if isinstance(module, torch.nn.Linear)]
+    dense = recipe.poet is None and recipe.lora is None
+    operations = 4 + 2 * recipe.model.gradient_checkpointing + 2 * dense
+    tokens = recipe.train.steps * recipe.train.batch_size * recipe.data.seq_len
+    flops = measure_products(device)
+    seconds = operations * sum(module.weight.numel() for module in linear) * tokens / flops / ranks
+    least = str(timedelta(seconds=round(seconds)))
+    return f"at least {least}, by large products alone at the {flops / 1e12:.3g} TFLOP/s measured here"
 
 
 def _layers(recipe: Recipe) -> Iterator[str]:
