@@ -10,6 +10,7 @@ import pytest
 import torch
 from benchmarks.rank_memory import CASES, COMMON, measured
 
+from poetx.memory.tracker import StorageTracker
 from poetx.planner import estimate_memory
 from ranks import run_on_two_ranks
 
@@ -45,3 +46,16 @@ def test_a_rank_takes_what_is_planned(case: str, found: dict[str, Any]) -> None:
         assert size == pytest.approx(tracked[name], abs=0.05 * estimate.peak), name
     assert (estimate.categories["gathered"] > 0) == case.startswith("fsdp")
     assert not torch.distributed.is_initialized()
+
+
+def test_a_storage_that_grows_from_nothing_is_gathered():
+    before = torch.UntypedStorage.resize_
+    with StorageTracker() as tracker:
+        tracker.enter_phase("forward")
+        kept, storage = torch.empty(10), torch.empty(100).untyped_storage()
+        storage.resize_(0)
+        assert tracker.current == kept.nbytes
+        storage.resize_(800)
+        tracker.enter_phase("backward")
+    assert tracker.split("forward") == {("gathered", False): 800, ("activations", False): kept.nbytes}
+    assert torch.UntypedStorage.resize_ is before

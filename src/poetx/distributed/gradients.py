@@ -147,7 +147,7 @@ class GradientAverage:
 
 def embeddings(model: nn.Module) -> set[Tensor]:
     """Parameters of a model that only ``nn.Embedding`` holds: a tied head has a gradient for every row."""
-    held = [(p, type(module) is nn.Embedding) for module in model.modules() for p in module._parameters.values()]
+    held = [(p, isinstance(module, nn.Embedding)) for module in model.modules() for p in module._parameters.values()]
     elsewhere = {p for p, embeds in held if not embeds}
     return {p for p, embeds in held if embeds and p is not None and p not in elsewhere}
 

@@ -52,8 +52,9 @@ def own_part(file: Any, name: str, like: Tensor | None) -> Tensor:
         return file.get_tensor(name)
     if _by_columns(like):
         columns = own_rows(like.T)
-        piece = stored[:, columns.start : columns.stop].T.contiguous()
-        return shard_of(piece.to(local(like).device), like.T).T
+        piece: Tensor = stored[:, columns.start : columns.stop].T.contiguous()
+        turned: Any = like.T
+        return shard_of(piece.to(local(like).device), turned).T
     width = 1 if shape == tuple(like.shape) else like.numel() // like.shape[0]
     rows = own_rows(like)
     piece = stored[rows.start * width : rows.stop * width]

@@ -129,7 +129,7 @@ class StorageTracker(TorchDispatchMode):
             self._mark(0)
             return result
 
-        torch.UntypedStorage.resize_ = followed
+        torch.UntypedStorage.resize_ = followed  # pyright: ignore[reportAttributeAccessIssue]
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:

@@ -199,8 +199,10 @@ class TrainingStep:
 
 def average_of(parameters: Iterable[Tensor], model: nn.Module, *, overlap: bool = True) -> GradientAverage:
     """What averages the gradients of ``parameters``, in ``model``, over the ranks: rotations in their layer's dtype."""
-    sent_in = {p: sent_dtype(p.dtype, layer.weight_dtype) for _, layer in poet_layers(model) for p in layer.rotations}
-    return GradientAverage(parameters, overlap=overlap, sent_in=sent_in, by_row=embeddings(model))
+    rotations: list[tuple[Tensor, torch.dtype]] = []
+    for _, layer in poet_layers(model):
+        rotations += [(p, sent_dtype(p.dtype, layer.weight_dtype)) for p in layer.rotations]
+    return GradientAverage(parameters, overlap=overlap, sent_in=dict(rotations), by_row=embeddings(model))
 
 
 def language_loss(
