@@ -70,7 +70,7 @@ def read_model(model: Any, settings: dict[str, Any], modules: dict[str, Any], an
     config = PoetConfig(method="single-step", **given)
     if not isinstance(model, Iterable) or isinstance(model, str):
         check_model(model)
-    entries = list(model)
+    entries: list[Any] = list(model)
     names = {entry[1]: entry[0] for entry in entries if isinstance(entry, tuple)}
     if entries and all(isinstance(entry, dict) for entry in entries):
         groups = [dict(group, params=list(group["params"])) for group in entries]
