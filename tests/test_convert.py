@@ -383,6 +383,8 @@ def test_a_compiled_model_is_converted_as_the_plain_one():
 def test_what_conversion_would_do_wrong_or_cannot_read_is_one_line():
     with pytest.raises(UserError, match=r"config is a dict; give a PoetConfig"):
         convert_(mlp(), {"block_size": 4})
+    with torch.inference_mode(), pytest.raises(UserError, match="convert_: inside torch.inference_mode"):
+        convert_(mlp())
     with pytest.raises(UserError, match=r"^1: its size is not known yet"):
         convert_(nn.Sequential(nn.Linear(3, 4), nn.LazyLinear(4)))
     with pytest.raises(UserError, match=r"^0: complex128 is not supported; exclude it$"):

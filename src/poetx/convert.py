@@ -61,6 +61,8 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
         raise UserError(
             f"convert_: config is a {type(config).__name__}; give a PoetConfig, as PoetConfig(block_size=256)"
         )
+    if torch.is_inference_mode_enabled():
+        raise UserError("convert_: inside torch.inference_mode, whose tensors can never train; use torch.no_grad")
     if isinstance(model, DistributedDataParallel):
         raise UserError(
             "convert_: the model is in DistributedDataParallel, which would not average the rotations; convert it "

@@ -149,6 +149,7 @@ def test_a_dry_run_refuses_what_the_run_refuses(place: Path, capsys: pytest.Capt
         ("poet.target_modules=[porj]", "porj"),
         ("method=nothing", "no such method"),
         ("train.device=cuda:77", "train.device=cuda:77"),
+        ("model.offload=frozen", "model.offload=frozen: the device is the CPU; leave it out"),
     ):
         assert main(["train", "small.yaml", "data.train=text.txt", given, "--dry-run"]) == 2
         assert said in capsys.readouterr().err

@@ -107,6 +107,14 @@ def test_bar_is_as_long_as_its_sum():
     assert bar({"frozen": 10, "trainable": 1, "gradient": 1, "optimizer": 0}, 1 / 3).count("█") == 4
 
 
+def test_a_table_of_ways_is_whole_on_a_narrow_terminal(app, monkeypatch):
+    monkeypatch.setattr("poetx.planner.reach.ways", lambda recipe, device: [])
+    told = runner.invoke(app, [*TINY, "--gpu", "1", "--host", "1"], env={"COLUMNS": "40"}).stdout
+    assert "none fits" in told
+    assert "4090 tokens/s" in told
+    assert "…" not in told
+
+
 def test_ways_to_keep_the_frozen_weights_on_a_card_and_a_host(app):
     sizes = [*TINY, "data.seq_len=32", "train.batch_size=2", "train.micro_batch_size=2"]
     words = [*sizes, "--gpu", "0.005", "--host", "1", "--device", "cpu"]

@@ -170,7 +170,7 @@ def _show_ways(recipe: Recipe, gpu: float, host: float, *, link: str | None, dev
         return
     pass_ = f"{recipe.train.micro_batch} x {recipe.data.seq_len} tokens a pass"
     console.print(f"{recipe.name}, {pass_}, card {gpu:g} GB, host {host:g} GB (2^30 bytes)", highlight=False)
-    console.print(table)
+    Console(width=max(console.width, _WIDTH)).print(table)
     say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
     say(f"{', '.join(links)}: tokens a pass from which on the products take longer there than the copies beside them")
     say(f"tokens/s: at most, by products and copies alone; from files at {DISK / 1e9:g} GB/s")

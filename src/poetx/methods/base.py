@@ -147,6 +147,7 @@ def convert_model(model: nn.Module, recipe: Recipe, device: torch.device | None)
     from poetx.savings.offload_activations import offload_activations_
     from poetx.targets import ZERO
 
+    check_offload(recipe, device)
     report = method_of(recipe).apply_(model)
     if device is not None and next(model.parameters()).is_meta:
         queue = HostQueue(directory=recipe.model.offload_path)
@@ -161,10 +162,14 @@ def convert_model(model: nn.Module, recipe: Recipe, device: torch.device | None)
     if recipe.model.gradient_checkpointing:
         checkpoint_layers_(model, recompute=recipe.model.recompute)
     if recipe.model.offloads_activations:
-        if device is not None and device.type == "cpu":
-            raise UserError(f"model.offload={recipe.model.offload}: the device is the CPU; leave it out")
         offload_activations_(model)
     return report
+
+
+def check_offload(recipe: Recipe, device: torch.device | None) -> None:
+    """Raise :class:`UserError` where host memory is what the recipe's device computes in."""
+    if recipe.model.offload and device is not None and device.type == "cpu":
+        raise UserError(f"model.offload={recipe.model.offload}: the device is the CPU; leave it out")
 
 
 def large_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 
 import pytest
 import torch
@@ -114,23 +115,26 @@ def states(optimizer):
     return [state for state in optimizer.state.values() if "momentum_in" in state]
 
 
-@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize(("whose", "nesterov"), [("optimizer", True), ("optimizer", False), ("model", True)])
 @pytest.mark.parametrize("build", [converted, mlp], ids=["converted", "released"])
-def test_zero_grad_takes_back_what_backward_added_or_says_that_it_cannot(build, nesterov):
+def test_zero_grad_takes_back_what_backward_added_or_says_that_it_cannot(build, whose, nesterov):
     model = build()
     optimizer = POETX(model, nesterov=nesterov, release_gradients=True, block_size=4)
+    zero_grad = optimizer.zero_grad if whose == "optimizer" else model.zero_grad
     for _ in range(2):
         descend(loss_of(model), optimizer)
     before = momenta(optimizer)
     loss_of(model).backward()
     with pytest.warns(UserWarning, match=r"zero_grad\(\) before step\(\) leaves the gradient of 3 matrices, 0\.weight"):
-        optimizer.zero_grad()
+        zero_grad()
     assert not all(map(torch.equal, before, momenta(optimizer)))
     optimizer.step()
     before = momenta(optimizer)
     optimizer.snapshot()
     loss_of(model).backward()
-    optimizer.zero_grad()
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        copied.zero_grad()  # of its own
+    zero_grad()
     assert all(map(torch.equal, before, momenta(optimizer)))
     weight = model[0].weight.detach().clone()
     optimizer.step()
@@ -149,6 +153,9 @@ def test_zero_grad_in_its_usual_places_is_quiet():
     model[0].requires_grad_(False)
     descend(loss_of(model), optimizer)
     optimizer.zero_grad(set_to_none=False)
+    model.zero_grad(set_to_none=False)
+    optimizer.close()
+    assert "zero_grad" not in vars(model)
     POETX(mlp(), block_size=4).zero_grad()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -68,7 +68,7 @@ def read_model(model: Any, settings: dict[str, Any], modules: dict[str, Any], an
         trained: dict[Tensor, SingleStepLinear] = {layer.weight: layer for layer in layers.values() if not layer.frozen}
         return Given(groups, trained, transposed, names, config)
     config = PoetConfig(method="single-step", **given)
-    if not isinstance(model, Iterable) or isinstance(model, str):
+    if isinstance(model, str) or not hasattr(type(model), "__iter__"):
         check_model(model)
     entries: list[Any] = list(model)
     names = {entry[1]: entry[0] for entry in entries if isinstance(entry, tuple)}

@@ -32,6 +32,7 @@ from poetx.optim.gradient_release import hand_over_gradient
 from poetx.optim.orthogonalize import LARGEST_SINGULAR_VALUE, orthogonalize
 from poetx.optim.saved_kinds import check_saved, kind_of
 from poetx.optim.settings import check_numbers
+from poetx.optim.single_step import model_zero_grad
 from poetx.optim.single_step.given import check_dense, check_groups, read_model, refuse_tied
 from poetx.optim.single_step.matrix import Matrix, touched_blocks
 from poetx.optim.single_step.saved_state import current_entries, state_from_groups, state_into_groups
@@ -165,6 +166,8 @@ class POETX(torch.optim.Optimizer):
             self.state[matrix.parameter] = matrix.fresh_state()
             matrix.attach(self.state[matrix.parameter])
         self._share()
+        if isinstance(model, nn.Module):
+            model_zero_grad.put_on(model, self._drop_gradients)
         self._rate = OneRate(*self._parted(), "the rotated matrices, their angle,")
 
     def _parted(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -213,6 +216,8 @@ class POETX(torch.optim.Optimizer):
                 matrix.handle = None
             if matrix.layer is not None and matrix.layer.trainer is not None and matrix.layer.trainer() is matrix:
                 matrix.layer.momentum = matrix.layer.trainer = None
+        if (model := self._model()) is not None:
+            model_zero_grad.take_off(model, self._drop_gradients)
 
     def plain_state_dict(self) -> dict[str, Any]:
         """All state under ``"state"``, as in torch."""
@@ -320,7 +325,14 @@ class POETX(torch.optim.Optimizer):
         super().zero_grad()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch; after :meth:`snapshot` as :meth:`discard`. Without, a warning tells what stays."""
+        """As in torch; after :meth:`snapshot` as :meth:`discard`. Without, a warning tells what stays.
+
+        The model's own ``zero_grad`` does the same.
+        """
+        self._drop_gradients()
+        super().zero_grad(set_to_none)
+
+    def _drop_gradients(self) -> None:
         left = [matrix for matrix in self._matrices or () if matrix.touched and matrix.moves]
         if left and all(matrix.can_discard for matrix in left):
             self.discard()
@@ -330,9 +342,8 @@ class POETX(torch.optim.Optimizer):
                 "them, in their momentum, where backward has added it; call snapshot() before a backward that is to be "
                 "dropped (the generator's through a discriminator, a skipped step), or requires_grad_(False) on the "
                 "layers for it",
-                stacklevel=2,
+                stacklevel=3,
             )
-        super().zero_grad(set_to_none)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
