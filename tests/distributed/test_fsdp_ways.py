@@ -23,6 +23,10 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 #: Whether the numbers are those of one process, but for their order of summation.
 WAYS = {"replicas": True, "host memory": True, "mixed precision": False, "autocast": False}
+CASES = [
+    *product(("replicas", "host memory"), ("fast", "single-step")),
+    *product(("mixed precision", "autocast"), ("int8", "single-step")),
+]
 
 
 def build(form: str) -> Any:
@@ -47,14 +51,14 @@ def shard(model: Any, way: str) -> Any:
 
 
 def train(model: Any, form: str, part: slice, way: str = "") -> dict[str, Tensor]:
-    """The whole state after five steps, with merges after the second and fourth."""
+    """The whole state after three steps, with a merge after the second."""
     if form == "single-step":
         optimizer: Any = POETX(model, lr=1e-3, angle=0.02)
     else:
         optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3, poet_lr=1e-2))
         merge_every(optimizer, model, steps=2)
     generator = torch.Generator().manual_seed(7)
-    for _ in range(5):
+    for _ in range(3):
         x = torch.randn(8, 12, generator=generator)[part]
         with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
             loss = model(x).float().square().mean()
@@ -67,7 +71,7 @@ def train(model: Any, form: str, part: slice, way: str = "") -> dict[str, Tensor
 
 def on_a_rank(rank: int, directory: str) -> None:
     found: dict[str, Any] = {}
-    for way, form in product(WAYS, FORMS):
+    for way, form in CASES:
         try:
             found[f"{way}, {form}"] = train(shard(build(form), way), form, slice(2 * rank, 2 * rank + 2), way)
         except RuntimeError as error:
@@ -82,7 +86,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(Path(directory) / f"{rank}.pt") for rank in range(4)]
 
 
-@pytest.mark.parametrize(("way", "form"), product(WAYS, FORMS))
+@pytest.mark.parametrize(("way", "form"), CASES)
 def test_four_ranks_train_what_one_process_trains(way: str, form: str, found: list[dict[str, Any]]) -> None:
     results = [rank[f"{way}, {form}"] for rank in found]
     if (way, form) == ("mixed precision", "int8"):  # the policy casts no codes
