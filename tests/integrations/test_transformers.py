@@ -137,3 +137,22 @@ def test_what_the_call_itself_lacks_or_has_too_much_is_refused(tmp_path: Any) ->
     made.optimizer = torch.optim.SGD(made.model.parameters(), 1e-3)  # type: ignore[union-attr]
     with pytest.raises(UserError, match="optimizers of the trainer"):
         attach(made, single)
+
+
+@pytest.mark.parametrize("how", ["overridden", "set later"])
+@pytest.mark.parametrize("named", [False, True])
+def test_another_optimizer_than_that_of_attach_is_refused(how: str, named: bool, tmp_path: Any) -> None:
+    made = trainer(tmp_path)
+    attach(made, PoetConfig(block_size=16), poet_lr=1e-2)
+
+    def create_optimizer(model: Any = None) -> torch.optim.Optimizer:
+        groups = [{"params": list(made.model.parameters()), **({"name": "all"} if named else {})}]  # type: ignore[union-attr]
+        made.optimizer = torch.optim.AdamW(groups, lr=1e-3)
+        return made.optimizer
+
+    if how == "overridden":
+        made.create_optimizer = create_optimizer
+    else:
+        create_optimizer()
+    with pytest.raises(UserError, match="AdamW was made beside the one of poetx's attach"):
+        made.train()

@@ -601,3 +601,9 @@ def test_a_rate_below_the_usual_one_is_every_parameters():
 def test_a_number_in_quotes_is_told_to_lose_them():
     with pytest.raises(UserError, match=r"must be one of 3, 7, exact; write it without the quotes"):
         load_recipe("demo", ["poet.neumann_order='7'"])
+
+
+def test_a_key_given_twice_is_said(caplog):
+    recipe = load_recipe("demo", ["train.steps=5", "train.seed=3", "train.steps=7", "train.seed=3"])
+    assert recipe.train.steps == 7
+    assert caplog.messages == ["train.steps is given twice, as 5 and 7; the last counts"]

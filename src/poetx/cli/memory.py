@@ -185,6 +185,8 @@ def _show_ways(recipe: Recipe, gpu: float, host: float, *, link: str | None, dev
 def _title(estimate: MemoryEstimate, gpus: int) -> str:
     recipe = estimate.recipe
     several = f"one of {gpus} processes, parallel={recipe.parallel}, " if gpus > 1 else ""
+    if recipe.parallel == "fsdp" and gpus == 1:
+        several = "one process, nothing sharded (--gpus N plans one of N), "
     passes = recipe.train.batch_size // recipe.train.micro_batch
     accumulated = f", {passes} of them a step" if passes > 1 else ""
     return f"{recipe.name}, {several}{recipe.train.micro_batch} x {recipe.data.seq_len} tokens a pass{accumulated}"

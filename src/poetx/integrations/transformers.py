@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -124,6 +125,10 @@ def _try(method: Any, settings: dict[str, Any]) -> None:
     _Optimizer()(tiny, **settings)
 
 
+#: Optimizers of :func:`attach`.
+_MADE: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+
 class _Optimizer:
     """The factory that the Trainer makes and calls when training starts."""
 
@@ -143,7 +148,7 @@ class _Optimizer:
         lr, weight_decay = args.learning_rate, args.weight_decay
         if _method(model) == "single-step":
             more: dict[str, Any] = {} if angle is None else {"angle": angle}
-            return POETX(
+            optimizer = POETX(
                 model,
                 lr,
                 weight_decay=weight_decay,
@@ -151,10 +156,13 @@ class _Optimizer:
                 dense_optimizer=lambda groups: build_optimizer(groups, lr=lr, **adamw),
                 **more,
             )
+            _MADE.add(optimizer)
+            return optimizer
         assert poet_lr is not None
         groups = param_groups(model, lr=lr, poet_lr=poet_lr, weight_decay=weight_decay)
         optimizer = build_optimizer(groups, lr=lr, **adamw)
         merge_every_so_many(optimizer, model, _usual_gap(model) if merge_every is None else merge_every)
+        _MADE.add(optimizer)
         return optimizer
 
 
@@ -174,6 +182,12 @@ class PoetCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **context: Any) -> None:
         optimizer = _inner(context["optimizer"])
+        if optimizer not in _MADE:
+            raise UserError(
+                f"{type(optimizer).__name__} was made beside the one of poetx's attach (by a create_optimizer of the "
+                "trainer's own, or trainer.optimizer = ...), and would not train the rotations as they are meant to; "
+                "leave that out, or train without attach (poetx.merge_every, or poetx.POETX)"
+            )
         handle = merge_handle(optimizer)
         self._logged = handle.merges if handle else 0
         if state.global_step == 0:

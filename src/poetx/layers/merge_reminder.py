@@ -33,7 +33,7 @@ class MergeReminder:
 
     def __init__(self, layer: PoetLinear | None = None) -> None:
         self.passes, self.done = 0, False
-        self._calls, self._seen, self._odd = 0, (-1, -1, False), False
+        self._calls, self._seen, self._odd = 0, (-1, -1, -1, False), False
         self._layer: Callable[[], PoetLinear | None] = _nothing if layer is None else weakref.ref(layer)
         self._original: Callable[[], PoetLinear | None] = (
             _nothing  # what its layer is a copy of, and what that was then
@@ -98,7 +98,8 @@ class MergeReminder:
                     self._original, self._odd = _nothing, True
                     self._tell(layer, "a copy whose rotations were written, of a layer that was merged since")
         self._calls += 1
-        seen = (layer.merge_count._version, layer.perm_in._version, layer.training)
+        written = (layer.merge_count, layer.perm_in, layer.base_weight)
+        seen = (*(0 if tensor is None else tensor._version for tensor in written), layer.training)
         if self._seen == seen and self._calls % _FIRST:
             return
         self._seen = seen

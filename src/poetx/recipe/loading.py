@@ -185,10 +185,13 @@ def parsed(overrides: Sequence[str]) -> list[tuple[str, Any]]:
     for written, value in (pair for override in overrides for pair in _pairs(*_parse(override))):
         key, now = modern_override(written, value)
         other, before = pairs.setdefault(key, (written, now))
-        if other != written and before != now:
-            raise UserError(
-                f"{written}={shown(value)}: {other} is given as well, the same key by another name; give one of the two"
-            )
+        if before != now:
+            if other != written:
+                raise UserError(
+                    f"{written}={shown(value)}: {other} is given as well, the same key by another name; give one of "
+                    "the two"
+                )
+            logger.warning("%s is given twice, as %s and %s; the last counts", key, shown(before), shown(now))
         given.append((key, now))
     return given
 

@@ -96,7 +96,10 @@ def _check_layers(model: nn.Module, layers: dict[str, SingleStepLinear], given: 
                     f"POETX: {key}={value!r}, but {name} was converted with {own!r}; leave it out, or convert with it"
                 )
         if layer.trainer is not None and layer.trainer() is not None:
-            raise UserError(f"POETX: another one trains {name} already; call its close() first")
+            raise UserError(
+                f"POETX: another one trains {name} already; call its close() first "
+                "(a Trainer's is trainer.optimizer.optimizer)"
+            )
 
 
 def refuse_tied(model: nn.Module, layers: dict[str, SingleStepLinear]) -> None:
