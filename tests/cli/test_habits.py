@@ -143,6 +143,13 @@ def test_a_dry_run_says_how_long_products_take_at_least(place: Path, monkeypatch
         assert told == f"at least {least}, by large products alone at the 1e-09 TFLOP/s measured here"
 
 
+def test_a_sharded_recipe_in_one_process_says_that_nothing_is_sharded(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = out_of(capsys, "train", "small.yaml", "data.train=text.txt", "run_dir=runs/a", "parallel=fsdp")
+    assert "parallel=fsdp: one process, so nothing is sharded; torchrun" in told
+
+
 def test_a_dry_run_refuses_what_the_run_refuses(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for given, said in (
         ("data.train=nowhere.txt", "no such file"),

@@ -5,11 +5,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import poetx
 from poetx import POETX, UserError
+from poetx.distributed.rows import whole_on_first
 from poetx.optim import SMMF, AdamW, HFac, build_optimizer
+from poetx.recipe import load_recipe
+from poetx.train.sharding import check_shardable
 
 
 @pytest.fixture
@@ -41,3 +44,15 @@ def test_who_would_fail_later_refuses(sharded):
     }.items():
         with pytest.raises(UserError, match=rf"{who.strip(': ')}: a parameter of shape \(8, ?8?\) is a DTensor"):
             attempt()
+
+
+def test_a_sharded_tensor_without_elements_is_gathered(sharded):
+    mesh = init_device_mesh("cpu", (1,))
+    tensors = [distribute_tensor(torch.ones(shape), mesh, [Shard(0)]) for shape in [(4, 0), (0, 3), (4, 3)]]
+    assert [tuple(tensor.shape) for tensor in whole_on_first(tensors)] == [(4, 0), (0, 3), (4, 3)]
+
+
+@pytest.mark.parametrize("settings", [["method=muon"], ["optimizer.name=smmf"], ["method=sinkgd"]])
+def test_optimizers_that_take_no_shards_are_refused_by_the_recipe(settings):
+    with pytest.raises(UserError, match=r"optimizer\.name=\w+: not with parallel=fsdp; use adamw, or parallel=ddp"):
+        check_shardable(load_recipe("demo", ["parallel=fsdp", "train.sample_tokens=0", *settings]))

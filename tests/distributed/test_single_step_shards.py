@@ -208,6 +208,12 @@ def frozen_on_a_rank(rank: int, directory: str) -> None:
     train(fully_shard(model), slice(rank * 4, rank * 4 + 4), steps=1)
     after = [layer.weight.full_tensor() for layer in (model[0], model[2])]
     torch.save([torch.equal(a, b) for a, b in zip(before, after, strict=True)], Path(directory) / f"frozen-{rank}.pt")
+    early = build("free")
+    optimizer = POETX(early)
+    fully_shard(early)
+    early(torch.ones(2, early[0].in_features, dtype=early[0].weight_dtype)).sum().backward()
+    with pytest.raises(UserError, match="POETX: 0.weight was sharded after POETX was built"):
+        optimizer.step()
 
 
 def test_a_layer_that_was_frozen_before_it_was_sharded_stays_so(tmp_path: Path) -> None:

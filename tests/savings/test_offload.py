@@ -193,3 +193,13 @@ def test_the_planner_counts_host_memory_and_traffic() -> None:
 def test_a_recipe_without_rotated_layers_keeps_its_weights_on_the_device(method: str) -> None:
     with pytest.raises(UserError, match="model.offload=frozen: is for rotated layers"):
         load_recipe("llama-1b", [f"method={method}", "model.offload=frozen"], text=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device")
+def test_a_device_that_is_not_there_is_one_line_and_the_model_stays() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    convert_(model, PoetConfig(block_size=4))
+    before = model(torch.ones(2, 8))
+    with pytest.raises(UserError, match=r"^offload_frozen_: device=cuda: .*CUDA"):
+        offload_frozen_(model, "cuda")
+    assert torch.equal(model(torch.ones(2, 8)), before)

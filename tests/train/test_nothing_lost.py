@@ -222,3 +222,14 @@ def test_a_checkpoint_is_no_run(tiny: Tiny, overwrite: bool) -> None:
         with pytest.raises(UserError, match=message):
             act()
     assert sorted(place.iterdir()) == before
+
+
+def test_a_run_whose_text_has_moved_says_how_to_go_on(tiny: Tiny, corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus, tmp_path / "text")
+    recipe = tiny(f"data.train={tmp_path / 'text'}", "train.export=false")
+    train(recipe)
+    (tmp_path / "text").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"no such file or directory; where the text has moved, give data\.train=PATH"):
+        train(load_recipe(str(recipe.directory)), resume=True)
+    moved = load_recipe(str(recipe.directory), [f"data.train={tmp_path / 'elsewhere'}"])
+    assert train(moved, resume=True).step == 12

@@ -37,8 +37,8 @@ def check_alike(tensors: Iterable[tuple[str, Tensor]], when: str) -> None:
     if any(differ):
         raise AgreedError(
             f"{named[differ.index(True)][0]}: differs between ranks {when} ({sum(differ)} of {len(named)} tensors do); "
-            "a rank computes other numbers (another kind of device, or a faulty one) or was changed alone; go back to "
-            "a checkpoint"
+            "gradients are not averaged (the model is not in DistributedDataParallel), a rank computes other numbers "
+            "(another kind of device, or a faulty one), or it was changed alone; mend that and go back to a checkpoint"
         )
 
 

@@ -24,6 +24,9 @@ def whole_on_first(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
             yield next(whole_on_first([tensor.T])).T
             continue
         group, own = shard_group(tensor), local(tensor)
+        if not tensor.numel():
+            yield own.new_empty(tensor.shape)
+            continue
         chunk = padded(own, tensor)
         first = group.rank() == 0
         rows = chunk.new_empty(group.size(), chunk.numel()) if first else chunk

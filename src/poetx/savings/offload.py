@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from poetx.errors import UserError
+from poetx.errors import UserError, one_line
 from poetx.layers.single_step import SingleStepLinear
 from poetx.layers.walk import converted_layers
 from poetx.ops.host import HostQueue
@@ -62,6 +62,10 @@ def offload_frozen_(
             "offload_frozen_: the device is the CPU, where weights are in host memory anyway; give the one that "
             "computes, such as device='cuda'"
         )
+    try:
+        torch.empty(0, device=where)
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(f"offload_frozen_: device={where}: {one_line(error)}") from None
     place = None if directory is None else Path(directory)
     if place is not None and any(isinstance(layer, SingleStepLinear) for layer in layers.values()):
         raise UserError(

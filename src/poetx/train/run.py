@@ -132,6 +132,10 @@ def _train(
     agreed(lambda: recipe.train.share(rank_count()))
     reporter = on_first(lambda: with_loggers(reporter, recipe.train.report_to)) or reporter
     sharded = recipe.parallel == "fsdp" and rank_count() > 1
+    if recipe.parallel == "fsdp" and not sharded:
+        reporter.note(
+            "parallel=fsdp: one process, so nothing is sharded; torchrun --nproc-per-node N -m poetx train ..."
+        )
     if sharded:
         agreed(lambda: check_shardable(recipe))
     run_dir = recipe.directory
@@ -160,7 +164,7 @@ def _train(
     recipe = settled(recipe, device)
     check_offload(recipe, device)
 
-    data = first_then_others(lambda: prepare_data(recipe, progress=reporter.stage))
+    data = first_then_others(lambda: _data(recipe, resume, reporter))
     check_equal({"the text's fingerprint": data.meta.fingerprint})
 
     began: str | None = None
@@ -298,6 +302,15 @@ def _set_aside_newer(run_dir: Path, start: Path) -> None:
             aside = path.with_name(f"broken-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
+
+
+def _data(recipe: Recipe, resume: bool, reporter: Reporter) -> PreparedData:
+    try:
+        return prepare_data(recipe, progress=reporter.stage)
+    except UserError as error:
+        if resume and "no such file or directory" in str(error):  # a recipe has whole paths, the run may have moved
+            raise UserError(f"{error}; where the text has moved, give data.train=PATH beside --resume") from None
+        raise
 
 
 def _resumed(recipe: Recipe, start: Path, problems: list[str], reporter: Reporter) -> Recipe:

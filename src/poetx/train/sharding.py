@@ -38,6 +38,8 @@ def check_shardable(recipe: Recipe) -> None:
     for key in _UNFIT:
         if keys.get(key):
             raise UserError(f"{key}={keys[key]}: not with parallel=fsdp; leave it out, or use parallel=ddp")
+    if recipe.optimizer.name not in ("adamw", "sgd"):
+        raise UserError(f"optimizer.name={recipe.optimizer.name}: not with parallel=fsdp; use adamw, or parallel=ddp")
 
 
 def all_ranks(device: torch.device) -> DeviceMesh:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from poetx.config import PoetConfig, name_matches
-from poetx.distributed.sharded import refuse_sharded
+from poetx.distributed.sharded import is_sharded, refuse_sharded
 from poetx.errors import UserError, nearest
 from poetx.layers.base import DTYPES, RotatedWeight
 from poetx.layers.single_step import SingleStepLinear
@@ -117,6 +117,17 @@ def refuse_tied(model: nn.Module, layers: dict[str, SingleStepLinear]) -> None:
                     f"POETX: {tied} is tied to {name}.weight, which rotates; tie them before poetx.convert_, which "
                     "leaves tied weights as they are"
                 )
+
+
+def refuse_sharded_since(model: nn.Module, groups: list[dict[str, Any]]) -> None:
+    """Refuse a model whose parameters ``fully_shard`` has put others in place of since its optimizer was built."""
+    if any(is_sharded(p) for group in groups for p in group["params"]):
+        return
+    if name := next((name for name, p in model.named_parameters() if is_sharded(p)), None):
+        raise UserError(
+            f"POETX: {name} was sharded after POETX was built, which holds what was there before; build it after "
+            "fully_shard"
+        )
 
 
 def _model_groups(

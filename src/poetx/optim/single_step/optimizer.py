@@ -33,7 +33,7 @@ from poetx.optim.orthogonalize import LARGEST_SINGULAR_VALUE, orthogonalize
 from poetx.optim.saved_kinds import check_saved, kind_of
 from poetx.optim.settings import check_numbers
 from poetx.optim.single_step import model_zero_grad
-from poetx.optim.single_step.given import check_dense, check_groups, read_model, refuse_tied
+from poetx.optim.single_step.given import check_dense, check_groups, read_model, refuse_sharded_since, refuse_tied
 from poetx.optim.single_step.matrix import Matrix, touched_blocks
 from poetx.optim.single_step.saved_state import current_entries, state_from_groups, state_into_groups
 from poetx.optimizer_restart import fresh_is_zero
@@ -364,6 +364,7 @@ class POETX(torch.optim.Optimizer):
         self._rate.check(*self._parted())
         if self._unchecked == 0 and (model := self._model()) is not None:
             refuse_tied(model, dict(single_step_layers(model)))
+            refuse_sharded_since(model, self.param_groups)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -387,7 +388,9 @@ class POETX(torch.optim.Optimizer):
             # Of a sharded matrix no two ranks have the same rows, but all turn them by the same momentum.
             tensors = (m.state["momentum_in"] if is_sharded(m.parameter) else m.parameter for m in self._matrices or ())
             names = (m.name for m in self._matrices or ())
-            check_alike(zip(names, tensors, strict=True), f"after {_CHECK_EVERY} more steps")
+            dense = (p for group in self._parted()[1] for p in group["params"])
+            rest = ((f"dense parameter {index} {tuple(p.shape)}", p) for index, p in enumerate(dense))
+            check_alike([*zip(names, tensors, strict=True), *rest], f"after {_CHECK_EVERY} more steps")
         return loss
 
     def _moving(self) -> Iterable[tuple[Matrix, bool]]:
