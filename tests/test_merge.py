@@ -671,3 +671,15 @@ def test_arguments_of_the_optimizer_that_no_group_takes_are_said(settings, said,
     merge_every(optimizer, model)
     assert ("without effect" in caplog.text) == bool(said)
     assert said in caplog.text
+
+
+def test_counters_of_a_state_that_was_loaded_first_are_kept():
+    model = converted_mlp()
+    optimizer = torch.optim.SGD(param_groups(model, lr=1e-2, poet_lr=1e-2))
+    merge_every(optimizer, model, steps=4)
+    for _ in range(7):
+        descend(model(torch.ones(4, 11)).sum(), optimizer)
+    again = torch.optim.SGD(param_groups(model, lr=1e-2, poet_lr=1e-2))
+    again.load_state_dict(optimizer.state_dict())
+    handle = merge_every(again, model, steps=4)
+    assert (handle.steps_since_merge, handle.merges) == (3, 1)

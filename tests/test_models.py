@@ -144,6 +144,7 @@ def test_a_vocabulary_that_is_too_small(tiny: Tiny, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "message"),
     [
+        ("manifest.json recipe.yaml", "is a checkpoint; give .*/export, which poetx export"),
         ("export/config.json", "is a run; the model that it exported is .*/export"),
         ("adapter_config.json", "is an adapter alone; merge it into its model, and give what that saves"),
         (None, r"no such file or directory; for a model of the Hub, first: hf download org/model --local-dir DIR"),
@@ -153,9 +154,9 @@ def test_what_is_there_in_place_of_a_model_is_said(
     file: str | None, message: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    if file:
-        (tmp_path / "org/model" / file).parent.mkdir(parents=True)
-        (tmp_path / "org/model" / file).write_text("{}")
+    for name in file.split() if file else ():
+        (tmp_path / "org/model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "org/model" / name).write_text("{}")
     with pytest.raises(UserError, match=rf"model\.pretrained=.*{message}"):
         build(tiny(*NO_SIZES, "train.dtype=float32", "poet.init=keep", "model.pretrained=org/model"))
     (tmp_path / "org/model/spiece.model").parent.mkdir(parents=True, exist_ok=True)

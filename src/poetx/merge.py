@@ -178,7 +178,8 @@ class MergeHandle:
         self.report: MergeReport | None = None
         self._model, self._optimizer = model, optimizer
         self._rotations = rotation_ids(model)
-        self._set(0, 0)
+        loaded = self._counter_groups()[0]  # by a state dict, which may come first
+        self._set(*(loaded.get(key, 0) for key in COUNTERS))
         self.restart = GroupRestart([] if optimizer.state else self._counter_groups())
         self._rate = OneRate(*self._parted(), "the rotations")
         vars(optimizer)["__getstate__"] = _refuse_copies

@@ -287,6 +287,11 @@ WRONG: dict[str, tuple[bytes, str]] = {
         gzip.compress(b'{"messages": [{"role": "user", "content": "a"}]}\n' * 9),
         "its lines are JSON records, and its name says text",
     ),
+    "pairs.jsonl": (
+        b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n',
+        'to learn the answers, call prompt and chosen "prompt" and "completion"',
+    ),
+    "sums.csv": (b"question,answer\na,b\n", 'to learn the answers, call question and answer "prompt" and "completion"'),
     "string.jsonl": (b'"words"\n', r"line 1: str, not a record"),
 }
 

@@ -63,6 +63,7 @@ def test_builtin_recipes_train_what_they_trained_before(name: str) -> None:
     }
     new |= {"data.chat_template": None, "data.pack": None, "train.sample_tokens": 48, "train.report_to": None}
     new |= {"model.offload": None, "model.offload_dir": None, "model.residual_scale": 1.0, "poet.overrides": None}
+    new["poet.permutation"] = "random"
     new |= {"optimizer.poet_eps_mode": "uncorrected" if name in SIZED_RECIPES else "corrected"}
     new["poet.update"] = {"fixed": "rotation"}.get(before["poet.spectrum"], before["poet.spectrum"])
     assert {key: now[key] for key in now.keys() - before.keys()} == {k: new[k] for k in new if k in now}
@@ -607,3 +608,14 @@ def test_a_key_given_twice_is_said(caplog):
     recipe = load_recipe("demo", ["train.steps=5", "train.seed=3", "train.steps=7", "train.seed=3"])
     assert recipe.train.steps == 7
     assert caplog.messages == ["train.steps is given twice, as 5 and 7; the last counts"]
+
+
+def test_a_recipe_that_is_a_file_without_its_ending_or_a_model_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("data: {train: builtin}")
+    with pytest.raises(UserError, match=r"^mine: no such recipe; did you mean mine\.yaml\?"):
+        load_recipe("mine")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is a model: train it by poetx train sft model\.pretrained=base$"):
+        load_recipe("base")

@@ -330,6 +330,6 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(tmp_path:
 
     model, optimizer, _ = make()
     save(tmp_path, model, optimizer, 1)
-    monkeypatch.setattr(ckpt, "remove", stays)
+    monkeypatch.setattr(ckpt, "remove_at_once", stays)
     ckpt.verify(save(tmp_path, model, optimizer, 2, keep=1))
     assert "step-00000001: could not be removed (Permission denied)" in caplog.text

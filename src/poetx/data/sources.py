@@ -388,8 +388,18 @@ def _pieces(path: Path, size: int = PIECE, *, line: int = SECTION) -> Iterator[s
         yield "".join(buffer)
 
 
+#: Fields of questions and of answers, under names that are no format of their own.
+_ANSWERED = (("prompt", "chosen"), ("question", "answer"), ("prompt", "response"), ("question", "response"))
+
+
 def _text_of(record: Record, field: str, place: str) -> str:
     if field not in record:
+        answers = next((names for names in _ANSWERED if set(names) <= record.keys()), None)
+        if answers:
+            raise UserError(
+                f'{place}: no "{field}" field (it has: {shown_fields(record)}); to learn the answers, call '
+                f'{answers[0]} and {answers[1]} "prompt" and "completion"'
+            )
         raise UserError(
             f'{place}: no "{field}" field (it has: {shown_fields(record)}); name the one with the text by '
             f'data.text_field=NAME (of poetx eval --text-field), or call it "{field}"'

@@ -41,11 +41,15 @@ def recipe_path(source: str) -> Path:
     if path.is_dir():
         path = path / "recipe.yaml"
         if not path.is_file():
-            raise UserError(f"{source}: a directory without recipe.yaml is not a run{kept_recipe(source)}")
+            meant = kept_recipe(source)
+            if (path.parent / "config.json").is_file():
+                meant = f"; it is a model: train it by poetx train sft model.pretrained={source}"
+            raise UserError(f"{source}: a directory without recipe.yaml is not a run{meant}")
         return path
     if not path.is_file():
-        known = ", ".join(builtin_recipes())
-        raise UserError(f"{source}: no such recipe{nearest(source, builtin_recipes())} (built in: {known}; or a path)")
+        known, file = ", ".join(builtin_recipes()), path.with_name(f"{path.name}.yaml")
+        meant = f"; did you mean {file}?" if file.is_file() else nearest(source, builtin_recipes())
+        raise UserError(f"{source}: no such recipe{meant} (built in: {known}; or a path)")
     return path
 
 
@@ -69,6 +73,9 @@ def found_instead(path: Path, file: str) -> str:
         )
     if (path / "export" / file).is_file():
         return f"is a run; the model that it exported is {path / 'export'}"
+    if (path / "manifest.json").is_file() and (path / "recipe.yaml").is_file():
+        run = path.resolve().parent.parent
+        return f"is a checkpoint; give {run / 'export'}, which poetx export {run} DIR writes as well"
     if (path / "adapter_config.json").is_file():
         return "is an adapter alone; merge it into its model, and give what that saves"
     own = next((name for name in _OWN_TOKENIZERS if (path / name).is_file()), None)

@@ -62,15 +62,15 @@ def offload_frozen_(
             "offload_frozen_: the device is the CPU, where weights are in host memory anyway; give the one that "
             "computes, such as device='cuda'"
         )
-    try:
-        torch.empty(0, device=where)
-    except (AssertionError, RuntimeError) as error:
-        raise UserError(f"offload_frozen_: device={where}: {one_line(error)}") from None
     place = None if directory is None else Path(directory)
     if place is not None and any(isinstance(layer, SingleStepLinear) for layer in layers.values()):
         raise UserError(
             f"offload_frozen_: directory={directory}: single-step layers would write all of it at every step"
         )
+    try:
+        torch.empty(0, device=where)
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(f"offload_frozen_: device={where}: {one_line(error)}") from None
     queue = next((layer.host for layer in layers.values() if layer.host), None) or HostQueue()
     queue.prefetch, queue.keep, queue.directory = prefetch, keep, place
     for layer in layers.values():
