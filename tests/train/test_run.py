@@ -111,7 +111,10 @@ def test_a_finished_run_is_not_trained_over_by_mistake(tiny: Tiny) -> None:
 
 def test_resuming_with_another_recipe_names_what_differs(tiny: Tiny) -> None:
     train(tiny("train.steps=2"))
-    with pytest.raises(UserError, match=r"another recipe: train\.steps \(2 -> 3\)"):
+    with pytest.raises(
+        UserError,
+        match=r"another recipe: train\.steps \(2 -> 3\); .*; to train a finished model on, model\.pretrained=",
+    ):
         train(tiny("train.steps=3"), resume=True)
     with pytest.raises(UserError, match=r"poet\.block_size \(16 -> 8\)"):
         train(tiny("train.steps=2", "poet.block_size=8"), resume=True)

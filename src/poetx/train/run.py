@@ -323,10 +323,12 @@ def _resumed(recipe: Recipe, start: Path, problems: list[str], reporter: Reporte
     if changed:
         shown = ", ".join(f"{key} ({old} -> {new})" for key, (old, new) in list(changed.items())[:4])
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-        raise UserError(
-            f"{start}: was trained with another recipe: {shown}{more}; "
-            "resume with the same recipe, or start anew with another run_dir"
-        )
+        remedy = "resume with the same recipe, or start anew with another run_dir"
+        if "train.steps" in changed:  # by which its rates and merges were laid out
+            remedy += (
+                f"; to train a finished model on, model.pretrained={recipe.directory / 'export'} in another run_dir"
+            )
+        raise UserError(f"{start}: was trained with another recipe: {shown}{more}; {remedy}")
     reporter.note(f"continuing from {start}")
     return recipe
 
