@@ -213,13 +213,24 @@ class Inherits(Reads):
     pass
 
 
+class Tied(nn.Module):
+    """A decoder by the encoder's weight, in code that has another name for itself."""
+
+    def __init__(this):
+        super().__init__()
+        this.encode, this.other = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(this, x):
+        return F.linear(this.other(this.encode(x)), this.encode.weight.t())
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_weight_that_the_model_multiplies_by_itself_stays_dense(method):
-    model = nn.ModuleList([Reads(), Inherits()])
+    model = nn.ModuleList([Reads(), Inherits(), Tied()])
     report = convert_(model, config(method=method))
-    assert left(report) == ["0.read", "1.read"]
-    assert "Reads multiplies by its weight without calling it" in str(report)
-    assert [layer.name for layer in report.converted] == ["0.called", "0.asked", "1.called", "1.asked"]
+    assert left(report) == ["0.read", "1.read", "2.encode"]
+    assert "Reads multiplies by its weight itself" in str(report)
+    assert [layer.name for layer in report.converted] == ["0.called", "0.asked", "1.called", "1.asked", "2.other"]
 
 
 def test_an_ordinary_model_may_read_its_weights_since_their_full_gradient_is_there():

@@ -314,13 +314,13 @@ def adapters(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def read_directly(model: nn.Module) -> dict[nn.Module, str]:
-    """Layers by whose weight the code around them multiplies (Mamba's ``dt_proj``): their forward is not called."""
+    """Layers by whose weight the code around them multiplies (Mamba's ``dt_proj``), if it calls them as well or not."""
     found = {}
     for module in model.modules():
         for name in _weights_read(type(module)):
             child = getattr(module, name, None)
             if isinstance(child, nn.Module):
-                found[child] = f"{type(module).__name__} multiplies by its weight without calling it"
+                found[child] = f"{type(module).__name__} multiplies by its weight itself"
     return found
 
 
@@ -350,6 +350,7 @@ def _weights_read_in(kind: type) -> tuple[str, ...]:
 
 def _reads(method: ast.FunctionDef) -> Iterable[str]:
     """Names x whose ``self.x.weight`` is used; not under an ``if`` in a method that calls ``self.x`` otherwise."""
+    me = method.args.args[0].arg if method.args.args else ""
     harmless: set[int] = set()
     called: set[str] = set()
     special: set[int] = set()
@@ -360,17 +361,17 @@ def _reads(method: ast.FunctionDef) -> Iterable[str]:
             harmless.add(id(node.value))
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "type"):
             harmless.update(map(id, node.args))
-        elif isinstance(node, ast.Call) and (name := _own(node.func)):
+        elif isinstance(node, ast.Call) and (name := _own(node.func, me)):
             called.add(name)
     for node in ast.walk(method):
         if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load):
-            name = _own(node.value)
+            name = _own(node.value, me)
             if name and id(node) not in harmless and not (name in called and id(node) in special):
                 yield name
 
 
-def _own(node: ast.AST) -> str | None:
-    """x of an expression ``self.x``."""
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+def _own(node: ast.AST, me: str) -> str | None:
+    """x of an expression ``self.x``, by the name that the method has for itself."""
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == me:
         return node.attr
     return None

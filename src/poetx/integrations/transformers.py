@@ -94,6 +94,7 @@ def _check(trainer: Trainer) -> None:
         "optimizer_cls_and_kwargs": getattr(trainer, "optimizer_cls_and_kwargs", None) is not None,
         "model_init": getattr(trainer, "model_init", None) is not None,
         f"optim={getattr(args.optim, 'value', args.optim)}": args.optim not in _ADAMW,
+        f"optim_args={args.optim_args}": bool(args.optim_args),
     }
     for name in (name for name, is_set in wrong.items() if is_set):
         raise UserError(f"{name} of the trainer: attach builds the optimizer (AdamW and the rotations); leave it out")
