@@ -109,7 +109,7 @@ class GradientAverage:
         rows = None
         if bucket[0] in self._by_row:
             bucket[0].grad = grads[0]
-            rows = _touched_rows(grads[0])
+            rows = _touched(grads[0]).nonzero().flatten()
             flat = grads[0][rows]
         else:
             flat = grads[0].contiguous() if len(grads) == 1 else torch.cat([grad.flatten() for grad in grads])
@@ -152,11 +152,47 @@ def embeddings(model: nn.Module) -> set[Tensor]:
     return {p for p, embeds in held if embeds and p is not None and p not in elsewhere}
 
 
-def _touched_rows(gradient: Tensor) -> Tensor:
-    """Which rows of a gradient are not all zeros on some rank; the others sum to zero."""
+def _touched(gradient: Tensor, group: Any = None) -> Tensor:
+    """Whether each row of a gradient, as 0 or 1, is not all zeros on some rank; the others sum to zero."""
     touched = gradient.ne(0).any(1).to(torch.uint8)
-    torch.distributed.all_reduce(touched, op=torch.distributed.ReduceOp.MAX)
-    return touched.nonzero().flatten()
+    torch.distributed.all_reduce(touched, op=torch.distributed.ReduceOp.MAX, group=group)
+    return touched
+
+
+class ReduceScatterByRow:
+    """What ``fully_shard`` may reduce the gradient of one embedding with (``set_custom_reduce_scatter``).
+
+    Each rank gets those of its rows that some rank has a gradient for, from all ranks, and sums them in float32 at
+    least, in the order of the ranks.
+
+    Args:
+        width: numbers in a row.
+    """
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The memory of what is sent, and of what comes back."""
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
+    ) -> None:
+        """Sum, or mean, of ``input_tensor`` [ranks × rows × width], of which ``output_tensor`` is this rank's part."""
+        rows, ranks = input_tensor.view(-1, self._width), group.size()
+        first = torch.arange(ranks) * (len(rows) // ranks)
+        parts = [part.nonzero().flatten() for part in _touched(rows, group).cpu().view(ranks, -1)]
+        own = parts[group.rank()].to(rows.device)
+        sent = rows[torch.cat([part + begin for part, begin in zip(parts, first, strict=True)]).to(rows.device)]
+        found = sent.new_empty(ranks * len(own), self._width)
+        counts = [len(own)] * ranks, [len(part) for part in parts]
+        torch.distributed.all_to_all_single(found, sent, *counts, group=group)
+        total = found.view(ranks, -1, self._width).sum(0, dtype=torch.promote_types(found.dtype, torch.float32))
+        if op == torch.distributed.ReduceOp.AVG:
+            total.div_(ranks)
+        output_tensor.zero_()
+        output_tensor.view(-1, self._width)[own] = total.to(output_tensor.dtype)
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:

@@ -21,14 +21,14 @@ _FUSED = "poetx_fused"
 
 
 @contextlib.contextmanager
-def fake_ranks(count: int) -> Iterator[None]:
-    """Be the first of so many ranks, whose collectives send nothing; of one: no group at all."""
+def fake_ranks(count: int, rank: int = 0) -> Iterator[None]:
+    """Be the first, or another, of so many ranks, whose collectives send nothing; of one: no group at all."""
     if count == 1:
         yield
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=count)
     try:
         yield
     finally:
