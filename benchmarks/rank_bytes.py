@@ -2,6 +2,7 @@
 
     python -m benchmarks.text --out TEXT
     python -m benchmarks.rank_bytes --text TEXT/text.jsonl --out benchmarks/results/rank_bytes.jsonl
+    python -m benchmarks.rank_bytes --fsdp --ranks 8 --out benchmarks/results/rank_bytes.jsonl
 
 Bytes that one rank hands to all-reduce, or to an exchange that sends as much, added up from the shapes of what is
 averaged: gradients, and the momenta of single-step matrices. ``of_ddp`` is the share of what AdamW sends under
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -33,7 +35,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.record import append, provenance
+from benchmarks.record import RESULTS, append, provenance, rows_in
 from poetx.data.prepare import prepare_data
 from poetx.data.sampler import batch_windows
 from poetx.distributed.gradients import embeddings
@@ -64,8 +66,6 @@ FSDP_FORMS = {
     **{form: words for form, words in FORMS.items() if form != "fast, mem"},
 }
 BATCHES = 8
-RANKS = 8
-DEPTHS = 1, 2  # layers that are run, and all others counted by
 
 
 def sent_by_shapes(recipe: Recipe, vocab_size: int, rows: float = 1.0) -> int:
@@ -121,15 +121,13 @@ class Sent(TorchDispatchMode):
 
 def sent_by_all(recipe: Recipe, ranks: int) -> dict[str, float]:
     """:func:`sent_sharded` of the whole depth, mean over the ranks; all layers are alike, so a few say it."""
-    apart = range(ranks if method_of(recipe).acts_in_backward else 1)  # which send different rows in a fold
-    means = []
-    for depth in DEPTHS:
-        shallow = recipe.with_keys({"model.num_layers": depth})
-        found = [sent_sharded(shallow, ranks, rank) for rank in apart]
-        means.append({kind: fmean(sent[kind] for sent in found) for kind in KINDS})
-    few, more = means
-    layers = (int(recipe.model.num_layers or 0) - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
-    return {kind: few[kind] + layers * (more[kind] - few[kind]) for kind in KINDS}
+    layers = int(recipe.model.num_layers or 0)
+    one, two = (recipe.with_keys({"model.num_layers": depth}) for depth in (1, 2))
+    few, more = sent_sharded(one, ranks), sent_sharded(two, ranks)
+    sent = {kind: few[kind] + (layers - 1) * (more[kind] - few[kind]) for kind in KINDS}
+    if few["folded rows"]:  # all else is the same on every rank
+        sent["folded rows"] = layers * fmean(sent_sharded(one, ranks, rank)["folded rows"] for rank in range(ranks))
+    return sent
 
 
 def sent_sharded(recipe: Recipe, ranks: int, rank: int = 0) -> dict[str, float]:
@@ -185,43 +183,48 @@ def rows_of(share: float) -> list[dict[str, Any]]:
     return rows
 
 
-def fsdp_rows(share: float) -> list[dict[str, Any]]:
-    rows = []
+def fsdp_rows(share: float, ranks: int) -> Iterator[dict[str, Any]]:
     for dtype, form in product(("float32", "bfloat16"), FSDP_FORMS):
         if form.endswith("in bfloat16") and dtype == "float32":
             continue
         common = [f"train.dtype={dtype}", "train.sample_tokens=0", "parallel=fsdp"]
         blocks = [f"poet.block_size={BLOCK_SIZE}"] * (form != "adamw")
         recipe = load_recipe(SHAPE, [*FSDP_FORMS[form], *common, *blocks], text=False)
-        ring = (RANKS - 1) / RANKS
+        ring = (ranks - 1) / ranks
         unit = 2 * ring * sent_by_shapes(load_recipe(SHAPE, ["method=adamw", *common], text=False), VOCABULARY)
-        sent = sent_by_all(recipe, RANKS)
+        sent = sent_by_all(recipe, ranks)
         every_row = sent["trained, gathered"] + sent["trained, reduced"]
         untouched = (
             ring * (1 - share) * VOCABULARY * int(recipe.model.hidden_size or 0) * getattr(torch, dtype).itemsize
         )
         sent["trained, reduced"] -= untouched
-        rows.append(
+        yield (
             {"benchmark": "fsdp_bytes", "shape": SHAPE, "block_size": BLOCK_SIZE, "dtype": dtype, "form": form}
-            | {"ranks": RANKS, "touched_rows": round(share, 4)}
+            | {"ranks": ranks, "touched_rows": round(share, 4)}
             | {kind: round(size) for kind, size in sent.items()}
             | {"of_ddp": round((every_row - untouched) / unit, 4), "all_rows_of_ddp": round(every_row / unit, 4)}
         )
-    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--text", type=Path, required=True, help="what batches are counted on")
-    parser.add_argument("--fsdp", action="store_true", help="count sharded steps")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", type=Path, help="what batches are counted on")
+    what.add_argument(
+        "--fsdp", action="store_true", help="sharded steps, of batches as the rows of --text counted them"
+    )
+    parser.add_argument("--ranks", type=int, default=8, help="of sharded steps")
     parser.add_argument("--out", type=Path, help="append JSON lines here")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        rows = (fsdp_rows if args.fsdp else rows_of)(touched(args.text, Path(directory)))
+    if args.fsdp:
+        rows = fsdp_rows(rows_in(RESULTS / "rank_bytes.jsonl")[-1]["touched_rows"], args.ranks)
+    else:
+        with tempfile.TemporaryDirectory() as directory:
+            rows = rows_of(touched(args.text, Path(directory)))
     for row in rows:
-        print(row)
-    if args.out:
-        append(args.out, [row | provenance(torch.device("cpu")) for row in rows])
+        print(row, flush=True)
+        if args.out:
+            append(args.out, [row | provenance(torch.device("cpu"))])
 
 
 if __name__ == "__main__":

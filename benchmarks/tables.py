@@ -159,7 +159,7 @@ def sharded_loops() -> str:
 
 def rank_bytes() -> str:
     """What a step of the 3B shape sends beside AdamW's, of the newest rows."""
-    newest = {(row["form"], row["dtype"]): row for row in _rows("rank_bytes")}
+    newest = {(row["form"], row["dtype"]): row for row in _rows("rank_bytes") if row["benchmark"] == "bytes"}
     keys = ("bytes", "of_adamw", "of_ddp", "all_rows_of_ddp")
     body = [
         [form, dtype, f"{row['bytes'] / 1e9:.2f}", *(f"{row[key]:.3f}" for key in keys[1:])]
@@ -167,6 +167,20 @@ def rank_bytes() -> str:
     ]
     head = ["form", "weights", "GB a step", "of AdamW's", "of AdamW's under DDP", "the same, every row sent"]
     return _markdown(head, body)
+
+
+def fsdp_bytes() -> str:
+    """What a rank sends in a sharded step of the 3B shape, of the newest rows."""
+    rows = [row for row in _rows("rank_bytes") if row["benchmark"] == "fsdp_bytes"]
+    newest = {(row["ranks"], row["form"], row["dtype"]): row for row in rows}
+    kinds = ("frozen, gathered", "folded rows", "trained, gathered", "trained, reduced")
+    body = [
+        [form, dtype, str(ranks), *(f"{row[kind] / 1e9:.2f}" for kind in kinds)]
+        + [f"{row[key]:.3f}" for key in ("of_ddp", "all_rows_of_ddp")]
+        for (ranks, form, dtype), row in newest.items()
+    ]
+    head = ["form", "weights", "processes", "frozen weights gathered, GB", "rows for folds", "what trains gathered"]
+    return _markdown([*head, "and reduced", "of AdamW's under DDP", "the same, every row sent"], body)
 
 
 def rank_memory() -> str:
@@ -766,6 +780,7 @@ _TABLES = (
     fine_tuning_memory,
     sharded_loops,
     rank_bytes,
+    fsdp_bytes,
     rank_memory,
     rank_merges,
     scaling_assumptions,

@@ -25,7 +25,7 @@ def padded(recipe: Recipe) -> dict[str, int]:
     with torch.device("meta"):
         model = build_model(recipe, vocab_size=VOCABULARY, end_of_text_id=0, device=torch.device("meta"))
     convert_model(model, recipe, None)
-    sizes = dict.fromkeys(("frozen", "rotations", "norms", "outside"), 0)
+    sizes: dict[str, int] = dict.fromkeys(("frozen", "rotations", "norms", "outside"), 0)
     for name, p in model.named_parameters():
         inside = "norms" if "norm" in name else "rotations" if p.requires_grad else "frozen"
         kind = inside if ".layers." in name else "outside"

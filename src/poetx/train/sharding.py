@@ -57,8 +57,8 @@ def shard_model_(model: nn.Module, device: torch.device, mesh: DeviceMesh) -> No
 
     FSDP2 averages the gradients of a layer in one call, so of one dtype: where rotations are float32 in a bfloat16
     layer, its norms and biases, which are small, stay whole; gradients of rotations go in the layer's dtype, as they do
-    where nothing is sharded. An embedding is a part of its own, gathered once a pass as
-    what is outside of layers is, whose gradient is sent by rows.
+    where nothing is sharded. An embedding is a part of its own, whose gradient is sent by rows; it is gathered once for
+    forward and backward, as what is outside of layers.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -76,7 +76,8 @@ def shard_model_(model: nn.Module, device: torch.device, mesh: DeviceMesh) -> No
         whole = {p for p in trained if p.dtype != trained[0].dtype}
         for parameter in whole:
             parameter.data = parameter.data.to(device)
-        sent = {sent_dtype(p.dtype, layer.weight_dtype) for _, layer in poet_layers(part) for p in layer.rotations}
+        rotations = [(p, layer) for _, layer in poet_layers(part) for p in layer.rotations if not is_sharded(p)]
+        sent = {sent_dtype(p.dtype, layer.weight_dtype) for p, layer in rotations}
         policy = MixedPrecisionPolicy(reduce_dtype=sent.pop() if len(sent) == 1 else None)
         kept = False if part in tables else None  # until backward, as what the model itself has
         fully_shard(part, mesh=mesh, ignored_params=whole, mp_policy=policy, reshard_after_forward=kept)
