@@ -140,14 +140,18 @@ def test_steps_below_the_rounding_of_bfloat16(small):
     assert "did not move; steps too small for bfloat16" in found["model.layers.0.mlp.up_proj.weight"]
 
 
-def test_a_single_step_layer_that_is_never_called_or_read_directly(small):
+@pytest.mark.parametrize("read", [False, True])
+def test_a_single_step_layer_that_is_never_called_trains_if_its_weight_is_read(small, read):
     convert_(small, PoetConfig(block_size=8, method="single-step"))
     layer = small.model.layers[0].mlp.up_proj
     optimizer = POETX(small, 1e-3)
-    layer.forward = lambda x: nn.functional.linear(x, layer.weight)
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight if read else layer.weight.detach())
     found = problems(small, optimizer)
-    assert list(found) == ["model.layers.0.mlp.up_proj.weight"]
-    assert "never called" in found["model.layers.0.mlp.up_proj.weight"] or "no gradient" in str(found)
+    if read:
+        assert not found
+    else:
+        assert list(found) == ["model.layers.0.mlp.up_proj.weight"]
+        assert "never called" in found["model.layers.0.mlp.up_proj.weight"] or "no gradient" in str(found)
 
 
 def test_a_backward_pass_that_names_its_inputs_is_named_as_a_cause():

@@ -33,6 +33,9 @@ class RotatedWeight(nn.Parameter):
 
     So ``model.part.requires_grad_(False)``, which torch hands down to parameters alone, freezes single-step layers,
     and ``model.requires_grad_(True)`` lets rotations train and leaves the weight they turn without a gradient.
+
+    Its layer's product gives it none. What else a loss makes of it, such as a penalty, may give it one
+    (:meth:`for_autograd`): the tools that ask for ``requires_grad`` are told False all the same.
     """
 
     _mark: list[bool]  # whether it is frozen; its layer holds the same list, since fully_shard drops the parameter
@@ -62,6 +65,15 @@ class RotatedWeight(nn.Parameter):
     @requires_grad.setter
     def requires_grad(self, requires_grad: bool) -> None:
         self.frozen = not requires_grad
+
+    @contextlib.contextmanager
+    def for_autograd(self) -> Iterator[nn.Parameter]:
+        """The weight as autograd has it, whose ``requires_grad`` is what counts there, inside the block."""
+        self.__class__ = nn.Parameter  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            yield self
+        finally:
+            self.__class__ = RotatedWeight  # pyright: ignore[reportAttributeAccessIssue]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RotatedWeight:
         if id(self) not in memo:

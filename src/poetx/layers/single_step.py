@@ -22,7 +22,8 @@ class SingleStepLinear(HostedLinear):
     :class:`poetx.POETX` folds a small rotation into the weight at every step, so that the rotations are the identity
     whenever forward runs. Backward adds their gradient straight into that optimizer's momentum: no gradient tensor is
     kept, and gradients of several backward passes add up. ``backward(inputs=...)`` and ``torch.autograd.grad`` train
-    nothing: they leave out what is not named to them.
+    nothing: they leave out what is not named to them. A term of the loss made of ``weight`` itself (a penalty) has a
+    gradient [m, n] of it for a moment, whose share goes into the momentum, too.
 
     Parameters: ``weight`` [m, n], frozen, under the name and in the layout of ``nn.Linear``; ``bias`` [m] or None,
     trained as usual. The state dict is that of the plain layer: a ``Conv1D``'s weight is [n, m] there.
@@ -117,7 +118,7 @@ class SingleStepLinear(HostedLinear):
                     raise UserError(f"{self.label}: {tracing} finds its weight in host memory; use poetx.to_dense_")
                 return self._single_step(x, None)
             bias = None if self.bias is None else self.bias.to(x.dtype)
-            return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+            return nn.functional.linear(x, self.weight.detach().to(x.dtype), bias)
         self.check_needs_no_gradient(self.weight)
         return self._single_step(x, self.momentum)
 

@@ -295,6 +295,6 @@ def single_step_linear(
     x_NF = x.reshape(-1, x.shape[-1])
     *tensors, anchor = buffers or (None,)
     keep_y = keep_y and route == "tokens" and buffers is not None
-    (W,) = weight.tensors
+    W = weight.tensors[0].detach()  # autograd may know the weight, for other terms of a loss than this product
     y = _SingleStepLinear.apply(x_NF, anchor, W, bias, weight.kind, *tensors, block_sizes, route, keep_y)
     return y.view(*x.shape[:-1], W.shape[0])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from builders import descend, mlp
-from poetx import POETX, PoetConfig, UserError, convert_, param_groups
+from poetx import POETX, PoetConfig, SingleStepLinear, UserError, convert_, param_groups
 
 
 def converted():
@@ -19,7 +19,7 @@ def converted():
 
 
 def loss_of(model):
-    return model(torch.ones(3, 11)).square().sum()
+    return model(torch.ones(3, 11, dtype=next(model.parameters()).dtype)).square().sum()
 
 
 class Tied(nn.Module):
@@ -184,3 +184,42 @@ def test_a_rest_that_ascends_beside_matrices_that_descend_is_refused() -> None:
     convert_(other, PoetConfig(block_size=4))
     with pytest.raises(UserError, match="maximize=True would be of rotations alone"):
         param_groups(other, lr=1e-3, poet_lr=1e-3, maximize=True)
+
+
+def pulled(model, towards, strength=3.0):
+    """The loss, and how far the weights are from where they shall stay, as EWC and L2-SP have it."""
+    far = sum((p - q).square().sum() for p, q in zip(model.parameters(), towards, strict=True))
+    return loss_of(model) + strength * far
+
+
+@pytest.mark.parametrize("update", ["free", "rotation"])
+def test_a_penalty_on_weights_trains_a_converted_layer_as_an_ordinary_one(update):
+    ordinary = mlp().double()
+    other = copy.deepcopy(ordinary)
+    convert_(other, PoetConfig(method="single-step", block_size=4, init="keep", update=update))
+    towards = [torch.randn_like(p) for p in ordinary.parameters()]
+    for model in (ordinary, other):
+        optimizer = POETX(model, block_size=4, update=update)
+        for _ in range(3):
+            for _ in range(2):  # micro-batches
+                pulled(model, towards).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all(p.grad is None for p in model.parameters())
+    for p, q in zip(ordinary.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-9)
+
+
+def test_a_penalty_leaves_frozen_layers_and_closed_optimizers_alone():
+    model = converted()
+    weights = [layer.weight for layer in model if isinstance(layer, SingleStepLinear)]
+    towards = [torch.zeros_like(p) for p in model.parameters()]
+    optimizer = POETX(model)
+    model[0].requires_grad_(False)
+    before = weights[0].clone()
+    descend(pulled(model, towards), optimizer)
+    assert torch.equal(weights[0], before)
+    assert not any(p.requires_grad for p in weights)
+    optimizer.close()
+    model.requires_grad_(False)
+    assert not sum(p.square().sum() for p in weights).requires_grad

@@ -16,6 +16,7 @@ from poetx.config import PoetConfig
 from poetx.distributed.ranks import average_, rank, sent_dtype
 from poetx.distributed.sharded import compute_device, is_sharded, local, own_rows, shard_sum_, whole_blocks
 from poetx.errors import UserError
+from poetx.layers.base import RotatedWeight
 from poetx.layers.single_step import SingleStepLinear
 from poetx.layers.weights import HostWeight
 from poetx.ops.cayley import packed_size
@@ -25,6 +26,7 @@ from poetx.ops.side import block_count
 from poetx.ops.single_step import MomentumBuffers, add_to_, block_peaks, map_gradient
 from poetx.ops.single_step_update import Shard, decayed, fold_, norm_and_scale
 from poetx.ops.transaction import copy_at_once_
+from poetx.optim.gradient_release import hand_over_gradient
 
 SIDES = ("in", "out")
 #: A block whose gradient since the last step is smaller than this beside its direction counts as one without gradient.
@@ -193,8 +195,31 @@ class Matrix:
             return False
         return self.touched or (self.parameter.grad is not None and self.layer is None)
 
+    def take_gradients_of_other_terms(self) -> None:
+        """Take the full gradient of what a loss makes of a layer's weight beside its product, such as a penalty."""
+        if isinstance(self.parameter, RotatedWeight):  # not where it is sharded
+            with self.parameter.for_autograd() as weight:
+                weight.requires_grad_(True)
+                self.handle = hand_over_gradient(weight, self.released)
+
+    def release(self) -> None:
+        """Take no more full gradients in backward."""
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+        if isinstance(self.parameter, RotatedWeight):
+            with self.parameter.for_autograd() as weight:
+                weight.requires_grad_(False)
+
     def released(self, parameter: Tensor) -> None:
         """Take the full gradient, which is dropped then."""
+        if parameter.grad is None or (self.layer is not None and self.layer.frozen):  # compiled models hand over None
+            return
+        if self.layer is not None and self.layer.host is not None:
+            raise UserError(
+                f"{self.name}: the loss has a term of the weight itself, which is in host memory, and its gradient "
+                "would be, too; keep the layer on the device, or pull the weight back beside the loss, after step()"
+            )
         with torch.no_grad():
             self._add(self.momenta, self.peaks)
         self.touched = True

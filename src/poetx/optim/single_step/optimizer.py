@@ -161,7 +161,9 @@ class POETX(torch.optim.Optimizer):
             for layer in [given.layers.get(p)]
         ]
         for matrix in self._matrices:
-            if release_gradients and matrix.layer is None:
+            if matrix.layer is not None:
+                matrix.take_gradients_of_other_terms()
+            elif release_gradients:
                 matrix.handle = hand_over_gradient(matrix.parameter, matrix.released)
             self.state[matrix.parameter] = matrix.fresh_state()
             matrix.attach(self.state[matrix.parameter])
@@ -211,9 +213,7 @@ class POETX(torch.optim.Optimizer):
         An optimizer of an ordinary model that is deleted lets go by itself.
         """
         for matrix in self._matrices or ():
-            if matrix.handle is not None:
-                matrix.handle.remove()
-                matrix.handle = None
+            matrix.release()
             if matrix.layer is not None and matrix.layer.trainer is not None and matrix.layer.trainer() is matrix:
                 matrix.layer.momentum = matrix.layer.trainer = None
         if (model := self._model()) is not None:
