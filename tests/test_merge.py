@@ -296,6 +296,9 @@ def test_refusals():
     for steps in (0, -1, 2.5, True):
         with pytest.raises(UserError, match="must be a whole number"):
             merge_every(optimizer, model, steps=steps)
+    for angle in (0, -0.3, math.nan):
+        with pytest.raises(UserError, match="must be above 0, radians"):
+            merge_every(optimizer, model, angle=angle)
     with pytest.raises(UserError, match=r"0\.skew_in is not in this optimizer"):
         merge_every(torch.optim.SGD([model[0].bias], lr=1.0), model, steps=3)
     with pytest.raises(UserError, match="no PoetLinear"):
@@ -445,6 +448,22 @@ def test_merge_reports_the_angle_and_warns_where_the_series_fails(caplog):
     assert report.norm_drift < 1e-5
     assert "2: rotations reached an angle of 0.50" in caplog.text
     assert "use neumann_order=7" in caplog.text
+
+
+@pytest.mark.parametrize(("rate", "merges"), [(0.1, [8, 16]), (1e-4, [])])
+def test_large_angles_are_merged_early(rate, merges):
+    model = converted(init="normalized")
+    optimizer = torch.optim.AdamW(param_groups(model, lr=1e-4, poet_lr=rate))
+    handle = merge_every(optimizer, model, steps=100, angle=0.2)
+    seen = []
+    for number in range(1, 20):
+        before = handle.merges
+        step(model, optimizer, seed=number)
+        if handle.merges > before:
+            seen.append(number)
+            assert handle.report.angle > 0.2
+    assert seen == merges
+    assert handle.steps_since_merge == 19 - sum(merges[-1:])
 
 
 def trained(model, steps):

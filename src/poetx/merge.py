@@ -22,6 +22,7 @@ from poetx.layers.base import is_finite
 from poetx.layers.poet import FoldStats, PoetLinear
 from poetx.layers.walk import poet_layers, rotation_ids
 from poetx.one_rate import OneRate
+from poetx.ops.fold import largest_angle
 from poetx.ops.reference import EXACT
 from poetx.optimizer_restart import COUNTERS, GroupRestart, groups_of, idle_arguments, refuse_unfit, reset_rotations
 
@@ -32,6 +33,8 @@ _NOTHING = (
     "the model has no PoetLinear layer to merge; call poetx.convert_ first (with method='single-step', poetx.POETX "
     "folds at every step and there is nothing left to merge)"
 )
+#: Steps between two looks at the largest angle: one takes some power iterations in every layer.
+_LOOK_EVERY = 8
 #: Warn where the truncated series that trained a layer is off by more than this, relative.
 _SERIES_ERROR = 0.01
 
@@ -168,13 +171,16 @@ class MergeHandle:
 
     Attributes:
         steps: optimizer steps between merges.
+        angle: radians beyond which a merge comes early, or None.
         steps_since_merge: steps taken since the last one, 0 … steps − 1.
         merges: merges done through this handle, counted over resumes.
         report: of the last merge in this process, or None.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, steps: int) -> None:
-        self.steps = steps
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, model: nn.Module, steps: int, angle: float | None = None
+    ) -> None:
+        self.steps, self.angle = steps, angle
         self.report: MergeReport | None = None
         self._model, self._optimizer = model, optimizer
         self._rotations = rotation_ids(model)
@@ -238,12 +244,21 @@ class MergeHandle:
         self.restart.check(optimizer, self._rotations)
         since, merges = self.steps_since_merge + 1, self.merges
         self._set(since, merges)
-        if since >= self.steps:
+        if since >= self.steps or self._is_early(since):
             _check_held(optimizer, self._model)
             self.report = merge_(self._model, optimizer)
             self._set(0, merges + 1)
             layers = [(name, [*layer.parameters(), *layer.buffers()]) for name, layer in poet_layers(self._model)]
             check_alike([(name, t) for name, tensors in layers for t in tensors], f"after merge {merges + 1}")
+
+    @torch.no_grad()
+    def _is_early(self, since: int) -> bool:
+        """Whether this is a step to look at the rotations, and one of them has passed the angle, on any rank."""
+        if self.angle is None or since % _LOOK_EVERY:
+            return False
+        layers = [layer for _, layer in poet_layers(self._model) if not layer.frozen]
+        angles = torch.stack([largest_angle(side) for layer in layers for side in layer.sides])
+        return on_any_rank([bool((angles > self.angle).any())], angles.device)[0]
 
     def _only_creates_state(self) -> bool:
         """Whether this step had rate and gradients zero, as ``torch.distributed.checkpoint`` takes one to load into."""
@@ -299,8 +314,14 @@ def merge_handle(optimizer: torch.optim.Optimizer) -> MergeHandle | None:
     return hook_owner(optimizer, MergeHandle)
 
 
-def merge_every(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int = 200) -> MergeHandle:
+def merge_every(
+    optimizer: torch.optim.Optimizer, model: nn.Module, steps: int = 200, *, angle: float | None = None
+) -> MergeHandle:
     """Call :func:`merge_` inside ``optimizer.step()`` after every ``steps``-th step, for any torch optimizer.
+
+    And earlier where a rotation has turned by more than ``angle`` radians, looked at in every eighth step since the
+    last merge: at large rates the series that trains rotations would leave the orthogonal matrices before ``steps``
+    are over (its relative error is angle⁴ for order 3, angle⁸ for order 7).
 
     The counters are in the parameter groups of the rotations, so ``optimizer.state_dict()`` and
     ``torch.distributed.checkpoint`` save them; call this before ``load_state_dict``. A step that a gradient scaler
@@ -309,16 +330,20 @@ def merge_every(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int =
     over the ranks after each merge, tells whether it did.
 
     Raises:
-        UserError: ``steps`` below 1, a model with no rotated layer, rotations missing from the optimizer, sharded
+        UserError: ``steps`` below 1, an ``angle`` that is not above 0 or is given for sharded parameters, a model with no rotated layer, rotations missing from the optimizer, sharded
             parameters, a wrapper without hooks, LBFGS, or a second call for the same optimizer; at the first step, an
             optimizer that counts steps for rotations and other parameters together; after a merge, layers that differ
             between ranks.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise UserError(f"steps={steps!r}: must be a whole number of at least 1 (200 is the paper's)")
+    if angle is not None and not angle > 0:
+        raise UserError(f"angle={angle!r}: must be above 0, radians; or None: only every {steps} steps")
     layers = dict(poet_layers(model))
     if not layers:
         raise UserError(_NOTHING)
+    if angle is not None and any(is_sharded(layer.skew_in) for layer in layers.values()):
+        raise UserError(f"angle={angle:g}: no rank has whole rotations to look at; leave it out and give fewer steps")
     refuse_unfit(optimizer)
     refuse_sharded((p for group in optimizer.param_groups for p in group["params"]), "merge_every", rows=True)
     _check_held(optimizer, model)
@@ -338,4 +363,4 @@ def merge_every(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int =
         logger.warning("merge_every: %s", text)
     if merge_handle(optimizer) is not None:
         raise UserError("merge_every is already registered on this optimizer; remove() the first handle")
-    return MergeHandle(optimizer, model, steps)
+    return MergeHandle(optimizer, model, steps, angle)

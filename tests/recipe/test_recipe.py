@@ -60,6 +60,7 @@ def test_builtin_recipes_train_what_they_trained_before(name: str) -> None:
         "data.format": "auto",
         "optimizer.dense_optimizer": None,
         "poet.weight_extra_bits": None,
+        "poet.merge_angle": None,
     }
     new |= {"data.chat_template": None, "data.pack": None, "train.sample_tokens": 48, "train.report_to": None}
     new |= {"model.offload": None, "model.offload_dir": None, "model.residual_scale": 1.0, "poet.overrides": None}

@@ -11,7 +11,7 @@ from poetx.merge import merge_every
 from poetx.methods.base import Method, by_module
 from poetx.optim.build import build_optimizer
 from poetx.optim.groups import param_groups
-from poetx.recipe.sections import PoetXKeys, RotationAdamWKeys
+from poetx.recipe.sections import MergedRecipe, PoetXKeys, RotationAdamWKeys
 
 
 class MergedRotations(Method):
@@ -35,5 +35,6 @@ class MergedRotations(Method):
         groups = param_groups(model, lr=own.lr, poet_lr=own.poet_lr, weight_decay=own.weight_decay, **rotations)
         optimizer = build_optimizer(groups, own.name, dense_optimizer=own.dense_optimizer, **options)
         if (steps_between := self.recipe.merge_every) is not None:
-            merge_every(optimizer, model, steps=steps_between)
+            assert isinstance(self.recipe.poet, MergedRecipe)
+            merge_every(optimizer, model, steps=steps_between, angle=self.recipe.poet.merge_angle)
         return optimizer

@@ -177,9 +177,8 @@ class PoetRecipe(Section):
     @functools.cached_property
     def config(self) -> PoetConfig:
         """The settings of :func:`poetx.convert_`."""
-        values: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
-        values.pop("merge_every", None)
-        return PoetConfig(**values)
+        own = type(self).model_fields.keys() - MergedRecipe.__annotations__.keys()
+        return PoetConfig(**{name: getattr(self, name) for name in own})
 
     @model_validator(mode="after")
     def _as_a_config(self) -> PoetRecipe:
@@ -194,6 +193,7 @@ class MergedRecipe(PoetRecipe):
     """The paper's form, whose rotations live between merges."""
 
     merge_every: MaybeCount = 200  # steps; None: only at export
+    merge_angle: MaybeRate = None  # radians; earlier where a rotation has turned by more. Needs merge_every
 
 
 class LoraRecipe(Section):
@@ -340,7 +340,7 @@ class TrainRecipe(Section):
 # -- one type per method and per optimizer ----------------------------------------------------------------------------
 
 #: The methods that a key of ``poet`` belongs to, where not to all of them.
-_METHODS_OF = METHODS_OF | {"merge_every": ("poet-x",)}
+_METHODS_OF = METHODS_OF | {"merge_every": ("poet-x",), "merge_angle": ("poet-x",)}
 _OF_FORMATS = ("group_size",)
 _PLAIN: dict[Any, Any] = {int: Whole, float: Real, bool: Flag, bool | None: MaybeFlag, str: Text}
 

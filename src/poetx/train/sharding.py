@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _UNFIT = (
     "model.offload",
     "optimizer.release_gradients",
+    "poet.merge_angle",
     "train.compile",
     "train.spectrum_every",
     "train.memory_every",
