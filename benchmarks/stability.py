@@ -1,10 +1,15 @@
-"""How far beyond the best learning rate training still works: POET-X against AdamW on the demo model.
+"""Loss against learning rate, from a quarter to 32 times the usual one: who still trains, who spikes, who diverges.
 
-    python -m benchmarks.stability --out benchmarks/results/stability.jsonl
+    python -m benchmarks.text --out DIR/text --debian bible-kjv-text,debian-policy,debian-reference-en
+    python -m benchmarks.stability --text DIR/text/text.jsonl [--kinds usual deep normless] [--seeds 0 1 2]
 
-First each method's learning rates are swept with one seed, then both are run at 1, 2, 4 and 8 times their best, with
-three seeds. All of a method's rates scale together (POET-X has two: rotations, and everything else). Same data, same
-steps, same clipping. A run counts as diverged when it ends above 1.05 times the lowest loss it reached, or not finite.
+The rate that is varied is that of the matrices between embedding and head (AdamW's and Muon's ``matrix_lr``, the
+rotations' ``poet_lr``, the single step's angle); everything else has the rate that was best for the method in
+docs/compare.md, where the rates called 1× are from, too. Same text, windows, steps, clipping and warmup for all. Rows
+go to benchmarks/results/stability.jsonl, and what is there already is not run again: stop it whenever you like.
+
+Kinds: ``usual`` has four layers; ``deep`` 48 thin ones; ``normless`` is the usual one whose norms become constant gains
+after a third of the steps, what each norm multiplied by on two windows then.
 """
 
 from __future__ import annotations
@@ -13,92 +18,224 @@ import argparse
 import math
 import statistics
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from benchmarks.record import append, provenance
+from benchmarks.record import RESULTS, append, provenance, rows_in
+from poetx.data.prepare import prepare_data
+from poetx.data.sampler import evenly_spread
+from poetx.layers.base import ConvertedLinear
+from poetx.methods.base import convert_model, merge_handle, method_of
+from poetx.models import build_model, settled
+from poetx.recipe import Recipe, load_recipe
+from poetx.train.checkpoint import TrainState
+from poetx.train.loop import TrainingRun, evaluate, train_step
+from poetx.train.metrics import UnwrittenMetrics
+from poetx.train.progress import SilentReporter
+from poetx.train.step import TrainingStep
 
-#: (base lr, rotation lr) tried for each method; the best one's final validation loss decides.
-SWEEP = {
-    "adamw": [(1e-3, None), (2e-3, None), (4e-3, None)],
-    "poet-x": [(3e-3, 1e-3), (3e-3, 2e-3), (3e-3, 4e-3)],
+CPU = torch.device("cpu")
+OUT = RESULTS / "stability.jsonl"
+RECIPE = Path(__file__).parent / "compare" / "tiny.yaml"
+FACTORS = [2.0**k for k in range(-2, 6)]
+#: Settings, the key that is varied and its value at 1×.
+METHODS: dict[str, tuple[dict[str, Any], str, float]] = {
+    "adamw": ({"method": "adamw", "optimizer.lr": 0.024, "model.residual_scale": 0.25}, "optimizer.matrix_lr", 0.0015),
+    "muon": ({"method": "muon", "optimizer.lr": 0.048, "model.residual_scale": 0.25}, "optimizer.matrix_lr", 0.006),
+    "poet-x": (
+        {
+            "method": "fast",
+            "optimizer.lr": 0.024,
+            "poet.merge_every": 50,
+            "poet.merge_angle": 0.3,
+            "poet.neumann_order": 7,
+            "optimizer.clip_ramp_until": 0,
+        },
+        "optimizer.poet_lr",
+        0.004,
+    ),
+    "single-step-fixed": ({"method": "single-step-fixed", "optimizer.lr": 0.024}, "optimizer.angle", 0.024),
+    "single-step": ({"method": "single-step-free", "optimizer.lr": 0.024}, "optimizer.angle", 0.024),
 }
+KINDS: dict[str, dict[str, Any]] = {
+    "usual": {"train.steps": 160},
+    "normless": {"train.steps": 160},
+    "deep": {
+        "train.steps": 104,
+        "model.num_layers": 48,
+        "model.hidden_size": 48,
+        "model.intermediate_size": 128,
+        "poet.block_size": 16,
+    },
+}
+#: A step whose training loss is this much, in nats, above the median of the 20 steps before it is a spike's.
+SPIKE = 1.0
+#: A run whose last validation loss is this much, in nats, above its lowest has diverged: twice the perplexity.
+DIVERGED = math.log(2)
+#: The largest angle that a single step takes.
+LARGEST_ANGLE = 0.499
+LOOKS = 8  # at weights and activations, over the run
 
 
-def run(method: str, lr: float, poet_lr: float | None, *, seed: int, steps: int, directory: Path) -> dict[str, Any]:
-    """Train the demo model once; its final and lowest validation loss, and whether it diverged."""
-    from poetx.recipe import load_recipe
-    from poetx.train.metrics import read_metrics
-    from poetx.train.run import train
+def recipe_of(kind: str, method: str, factor: float, seed: int, settings: list[str]) -> Recipe:
+    """The recipe of one run."""
+    own, key, rate = METHODS[method]
+    value = rate * factor
+    if key == "optimizer.angle":
+        value = min(value, LARGEST_ANGLE)
+    every: dict[str, Any] = {"train.batch_size": 4, "train.seed": seed, "train.max_bad_steps": 10**6}
+    every["train.eval_windows"] = 64
+    if "adamw" != method != "muon":
+        every["poet.seed"] = seed
+    given = KINDS[kind] | own | every | {key: value}
+    if method in ("adamw", "muon"):
+        given = {name: value for name, value in given.items() if not name.startswith("poet.")}
+    return load_recipe(str(RECIPE), [f"{name}={value}" for name, value in given.items()] + settings)
 
-    run_dir = directory / f"{method}-{lr:g}-{poet_lr}-{seed}"
-    overrides = [
-        f"run_dir={run_dir}",
-        f"data.cache_dir={directory / 'cache'}",
-        f"train.steps={steps}",
-        f"train.seed={seed}",
-        f"train.eval_every={max(1, steps // 6)}",
-        f"train.checkpoint_every={steps}",
-        "train.max_bad_steps=100000",
-        "train.export=false",
-        f"optimizer.lr={lr:g}",
-    ]
-    overrides += ["poet=null"] if poet_lr is None else [f"optimizer.poet_lr={poet_lr:g}", f"poet.seed={seed}"]
-    result = train(load_recipe("demo", overrides))
-    losses = [e["loss"] for e in read_metrics(run_dir / "metrics.jsonl") if e["event"] == "validation"]
-    losses = [math.inf if loss is None else loss for loss in losses]
+
+def matrices(model: nn.Module) -> Iterator[Tensor]:
+    """The weights between embedding and head, as they act."""
+    for module in model.get_submodule("model.layers").modules():
+        if isinstance(module, ConvertedLinear):
+            yield module.dense_weight().detach()
+        elif isinstance(module, nn.Linear):
+            yield module.weight.detach()
+
+
+def singular_values(model: nn.Module) -> tuple[float, float]:
+    """The mean over all matrices of the largest singular value, and of the median one; not a number in broken ones."""
+    found = []
+    for weight in matrices(model):
+        if not weight.isfinite().all():
+            return math.nan, math.nan
+        values = torch.linalg.svdvals(weight.double())
+        found.append((float(values[0]), float(values.median())))
+    largest, middle = zip(*found, strict=True)
+    return statistics.fmean(largest), statistics.fmean(middle)
+
+
+@torch.no_grad()
+def replace_norms_(model: nn.Module, inputs: Tensor) -> None:
+    """Make every norm a gain: its weight times one over the root mean square of what came in, on ``inputs``."""
+    scales: dict[nn.Module, float] = {}
+
+    def note(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        scales[module] = float(given[0].square().mean().rsqrt())
+
+    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+    hooks = [norm.register_forward_pre_hook(note) for norm in norms]
+    model(input_ids=inputs, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    for norm, scale in scales.items():
+        norm.forward = MethodType(lambda self, x, scale=scale: x * scale * self.weight, norm)
+
+
+@torch.no_grad()
+def largest_activation(model: nn.Module, inputs: Tensor) -> float:
+    """The largest root mean square of what a layer adds to and hands on, over the layers."""
+    states = model(input_ids=inputs, use_cache=False, output_hidden_states=True).hidden_states
+    return max(float(state.float().square().mean().sqrt()) for state in states)
+
+
+def run(kind: str, method: str, factor: float, seed: int, settings: list[str]) -> dict[str, Any]:
+    """Train once; how it went."""
+    recipe = settled(recipe_of(kind, method, factor, seed, settings), CPU)
+    data, steps = prepare_data(recipe), recipe.train.steps
+    model: Any = build_model(
+        recipe, vocab_size=data.meta.vocab_size, end_of_text_id=data.meta.end_of_text_id, device=CPU
+    )
+    inputs = data.validation.batch([0, 1]).input_ids
+    convert_model(model, recipe, CPU)
+    optimizer = method_of(recipe).build_optimizer(model.train(), steps)
+    training = TrainingRun(
+        recipe=recipe,
+        run_dir=Path(),
+        model=model,
+        optimizer=optimizer,
+        peak_lrs=[group["lr"] for group in optimizer.param_groups],
+        merges=merge_handle(optimizer),
+        data=data,
+        device=CPU,
+        state=TrainState(),
+        metrics=UnwrittenMetrics(),
+        reporter=SilentReporter(),
+    )
+    step = TrainingStep.of(recipe, model, optimizer)
+    windows = evenly_spread(recipe.train.eval_windows, len(data.validation))
+    losses, validations, looks, skipped = [], [], [], 0
+    start, began = singular_values(model), time.perf_counter()
+    for number in range(steps):
+        if kind == "normless" and number == steps // 3:
+            replace_norms_(model, inputs)
+        facts = train_step(training, step)
+        training.state.step += 1
+        losses.append(facts["loss"])
+        skipped += facts["skipped"]
+        if (number + 1) % (steps // LOOKS) == 0:
+            validations.append(evaluate(model, data.validation, windows, batch_size=16, device=CPU))
+            now = (late / early for late, early in zip(singular_values(model), start, strict=True))
+            looks.append([number + 1, *now, largest_activation(model, inputs)])
+    finite = [loss for loss in validations if math.isfinite(loss)]
+    lowest, last = min(finite, default=math.inf), validations[-1]
+    handle = training.merges
     return {
         "benchmark": "stability",
+        "kind": kind,
         "method": method,
-        "lr": lr,
-        "poet_lr": poet_lr,
+        "factor": factor,
         "seed": seed,
         "steps": steps,
-        "loss": losses[-1] if math.isfinite(losses[-1]) else None,
-        "lowest_loss": min(losses),
-        "diverged": not math.isfinite(losses[-1]) or losses[-1] > 1.05 * min(losses),
-        "skipped_steps": result.skipped_steps,
+        "rate": getattr(recipe.optimizer, METHODS[method][1].partition(".")[2]),
+        "loss": last if math.isfinite(last) else None,
+        "lowest_loss": lowest if math.isfinite(lowest) else None,
+        "diverged": not last <= lowest + DIVERGED,
+        "spikes": spikes(losses),
+        "skipped_steps": skipped,
+        "merges": handle.merges if handle else None,
+        "looks": [[value if math.isfinite(value) else None for value in look] for look in looks],
+        "seconds": round(time.perf_counter() - began, 1),
     }
 
 
+def spikes(losses: list[float]) -> int:
+    """How often the training loss leaves the median of the 20 steps before by :data:`SPIKE`, or is no number."""
+    count, inside = 0, False
+    for number in range(20, len(losses)):
+        high = not losses[number] <= statistics.median(losses[number - 20 : number]) + SPIKE
+        count += high and not inside
+        inside = high
+    return count
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=120)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, help="where its tokens are kept; else a directory that goes")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--factors", type=float, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--out", type=Path, help="append JSON lines here")
+    parser.add_argument("--factors", type=float, nargs="+", default=FACTORS)
     args = parser.parse_args()
-    origin = provenance(torch.device("cpu"))
+    origin = provenance(CPU)
     with tempfile.TemporaryDirectory() as scratch:
-        done: dict[tuple[Any, ...], dict[str, Any]] = {}
-
-        def one(method: str, lr: float, poet_lr: float | None, seed: int, factor: float | None) -> dict[str, Any]:
-            key = (method, lr, poet_lr, seed)  # a factor on the best rate may land on a rate that was swept
-            if key not in done:
-                done[key] = run(method, lr, poet_lr, seed=seed, steps=args.steps, directory=Path(scratch)) | origin
-            row = done[key] | {"factor": factor}
-            if args.out:
-                append(args.out, [row])
-            print(
-                f"{method:7} lr {lr:g} poet_lr {poet_lr} seed {seed} factor {factor}: loss {row['loss']} "
-                f"{'DIVERGED' if row['diverged'] else ''}",
-                flush=True,
-            )
-            return row
-
-        for method, rates in SWEEP.items():
-            swept = {rate: one(method, *rate, args.seeds[0], None) for rate in rates}
-            best = min(rates, key=lambda rate: swept[rate]["loss"] or math.inf)
-            for factor in args.factors:
-                scaled = tuple(None if rate is None else rate * factor for rate in best)
-                rows = [one(method, *scaled, seed, factor) for seed in args.seeds]
-                finite = [row["loss"] for row in rows if row["loss"] is not None]
-                mean = statistics.mean(finite) if finite else math.nan
-                print(
-                    f"  {method} x{factor:g}: mean {mean:.3f}, {sum(r['diverged'] for r in rows)} diverged", flush=True
-                )
+        settings = [f"data.train={args.text}", f"data.cache_dir={args.cache or scratch}"]
+        for seed in args.seeds:
+            for kind in args.kinds:
+                for method in args.methods:
+                    for factor in args.factors:
+                        wanted = {"kind": kind, "method": method, "factor": factor, "seed": seed}
+                        if any(wanted.items() <= row.items() for row in rows_in(OUT)):
+                            continue
+                        row = run(kind, method, factor, seed, settings)
+                        append(OUT, [row | origin])
+                        print({k: v for k, v in row.items() if k not in ("benchmark", "looks")}, flush=True)
 
 
 if __name__ == "__main__":

@@ -330,10 +330,10 @@ def merge_every(
     over the ranks after each merge, tells whether it did.
 
     Raises:
-        UserError: ``steps`` below 1, an ``angle`` that is not above 0 or is given for sharded parameters, a model with no rotated layer, rotations missing from the optimizer, sharded
-            parameters, a wrapper without hooks, LBFGS, or a second call for the same optimizer; at the first step, an
-            optimizer that counts steps for rotations and other parameters together; after a merge, layers that differ
-            between ranks.
+        UserError: ``steps`` below 1, an ``angle`` that is not above 0 or is given for sharded parameters, a model with
+            no rotated layer, rotations missing from the optimizer, a wrapper without hooks, LBFGS, or a second call
+            for the same optimizer; at the first step, an optimizer that counts steps for rotations and other
+            parameters together; after a merge, layers that differ between ranks.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise UserError(f"steps={steps!r}: must be a whole number of at least 1 (200 is the paper's)")
