@@ -2,6 +2,7 @@
 
     python -m benchmarks.text --out DIR/text --debian bible-kjv-text,debian-policy,debian-reference-en
     python -m benchmarks.stability --text DIR/text/text.jsonl [--kinds usual deep normless] [--seeds 0 1 2]
+    python -m benchmarks.stability --plot && python -m benchmarks.tables
 
 The rate that is varied is that of the matrices between embedding and head (AdamW's and Muon's ``matrix_lr``, the
 rotations' ``poet_lr``, the single step's angle); everything else has the rate that was best for the method in
@@ -214,15 +215,68 @@ def spikes(losses: list[float]) -> int:
     return count
 
 
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw loss over factor for every kind, and the weights and activations over the run at three rates."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
+    figure, axes = plt.subplots(3, 3, figsize=(14, 11), layout="constrained")
+    for axis, kind in zip(axes[0], kinds, strict=False):
+        for number, method in enumerate(METHODS):
+            points = []
+            for factor in FACTORS:
+                found = [r["loss"] for r in rows if (r["kind"], r["method"], r["factor"]) == (kind, method, factor)]
+                if found:
+                    points.append((factor, [math.inf if loss is None else loss for loss in found]))
+            if points:
+                means = [min(statistics.fmean(losses), 9.0) for _, losses in points]
+                axis.plot(
+                    [factor for factor, _ in points], means, marker="o", markersize=3, color=f"C{number}", label=method
+                )
+                low, high = zip(*((min(min(ls), 9.0), min(max(ls), 9.0)) for _, ls in points), strict=True)
+                axis.fill_between([factor for factor, _ in points], low, high, color=f"C{number}", alpha=0.15)
+        axis.set(
+            xscale="log",
+            xlabel="rate of the matrices, times the usual",
+            ylabel="validation loss at the end",
+            title=kind,
+        )
+        axis.set_xticks(FACTORS, [f"{factor:g}" for factor in FACTORS])
+        axis.set_ylim(None, 8.0)
+        axis.legend(fontsize=8)
+    looks = (("largest singular value, of its start", 1), ("largest root mean square of a layer's output", 3))
+    for line, (title, place) in zip(axes[1:], looks, strict=True):
+        for axis, factor in zip(line, (1, 8, 32), strict=True):
+            for number, method in enumerate(METHODS):
+                key = ("usual", method, factor, 0)
+                for row in rows:
+                    if (row["kind"], row["method"], row["factor"], row["seed"]) == key:
+                        values = [math.nan if look[place] is None else look[place] for look in row["looks"]]
+                        axis.plot([look[0] for look in row["looks"]], values, color=f"C{number}", label=method)
+            axis.set(yscale="log", xlabel="step", ylabel=title, title=f"usual, {factor}×")
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument(
+        "--plot", action="store_true", help="draw docs/stability.png of what is there, and train nothing"
+    )
     parser.add_argument("--cache", type=Path, help="where its tokens are kept; else a directory that goes")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--factors", type=float, nargs="+", default=FACTORS)
     args = parser.parse_args()
+    if args.plot:
+        plot(rows_in(OUT), RESULTS.parent.parent / "docs" / "stability.png")
+        return
+    if args.text is None:
+        parser.error("--text FILE: what to train on, which benchmarks.text gathers")
     origin = provenance(CPU)
     with tempfile.TemporaryDirectory() as scratch:
         settings = [f"data.train={args.text}", f"data.cache_dir={args.cache or scratch}"]

@@ -32,6 +32,7 @@ PAGES = (
     "docs/scaling.md",
     "docs/single-step.md",
     "docs/speed.md",
+    "docs/stability.md",
     "docs/training.md",
 )
 
@@ -513,27 +514,41 @@ def continuity() -> str:
     return _markdown(["order", "dtype", "largest angle folded", "loss before", "relative change at the merge"], body)
 
 
-def stability() -> str:
-    """Mean final loss and divergences by factor on the best rates."""
-    rows = _rows("stability")
-    best = {
-        method: min(
-            (r for r in rows if r["method"] == method and r["factor"] is None), key=lambda r: r["loss"] or float("inf")
-        )
-        for method in dict.fromkeys(r["method"] for r in rows)
-    }
+def _stability(kind: str) -> str:
+    """Validation loss by method and factor on its usual rate: mean over the seeds, and what went wrong on the way."""
+    rows = [row for row in _rows("stability") if row["kind"] == kind]
+    factors = sorted({row["factor"] for row in rows})
     body = []
-    for method, base in best.items():
-        for factor in sorted({r["factor"] for r in rows if r["factor"] is not None}):
-            mine = [r for r in rows if r["method"] == method and r["factor"] == factor]
-            finite = [r["loss"] for r in mine if r["loss"] is not None]
-            rate = f"{base['lr'] * factor:g}" + (f" / {base['poet_lr'] * factor:g}" if base["poet_lr"] else "")
-            spread = f"{min(finite):.3f} to {max(finite):.3f}" if finite else ""
-            mean = f"{statistics.mean(finite):.3f}" if finite else "not finite"
-            diverged = f"{sum(r['diverged'] for r in mine)} of {len(mine)}"
-            body.append([method, f"{factor:g}×", rate, mean, spread, diverged])
-    head = ["method", "factor", "lr / rotation lr", "validation loss, mean", "range over seeds", "diverged"]
-    return _markdown(head, body)
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells, best = [], math.inf
+        for factor in factors:
+            mine = [row for row in rows if (row["method"], row["factor"]) == (method, factor)]
+            loss = mean_loss(mine) if mine else math.nan
+            best = min(best, loss)
+            troubles = {"diverged": "diverged", "spikes": "spikes", "skipped_steps": "skipped"}
+            counts = [(name, sum(row[key] for row in mine)) for key, name in troubles.items()]
+            said = ", ".join(f"{count} {name}" for name, count in counts if count)
+            cells.append((loss, f" ({said})" if said else ""))
+        texts = [("**{:.2f}**" if loss == best else "{:.2f}").format(loss) + said for loss, said in cells]
+        body.append(
+            [method, f"{next(r['rate'] for r in rows if r['method'] == method and r['factor'] == 1):g}", *texts]
+        )
+    return _markdown(["method", "rate at 1×", *(f"{factor:g}×" for factor in factors)], body)
+
+
+def stability_usual() -> str:
+    """:func:`_stability` of the usual model."""
+    return _stability("usual")
+
+
+def stability_normless() -> str:
+    """:func:`_stability` of the model that loses its norms."""
+    return _stability("normless")
+
+
+def stability_deep() -> str:
+    """:func:`_stability` of 48 thin layers."""
+    return _stability("deep")
 
 
 def permutations() -> str:
@@ -795,7 +810,9 @@ _TABLES = (
     gpu_routes,
     memory_measured,
     continuity,
-    stability,
+    stability_usual,
+    stability_normless,
+    stability_deep,
     permutations,
     single_step,
     single_step_best,

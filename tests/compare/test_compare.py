@@ -234,6 +234,8 @@ def test_methods_have_labels_and_settings_of_their_own(tiny: Tiny, tmp_path: Pat
     recipes = load_methods(str(mine), ["train.steps=3"], methods_in(["muon", str(file)]))
     assert list(recipes) == ["muon", "small", "large", "adamw"]
     assert [recipes[name].poet.block_size for name in ("small", "large")] == [2, tiny().poet.block_size]
+    ends = with_method(tiny(), "scale").with_keys({"optimizer.end_lr": 5e-3})
+    assert trials.rates_of(ends) == {"optimizer.matrix_lr": 1e-3, "optimizer.end_lr": 5e-3}
     assert trials.rates_of(recipes["adamw"]) == {"optimizer.matrix_lr": 3e-3, "optimizer.lr": tiny().optimizer.lr}
     assert all(recipe.train.steps == 3 for recipe in recipes.values())
     assert list(methods_in([f"{file}:large", "lora"])) == ["large", "lora"]

@@ -21,7 +21,7 @@ from poetx.optim.baselines.muon import Muon
 from poetx.optim.baselines.normalized import RACS, RMNP, Scale, SinkGD
 from poetx.optim.baselines.rules import RULES, matrices_and_rest
 from poetx.optim.gradient_release import release_gradients
-from poetx.optim.settings import MATRIX_OPTIMIZERS
+from poetx.optim.settings import MATRIX_OPTIMIZERS, WITH_ENDS
 
 Array = Any
 STEPS, LR = 7, 0.02
@@ -241,14 +241,15 @@ def test_released_gradients_give_the_same_steps(name: str) -> None:
 def test_which_matrices_each_steps(name: str, tied: bool) -> None:
     model = llama(tie_word_embeddings=tied)
     groups = param_groups(model, lr=1e-3, poet_lr=1e-3, weight_decay=0.1)
-    optimizer = matrices_and_rest(model, groups, name, lr=1e-3, matrix_lr=None, weight_decay=0.1, rest={})
+    rates = {"lr": 1e-3, "matrix_lr": None, "end_lr": 5e-3 if name in WITH_ENDS else None}
+    optimizer = matrices_and_rest(model, groups, name, **rates, weight_decay=0.1, rest={})
     mine = {id(p): g for g in optimizer.param_groups if g["optimizer"] == 0 for p in g["params"]}
     for label, p in model.named_parameters():
         end = "head" if "lm_head" in label or (tied and "embed" in label) else "embedding" if "embed" in label else ""
         assert (id(p) in mine) == (p.ndim == 2 and (not end or end in RULES[name].ends)), label
         if id(p) in mine:
             group = mine[id(p)]
-            assert group["lr"] == (RULES[name].lr or 1e-3)
+            assert group["lr"] == (5e-3 if end else RULES[name].lr or 1e-3)
             assert group["weight_decay"] == (0.0 if name == "muon-hyperball" else 0.1)
             if name == "scale":
                 assert (group["over"], group["momentum"]) == {"": (1, 0), "embedding": (0, 0), "head": (1, 0.9)}[end]

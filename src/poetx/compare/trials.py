@@ -84,7 +84,8 @@ def rates_of(recipe: Recipe) -> dict[str, float]:
             return {f"optimizer.{key}": values[key], "optimizer.lr": own.lr}
     if "matrix_lr" in values:
         usual = RULES[own.name].lr if own.name in RULES else None
-        return {"optimizer.matrix_lr": values["matrix_lr"] or usual or own.lr, "optimizer.lr": own.lr}
+        rest = "lr" if values.get("end_lr") is None else "end_lr"
+        return {"optimizer.matrix_lr": values["matrix_lr"] or usual or own.lr, f"optimizer.{rest}": values[rest]}
     return {"optimizer.lr": own.lr}
 
 

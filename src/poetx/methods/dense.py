@@ -11,7 +11,7 @@ from poetx.methods.base import Method
 from poetx.optim.baselines.rules import RULES, matrices_and_rest, with_matrix_rate
 from poetx.optim.build import build_optimizer
 from poetx.optim.groups import param_groups
-from poetx.recipe.sections import AdamWKeys, LowRankKeys, MatrixKeys
+from poetx.recipe.sections import AdamWKeys, EndKeys, LowRankKeys, MatrixKeys
 
 
 class Dense(Method):
@@ -33,5 +33,6 @@ class Dense(Method):
             groups = groups if own.matrix_lr is None else with_matrix_rate(model, groups, own.matrix_lr)
             return build_optimizer(groups, own.name, **options)
         low_rank = {"rank": own.rank, "gap": own.subspace_gap} if isinstance(own, LowRankKeys) else {}
+        ends = {"end_lr": own.end_lr} if isinstance(own, EndKeys) else {}
         rates = {"lr": own.lr, "matrix_lr": own.matrix_lr, "weight_decay": own.weight_decay}
-        return matrices_and_rest(model, groups, own.name, **rates, rest=options, **low_rank)
+        return matrices_and_rest(model, groups, own.name, **rates, **ends, rest=options, **low_rank)

@@ -14,6 +14,8 @@ from poetx.errors import UserError, nearest
 OPTIMIZERS = ("adamw", "sgd", "adafactor", "smmf", "hfac")
 #: Optimizers of dense matrices, beside AdamW on the rest: :mod:`poetx.optim.baselines.rules`.
 LOW_RANK = ("galore", "fira", "apollo")
+#: Rules that step an end of the model, embedding or head, too.
+WITH_ENDS = ("scale", "racs")
 MATRIX_OPTIMIZERS = ("muon", "muon-hyperball", "rmnp", "scale", "sinkgd", "racs", *LOW_RANK, "apollo-mini")
 
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {

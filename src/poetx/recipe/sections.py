@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, create_model, model
 
 from poetx.config import METHODS_OF, PoetConfig, Recompute
 from poetx.errors import UserError
-from poetx.optim.settings import LOW_RANK, MATRIX_OPTIMIZERS, OPTIMIZERS
+from poetx.optim.settings import LOW_RANK, MATRIX_OPTIMIZERS, OPTIMIZERS, WITH_ENDS
 from poetx.recipe.values import (
     Amount,
     Beta,
@@ -247,6 +247,11 @@ class LowRankKeys(Section):
     subspace_gap: Count = 200  # steps that it stays
 
 
+class EndKeys(Section):
+    belongs: ClassVar[str] = f"for {', '.join(WITH_ENDS)}"
+    end_lr: MaybeRate = None  # of embedding and head where the rule steps them, too; None: that of the matrices
+
+
 class PoetXKeys(Section):
     belongs: ClassVar[str] = "for poet.method=poet-x"
     dense_optimizer: Dense | None = None  # pyright: ignore[reportInvalidTypeForm]  # for all but rotations; None: name
@@ -273,7 +278,7 @@ class SingleStepKeys(Section):
     norm_growth: Amount = 0.0  # ‖W‖² grows by so many times its first value over all train.steps
 
 
-_OPTIMIZER_KEYS = (AdamWKeys, SgdKeys, MatrixKeys, LowRankKeys, PoetXKeys, RotationAdamWKeys, SingleStepKeys)
+_OPTIMIZER_KEYS = (AdamWKeys, SgdKeys, MatrixKeys, LowRankKeys, EndKeys, PoetXKeys, RotationAdamWKeys, SingleStepKeys)
 
 
 class TrainRecipe(Section):
@@ -371,7 +376,7 @@ def optimizer_type(method: str | None, names: frozenset[str], rotations_by_adamw
     parts: list[type[Section]] = []
     if names & {"adamw", *MATRIX_OPTIMIZERS}:
         parts.append(AdamWKeys)
-    kinds = ((("sgd",), SgdKeys), (LOW_RANK, LowRankKeys))
+    kinds = ((("sgd",), SgdKeys), (LOW_RANK, LowRankKeys), (WITH_ENDS, EndKeys))
     parts += [keys for kind, keys in kinds if names.intersection(kind)]
     if method is None:
         parts.append(MatrixKeys)

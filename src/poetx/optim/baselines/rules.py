@@ -67,6 +67,7 @@ def matrices_and_rest(
     matrix_lr: float | None,
     weight_decay: float,
     rest: dict[str, Any],
+    end_lr: float | None = None,
     rank: int | None = None,
     gap: int | None = None,
 ) -> torch.optim.Optimizer:
@@ -74,6 +75,7 @@ def matrices_and_rest(
 
     Args:
         groups: of :func:`poetx.param_groups`. lr: of AdamW. matrix_lr: of the rule; None: what is usual.
+        end_lr: of embedding and head where the rule steps them; None: that of the matrices.
         rest: further settings of AdamW, for :func:`poetx.optim.build_optimizer`.
         rank, gap: of the low-rank rules; None: a quarter of each matrix's smaller side, as published, and 200 steps.
             A matrix smaller than that is not projected.
@@ -92,7 +94,9 @@ def matrices_and_rest(
             continue
         if not rule.decays and has_values(parameter) and not parameter.any():  # a held norm of zero
             continue
-        settings = _OF_ENDS.get((name, end), {}) if end else {}
+        settings = dict(_OF_ENDS.get((name, end), {})) if end else {}
+        if end and end_lr is not None:
+            settings["lr"] = end_lr
         if name in LOW_RANK:
             settings = {"rank": rank or max(1, min(parameter.shape) // 4)}
             settings |= {} if gap is None else {"sketch_gap" if name == "apollo" else "subspace_gap": gap}
