@@ -450,20 +450,20 @@ def test_merge_reports_the_angle_and_warns_where_the_series_fails(caplog):
     assert "use neumann_order=7" in caplog.text
 
 
-@pytest.mark.parametrize(("rate", "merges"), [(0.1, [8, 16]), (1e-4, [])])
+@pytest.mark.parametrize(("rate", "merges"), [(0.1, list(range(1, 10))), (0.03, [4, 8]), (1e-4, [])])
 def test_large_angles_are_merged_early(rate, merges):
     model = converted(init="normalized")
     optimizer = torch.optim.AdamW(param_groups(model, lr=1e-4, poet_lr=rate))
     handle = merge_every(optimizer, model, steps=100, angle=0.2)
     seen = []
-    for number in range(1, 20):
+    for number in range(1, 10):
         before = handle.merges
         step(model, optimizer, seed=number)
         if handle.merges > before:
             seen.append(number)
-            assert handle.report.angle > 0.2
+            assert 0.2 < handle.report.angle < 0.5
     assert seen == merges
-    assert handle.steps_since_merge == 19 - sum(merges[-1:])
+    assert handle.steps_since_merge == 9 - sum(merges[-1:])
 
 
 def trained(model, steps):

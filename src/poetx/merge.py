@@ -33,7 +33,7 @@ _NOTHING = (
     "the model has no PoetLinear layer to merge; call poetx.convert_ first (with method='single-step', poetx.POETX "
     "folds at every step and there is nothing left to merge)"
 )
-#: Steps between two looks at the largest angle: one takes some power iterations in every layer.
+#: Steps between two looks at the largest angle, and at 1, 2 and 4: one takes some power iterations in every layer.
 _LOOK_EVERY = 8
 #: Warn where the truncated series that trained a layer is off by more than this, relative.
 _SERIES_ERROR = 0.01
@@ -254,7 +254,7 @@ class MergeHandle:
     @torch.no_grad()
     def _is_early(self, since: int) -> bool:
         """Whether this is a step to look at the rotations, and one of them has passed the angle, on any rank."""
-        if self.angle is None or since % _LOOK_EVERY:
+        if self.angle is None or (since % _LOOK_EVERY and since & (since - 1)):
             return False
         layers = [layer for _, layer in poet_layers(self._model) if not layer.frozen]
         angles = torch.stack([largest_angle(side) for layer in layers for side in layer.sides])
@@ -319,9 +319,10 @@ def merge_every(
 ) -> MergeHandle:
     """Call :func:`merge_` inside ``optimizer.step()`` after every ``steps``-th step, for any torch optimizer.
 
-    And earlier where a rotation has turned by more than ``angle`` radians, looked at in every eighth step since the
-    last merge: at large rates the series that trains rotations would leave the orthogonal matrices before ``steps``
-    are over (its relative error is angle⁴ for order 3, angle⁸ for order 7).
+    And earlier where a rotation has turned by more than ``angle`` radians, looked at 1, 2, 4, 8, 16, 24, … steps after
+    the last merge, so that hardly one turns by more than twice as much: at large rates the series that trains rotations
+    would leave the orthogonal matrices before ``steps`` are over (its relative error is angle⁴ for order 3, angle⁸ for
+    order 7).
 
     The counters are in the parameter groups of the rotations, so ``optimizer.state_dict()`` and
     ``torch.distributed.checkpoint`` save them; call this before ``load_state_dict``. A step that a gradient scaler
