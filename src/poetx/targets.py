@@ -13,6 +13,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -336,16 +337,27 @@ def _weights_read(kind: type) -> list[str]:
 
 @functools.cache
 def _weights_read_in(kind: type) -> tuple[str, ...]:
-    """The same for a class without what it inherits: finding and parsing the source of a large base takes long."""
+    """The same for a class without what it inherits.
+
+    The source of a method is looked up only where its code names a ``weight``: parsing all takes longer than a step.
+    """
     if kind.__module__.partition(".")[0] in ("torch", "builtins", "poetx", "peft"):
         return ()
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
-    except (OSError, TypeError, SyntaxError):  # a class without source: seen when it trains, not before
-        return ()
-    body = next((node.body for node in tree.body if isinstance(node, ast.ClassDef)), [])
-    methods = [node for node in body if isinstance(node, ast.FunctionDef) and node.name not in _SETUP]
-    return tuple(name for method in methods for name in _reads(method))
+    found: list[str] = []
+    for name, value in vars(kind).items():
+        method = inspect.unwrap(getattr(value, "fget", None) or getattr(value, "__func__", value))
+        if name in _SETUP or not inspect.isfunction(method) or not _names_a_weight(method.__code__):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+        except (OSError, TypeError, SyntaxError):  # a method without source: seen when it trains, not before
+            continue
+        found += (read for node in tree.body if isinstance(node, ast.FunctionDef) for read in _reads(node))
+    return tuple(found)
+
+
+def _names_a_weight(code: CodeType) -> bool:
+    return "weight" in code.co_names or any(isinstance(c, CodeType) and _names_a_weight(c) for c in code.co_consts)
 
 
 def _reads(method: ast.FunctionDef) -> Iterable[str]:
