@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import subprocess
 from importlib import metadata
@@ -18,13 +19,18 @@ _PACKAGES = ("poetx", "torch", "numpy", "safetensors", "transformers", "tokenize
 def versions() -> dict[str, str]:
     """Installed versions of what matters to a run; torch's names its build, too."""
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
+    found |= {package: _version(package) for package in _PACKAGES}
     found["torch"] = torch.__version__  # the package's metadata may leave out +cpu or +cu130
     return found
+
+
+@functools.cache
+def _version(package: str) -> str:
+    """A package's version, which is looked up in every folder of the path once."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def device_name(device: torch.device) -> str:
