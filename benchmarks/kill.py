@@ -77,7 +77,8 @@ def _fingerprint(run_dir: Path) -> tuple[list[dict[str, Any]], str]:
 def _context() -> Any:
     # A fork server has the imports done once; each child is still a process of its own to kill.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["poetx.train.run", "transformers.models.llama.modeling_llama"])
+    ours = ["poetx.convert", "poetx.optim.build", "poetx.train.run"]
+    context.set_forkserver_preload([*ours, "transformers.models.llama.modeling_llama"])
     return context
 
 
@@ -101,20 +102,20 @@ def run(kills: int, *, seed: int, directory: Path, settings: Sequence[str] = (),
     recipe.write_text(RECIPE)
     common = [f"data.train={directory / 'text'}", f"data.cache_dir={directory / 'cache'}", *settings]
 
-    def start(run_dir: Path) -> Any:
-        overrides = [*common, f"run_dir={run_dir}"]
+    def start(run_dir: Path, *more: str) -> Any:
+        overrides = [*common, *more, f"run_dir={run_dir}"]
         child = context.Process(target=_train, args=(str(recipe), overrides), kwargs={"stand_in": stand_in})
         child.start()
         return child
 
-    def finish(run_dir: Path) -> float:
+    def finish(run_dir: Path, *more: str) -> float:
         began = time.perf_counter()
-        child = start(run_dir)
+        child = start(run_dir, *more)
         child.join()
         assert child.exitcode == 0, f"training failed with exit code {child.exitcode}"
         return time.perf_counter() - began
 
-    finish(directory / "warm-up")  # the tokenised text is cached now
+    finish(directory / "warm-up", "train.steps=1")  # the tokenised text is cached now
     duration = finish(directory / "undisturbed")
     expected = _fingerprint(directory / "undisturbed")
     generator, steps, done, identical = random.Random(seed), [], 0, True

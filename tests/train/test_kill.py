@@ -16,7 +16,7 @@ def test_killed_and_resumed_runs_end_bitwise_the_same(tmp_path: Path, kills: int
     streamed = bool(settings)
     if streamed and not accelerator.available():
         pytest.skip("this torch takes no device from Python")
-    outcome = run(kills, seed=1, directory=tmp_path, settings=settings, stand_in=streamed)
+    outcome = run(kills, seed=1, directory=tmp_path, settings=["train.steps=14", *settings], stand_in=streamed)
     assert outcome.kills == kills
     assert outcome.identical
     runs = list(tmp_path.rglob("checkpoints"))
