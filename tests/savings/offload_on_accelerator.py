@@ -42,7 +42,7 @@ def device():
         yield device
 
 
-def trained(name: str, prepare: Callable[[nn.Module], object], *, checkpointed: bool = False, steps: int = 3):
+def trained(name: str, prepare: Callable[[nn.Module], object], *, checkpointed: bool = False, steps: int = 2):
     """Losses, model and optimizer after steps of two micro-batches, each with a merge or a fold."""
     settings, dtype = FORMS[name]
     built = llama("cpu", dtype)
