@@ -85,16 +85,25 @@ def check_on_ranks(forms: Sequence[str], directory: Path) -> dict[str, dict[str,
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+    return held_on_all(directory, forms)
+
+
+def check_on_rank(rank: int, directory: str, forms: Sequence[str]) -> None:
+    """:func:`check` of the DDP example on one rank of a process group, for :func:`held_on_all`."""
+    held = {form: check("ddp", form, Path(directory) / form) for form in forms}
+    (Path(directory) / f"{rank}.json").write_text(json.dumps(held))
+    torch.distributed.barrier()
+
+
+def held_on_all(directory: Path, forms: Sequence[str]) -> dict[str, dict[str, bool]]:
+    """What held on every rank, by form."""
     ranks = [json.loads((directory / f"{rank}.json").read_text()) for rank in range(_RANKS)]
     return {form: {name: all(rank[form][name] for rank in ranks) for name in CHECKS} for form in forms}
 
 
 def _rank(directory: Path, forms: Sequence[str]) -> None:
     torch.distributed.init_process_group("gloo")
-    rank = torch.distributed.get_rank()
-    held = {form: check("ddp", form, directory / form) for form in forms}
-    (directory / f"{rank}.json").write_text(json.dumps(held))
-    torch.distributed.barrier()
+    check_on_rank(torch.distributed.get_rank(), str(directory), forms)
     torch.distributed.destroy_process_group()
     os._exit(0)  # torch 2.13: a thread of the group that outlives the interpreter's shutdown aborts the process
 

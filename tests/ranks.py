@@ -16,7 +16,10 @@ from torch.multiprocessing.spawn import start_processes
 def context() -> Any:
     """Processes that have the imports done, once for all of them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["poetx.train.run", "transformers.models.llama.modeling_llama"])
+    ours = ("convert", "materialize", "methods.single_step", "optim.build", "optim.single_step", "train.run")
+    models = ("gpt2.modeling_gpt2", "llama.modeling_llama")
+    all_do = [*(f"poetx.{name}" for name in ours), *(f"transformers.models.{name}" for name in models), "pytest"]
+    context.set_forkserver_preload(all_do)
     return context
 
 

@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-from benchmarks.integrations import CHECKS, EXAMPLES, FORMS, LOOPS, check, check_on_ranks
+from benchmarks.integrations import CHECKS, EXAMPLES, FORMS, LOOPS, check, check_on_rank, held_on_all
+
+from ranks import run_on_two_ranks
 
 PAGE = (EXAMPLES.parent / "docs/integrations.md").read_text(encoding="utf-8")
 ALL = dict.fromkeys(CHECKS, True)
@@ -21,7 +23,8 @@ def test_an_example_trains_accumulates_resumes_and_loads(loop: str, form: str, t
 
 
 def test_the_same_on_two_ranks(tmp_path: Path) -> None:
-    assert check_on_ranks(FORMS, tmp_path) == dict.fromkeys(FORMS, ALL)
+    run_on_two_ranks(check_on_rank, str(tmp_path), FORMS)
+    assert held_on_all(tmp_path, FORMS) == dict.fromkeys(FORMS, ALL)
 
 
 def test_the_page_names_every_example_and_each_is_short() -> None:
