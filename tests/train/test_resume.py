@@ -45,7 +45,7 @@ def test_a_run_stopped_and_resumed_is_the_run_and_its_export_is_what_it_trained(
         pytest.importorskip("peft")
     settings = (f"method={method}", *(KINDS | OTHERS)[kind].split())
     straight = train(tiny(*settings, run_dir="straight"))
-    recipe = tiny(*settings, "train.export=false", run_dir="stopped")
+    recipe = tiny(*settings, run_dir="stopped")
     stopped = train(recipe, reporter=At(7, interrupt))
     assert (stopped.step, stopped.signum) == (7, signal.SIGINT)
     assert stopped.checkpoint == recipe.directory / "checkpoints" / "step-00000007"
