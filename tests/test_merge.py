@@ -296,9 +296,11 @@ def test_refusals():
     for steps in (0, -1, 2.5, True):
         with pytest.raises(UserError, match="must be a whole number"):
             merge_every(optimizer, model, steps=steps)
-    for angle in (0, -0.3, math.nan):
+    for angle in (0, -0.3, math.nan, math.inf, True, "0.2", [0.2]):
         with pytest.raises(UserError, match="must be above 0, radians"):
             merge_every(optimizer, model, angle=angle)
+    with pytest.raises(UserError, match=r"^angle=0\.2: has no effect with steps=1; leave it out"):
+        merge_every(optimizer, model, steps=1, angle=0.2)
     with pytest.raises(UserError, match=r"0\.skew_in is not in this optimizer"):
         merge_every(torch.optim.SGD([model[0].bias], lr=1.0), model, steps=3)
     with pytest.raises(UserError, match="no PoetLinear"):
@@ -464,6 +466,18 @@ def test_large_angles_are_merged_early(rate, merges):
             assert 0.2 < handle.report.angle < 0.5
     assert seen == merges
     assert handle.steps_since_merge == 9 - sum(merges[-1:])
+
+
+def test_frozen_rotations_are_not_looked_at():
+    model = converted(init="normalized")
+    optimizer = torch.optim.AdamW(param_groups(model, lr=1e-4, poet_lr=0.1))
+    handle = merge_every(optimizer, model, steps=20, angle=0.01)
+    for layer in dict(poet_layers(model)).values():
+        layer.skew_in.requires_grad_(False)
+        layer.skew_out.requires_grad_(False)
+    for number in range(20):
+        step(model, optimizer, seed=number)
+    assert handle.merges == 1  # of the usual 20 steps
 
 
 def trained(model, steps):

@@ -7,12 +7,13 @@ together here, under one counter, because keeping them apart is where public cod
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from poetx.distributed.checksum import check_alike
 from poetx.distributed.ranks import on_any_rank
@@ -125,11 +126,16 @@ def _merge_sharded_(layers: list[PoetLinear], optimizer: torch.optim.Optimizer |
     return [FoldStats(*merged[layer]) for layer in layers]
 
 
+def _on_cpu(scalars: Sequence[Tensor]) -> Tensor:
+    """Scalars of layers, which may be on several devices, as one tensor."""
+    return torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).cpu()
+
+
 def _report(layers: Mapping[str, PoetLinear], stats: list[FoldStats]) -> MergeReport:
     if not layers:
         return MergeReport(angle=0.0, angle_layer="", series_error=0.0, norm_drift=0.0, norm_layer="")
     names = list(layers)
-    angles, ratios = (torch.stack(list(column)).cpu() for column in zip(*stats, strict=True))
+    angles, ratios = map(_on_cpu, zip(*stats, strict=True))
     orders = [layer.order for layer in layers.values()]
     errors = torch.tensor(
         [0.0 if k == EXACT else angle ** (k + 1) for k, angle in zip(orders, angles.tolist(), strict=True)]
@@ -256,9 +262,10 @@ class MergeHandle:
         """Whether this is a step to look at the rotations, and one of them has passed the angle, on any rank."""
         if self.angle is None or (since % _LOOK_EVERY and since & (since - 1)):
             return False
-        layers = [layer for _, layer in poet_layers(self._model) if not layer.frozen]
-        angles = torch.stack([largest_angle(side) for layer in layers for side in layer.sides])
-        return on_any_rank([bool((angles > self.angle).any())], angles.device)[0]
+        layers = [layer for _, layer in poet_layers(self._model)]
+        angles = [largest_angle(side) for layer in layers if not layer.frozen for side in layer.sides]
+        passed = bool(angles) and bool((_on_cpu(angles) > self.angle).any())
+        return on_any_rank([passed], layers[0].skew_in.device)[0]
 
     def _only_creates_state(self) -> bool:
         """Whether this step had rate and gradients zero, as ``torch.distributed.checkpoint`` takes one to load into."""
@@ -331,15 +338,18 @@ def merge_every(
     over the ranks after each merge, tells whether it did.
 
     Raises:
-        UserError: ``steps`` below 1, an ``angle`` that is not above 0 or is given for sharded parameters, a model with
-            no rotated layer, rotations missing from the optimizer, a wrapper without hooks, LBFGS, or a second call
-            for the same optimizer; at the first step, an optimizer that counts steps for rotations and other
+        UserError: ``steps`` below 1, an ``angle`` that is not above 0, or with one step or sharded parameters, a model
+            with no rotated layer, rotations missing from the optimizer, a wrapper without hooks, LBFGS, or a second
+            call for the same optimizer; at the first step, an optimizer that counts steps for rotations and other
             parameters together; after a merge, layers that differ between ranks.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise UserError(f"steps={steps!r}: must be a whole number of at least 1 (200 is the paper's)")
-    if angle is not None and not angle > 0:
-        raise UserError(f"angle={angle!r}: must be above 0, radians; or None: only every {steps} steps")
+    if angle is not None:
+        if isinstance(angle, bool) or not isinstance(angle, (int, float)) or not 0 < angle < math.inf:
+            raise UserError(f"angle={angle!r}: must be above 0, radians; or None: only every {steps} steps")
+        if steps == 1:
+            raise UserError(f"angle={angle:g}: has no effect with steps=1; leave it out, or give more steps")
     layers = dict(poet_layers(model))
     if not layers:
         raise UserError(_NOTHING)

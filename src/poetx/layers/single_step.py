@@ -22,8 +22,9 @@ class SingleStepLinear(HostedLinear):
     :class:`poetx.POETX` folds a small rotation into the weight at every step, so that the rotations are the identity
     whenever forward runs. Backward adds their gradient straight into that optimizer's momentum: no gradient tensor is
     kept, and gradients of several backward passes add up. ``backward(inputs=...)`` and ``torch.autograd.grad`` train
-    nothing: they leave out what is not named to them. A term of the loss made of ``weight`` itself (a penalty) has a
-    gradient [m, n] of it for a moment, whose share goes into the momentum, too.
+    nothing: they leave out what is not named to them, and give of ``weight`` what other terms than the product have. A
+    term of the loss made of ``weight`` itself (a penalty) has a gradient [m, n] of it for a moment, whose share goes
+    into the momentum, too.
 
     Parameters: ``weight`` [m, n], frozen, under the name and in the layout of ``nn.Linear``; ``bias`` [m] or None,
     trained as usual. The state dict is that of the plain layer: a ``Conv1D``'s weight is [n, m] there.

@@ -35,8 +35,8 @@ def idle(values: Mapping[str, Any], key: str) -> str:
     if key == "optimizer.weight_decay" and rotated and chosen("poet.method") == "oft":
         return "on rotations, which are all that poet.method=oft trains"
     merges = rotated and chosen("poet.method") == "poet-x" and chosen("poet.merge_every")
-    if key == "poet.merge_angle" and not merges:
-        return "without poet.merge_every"
+    if key == "poet.merge_angle" and (not merges or merges == 1):
+        return "without poet.merge_every above 1"
     ramp = ("optimizer.clip", "optimizer.clip_ramp_steps", "optimizer.clip_ramp_until")
     if key.startswith("optimizer.clip_ramp") and not (merges and all(map(chosen, ramp))):
         return f"without poet.merge_every and {', '.join(ramp)}"

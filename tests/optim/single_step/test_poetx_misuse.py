@@ -223,3 +223,15 @@ def test_a_penalty_leaves_frozen_layers_and_closed_optimizers_alone():
     optimizer.close()
     model.requires_grad_(False)
     assert not sum(p.square().sum() for p in weights).requires_grad
+
+
+@pytest.mark.parametrize("change", ["cast", "load"])
+def test_a_penalty_counts_after_a_cast_or_a_load(change):
+    model = converted()
+    optimizer = POETX(model)
+    model.double() if change == "cast" else model.load_state_dict(copy.deepcopy(model.state_dict()))
+    before = model[0].weight.detach().clone()
+    descend(model[0].weight.pow(3).sum(), optimizer)
+    assert not torch.equal(model[0].weight, before)
+    optimizer.close()
+    assert not model[0].weight.pow(3).requires_grad
