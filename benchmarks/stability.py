@@ -45,22 +45,19 @@ CPU = torch.device("cpu")
 OUT = RESULTS / "stability.jsonl"
 RECIPE = Path(__file__).parent / "compare" / "tiny.yaml"
 FACTORS = [2.0**k for k in range(-2, 6)]
+_POET_X = {
+    "method": "fast",
+    "optimizer.lr": 0.024,
+    "poet.merge_every": 50,
+    "poet.neumann_order": 7,
+    "optimizer.clip_ramp_until": 0,
+}
 #: Settings, the key that is varied and its value at 1×.
 METHODS: dict[str, tuple[dict[str, Any], str, float]] = {
     "adamw": ({"method": "adamw", "optimizer.lr": 0.024, "model.residual_scale": 0.25}, "optimizer.matrix_lr", 0.0015),
     "muon": ({"method": "muon", "optimizer.lr": 0.048, "model.residual_scale": 0.25}, "optimizer.matrix_lr", 0.006),
-    "poet-x": (
-        {
-            "method": "fast",
-            "optimizer.lr": 0.024,
-            "poet.merge_every": 50,
-            "poet.merge_angle": 0.3,
-            "poet.neumann_order": 7,
-            "optimizer.clip_ramp_until": 0,
-        },
-        "optimizer.poet_lr",
-        0.004,
-    ),
+    "poet-x": (_POET_X | {"poet.merge_angle": 0.3}, "optimizer.poet_lr", 0.004),
+    "poet-x, no early merges": (_POET_X, "optimizer.poet_lr", 0.004),
     "single-step-fixed": ({"method": "single-step-fixed", "optimizer.lr": 0.024}, "optimizer.angle", 0.024),
     "single-step": ({"method": "single-step-free", "optimizer.lr": 0.024}, "optimizer.angle", 0.024),
 }
