@@ -520,20 +520,21 @@ def _stability(kind: str) -> str:
     factors = sorted({row["factor"] for row in rows})
     body = []
     for method in dict.fromkeys(row["method"] for row in rows):
-        cells, best = [], math.inf
-        for factor in factors:
-            mine = [row for row in rows if (row["method"], row["factor"]) == (method, factor)]
-            loss = mean_loss(mine) if mine else math.nan
-            best = min(best, loss)
+        mine = [row for row in rows if row["method"] == method]
+        by_factor = {factor: [row for row in mine if row["factor"] == factor] for factor in factors}
+        best = min(mean_loss(same) for same in by_factor.values() if same)
+        rate = next(f"{row['rate'] / row['factor']:g}" for row in mine)
+        cells = []
+        for same in by_factor.values():
+            loss = mean_loss(same) if same else math.nan
+            text = "not run" if not same else f"**{loss:.2f}**" if loss == best else f"{loss:.2f}"
             troubles = {"diverged": "diverged", "spikes": "spikes", "skipped_steps": "skipped"}
-            counts = [(name, sum(row[key] for row in mine)) for key, name in troubles.items()]
-            said = ", ".join(f"{count} {name}" for name, count in counts if count)
-            cells.append((loss, f" ({said})" if said else ""))
-        texts = [("**{:.2f}**" if loss == best else "{:.2f}").format(loss) + said for loss, said in cells]
-        body.append(
-            [method, f"{next(r['rate'] for r in rows if r['method'] == method and r['factor'] == 1):g}", *texts]
-        )
-    return _markdown(["method", "rate at 1×", *(f"{factor:g}×" for factor in factors)], body)
+            counts = [(name, sum(row[key] for row in same)) for key, name in troubles.items()]
+            said = ", ".join(f"{name} {count}" for name, count in counts if count)
+            cells.append(text + (f" ({said})" if said else ""))
+        seeds = len({row["seed"] for row in mine})
+        body.append([method, rate, str(seeds), *cells])
+    return _markdown(["method", "rate at 1×", "seeds", *(f"{factor:g}×" for factor in factors)], body)
 
 
 def stability_usual() -> str:
