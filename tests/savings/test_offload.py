@@ -164,6 +164,9 @@ def test_weights_in_files_need_a_disk() -> None:
 def test_single_step_weights_do_not_go_to_a_disk_that_every_step_would_write() -> None:
     with pytest.raises(UserError, match="would write all of it at every step"):
         offload_frozen_(layers(1, "single-step, free"), "cuda", directory=".")
+    for place in (7, b"here", ""):
+        with pytest.raises(UserError, match="must be the path of a directory"):
+            offload_frozen_(layers(1), "cuda", directory=place)
     with pytest.raises(UserError, match="every step of method=single-step would write all"):
         load_recipe("llama-1b", ["method=single-step", "model.offload=frozen", "model.offload_dir=."], text=False)
     with pytest.raises(UserError, match="model.offload_dir: is for model.offload=frozen or both"):

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import meta_utils
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -60,7 +61,11 @@ class RotatedWeight(nn.Parameter):
 
     @property
     def requires_grad(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return False
+        traced = torch.compiler.is_dynamo_compiling()  # which cannot read frames
+        if traced or sys._getframe(1).f_globals.get("__name__") != meta_utils.__name__:
+            return False
+        with self.for_autograd() as weight:  # torch.compile asks; else its backward would leave out a penalty
+            return weight.requires_grad
 
     @requires_grad.setter
     def requires_grad(self, requires_grad: bool) -> None:
@@ -384,6 +389,8 @@ class ConvertedLinear(nn.Module):
         if type(weight) is nn.Parameter:
             weight.__class__ = RotatedWeight  # pyright: ignore[reportAttributeAccessIssue]
             weight._mark = mark  # pyright: ignore[reportAttributeAccessIssue]
+            # The swap leaves the list of hooks, but drops what calls them.
+            weight._post_accumulate_grad_hooks = None  # pyright: ignore[reportAttributeAccessIssue]
 
     def checked_input(self, x: Tensor) -> Tensor:
         """x [..., in_features] in the dtype that the layer computes in: autocast's if that is on, else the weight's.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -154,6 +156,14 @@ class SingleStepLinear(HostedLinear):
         self.check_whole()
         self.check_filled()
         return self.weight.detach()
+
+    @contextlib.contextmanager
+    def _weight_stays_rotated(self) -> Iterator[None]:
+        """As in any layer; a weight that torch swaps has lost what autograd knew of it."""
+        with super()._weight_stays_rotated():
+            yield
+        if self.trainer is not None and (trainer := self.trainer()) is not None:
+            trainer.take_gradients_of_other_terms()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -53,6 +53,8 @@ def offload_frozen_(
     for name, number in {"prefetch": prefetch, "keep": keep}.items():
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
             raise UserError(f"{name}={number!r}: must be a whole number of at least 0")
+    if directory is not None and not (directory and isinstance(directory, (str, Path))):
+        raise UserError(f"directory={directory!r}: must be the path of a directory, a str or pathlib.Path")
     layers = dict(converted_layers(model))
     if not layers:
         raise UserError("the model has no converted layer to offload; call poetx.convert_ first")

@@ -225,13 +225,34 @@ def test_a_penalty_leaves_frozen_layers_and_closed_optimizers_alone():
     assert not sum(p.square().sum() for p in weights).requires_grad
 
 
+@pytest.mark.parametrize("swaps", [False, True])
 @pytest.mark.parametrize("change", ["cast", "load"])
-def test_a_penalty_counts_after_a_cast_or_a_load(change):
+def test_a_penalty_counts_after_a_cast_or_a_load(change, swaps):
     model = converted()
     optimizer = POETX(model)
-    model.double() if change == "cast" else model.load_state_dict(copy.deepcopy(model.state_dict()))
+    torch.__future__.set_swap_module_params_on_conversion(swaps)
+    try:
+        model.double() if change == "cast" else model.load_state_dict(copy.deepcopy(model.state_dict()))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
     before = model[0].weight.detach().clone()
     descend(model[0].weight.pow(3).sum(), optimizer)
     assert not torch.equal(model[0].weight, before)
     optimizer.close()
     assert not model[0].weight.pow(3).requires_grad
+
+
+def test_a_penalty_inside_a_compiled_loss_counts():
+    torch._dynamo.reset()
+    weights = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(11, 8))
+        convert_(model, PoetConfig(method="single-step", block_size=4))
+        towards = [torch.randn_like(p) for p in model.parameters()]
+        loss = torch.compile(pulled, backend="aot_eager", fullgraph=True) if compiled else pulled
+        optimizer = POETX(model)
+        for _ in range(2):
+            descend(loss(model, towards), optimizer)
+        weights.append(model[0].weight.detach())
+    assert torch.allclose(*weights, atol=1e-6)

@@ -26,7 +26,7 @@ from poetx.ops.side import block_count
 from poetx.ops.single_step import MomentumBuffers, add_to_, block_peaks, map_gradient
 from poetx.ops.single_step_update import Shard, decayed, fold_, norm_and_scale
 from poetx.ops.transaction import copy_at_once_
-from poetx.optim.gradient_release import hand_over_gradient
+from poetx.optim.gradient_release import hand_over_gradient, is_handed_over
 
 SIDES = ("in", "out")
 #: A block whose gradient since the last step is smaller than this beside its direction counts as one without gradient.
@@ -197,7 +197,7 @@ class Matrix:
 
     def take_gradients_of_other_terms(self) -> None:
         """Take the full gradient of what a loss makes of a layer's weight beside its product, such as a penalty."""
-        if isinstance(self.parameter, RotatedWeight):  # not where it is sharded
+        if isinstance(self.parameter, RotatedWeight) and not is_handed_over(self.parameter):  # not where it is sharded
             with self.parameter.for_autograd() as weight:
                 weight.requires_grad_(True)
                 self.handle = hand_over_gradient(weight, self.released)
