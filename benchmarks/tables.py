@@ -527,7 +527,8 @@ def _stability(kind: str) -> str:
         cells = []
         for same in by_factor.values():
             loss = mean_loss(same) if same else math.nan
-            text = "not run" if not same else f"**{loss:.2f}**" if loss == best else f"{loss:.2f}"
+            text = f"{loss:.2f}" if loss < 100 else f"{loss:.0e}"
+            text = "not run" if not same else f"**{text}**" if loss == best else text
             troubles = {"diverged": "diverged", "spikes": "spikes", "skipped_steps": "skipped"}
             counts = [(name, sum(row[key] for row in same)) for key, name in troubles.items()]
             said = ", ".join(f"{name} {count}" for name, count in counts if count)
