@@ -117,11 +117,14 @@ def prepare_speed() -> str:
 
 def host_peak() -> str:
     """Host memory while checkpoints were loaded for streaming."""
-    newest = {(row["layers"], row["hidden_size"], row["in_files"]): row for row in _rows("host_peak")}
+    newest = {
+        (row["layers"], row["hidden_size"], row["in_files"], row.get("weights") or ""): row
+        for row in _rows("host_peak")
+    }
     body = [
         [
             f"{row['layers']} of {row['layer_mib']:,.0f} MiB",
-            "in files" if row["in_files"] else "in memory",
+            (row.get("weights") or "bfloat16") + (", in files" if row["in_files"] else ", in memory"),
             *(f"{row[f'{name}_mib'] / 1024:.2f}" for name in ("base", "card", "peak")),
             f"{row['more_than_held_in_layers']:.2f} layers",
         ]

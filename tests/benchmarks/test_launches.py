@@ -16,7 +16,7 @@ NEIGHBOURS = "poet.permutation=contiguous"
 
 @pytest.mark.parametrize(
     ("method", "more", "most"),
-    [("single-step", [], 6), ("fast", [], 23), ("mem", [], 28), ("fast", [NEIGHBOURS], 16), ("mem", [NEIGHBOURS], 20)],
+    [("single-step", [], 6), ("fast", [], 25), ("mem", [], 30), ("fast", [NEIGHBOURS], 18), ("mem", [NEIGHBOURS], 22)],
 )
 def test_a_layer_asks_for_few_kernels(method: str, more: list[str], most: int) -> None:
     found = of_a_layer(by_method(load_recipe("demo", TINY + more, text=False), method), 48)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
+import subprocess
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,9 +78,16 @@ class _Compiler:
         return launch
 
 
+#: Ampere, Ada and Hopper.
+on_each_generation = pytest.mark.parametrize("capability", [80, 89, 90])
+
+
 @contextlib.contextmanager
 def compiled_for(capability: int) -> Iterator[list]:
-    """Launches compile for an NVIDIA GPU of this compute capability (90 is Hopper), without one; yields the results."""
+    """Launches compile for an NVIDIA GPU of this compute capability (90 is Hopper), without one; yields the results.
+
+    In the end none may spill registers, or take more shared memory than GPUs of compute capability 8.6 and 8.9 have.
+    """
     pytest.importorskip("triton", "3.6", reason="an older interpreter leaves the compiler patched when it has run")
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
@@ -107,3 +118,20 @@ def compiled_for(capability: int) -> Iterator[list]:
             yield compiled
     finally:
         driver._active = before
+    for kernel in compiled:
+        assert kernel.metadata.shared <= 99 << 10, kernel.metadata.name
+        assert _stack_bytes(kernel) == 0, f"{kernel.metadata.name} spills registers on sm_{capability}"
+
+
+def _stack_bytes(kernel) -> int:
+    """Bytes a thread keeps in memory: registers that spilled, since no kernel has arrays of its own."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"STACK:(\d+)", report)
+    assert found, report
+    return int(found[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from poetx.ops.side import sides
 from poetx.ops.stored import Stored
 
 pytest.importorskip("triton", reason="the kernels need triton, which exists for Linux only")
-from kernel_helpers import compiled_for, interpreted, nan_filled
+from kernel_helpers import compiled_for, interpreted, nan_filled, on_each_generation
 
 from poetx.ops.triton import cayley as cayley_kernels
 from poetx.ops.triton import permute as permute_kernels
@@ -76,7 +77,7 @@ def test_blocks_of_two_sides(order, dtype, device):
         blocks = cayley_kernels.cayley(qs, sizes, block_size, order, dtype, squares)
         (alone,) = cayley_kernels.cayley(qs[:1], sizes[:1], block_size, order, dtype)
         settings = ([G.float() for G in blocks], qs, sizes, block_size, order, dtype == torch.bfloat16)
-        kept, again = (cayley_kernels.cayley_backward(*settings, *S) for S in (squares, []))
+        kept, again = (cayley_kernels.cayley_backward(*settings, QS) for QS in (squares, []))
     assert all(map(torch.equal, kept, again))
     assert torch.equal(alone, blocks[0])
     for G, q, size in zip(blocks, qs, sizes, strict=True):
@@ -243,24 +244,38 @@ def test_no_tokens():
     assert all(grad.eq(0).all() for grad in grads)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_kernels_compile_for_hopper(dtype):
-    """What the interpreter does not see: types, layouts, shared memory. No GPU is needed to compile."""
-    size, block_size, tokens = 512, 128, 256
-    x, G, perm = torch.zeros(tokens, size, dtype=dtype), torch.zeros(4, 128, 128, dtype=dtype), torch.arange(size).int()
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int32])
+def test_the_permutation_compiles(dtype):
     with compiled_for(90) as compiled:
-        permute_kernels.permute(x, perm)
-        if dtype == torch.bfloat16:  # the others see float32 alone, or move numbers only
-            q = torch.zeros(4, packed_size(block_size))
-            cayley_kernels.cayley([q, q], [size, size], block_size, 3, dtype)
-            cayley_kernels.cayley_backward([G.float()], [q], [size], block_size, 3, narrow=True)
-    assert len({kernel.metadata.name for kernel in compiled}) == (5 if dtype == torch.bfloat16 else 1)
+        permute_kernels.permute(torch.zeros(256, 512, dtype=dtype), torch.arange(512).int())
+    assert [kernel.metadata.name for kernel in compiled] == ["permute_kernel"]
+
+
+@on_each_generation
+@pytest.mark.parametrize(("order", "dtype"), [(3, torch.bfloat16), (7, torch.float32)])
+def test_cayley_kernels_compile(order, dtype, capability):
+    """What the interpreter does not see: types, layouts, registers, the width of loads. No GPU is needed to compile."""
+    size, block_size = 512, 128
+    q, G = torch.zeros(4, packed_size(block_size)), torch.zeros(4, block_size, block_size)
+    with compiled_for(capability) as compiled:
+        Q = cayley_kernels._unpack([q, q], [size, size], block_size)
+        for tile in cayley_kernels._TILES[: 2 if dtype == torch.bfloat16 else 1]:
+            settings = cayley_kernels._settings(block_size, tile, dtype == torch.bfloat16)
+            cayley_kernels._cayley([q, q], order, dtype, Q, torch.empty_like(Q), settings)
+        narrow = dtype == torch.bfloat16
+        cayley_kernels.cayley_backward([G, G], [q, q], [size, size], block_size, order, narrow)
+    names = {"unpack_kernel", "square_kernel", "series_kernel", "factor_gradient_kernel", "pack_gradient_kernel"}
+    names |= {"extend_kernel", "extend_gradient_kernel"} if order == 7 else set()
+    assert {kernel.metadata.name for kernel in compiled} == names
     for kernel in compiled:
-        assert kernel.metadata.shared <= 99 * 1024, (
-            "more shared memory than GPUs of compute capability 8.6 and 8.9 have"
-        )
-        if kernel.metadata.name != "permute_kernel":
-            assert "wgmma" in kernel.asm["ptx"], f"{kernel.metadata.name} does not reach Hopper's matrix units"
+        name, ptx = kernel.metadata.name, kernel.asm["ptx"]
+        copies = re.findall(r"cp\.async\.\w+\.shared\.global .*, 0x(\d+)", ptx)
+        assert copies or name == "unpack_kernel", f"{name}: loads do not run ahead of products"
+        # Γ, dF and E are read by columns, too, which Hopper's matrix units do not take of float32.
+        if name in ("square_kernel", "series_kernel", "extend_kernel", "pack_gradient_kernel"):
+            assert set(copies) == {"10"}, f"{name}: loads of less than 16 bytes"
+        if capability == 90 and dtype == torch.bfloat16 and name != "unpack_kernel":
+            assert "wgmma" in ptx, f"{name} does not reach Hopper's matrix units"
 
 
 def test_the_fastest_candidate_is_chosen_once(monkeypatch):

@@ -13,7 +13,7 @@ from poetx.ops.dispatch import use_kernels
 from poetx.optim import AdamW
 
 pytest.importorskip("triton", reason="the kernels need triton, which exists for Linux only")
-from kernel_helpers import compiled_for, interpreted
+from kernel_helpers import compiled_for, interpreted, on_each_generation
 
 on_each = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 #: No multiple of a block of 256 nor of a program's 1024 elements; 4096 and more have narrow state.
@@ -117,11 +117,12 @@ def test_a_gradient_that_is_not_finite_is_seen_and_a_huge_one_is_bounded(device)
         assert parameter.isfinite().sum() == parameter.numel() - (not finite)
 
 
+@on_each_generation
 @pytest.mark.parametrize("state", ["float32", "bfloat16", "int8"])
-def test_it_compiles_for_hopper(state):
+def test_it_compiles(state, capability):
     parameter = nn.Parameter(torch.zeros(SHAPE, dtype=torch.bfloat16))
     parameter.grad = torch.zeros(SHAPE, dtype=torch.bfloat16)
-    with use_kernels("auto"), compiled_for(90) as compiled, pytest.MonkeyPatch.context() as patch:
+    with use_kernels("auto"), compiled_for(capability) as compiled, pytest.MonkeyPatch.context() as patch:
         patch.setattr("poetx.optim.adamw.use_triton", lambda tensor: True)
         AdamW([parameter], state_dtype=state).step()
     assert [kernel.metadata.name for kernel in compiled] == ["adamw_kernel"]

@@ -11,7 +11,7 @@ from poetx.ops.dispatch import use_kernels
 from poetx.ops.quantize import Quantized, dequantize, quantize_
 
 pytest.importorskip("triton", reason="the kernels need triton, which exists for Linux only")
-from kernel_helpers import compiled_for, interpreted, nan_filled
+from kernel_helpers import compiled_for, interpreted, nan_filled, on_each_generation
 
 from poetx.ops.triton import quantize as kernels
 
@@ -58,11 +58,12 @@ def test_a_layer_computes_the_same(name):
         assert relative_error(got, want) < 1e-5
 
 
+@on_each_generation
 @pytest.mark.parametrize("name", ["int8", "nf4", "bipolar-int4"])
-def test_compiles_for_hopper(name):
+def test_it_compiles(name, capability):
     quantized, out = stored(name, 4, 64, 16), torch.empty(4, 64, dtype=torch.bfloat16)
     levels = torch.zeros(2**quantized.format.bits) if quantized.format.kind == "table" else None
-    with compiled_for(90) as compiled:
+    with compiled_for(capability) as compiled:
         kernels.dequantize(
             quantized.codes,
             quantized.scale,

@@ -184,7 +184,7 @@ def cayley_blocks(
     """Blocks G [K, B, B] of one or two sides, rounded to ``dtype`` once; not differentiable.
 
     Args:
-        squares: a list that kernels put S into, for :func:`cayley_blocks_backward` of the same rotations.
+        squares: a list that kernels put Q and S of each into, for :func:`cayley_blocks_backward` of the same rotations.
     """
     if kernels := _kernels(packed, block_sizes, order):
         if len(set(block_sizes)) == 1:
@@ -225,11 +225,11 @@ def cayley_blocks_backward(
     ``narrow``: the activations behind them are bfloat16, so that a GPU's TF32 products lose nothing.
     """
     if kernels := _kernels(packed, block_sizes, order):
-        kept = squares or [None] * len(packed)
         if len(set(block_sizes)) == 1:
-            return kernels.cayley_backward(grads, packed, sizes, block_sizes[0], order, narrow, kept[0])
+            return kernels.cayley_backward(grads, packed, sizes, block_sizes[0], order, narrow, squares)
+        kept = [squares[start : start + 2] for start in range(0, 2 * len(packed), 2)]
         each = zip(grads, packed, sizes, block_sizes, kept, strict=True)
-        return [kernels.cayley_backward([dG], [q], [size], b, order, narrow, S)[0] for dG, q, size, b, S in each]
+        return [kernels.cayley_backward([dG], [q], [size], b, order, narrow, QS)[0] for dG, q, size, b, QS in each]
     if _alike(packed, sizes, block_sizes):
         dq = cayley_backward(torch.cat(list(grads)), torch.cat(list(packed)), sum(sizes), block_sizes[0], order)
         return [part.clone() for part in dq.split([len(q) for q in packed])]
