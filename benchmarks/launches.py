@@ -5,7 +5,8 @@
 
 Model, conversion, optimizer and step are those of ``poetx train``, on the fake tensors that memory is planned with. An
 operator of torch counts as one kernel, a multi-tensor one as torch cuts it, a Triton launch as one, views and
-allocations as none. ``--layer``: the mean of the model's rotated layers, forward and backward, without the rest.
+allocations as none. ``--layer``: each shape of rotated layer, forward and backward, without the rest, with the bytes
+that its kernels move: every tensor that one is given once, twice where it is read and written.
 """
 
 from __future__ import annotations
@@ -40,21 +41,25 @@ from poetx.recipe import Recipe, load_recipe
 from poetx.train.step import TrainingStep
 
 _NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh", "set_"}
+#: Of a Triton kernel: which of its tensors it both reads and writes.
+_READ_AND_WRITTEN = {"add_kernel": (2, 3)}
 _NOTHING |= {"device", "scalar_tensor"}  # the latter makes constants on the host
 #: torch's multi-tensor kernels: elements to a thread block, thread blocks to a launch, tensors to a launch by lists.
 _CHUNK, _CHUNKS, _TENSORS = 65536, 320, {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 
 
 class Launches(TorchDispatchMode):
-    """Counts, by name and by phase."""
+    """Counts, by name and by phase, and bytes of what is given to each by name."""
 
     def __init__(self) -> None:
         super().__init__()
         self.phase = "before"
         self.counts: Counter[tuple[str, str]] = Counter()
+        self.bytes: Counter[str] = Counter()
 
-    def add(self, name: str, count: int = 1) -> None:
+    def add(self, name: str, count: int = 1, *, given: Any = (), again: Any = ()) -> None:
         self.counts[self.phase, name] += count
+        self.bytes[name] += _size(_tensors(given)) + sum(t.numel() * t.element_size() for t in _tensors(again))
 
     def total(self, phase: str) -> int:
         return sum(count for (at, _), count in self.counts.items() if at == phase)
@@ -67,12 +72,30 @@ class Launches(TorchDispatchMode):
         elif name == "zeros" and out.ndim == 0:
             pass  # the gradient of an anchor, on the host
         elif not (name in _NOTHING or func.is_view or all(map(_on_the_host, _tensors((args, out))))):
-            self.add(name)
+            written = [a.name for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
+            in_place = bool(written) and written[0] == func._schema.arguments[0].name
+            self.add(name, given=(args, kwargs, out), again=args[:1] if in_place else ())
         return out
 
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _size(tensors: list[Tensor]) -> int:
+    """Bytes of these tensors; of several views of the same memory, once."""
+    spans: dict[int, list[tuple[int, int]]] = {}
+    for tensor in tensors:
+        start = tensor.storage_offset() * tensor.element_size()
+        span = (start, start + tensor.numel() * tensor.element_size())
+        spans.setdefault(tensor.untyped_storage()._cdata, []).append(span)
+    total = 0
+    for here in spans.values():
+        end = 0
+        for first, last in sorted(here):
+            total += max(0, last - max(first, end))
+            end = max(end, last)
+    return total
 
 
 def _on_the_host(tensor: Tensor) -> bool:
@@ -100,21 +123,26 @@ def as_on_a_gpu(counts: Launches) -> Iterator[None]:
         return fits and block_size >= SMALLEST_BLOCK and settings.get("missing") is None
 
     def gather(x_NF: Tensor, perm: Tensor, out: Tensor | None = None) -> Tensor:
-        counts.add("permute_kernel")
-        return x_NF.new_empty(x_NF.shape[0], perm.numel()) if out is None else out
+        out = x_NF.new_empty(x_NF.shape[0], perm.numel()) if out is None else out
+        counts.add("permute_kernel", given=(x_NF, perm, out))
+        return out
 
     def inverse(perm: Tensor) -> Tensor:
-        counts.add("inverse_kernel")
-        return torch.empty_like(perm)
+        back = torch.empty_like(perm)
+        counts.add("inverse_kernel", given=(perm, back))
+        return back
 
     product = block_diagonal._wide_product
 
     def wide_product(*arguments: Any) -> Tensor:
-        counts.add("bmm")
-        return product(*arguments)
+        out = product(*arguments)
+        counts.add("bmm", given=(arguments, out))
+        return out
 
     def launch(kernel: Any, *arguments: Any, **settings: Any) -> None:
-        counts.add(kernel.fn.__name__)
+        name = kernel.fn.__name__
+        again = [arguments[1:][place] for place in _READ_AND_WRITTEN.get(name, ())]  # the first is the grid
+        counts.add(name, given=arguments, again=again)
 
     with contextlib.ExitStack() as stack:
         users = [adamw, cayley, single_step]
@@ -156,8 +184,8 @@ def of_a_step(recipe: Recipe, sequences: int, length: int) -> tuple[Launches, in
     return counts, len(_rotated(model))
 
 
-def of_a_layer(recipe: Recipe, tokens: int) -> dict[str, Counter[str]]:
-    """Launches of each shape of rotated layer, forward and backward, by kernel."""
+def of_a_layer(recipe: Recipe, tokens: int) -> dict[str, tuple[Counter[str], Counter[str]]]:
+    """Launches of each shape of rotated layer, forward and backward, and the bytes they move, by kernel."""
     _, plan = planned_recipe(recipe.with_keys({"model.num_layers": 1}), (), None)
     plan = settled(plan, torch.device("cuda"))
     model = meta_model(model_config(plan, vocab_size=vocabulary(plan), end_of_text_id=0), plan)
@@ -172,9 +200,8 @@ def of_a_layer(recipe: Recipe, tokens: int) -> dict[str, Counter[str]]:
             g = torch.empty(tokens, layer.out_features, dtype=layer.weight_dtype)
             with as_on_a_gpu(counts), counts:
                 layer(x).backward(g)
-            found[f"{layer.out_features}x{layer.in_features}"] = Counter(
-                {name: count for (_, name), count in counts.counts.items()}
-            )
+            launches = Counter({name: count for (_, name), count in counts.counts.items()})
+            found[f"{layer.out_features}x{layer.in_features}"] = launches, counts.bytes
         del kept
     return found
 
@@ -199,9 +226,10 @@ def main() -> None:
         row: dict[str, Any] = {"benchmark": "launches", "recipe": args.recipe, "overrides": args.overrides}
         row |= {"method": method, "sequences": sequences, "seq_len": length}
         if args.layer:
-            for shape, kernels in of_a_layer(by_method(recipe, method), sequences * length).items():
-                rows.append(row | {"layer": shape, "launches": kernels.total(), "kernels": dict(kernels)})
-                print(method, shape, kernels.total(), dict(kernels), flush=True)
+            for shape, (kernels, moved) in of_a_layer(by_method(recipe, method), sequences * length).items():
+                total = {"launches": kernels.total(), "bytes": moved.total()}
+                rows.append(row | {"layer": shape} | total | {"kernels": dict(kernels)})
+                print(method, shape, total, dict(kernels), flush=True)
             continue
         counts, layers = of_a_step(by_method(recipe, method), sequences, length)
         phases = {phase: counts.total(phase) for phase in ("forward", "backward", "step")}

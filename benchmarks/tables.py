@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import LATER, RESULTS, by_setting, mean_loss, rows_in, setting
+from benchmarks.roofline import predicted
 
 ROOT = Path(__file__).parent.parent
 PAGES = (
@@ -439,6 +440,25 @@ def gpu_layer() -> str:
     )
 
 
+def roofline() -> str:
+    """The least time of a layer's kernels on an H200, and what was measured there last with the queue full."""
+    measured: dict[tuple[int, int, int], dict[str, float]] = {}
+    for row in _rows("gpu/layer"):
+        key = row["out_features"], row["in_features"], row["tokens"]
+        measured.setdefault(key, {})[row["contestant"]] = row["queued_ms"]
+    names = ("linear", "fast", "fast-contiguous", "mem", "mem-contiguous", "single-step-free")
+    body = []
+    for (m, n, tokens), seen in sorted(measured.items()):
+        line = [f"{tokens} tokens, {m}×{n}"]
+        sizes = {"out_features": m, "in_features": n, "tokens": tokens, "block_size": 256, "dtype": "bfloat16"}
+        least = {name: predicted({"contestant": name} | sizes) or 0.0 for name in names}
+        for name in names:
+            ratio = "" if name == "linear" else f" ({least[name] / least['linear']:.2f} ×)"
+            line.append(f"{least[name]:.2f}{ratio}" + (f" / {seen[name]:.2f}" if name in seen else ""))
+        body.append(line)
+    return _markdown(["predicted (of linear) / measured, ms", *(name.replace("-contiguous", ", contiguous") for name in names)], body)
+
+
 def gpu_step() -> str:
     """Whole steps of a recipe on a GPU, merges included: tokens a second and the allocator's peak."""
     rows = _rows("gpu/step")
@@ -811,6 +831,7 @@ _TABLES = (
     layer,
     step,
     gpu_layer,
+    roofline,
     gpu_step,
     gpu_routes,
     memory_measured,

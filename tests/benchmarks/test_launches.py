@@ -21,5 +21,6 @@ NEIGHBOURS = "poet.permutation=contiguous"
 def test_a_layer_asks_for_few_kernels(method: str, more: list[str], most: int) -> None:
     found = of_a_layer(by_method(load_recipe("demo", TINY + more, text=False), method), 48)
     assert len(found) == 3
-    for kernels in found.values():
+    for kernels, moved in found.values():
+        assert moved.keys() == kernels.keys()
         assert 4 < kernels.total() <= most, dict(kernels)

@@ -12,7 +12,7 @@ With S = Q² the identity is kept out of every product, so that it costs no prec
 
 Q is unpacked once: read out of its packed triangle for every tile of every product, 4 bytes at a time and at any
 alignment, these loads took several times as long as everything else. Q = −Qᵀ and S = Sᵀ, so the right factor of most
-products is read along its rows, too, transposed, which tensor cores want of float32 factors: then all loads are of 16 bytes.
+products is read along its rows, too, transposed, which tensor cores want of float32 factors: all loads are of 16 bytes.
 
 One sum is taken at a time, so that no register spills.
 
