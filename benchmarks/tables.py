@@ -456,7 +456,9 @@ def roofline() -> str:
             ratio = "" if name == "linear" else f" ({least[name] / least['linear']:.2f} ×)"
             line.append(f"{least[name]:.2f}{ratio}" + (f" / {seen[name]:.2f}" if name in seen else ""))
         body.append(line)
-    return _markdown(["predicted (of linear) / measured, ms", *(name.replace("-contiguous", ", contiguous") for name in names)], body)
+    return _markdown(
+        ["predicted (of linear) / measured, ms", *(name.replace("-contiguous", ", contiguous") for name in names)], body
+    )
 
 
 def gpu_step() -> str:

@@ -296,9 +296,11 @@ def test_refusals():
     for steps in (0, -1, 2.5, True):
         with pytest.raises(UserError, match="must be a whole number"):
             merge_every(optimizer, model, steps=steps)
-    for angle in (0, -0.3, math.nan, math.inf, True, "0.2", [0.2]):
-        with pytest.raises(UserError, match="must be above 0, radians"):
+    for angle in (0, -0.3, math.nan, math.inf, True, "0.2", [0.2], 100, 10**400):
+        with pytest.raises(UserError, match="must be above 0 and below 100, radians"):
             merge_every(optimizer, model, angle=angle)
+    with pytest.raises(UserError, match=r"^angle=1\.5: the series that trains rotations ends below 1; 0\.3 is usual$"):
+        merge_every(optimizer, model, angle=1.5)
     with pytest.raises(UserError, match=r"^angle=0\.2: has no effect with steps=1; leave it out"):
         merge_every(optimizer, model, steps=1, angle=0.2)
     with pytest.raises(UserError, match=r"0\.skew_in is not in this optimizer"):
@@ -466,6 +468,20 @@ def test_large_angles_are_merged_early(rate, merges):
             assert 0.2 < handle.report.angle < 0.5
     assert seen == merges
     assert handle.steps_since_merge == 9 - sum(merges[-1:])
+
+
+def test_an_angle_below_one_steps_turn_is_said_once(caplog):
+    model = converted(init="normalized")
+    optimizer = torch.optim.AdamW(param_groups(model, lr=1e-4, poet_lr=0.1))
+    handle = merge_every(optimizer, model, steps=100, angle=0.05)
+    for number in range(12):
+        step(model, optimizer, seed=number)
+    assert handle.merges == 12
+    said = [r.getMessage() for r in caplog.records if "merges after every step" in r.getMessage()]
+    assert said == [
+        "merge_every: one step turns rotations by more than angle=0.05, so it merges after every step; give a larger "
+        "angle (0.3 is usual) or a smaller rate of the rotations"
+    ]
 
 
 def test_frozen_rotations_are_not_looked_at():

@@ -7,7 +7,6 @@ together here, under one counter, because keeping them apart is where public cod
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -36,6 +35,10 @@ _NOTHING = (
 )
 #: Steps between two looks at the largest angle, and at 1, 2 and 4: one takes some power iterations in every layer.
 _LOOK_EVERY = 8
+#: Angles from here on, radians, are a mistake.
+_LARGEST = 100
+#: Early merges after one step each, one after the other, of which nothing is left to hope.
+_AT_ONCE = 5
 #: Warn where the truncated series that trained a layer is off by more than this, relative.
 _SERIES_ERROR = 0.01
 
@@ -186,7 +189,7 @@ class MergeHandle:
     def __init__(
         self, optimizer: torch.optim.Optimizer, model: nn.Module, steps: int, angle: float | None = None
     ) -> None:
-        self.steps, self.angle = steps, angle
+        self.steps, self.angle, self._at_once = steps, angle, 0
         self.report: MergeReport | None = None
         self._model, self._optimizer = model, optimizer
         self._rotations = rotation_ids(model)
@@ -254,8 +257,18 @@ class MergeHandle:
             _check_held(optimizer, self._model)
             self.report = merge_(self._model, optimizer)
             self._set(0, merges + 1)
+            self._say_if_at_every_step(since)
             layers = [(name, [*layer.parameters(), *layer.buffers()]) for name, layer in poet_layers(self._model)]
             check_alike([(name, t) for name, tensors in layers for t in tensors], f"after merge {merges + 1}")
+
+    def _say_if_at_every_step(self, since: int) -> None:
+        self._at_once = self._at_once + 1 if since == 1 < self.steps else 0
+        if self._at_once == _AT_ONCE:
+            logger.warning(
+                "merge_every: one step turns rotations by more than angle=%.3g, so it merges after every step; give a "
+                "larger angle (0.3 is usual) or a smaller rate of the rotations",
+                self.angle,
+            )
 
     @torch.no_grad()
     def _is_early(self, since: int) -> bool:
@@ -338,21 +351,26 @@ def merge_every(
     over the ranks after each merge, tells whether it did.
 
     Raises:
-        UserError: ``steps`` below 1, an ``angle`` that is not above 0, or with one step or sharded parameters, a model
-            with no rotated layer, rotations missing from the optimizer, a wrapper without hooks, LBFGS, or a second
-            call for the same optimizer; at the first step, an optimizer that counts steps for rotations and other
-            parameters together; after a merge, layers that differ between ranks.
+        UserError: ``steps`` below 1, an ``angle`` that is not above 0 or where the series has ended, or with one step
+            or sharded parameters, a model with no rotated layer, rotations missing from the optimizer, a wrapper
+            without hooks, LBFGS, or a second call for the same optimizer; at the first step, an optimizer that counts
+            steps for rotations and other parameters together; after a merge, layers that differ between ranks.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise UserError(f"steps={steps!r}: must be a whole number of at least 1 (200 is the paper's)")
     if angle is not None:
-        if isinstance(angle, bool) or not isinstance(angle, (int, float)) or not 0 < angle < math.inf:
-            raise UserError(f"angle={angle!r}: must be above 0, radians; or None: only every {steps} steps")
+        if isinstance(angle, bool) or not isinstance(angle, (int, float)) or not 0 < angle < _LARGEST:
+            given = "angle: a larger one" if isinstance(angle, int) and angle >= _LARGEST else f"angle={angle!r}"
+            raise UserError(
+                f"{given}: must be above 0 and below {_LARGEST}, radians; or None: only every {steps} steps"
+            )
         if steps == 1:
             raise UserError(f"angle={angle:g}: has no effect with steps=1; leave it out, or give more steps")
     layers = dict(poet_layers(model))
     if not layers:
         raise UserError(_NOTHING)
+    if angle is not None and angle >= 1 and any(layer.order != EXACT for layer in layers.values()):
+        raise UserError(f"angle={angle:g}: the series that trains rotations ends below 1; 0.3 is usual")
     if angle is not None and any(is_sharded(layer.skew_in) for layer in layers.values()):
         raise UserError(f"angle={angle:g}: no rank has whole rotations to look at; leave it out and give fewer steps")
     refuse_unfit(optimizer)

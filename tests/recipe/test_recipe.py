@@ -269,6 +269,7 @@ def test_mistakes_are_one_line_with_the_dotted_key(override: str, message: str) 
         (["data.validation=x", "data.validation_fraction=0.1"], r"^data\.validation_fraction=0\.1: has no effect with"),
         (["optimizer.clip=off", "optimizer.clip_ramp_start=0.5"], r"^optimizer\.clip_ramp_start=0\.5: has no effect"),
         (["poet.merge_every=null", "optimizer.clip_ramp_until=9"], r"^optimizer\.clip_ramp_until=9: has no effect"),
+        (["poet.merge_angle=1.2"], r"^poet\.merge_angle=1\.2: the series that trains rotations ends below 1"),
         (["poet.merge_every=1", "poet.merge_angle=0.2"], r"^poet\.merge_angle=0\.2: has no effect without .* above 1"),
         (["method=sgd", "train.spectrum_every=5"], r"^train\.spectrum_every=5: has no effect where no layer"),
         (

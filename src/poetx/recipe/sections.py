@@ -195,6 +195,14 @@ class MergedRecipe(PoetRecipe):
     merge_every: MaybeCount = 200  # steps; None: only at export
     merge_angle: MaybeRate = None  # radians; earlier where a rotation has turned by more. Needs merge_every
 
+    @model_validator(mode="after")
+    def _within_the_series(self) -> MergedRecipe:
+        if self.merge_angle is not None and self.merge_angle >= (100 if self.config.neumann_order == "exact" else 1):
+            raise UserError(
+                f"poet.merge_angle={self.merge_angle:g}: the series that trains rotations ends below 1; 0.3 is usual"
+            )
+        return self
+
 
 class LoraRecipe(Section):
     """Adapters by peft in place of ``poet``; the model itself stays as it is."""
