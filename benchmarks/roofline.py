@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.record import RESULTS
+from poetx.ops.linear import weight_is_cheaper
 
 _X = 2  # bytes of an activation or a weight
 _F = 4  # of what Cayley's kernels and the block gradients hold
@@ -162,10 +163,26 @@ def fast(layer: Layer) -> list[Piece]:
 
 
 def mem(layer: Layer) -> list[Piece]:
-    """The paper's form, which computes b and G again."""
+    """The paper's form, which computes b and G again; with many tokens from the rotated weight."""
+    if weight_is_cheaper(layer.N, layer.m, layer.n):
+        return mem_by_weight(layer)
     forward = [*layer.unpacked(), *layer.series(), *layer.forward()]
     again = [*layer.unpacked(), *layer.series(), *layer.permuted(layer.n), layer.rotated(layer.n), layer.product()]
     return [*forward, *again, *layer.backward(), *layer.series_backward()]
+
+
+def mem_by_weight(layer: Layer) -> list[Piece]:
+    """The same, of a weight that is rotated in forward and again in backward."""
+    m, n = layer.m, layer.n
+    rows = replace(layer, N=m)  # the weight's rows for tokens; and its columns:
+    columns = replace(layer, N=n)
+    moved = Piece("index_select", _X * 2 * m * n + 4 * m)
+    rotate = [*layer.unpacked(), *layer.series(), rows.rotated(n), columns.rotated(m)]
+    if layer.gathered:
+        rotate += [*layer.inverse(n), *layer.inverse(m), *rows.permuted(n), moved]
+    gradients = [layer.product(), layer.product(), *rows.permuted(n), *([moved] if layer.gathered else [])]
+    blocks = [columns.outer(m), columns.rotated(m), rows.outer(n)]
+    return [*rotate, layer.product(), *rotate, *gradients, *blocks, *layer.series_backward()]
 
 
 def single_step(layer: Layer) -> list[Piece]:

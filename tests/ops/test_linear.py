@@ -12,7 +12,8 @@ from poetx.ops.reference import EXACT
 from poetx.ops.side import sides
 from poetx.ops.stored import Stored
 
-#: tokens, in, out, b_in, b_out: divisible, ragged, prime, larger than the layer, width one, one token, many.
+#: tokens, in, out, b_in, b_out: divisible, ragged, prime, larger than the layer, width one, one token; and so many
+#: tokens that *mem* rotates the weight.
 SHAPES = [
     (9, 8, 12, 4, 4),
     (5, 13, 10, 4, 6),
@@ -22,6 +23,10 @@ SHAPES = [
     (1, 6, 1, 4, 1),
     (9, 8, 12, 12, 4),
     (30, 13, 10, 4, 6),
+    (30, 8, 12, 12, 4),
+    (40, 11, 7, 5, 7),
+    (20, 6, 1, 4, 1),
+    (50, 1, 5, 1, 3),
 ]
 
 

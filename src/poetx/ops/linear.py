@@ -9,7 +9,15 @@ With W' = W[perm_out][:, perm_in] and rows as tokens:
 
 Where blocks are of neighbours, perm_in and perm_out are the identity, ``perms`` is empty and nothing is gathered.
 
-There is no product of size tokens × out_features × in_features for a weight gradient.
+*mem*, which computes b again, has three products of the size tokens × out_features × in_features anyway. With many
+tokens it rotates the weight in place of the activations, forward and again in backward:
+
+    V = W'·G_inᵀ;  R·W·P = U with U[perm_out][:, perm_in] = G_outᵀ·V;  y = x·Uᵀ + bias
+
+    dx = g·U;  dU = gᵀ·x;  dU' = dU[perm_out][:, perm_in]
+    dG_out = V_k dU'_kᵀ;  dV = G_out·dU';  dG_in = dV_kᵀ W'_k
+
+Otherwise there is no product of that size for a weight gradient.
 """
 
 from __future__ import annotations
@@ -77,7 +85,26 @@ def _linear_fast_backward(
     return dx, dG_in, dG_out
 
 
-def _fake_mem(x, stored, kind, group_size, packed, perms, block_sizes, order, bias):
+def weight_is_cheaper(tokens: int, out_features: int, in_features: int) -> bool:
+    """Whether *mem* has less to do when it rotates the weight.
+
+    Seven products of blocks and six permutations either way: of m·n entries, or of as many tokens, of n features four
+    times and of m features three times.
+    """
+    return tokens * (4 * in_features + 3 * out_features) > 7 * in_features * out_features
+
+
+def _rotate_weight(weight: Tensor, blocks: Sequence[Tensor], perms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(V, R·W·P), each [m, n]: the latter in the native frame."""
+    V = block_diagonal.rotate(weight, blocks[0].transpose(1, 2))
+    rotated = block_diagonal.left_rotate(V, blocks[1].transpose(1, 2))
+    if perms:
+        back_in, back_out = map(block_diagonal.inverse, perms)
+        rotated = block_diagonal.gather(rotated, back_in).index_select(0, back_out)
+    return V, rotated
+
+
+def _fake_mem(x, stored, kind, group_size, packed, perms, block_sizes, order, by_weight, bias):
     return x.new_empty(x.shape[0], stored[0].shape[0])
 
 
@@ -91,17 +118,21 @@ def _linear_mem(
     perms: Sequence[Tensor],
     block_sizes: Sequence[int],
     order: int,
+    by_weight: bool,
     bias: Tensor | None,
 ) -> Tensor:
     perm_in, perm_out = perms or _IN_PLACE
     weight = fetch(stored, kind, group_size, x.shape[1], x.dtype, x.device)
     G_in, G_out = cayley_blocks(packed, weight.shape[::-1], block_sizes, order, x.dtype)
+    if by_weight:
+        rotated = _rotate_weight(weight, (G_in, G_out), perms)[1]
+        return x @ rotated.T if bias is None else torch.addmm(bias, x, rotated.T)
     b = block_diagonal.gather_rotate(x, perm_in, G_in) @ weight.T
     del G_in, weight
     return block_diagonal.rotate_scatter(b, G_out, perm_out, bias)
 
 
-def _fake_mem_backward(g, x, stored, kind, group_size, packed, perms, block_sizes, order, needs_dx):
+def _fake_mem_backward(g, x, stored, kind, group_size, packed, perms, block_sizes, order, by_weight, needs_dx):
     return x.new_empty(x.shape if needs_dx else (0,)), *(torch.empty_like(q) for q in packed)
 
 
@@ -116,6 +147,7 @@ def _linear_mem_backward(
     perms: Sequence[Tensor],
     block_sizes: Sequence[int],
     order: int,
+    by_weight: bool,
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dq_in, dq_out)."""
@@ -123,6 +155,20 @@ def _linear_mem_backward(
     weight = fetch(stored, kind, group_size, x.shape[1], x.dtype, x.device)
     sizes, squares = weight.shape[::-1], []
     G_in, G_out = cayley_blocks(packed, sizes, block_sizes, order, x.dtype, squares)
+    end = (packed, sizes, block_sizes, order, x.dtype == torch.bfloat16, squares)
+    if by_weight:
+        V, rotated = _rotate_weight(weight, (G_in, G_out), perms)
+        dx = g @ rotated if needs_dx else x.new_empty(0)
+        del rotated
+        dU = g.T @ x
+        if perms:
+            dU = block_diagonal.gather(dU, perms[0]).index_select(0, perms[1])
+        dG_out = block_diagonal.block_outer_products(V.T, dU.T, block_sizes[1])
+        del V
+        dV = block_diagonal.left_rotate(dU, G_out)
+        del dU, G_out
+        dG_in = block_diagonal.block_outer_products(dV, weight, block_sizes[0])
+        return dx, *cayley_blocks_backward([dG_in, dG_out], *end)
     b = block_diagonal.gather_rotate(x, perm_in, G_in) @ weight.T
     # One buffer [N, m] for b and db, gone before dx is made.
     db, dG_out = block_diagonal.rotate_scatter_backward(b, G_out, perm_out, g, overwrite=True)
@@ -130,10 +176,7 @@ def _linear_mem_backward(
     del b, db, G_out, weight
     dx, dG_in = block_diagonal.gather_rotate_backward(x, perm_in, G_in, da, needs_dx)
     del da, G_in
-    dq_in, dq_out = cayley_blocks_backward(
-        [dG_in, dG_out], packed, sizes, block_sizes, order, x.dtype == torch.bfloat16, squares
-    )
-    return dx, dq_in, dq_out
+    return dx, *cayley_blocks_backward([dG_in, dG_out], *end)
 
 
 def _perms(perm_in: Tensor | None, perm_out: Tensor | None) -> list[Tensor]:
@@ -168,17 +211,20 @@ class _FastLinear(torch.autograd.Function):
 class _MemLinear(torch.autograd.Function):
     """Saves x, or two factors of it that are kept anyway, and the packed parameters. Fetches W', rebuilds x, G, a, b.
 
+    Or U in place of a and b.
+
     The weight's stored tensors and the permutations are kept anyway, too: nothing else of W's size is.
     """
 
     @staticmethod
     def forward(ctx, x, skew_in, skew_out, perm_in, perm_out, bias, settings, *tensors):
-        kind, group_size, count, _, block_sizes, order = ctx.settings = settings
+        kind, group_size, count, sizes, block_sizes, order = ctx.settings = settings
         stored, factors = tensors[:count], tensors[count:]
         ctx.save_for_backward(skew_in, skew_out, perm_in, perm_out, *stored, *(factors or (x,)))
         ctx.like = x.shape, x.dtype
         weight, perms = (list(stored), kind, group_size), _perms(perm_in, perm_out)
-        return _linear_mem(x, *weight, [skew_in, skew_out], perms, list(block_sizes), order, bias)
+        ctx.by_weight = weight_is_cheaper(x.shape[0], *sizes[::-1])
+        return _linear_mem(x, *weight, [skew_in, skew_out], perms, list(block_sizes), order, ctx.by_weight, bias)
 
     @staticmethod
     def backward(ctx, g):
@@ -188,7 +234,7 @@ class _MemLinear(torch.autograd.Function):
         x = rebuild(rest[count:], *ctx.like)
         stored = rest[:count]
         del rest
-        rotation = ([skew_in, skew_out], _perms(perm_in, perm_out), list(block_sizes), order)
+        rotation = ([skew_in, skew_out], _perms(perm_in, perm_out), list(block_sizes), order, ctx.by_weight)
         return _gradients(
             ctx, g, *_linear_mem_backward(g, x, stored, kind, group_size, *rotation, ctx.needs_input_grad[0])
         )
