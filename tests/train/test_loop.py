@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,11 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from builders import At, Tiny, curve, interrupt, poison, same, weights
+from poetx import PoetConfig, convert_
 from poetx.errors import UserError
 from poetx.train import checkpoint as ckpt
+from poetx.train import loop
+from poetx.train.progress import SilentReporter
 from poetx.train.run import train
 
 SINGLE = ("poet.method=single-step", "optimizer.angle=0.02")
@@ -168,9 +172,33 @@ def test_a_stop_request_leaves_the_signal_handlers_as_they_were(tiny: Tiny) -> N
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+class Stages(SilentReporter):
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def stage(self, text: str) -> None:
+        self.texts.append(text)
+
+
 def test_compile_flag_goes_through_torch_compile(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiling takes longer than the rest of the tests together, so the compiler is replaced by the identity."""
     compiled: list[Any] = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
-    train(tiny("train.compile=true", "train.steps=1", "train.export=false"))
+    reporter = Stages()
+    train(tiny("train.compile=true", "train.steps=1", "train.export=false"), reporter=reporter)
     assert len(compiled) == 1
+    assert "compiling the model for the first steps, a minute or so unless cached ..." in reporter.texts
+
+
+def test_what_a_gpu_compiles_is_said(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A silent minute before the first step looks like a hang."""
+    recipe = tiny()
+    monkeypatch.setattr(loop, "machine_obstacle", lambda device: None)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    run: Any = SimpleNamespace(model=model, device=torch.device("cuda"), recipe=recipe)
+    assert loop._compiled(run) == ""
+    convert_(model, PoetConfig(block_size=4))
+    assert loop._compiled(run) == "kernels"
+    run.device = torch.device("cpu")
+    assert loop._compiled(run) == ""

@@ -26,8 +26,10 @@ from poetx.distributed.checksum import check_alike
 from poetx.distributed.ranks import rank, rank_count, sum_
 from poetx.distributed.sharded import is_sharded, reshard_
 from poetx.errors import UserError
+from poetx.layers.walk import converted_layers
 from poetx.memory.measure import measure_memory
 from poetx.models import not_finite
+from poetx.ops.dispatch import machine_obstacle
 from poetx.ops.random import seeded, stream_seed
 from poetx.recipe import Recipe
 from poetx.spectra import LayerSpectrum, spectrum
@@ -126,6 +128,8 @@ def _take_steps(run: TrainingRun, stop: StopRequest) -> None:
     step = TrainingStep.of(run.recipe, run.model, run.optimizer, compiled=settings.compile)
     started = time.perf_counter()
     check_alike(run.tensors(), f"before step {state.step + 1}")
+    if what := _compiled(run):
+        run.reporter.stage(f"compiling {what} for the first steps, a minute or so unless cached ...")
     if state.step == 0:
         _validate(run, started)
         check_training(run.model, run.optimizer, tell=partial(_tell_training, run))
@@ -151,6 +155,13 @@ def _take_steps(run: TrainingRun, stop: StopRequest) -> None:
             save_now = partial(_save_in_place, run, last=last)
             agreed(save_now) if run.is_sharded else on_first(save_now)
     stop.signum = signum or None
+
+
+def _compiled(run: TrainingRun) -> str:
+    """What the first steps compile, in words; empty: nothing."""
+    own = any(True for _ in converted_layers(run.model)) and machine_obstacle(run.device) is None
+    parts = ["kernels"] * (run.device.type == "cuda" and own) + ["the model"] * run.recipe.train.compile
+    return " and ".join(parts)
 
 
 def _agreed_stop(run: TrainingRun, stop: StopRequest) -> int:
