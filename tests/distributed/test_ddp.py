@@ -19,14 +19,19 @@ def build(method):
     return model
 
 
-def train(model, batches, method):
+def train(model, batches, method, penalty=0.0):
+    target = torch.randn(20, 11, generator=torch.Generator().manual_seed(9))
+    first = getattr(model, "module", model)[0]
     if method == "single-step":
         optimizer = POETX(model, angle=0.02)
     else:
         optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3, poet_lr=1e-2))
         merge_every(optimizer, model, steps=2)
     for x in batches:
-        model(x).square().mean().backward()
+        loss = model(x).square().mean()
+        if penalty:  # of every rank the same, so that the mean over them is, too
+            loss = loss + penalty * (first.weight - target).square().sum()
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -36,24 +41,28 @@ def batches():
     return [torch.randn(8, 11, generator=generator) for _ in range(5)]
 
 
-def rank(index, directory, method):
+def rank(index, directory, method, penalty):
     with pytest.raises(UserError, match="convert it first, then wrap it"):
         convert_(DistributedDataParallel(nn.Sequential(nn.Linear(3, 4))))
     torch.manual_seed(index)  # merging must not depend on the global generator
     model = build(method)
     torch.randn(index + 1)
-    train(DistributedDataParallel(model), [x[index * 4 : index * 4 + 4] for x in batches()], method)
+    train(DistributedDataParallel(model), [x[index * 4 : index * 4 + 4] for x in batches()], method, penalty)
     torch.save(model.state_dict(), f"{directory}/{index}.pt")
 
 
-@pytest.mark.parametrize("method", ["poet-x", "single-step"])
-def test_two_ranks_stay_identical_and_follow_one_process(method):
+@pytest.mark.parametrize(("method", "penalty"), [("poet-x", 0.0), ("single-step", 0.0), ("single-step", 0.3)])
+def test_two_ranks_stay_identical_and_follow_one_process(method, penalty):
     with tempfile.TemporaryDirectory() as directory:
-        run_on_two_ranks(rank, directory, method)
+        run_on_two_ranks(rank, directory, method, penalty)
         first, second = (torch.load(f"{directory}/{index}.pt", weights_only=True) for index in range(2))
     alone = build(method)
     start = build(method).state_dict()
-    train(alone, batches(), method)
+    train(alone, batches(), method, penalty)
+    if penalty:
+        without = build(method)
+        train(without, batches(), method)
+        assert relative_error(without[0].weight, alone[0].weight) > 1e-2  # it counts
     if method == "poet-x":
         assert first["0.merge_count"] == 2
     else:
