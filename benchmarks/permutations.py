@@ -2,9 +2,10 @@
 
     python -m benchmarks.permutations --out benchmarks/results/permutations.jsonl
 
-``random``: every feature by itself, the paper's. ``groups of 16``: runs of 16 adjacent features stay together, so a
-gather moves whole cache lines of float32. ``strided``: from merge to merge each side is contiguous or strided in turn,
-the input's side when the output's is not, so that no list of indices is needed.
+``random``: every feature by itself, the paper's. ``contiguous``: ``poet.permutation=contiguous``, neighbours for good.
+``groups of 16``: runs of 16 adjacent features stay together, so a gather moves whole cache lines of float32.
+``strided``: from merge to merge each side is contiguous or strided in turn, the input's side when the output's is not,
+so that no list of indices is needed.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def strided(layer: PoetLinear, merge_count: int) -> tuple[Tensor, Tensor]:
     )
 
 
-KINDS: dict[str, Draw] = {"random": PoetLinear._draw_permutations, "groups of 16": grouped(16), "strided": strided}
+_OWN = PoetLinear._draw_permutations
+KINDS: dict[str, Draw] = {"random": _OWN, "contiguous": _OWN, "groups of 16": grouped(16), "strided": strided}
 
 
 def run(kind: str, seed: int, settings: list[str], directory: Path) -> dict[str, Any]:
@@ -75,6 +77,7 @@ def run(kind: str, seed: int, settings: list[str], directory: Path) -> dict[str,
         f"train.seed={seed}",
         f"poet.seed={seed}",
         "train.export=false",
+        *(["poet.permutation=contiguous"] if kind == "contiguous" else []),
         *settings,
     ]
     recipe = load_recipe("demo", overrides)
