@@ -158,21 +158,23 @@ def linear(layer: Layer) -> list[Piece]:
 
 def fast(layer: Layer) -> list[Piece]:
     """The paper's form, which keeps b and G."""
+    if weight_is_cheaper(layer.N, layer.m, layer.n, layer.b, layer.b, "fast"):
+        return by_weight(layer)
     forward = [*layer.unpacked(), *layer.series(), *layer.forward()]
     return [*forward, *layer.backward(), *layer.unpacked(), *layer.series_backward()]
 
 
 def mem(layer: Layer) -> list[Piece]:
     """The paper's form, which computes b and G again; with many tokens from the rotated weight."""
-    if weight_is_cheaper(layer.N, layer.m, layer.n):
-        return mem_by_weight(layer)
+    if weight_is_cheaper(layer.N, layer.m, layer.n, layer.b, layer.b, "mem"):
+        return by_weight(layer)
     forward = [*layer.unpacked(), *layer.series(), *layer.forward()]
     again = [*layer.unpacked(), *layer.series(), *layer.permuted(layer.n), layer.rotated(layer.n), layer.product()]
     return [*forward, *again, *layer.backward(), *layer.series_backward()]
 
 
-def mem_by_weight(layer: Layer) -> list[Piece]:
-    """The same, of a weight that is rotated in forward and again in backward."""
+def by_weight(layer: Layer) -> list[Piece]:
+    """The same from a weight that is rotated in forward and again in backward."""
     m, n = layer.m, layer.n
     rows = replace(layer, N=m)  # the weight's rows for tokens; and its columns:
     columns = replace(layer, N=n)

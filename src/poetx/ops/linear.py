@@ -9,8 +9,7 @@ With W' = W[perm_out][:, perm_in] and rows as tokens:
 
 Where blocks are of neighbours, perm_in and perm_out are the identity, ``perms`` is empty and nothing is gathered.
 
-*mem*, which computes b again, has three products of the size tokens × out_features × in_features anyway. With many
-tokens it rotates the weight in place of the activations, forward and again in backward:
+Where that is less work, the weight is rotated in place of the activations, forward and again in backward:
 
     V = W'·G_inᵀ;  R·W·P = U with U[perm_out][:, perm_in] = G_outᵀ·V;  y = x·Uᵀ + bias
 
@@ -23,6 +22,7 @@ Otherwise there is no product of that size for a weight gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,13 +85,24 @@ def _linear_fast_backward(
     return dx, dG_in, dG_out
 
 
-def weight_is_cheaper(tokens: int, out_features: int, in_features: int) -> bool:
-    """Whether *mem* has less to do when it rotates the weight.
+#: Operations of products with the weight that take the time of one operation of block products: fits to 20 % what small
+#: layers take on a CPU and large ones on a GPU.
+_BLOCK_COST = 2
 
-    Seven products of blocks and six permutations either way: of m·n entries, or of as many tokens, of n features four
-    times and of m features three times.
+
+def weight_is_cheaper(
+    tokens: int, out_features: int, in_features: int, block_size_out: int, block_size_in: int, mode: str
+) -> bool:
+    """Whether rotating the weight takes less time than rotating activations.
+
+    Multiply-adds by activations: 2Nmn and 3N(b_in·n + b_out·m) for *fast*, for *mem*, which computes b again, Nmn and
+    N·b_in·n more. By the weight: 3Nmn and mn(3·b_in + 4·b_out).
     """
-    return tokens * (4 * in_features + 3 * out_features) > 7 * in_features * out_features
+    N, m, n = tokens, out_features, in_features
+    blocks_in, blocks_out = _BLOCK_COST * block_size_in, _BLOCK_COST * block_size_out
+    by_tokens = 2 * N * m * n + 3 * N * (blocks_in * n + blocks_out * m)
+    by_tokens += N * m * n + N * blocks_in * n if mode == "mem" else 0
+    return 3 * N * m * n + m * n * (3 * blocks_in + 4 * blocks_out) < by_tokens
 
 
 def _rotate_weight(weight: Tensor, blocks: Sequence[Tensor], perms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -218,23 +229,22 @@ class _MemLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, skew_in, skew_out, perm_in, perm_out, bias, settings, *tensors):
-        kind, group_size, count, sizes, block_sizes, order = ctx.settings = settings
+        kind, group_size, count, _, block_sizes, order, by_weight = ctx.settings = settings
         stored, factors = tensors[:count], tensors[count:]
         ctx.save_for_backward(skew_in, skew_out, perm_in, perm_out, *stored, *(factors or (x,)))
         ctx.like = x.shape, x.dtype
         weight, perms = (list(stored), kind, group_size), _perms(perm_in, perm_out)
-        ctx.by_weight = weight_is_cheaper(x.shape[0], *sizes[::-1])
-        return _linear_mem(x, *weight, [skew_in, skew_out], perms, list(block_sizes), order, ctx.by_weight, bias)
+        return _linear_mem(x, *weight, [skew_in, skew_out], perms, list(block_sizes), order, by_weight, bias)
 
     @staticmethod
     def backward(ctx, g):
         first_derivatives_only()
-        kind, group_size, count, _, block_sizes, order = ctx.settings
+        kind, group_size, count, _, block_sizes, order, by_weight = ctx.settings
         skew_in, skew_out, perm_in, perm_out, *rest = ctx.saved_tensors
         x = rebuild(rest[count:], *ctx.like)
         stored = rest[:count]
         del rest
-        rotation = ([skew_in, skew_out], _perms(perm_in, perm_out), list(block_sizes), order, ctx.by_weight)
+        rotation = ([skew_in, skew_out], _perms(perm_in, perm_out), list(block_sizes), order, by_weight)
         return _gradients(
             ctx, g, *_linear_mem_backward(g, x, stored, kind, group_size, *rotation, ctx.needs_input_grad[0])
         )
@@ -265,18 +275,23 @@ def poet_linear(
         weight: W' = W[perm_out][:, perm_in], [m, n], frozen, however it is stored; fetched in x's dtype.
         both: the sides of input and output.
         order: 3, 7, or :data:`poetx.ops.reference.EXACT`.
-        mode: ``"fast"`` saves x, b [N, m] and the blocks G; ``"mem"`` saves x and the packed parameters.
+        mode: ``"fast"`` saves x, b [N, m] and the blocks G; ``"mem"`` saves x and the packed parameters, and so does
+            either where the weight is rotated.
         factors: two tensors whose product, cast to x's dtype, is x: *mem* saves them in place of x.
         blocks: (G_in, G_out) in x's dtype as :func:`poetx.ops.cayley.side_blocks` makes them; *fast* uses them as they
-            are and differentiates through the packed tensors all the same.
+            are and differentiates through the packed tensors all the same. Not where the weight is rotated.
     """
     no_transforms()
     side_in, side_out = both
     sizes, block_sizes = (side_in.size, side_out.size), (side_in.block_size, side_out.block_size)
-    settings = (weight.kind, weight.group_size, len(weight.tensors), sizes, block_sizes, order)
-    function, more = (_MemLinear, factors) if mode == "mem" else (_FastLinear, blocks)
+    x_NF = x.reshape(-1, x.shape[-1])
+    settings: tuple[Any, ...] = (weight.kind, weight.group_size, len(weight.tensors), sizes, block_sizes, order)
+    by_weight = weight_is_cheaper(len(x_NF), *sizes[::-1], *block_sizes[::-1], mode)
+    function, more = _FastLinear, blocks
+    if by_weight or mode == "mem":
+        function, more, settings = _MemLinear, factors, (*settings, by_weight)
     y = function.apply(
-        x.reshape(-1, x.shape[-1]),
+        x_NF,
         side_in.packed,
         side_out.packed,
         side_in.perm,
