@@ -18,6 +18,7 @@ from poetx.compare.page import frontier, table
 from poetx.errors import UserError
 from poetx.recipe import Recipe, with_method
 from poetx.recipe.several import load_methods, methods_in
+from poetx.train.metrics import put_elapsed_
 
 Tiny = Callable[..., Recipe]
 METHODS = ("adamw", "single-step")
@@ -62,7 +63,17 @@ def test_a_comparison_killed_anywhere_gives_the_same_rows(tiny: Tiny, tmp_path: 
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-3]))  # as a kill leaves it
     more = rows_of(recipe, place, methods=(*METHODS, "sinkgd"))
     assert told(more)[:2] == told(whole)
+    for row in more:
+        seconds = [point[1] for point in row["curve"]]
+        assert seconds == sorted(seconds)
     assert more[2]["curve"][0][2] == whole[0]["curve"][0][2]  # the same model and text
+
+
+def test_seconds_add_up_over_the_processes_of_a_run() -> None:
+    clock = [(1, 5.0), (2, 9.0), (3, 2.0), (4, 4.0), (5, 1.0)]  # killed and continued after steps 2 and 4
+    entries: list[dict[str, Any]] = [{"event": "train", "step": step, "seconds": seconds} for step, seconds in clock]
+    put_elapsed_(entries)
+    assert [entry["elapsed"] for entry in entries] == [5.0, 9.0, 11.0, 13.0, 14.0]
 
 
 def test_another_comparison_in_the_same_place_is_refused(tiny: Tiny, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from poetx.planner.estimate import MemoryEstimate, estimate_memory
 from poetx.recipe import Recipe
 from poetx.recipe.loading import flat
 from poetx.train.checkpoint import checkpoints
-from poetx.train.metrics import divergence, is_whole, read_metrics
+from poetx.train.metrics import divergence, is_whole, put_elapsed_, read_metrics
 from poetx.train.run import train
 
 SETTINGS = "comparison.json"
@@ -286,6 +286,7 @@ def _finished(metrics: Path, steps: int) -> bool:
 
 
 def _row(trial: Trial, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    put_elapsed_(entries)
     steps = [entry for entry in entries if entry["event"] == "train"]
     held = [entry for entry in entries if entry["event"] == "validation"]
     audit = next(entry for entry in reversed(entries) if entry["event"] == "audit")
@@ -304,7 +305,7 @@ def _row(trial: Trial, entries: list[dict[str, Any]]) -> dict[str, Any]:
         "tokens_per_second": statistics.median(speeds),
         "measured_peak": memory[-1]["peak"] if memory else None,
         "skipped_steps": audit["skipped_steps"],
-        "curve": [[entry["step"] * tokens, entry["seconds"], entry["loss"]] for entry in held],
+        "curve": [[entry["step"] * tokens, round(entry["elapsed"], 3), entry["loss"]] for entry in held],
     }
 
 

@@ -16,7 +16,7 @@ from poetx.files import read_json, write_text
 from poetx.recipe.places import is_prepared
 from poetx.runs.charts import STYLE
 from poetx.train.export import TEXT_SUM
-from poetx.train.metrics import is_whole, read_metrics
+from poetx.train.metrics import is_whole, put_elapsed_, read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +84,7 @@ def _read(place: Path, places: Sequence[Path]) -> _Run:
     entries = [entry for entry in read_metrics(metrics) if is_whole(entry)]
     if not any(entry["event"] == "train" for entry in entries):
         raise UserError(f"{place}: no whole training steps in {metrics}; is it a run directory?")
-    before, offset = 0.0, 0.0
-    for entry in entries:
-        if isinstance(seconds := entry.get("seconds"), int | float):
-            offset += before if seconds < before else 0  # another process went on
-            before = seconds
-        entry["elapsed"] = offset + before
+    put_elapsed_(entries)
     alike = [other for other in places if other.resolve().name == place.resolve().name]
     name = place.resolve().name if len(alike) == 1 else "/".join(place.resolve().parts[-2:])
     damaged = len(metrics.read_bytes().splitlines()) - len(entries)

@@ -83,6 +83,16 @@ class UnwrittenMetrics(MetricsWriter):
         pass
 
 
+def put_elapsed_(entries: list[dict[str, Any]]) -> None:
+    """Give each whole entry ``elapsed``: seconds of all the processes that the run took, where ``seconds`` is of one."""
+    before, offset = 0.0, 0.0
+    for entry in entries:
+        if isinstance(seconds := entry.get("seconds"), int | float):
+            offset += before if seconds < before else 0  # another process went on
+            before = seconds
+        entry["elapsed"] = offset + before
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file, one torn by a kill or damaged left out; nothing when there is no file.
 
