@@ -84,7 +84,7 @@ class UnwrittenMetrics(MetricsWriter):
 
 
 def put_elapsed_(entries: list[dict[str, Any]]) -> None:
-    """Give each whole entry ``elapsed``: seconds of all the processes that the run took, where ``seconds`` is of one."""
+    """Give each whole entry ``elapsed``: seconds of all processes that the run took, where ``seconds`` is of one."""
     before, offset = 0.0, 0.0
     for entry in entries:
         if isinstance(seconds := entry.get("seconds"), int | float):
