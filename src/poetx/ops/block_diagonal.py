@@ -62,9 +62,11 @@ def is_permutation(perm: Tensor) -> bool:
     return perm.is_meta or torch.equal(perm.long().sort().values, torch.arange(len(perm), device=perm.device))
 
 
-def _split(x_NF: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """The full blocks of x as a view [K, N, B], and the ragged rest as a view [N, F mod B]."""
-    full = x_NF.shape[1] // block_size
+def _split(x_NF: Tensor, block_size: int) -> tuple[Tensor, Tensor | None]:
+    """The full blocks of x as a view [K, N, B], and the ragged rest as a view [N, F mod B], if there is one."""
+    full, rest = divmod(x_NF.shape[1], block_size)
+    if not rest:
+        return x_NF.view(x_NF.shape[0], full, block_size).transpose(0, 1), None
     head = x_NF[:, : full * block_size].unflatten(1, (full, block_size)).transpose(0, 1)
     return head, x_NF[:, full * block_size :]
 
@@ -77,7 +79,8 @@ def rotate(x_NF: Tensor, G_KBB: Tensor, out: Tensor | None = None) -> Tensor:
     head_out, tail_out = _split(out, block_size)
     if head.shape[0]:
         torch.bmm(head, G_KBB[: head.shape[0]], out=head_out)
-    if rest := tail.shape[1]:
+    if tail is not None:
+        rest = tail.shape[1]
         torch.mm(tail, G_KBB[-1, :rest, :rest], out=tail_out)
     return out
 
@@ -108,7 +111,8 @@ def add_block_outer_(total_KBB: Tensor, x_NF: Tensor, y_NF: Tensor) -> None:
     head_y, tail_y = _split(y_NF, block_size)
     if full := head_x.shape[0]:
         _add_matmul_(total_KBB[:full], head_x.transpose(1, 2), head_y)
-    if rest := tail_x.shape[1]:
+    if tail_x is not None and tail_y is not None:
+        rest = tail_x.shape[1]
         _add_matmul_(total_KBB[-1:, :rest, :rest], tail_x.T[None], tail_y[None])
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from poetx.errors import UserError
@@ -77,7 +77,7 @@ def operator(
 
         @functools.wraps(function)
         def without_autocast(*args: Any) -> Any:
-            device = next(arg.device.type for arg in tree_leaves(args) if isinstance(arg, Tensor))
+            device = _device_type(args)
             if device == "meta" or not torch.is_autocast_enabled(device):
                 return function(*args)
             with torch.autocast(device, enabled=False):
@@ -97,9 +97,18 @@ def operator(
     return decorate
 
 
+def _device_type(args: tuple[Any, ...]) -> str:
+    """Of the first tensor, or of the first that a sequence begins with: torch's own search takes 0.05 ms."""
+    for arg in args:
+        first = arg[0] if isinstance(arg, list | tuple) and arg else arg
+        if isinstance(first, Tensor):
+            return first.device.type
+    raise AssertionError("an operator takes tensors")
+
+
 def _flops(function: Callable[..., Any], *args: Any, out_val: Any = None) -> int:
     """FLOPs of one call, counted on fake tensors so that they do not depend on the kernel."""
-    device = next(arg.device.type for arg in tree_leaves(args) if isinstance(arg, Tensor))
+    device = _device_type(args)
     in_place = {torch.ops.aten.baddbmm_: lambda _, a, b, **rest: 2 * a[0] * a[1] * a[2] * b[2]}  # torch has none
     counter = FlopCounterMode(display=False, custom_mapping=in_place)
     with FakeTensorMode(), transparent_operators(device_type=device), counter:

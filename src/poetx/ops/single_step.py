@@ -75,17 +75,21 @@ def map_gradient(W: Tensor, dW: Tensor, side: str, block_size: int) -> Tensor:
     ``side="out"``: M = dW·Wᵀ for W ← (I + E)·W. ``side="in"``: M = Wᵀ·dW for W ← W·(I + E). Accumulated in float32
     (float64 for float64), because the difference M − Mᵀ cancels most of it.
     """
+    with full_precision_products():
+        return _map_gradient(W, dW, side, block_size)
+
+
+def _map_gradient(W: Tensor, dW: Tensor, side: str, block_size: int) -> Tensor:
     size = W.shape[side == "in"]
     shape = (block_count(size, block_size), block_size, block_size)
     M = torch.zeros(shape, dtype=torch.promote_types(W.dtype, torch.float32), device=W.device)
-    with full_precision_products():
-        if side == "in":
-            add_block_outer_(M, W, dW)
-        else:
-            full = size // block_size
-            _rows_outer_(M[:full], dW[: full * block_size], W[: full * block_size])
-            if rest := size % block_size:
-                _rows_outer_(M[-1:, :rest, :rest], dW[-rest:], W[-rest:])
+    if side == "in":
+        add_block_outer_(M, W, dW)
+        return M
+    full = size // block_size
+    _rows_outer_(M[:full], dW[: full * block_size], W[: full * block_size])
+    if rest := size % block_size:
+        _rows_outer_(M[-1:, :rest, :rest], dW[-rest:], W[-rest:])
     return M
 
 
@@ -198,7 +202,8 @@ def _single_step_backward(
     if route == "weight":
         dW = torch.mm(g.T, x)
         sides = (("in", block_size_in), ("out", block_size_out))
-        Ms = [map_gradient(W, dW, side, block_size) for side, block_size in sides]
+        with full_precision_products():
+            Ms = [_map_gradient(W, dW, side, block_size) for side, block_size in sides]
     else:
         M_in = block_outer_products(dx, x, block_size_in)
         if not needs_dx:
