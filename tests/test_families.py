@@ -84,9 +84,10 @@ def test_conversion_merge_and_export_keep_the_function(family, permutation):
     assert relative_error(logits(to_dense_(model)), turned) < 1e-12
 
 
-@pytest.mark.parametrize("mode", ["fast", "mem"])
+@pytest.mark.parametrize(("mode", "by_weight"), [("fast", False), ("mem", False), ("mem", True)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_blocks_of_neighbours_gather_no_activation(family, mode):
+def test_blocks_of_neighbours_gather_nothing(family, mode, by_weight, monkeypatch):
+    monkeypatch.setattr("poetx.ops.linear.weight_is_cheaper", lambda *sizes: by_weight)
     counts = {}
     for permutation in ("random", "contiguous"):
         model = model_of(family)
@@ -95,5 +96,5 @@ def test_blocks_of_neighbours_gather_no_activation(family, mode):
             logits(model).square().sum().backward()
         counts[permutation] = len(gathers.found)
         layers = len(list(poet_layers(model)))
-    each = 5 if mode == "fast" else 6
+    each = 5 if mode == "fast" else 6  # by the weight three times its columns and three times its rows
     assert counts == {"random": each * layers, "contiguous": 0}
