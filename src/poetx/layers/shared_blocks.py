@@ -25,7 +25,8 @@ def shared_blocks(model: nn.Module, *, dtype: torch.dtype | None = None) -> Iter
 
     Same numbers, to the bit. All G of the model stay alive meanwhile, where *fast* holds them between a layer's forward
     and its backward only: about twice the bytes of the rotations in the layers' dtype. *mem* layers never keep G and
-    ignore this, and so do sharded parameters (FSDP2) and layers whose input has another dtype.
+    ignore this, and so do sharded parameters (FSDP2), layers whose input has another dtype, and passes of so many
+    tokens that the weight is rotated.
 
     Args:
         dtype: of the layers' inputs, if that is not their weights': autocast's.
