@@ -225,6 +225,22 @@ def test_refusals_are_one_line(words: list[str], message: str, capsys: pytest.Ca
     assert error.count("\n") == 1
 
 
+def test_settings_of_a_method_that_nothing_reads_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    mine, file = tmp_path / "mine.yaml", tmp_path / "methods.yaml"
+    mine.write_text(tiny().to_yaml())
+    for own, said in (
+        (
+            "poet.merge_angle: 0.3, poet.merge_every: null",
+            "poet.merge_angle=0.3: has no effect without poet.merge_every",
+        ),
+        ("optimizer.clip_ramp_start: 0.5, optimizer.clip: null", "optimizer.clip_ramp_start=0.5: has no effect"),
+        ("poet.residual_modules: [o_proj]", "poet.residual_modules=.*: has no effect without poet.residual_scale"),
+    ):
+        file.write_text(f"mine: {{method: fast, {own}}}")
+        with pytest.raises(UserError, match=f"--methods: mine: {said}"):
+            load_methods(str(mine), [], methods_in([str(file)]))
+
+
 def test_times_are_read_and_a_budget_that_is_too_small_is_refused(tiny: Tiny) -> None:
     assert [seconds_in(text) for text in ("90s", "1.5m", "2h")] == [90, 90, 7200]
     recipes = {"adamw": tiny("train.dtype=float32", "method=adamw")}
@@ -258,7 +274,16 @@ def test_methods_have_labels_and_settings_of_their_own(tiny: Tiny, tmp_path: Pat
         (["adam"], "", "no such method; did you mean 'adamw'"),
         (["{file}:smal"], "small: {method: lora}", "no smal there; did you mean 'small'"),
         (["{file}", "lora"], "lora: {}", "lora is there twice"),
-        (["{file}"], "../up: {method: lora}", "a label of letters"),
+        (["{file}"], "../up: {method: lora}", "a label is text of letters"),
+        (["{file}"], "..: {method: lora}", "a label is text of letters"),
+        (["{file}"], "8: {method: lora}", "8: a label is text of letters, .*; quote a number"),
+        (["{file}"], "yes: {method: lora}", "True: a label is text"),
+        (["{file}"], "mine: 3", "mine: must be LABEL"),
+        (["{file}"], "lora: {train.steps: 5}", "lora: train.steps: all methods have the same model, text, tokens and"),
+        (["{file}"], "lora: {train.seed: 5}", "lora: train.seed: all methods"),
+        (["{file}"], "lora: {data.seq_len: 8}", "lora: data.seq_len: all methods"),
+        (["{file}"], "lora: {model.hidden_size: 8}", "lora: model.hidden_size: all methods"),
+        (["{file}"], "lora: {parallel: fsdp}", "lora: parallel: all methods"),
         (["{file}"], "- lora", "must say LABEL"),
         (["{file}"], "mine: {optimizer.lr: 1}", "method=mine: no such method"),
         (["no.yaml"], "", "no.yaml: .*No such file"),

@@ -51,9 +51,30 @@ def _entries(path: str) -> dict[str, dict[str, Any]]:
     if not isinstance(entries, dict):
         raise UserError(f"--methods {path}: must say LABEL: {{KEY: VALUE, …}} for every method")
     for label, settings in entries.items():
-        if not re.fullmatch(r"[\w.-]+", str(label)) or not isinstance(settings or {}, Mapping):
-            raise UserError(f"{path}: {label}: must be LABEL: {{KEY: VALUE, …}}, a label of letters, digits, - and _")
+        if not (isinstance(label, str) and re.fullmatch(r"\w[\w.-]*", label)):
+            raise UserError(f"{path}: {label}: a label is text of letters, digits, -, _ and dots; quote a number")
+        if not isinstance(settings or {}, Mapping):
+            raise UserError(f"{path}: {label}: must be LABEL: {{KEY: VALUE, …}}")
+        for key in settings or {}:
+            if _is_of_all(str(key)):
+                raise UserError(
+                    f"{path}: {label}: {key}: all methods have the same model, text, tokens and seeds; give it beside "
+                    "the recipe, for all of them"
+                )
     return {label: dict(settings or {}) for label, settings in entries.items()}
+
+
+#: Keys of the model and of training that a method may have for itself; all of those of the other sections but data.
+_OF_MODELS = ("residual_scale", "gradient_checkpointing", "recompute", "offload", "offload_dir")
+_OF_RUNS = ("steps", "batch_size", "seed", "device", "eval_every", "eval_windows", "log_every", "sample_tokens")
+
+
+def _is_of_all(key: str) -> bool:
+    """Whether methods that differ in ``key`` would not be compared on the same model, text, tokens and seeds."""
+    section, _, name = key.partition(".")
+    if section == "train":
+        return name in _OF_RUNS
+    return section not in ("method", "poet", "lora", "optimizer") and (section != "model" or name not in _OF_MODELS)
 
 
 def load_methods(
@@ -87,6 +108,9 @@ def load_methods(
     for label, settings in own_settings.items():
         keys = {key: value for key, value in settings.items() if key != "method"}
         recipes[label] = _with_settings(recipes[label], keys)
+        for key, value in keys.items():
+            if value and (reason := idle(recipes[label].to_dict(), key)):
+                raise UserError(f"--methods: {label}: {key}={shown(value)}: has no effect {reason}; leave it out")
     return recipes
 
 
