@@ -189,11 +189,28 @@ def test_a_vocabulary_that_the_text_does_not_fill_is_said(tiny: Tiny) -> None:
     assert size < 70000
 
 
-def test_validation_text_that_is_trained_on_is_said(tiny: Tiny, corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("made", [os.symlink, os.link, shutil.copy])
+def test_validation_text_that_is_trained_on_is_said(made: Any, tiny: Tiny, corpus: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    (tmp_path / "held.txt").symlink_to(corpus / "3.txt")
+    made(corpus / "3.txt", tmp_path / "held.txt")
     prepare_data(tiny(f"data.validation={tmp_path / 'held.txt'}"), progress=said.append)
-    assert "data.validation has 1 files of data.train (3.txt)" in said[0]
+    name = "3.txt" if made is os.symlink else "held.txt"
+    assert f"data.validation has 1 files of data.train ({name})" in said[0]
+
+
+def test_characters_that_the_tokenizer_leaves_out_are_said(tiny: Tiny, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.train_from_iterator(["some words"], trainers.BpeTrainer(special_tokens=["<|endoftext|>"]))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("some wörds \N{GRINNING FACE} some words ö\n\n" * 400)
+    said: list[str] = []
+    prepare_data(tiny(f"data.train={tmp_path / 'a.txt'}", f"data.tokenizer={tmp_path}"), progress=said.append)
+    lost = [text for text in said if "leaves them out" in text]
+    assert len(lost) == 1
+    assert "its tokenizer has no token for 'ö', '\N{GRINNING FACE}' and leaves them out; use one with byte" in lost[0]
 
 
 def test_the_cache_is_reused_until_a_source_changes(tiny: Tiny, tmp_path: Path) -> None:

@@ -16,10 +16,12 @@ from poetx.cli import main
 from poetx.data import writing
 from poetx.data.prepare import find_data, prepare_data
 from poetx.data.prepared import prepare_directory
+from poetx.data.tokenizer import train_tokenizer
 from poetx.data.tokens import verified_meta
 from poetx.planner.estimate import vocabulary
 from poetx.recipe import Recipe, load_recipe
 from poetx.recipe.loading import load_data
+from poetx.recipe.sections import DataRecipe
 
 Tiny = Callable[..., Recipe]
 SETTINGS = ("data.vocab_size=400", "data.seq_len=16", "data.validation_fraction=0.1")
@@ -202,3 +204,26 @@ def test_tokens_are_no_text_beside_other_text(key: str, tiny: Recipe, tmp_path: 
     place = tmp_path / "tokens"
     with pytest.raises(UserError, match=rf"{place}: tokens of poetx data, which data\.train alone reads, by itself"):
         prepare_data(tiny(key.format(place, place)))  # pyright: ignore[reportCallIssue]
+
+
+def test_settings_of_a_tokenizer_that_a_kill_came_before_are_there_after_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, own = tmp_path / "a.txt", tmp_path / "tokenizer"
+    text.write_text("some words in a row\n" * 900)
+    own.mkdir()
+    train_tokenizer([text.read_text()], vocab_size=300).save(str(own / "tokenizer.json"))
+    (own / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    data = DataRecipe(train=str(text), tokenizer=str(own))
+
+    def killed(*paths: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("poetx.data.prepared._copy_settings", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_directory(data, tmp_path / "tokens", print)
+    assert not (tmp_path / "tokens/tokenizer_config.json").exists()
+    prepare_directory(data, tmp_path / "tokens", print)
+    copied = (tmp_path / "tokens/tokenizer_config.json").read_text()
+    assert copied == (own / "tokenizer_config.json").read_text()

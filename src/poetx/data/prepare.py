@@ -7,12 +7,13 @@ version. Runs that start together on the same text wait for the one that tokeniz
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import hashlib
 import itertools
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from poetx.data.split import Split, split_for
 from poetx.data.tokenizer import (
     END_OF_TEXT,
     TOKENIZER_CONFIG,
+    dropped_characters,
     find_end_of_text,
     load_tokenizer,
     read_tokenizer,
@@ -137,6 +139,10 @@ class DataPlan:
     key: str
 
 
+#: Characters of the text that are looked through for what a tokenizer leaves out.
+_LOOKED_THROUGH = 200_000
+
+
 def plan_data(data: DataRecipe, pretrained: str | None, places: Mapping[str, Path], say: Progress) -> DataPlan:
     """Find the text without writing anything. Raises as :func:`prepare_data` does.
 
@@ -154,7 +160,7 @@ def plan_data(data: DataRecipe, pretrained: str | None, places: Mapping[str, Pat
     _check_apart(places, train, "data.train")
     if validation:
         _check_apart(places, validation, "data.validation")
-    if validation and (shared := set(train.files) & set(validation.files)):
+    if validation and (shared := _shared(train.files, validation.files)):
         say(f"data.validation has {len(shared)} files of data.train ({min(shared).name}), which are trained on as well")
     tokenizer, key = (data.tokenizer, "data.tokenizer") if data.tokenizer else (pretrained, "model.pretrained")
     source = tokenizer_file(tokenizer, key) if tokenizer else None
@@ -169,6 +175,19 @@ def plan_data(data: DataRecipe, pretrained: str | None, places: Mapping[str, Pat
     if data.text_field != "text" and not any(text.has_text_records for text in texts):
         say(f"data.text_field={data.text_field}: has no effect, there are no records with text")
     return DataPlan(train, validation, source, template, _key(data, train, validation, source, template))
+
+
+def _shared(files: Iterable[Path], others: Iterable[Path]) -> list[Path]:
+    """Those of ``others`` that are among ``files``, by whatever name, or have the same bytes as one of them."""
+    by_size: dict[int, list[Path]] = {}
+    for file in files:
+        by_size.setdefault(file.stat().st_size, []).append(file)
+
+    def has_twin(file: Path) -> bool:
+        alike = by_size.get(file.stat().st_size or -1, ())  # empty files share nothing
+        return any(file.samefile(one) or filecmp.cmp(file, one, shallow=False) for one in alike)
+
+    return [file for file in others if has_twin(file)]
 
 
 def _same_words(tokenizer: Path, other: Path) -> bool:
@@ -259,6 +278,12 @@ def build(plan: DataPlan, data: DataRecipe, directory: Path, say: Progress, *, r
     if resumable and own is None and (directory / PROGRESS).is_file():
         own = directory / TOKENIZER
     tokenizer, end_of_text = _tokenizer(data, train, split, own, say)
+    if plan.source and (lost := dropped_characters(tokenizer, _training_text(train, split, _LOOKED_THROUGH))):
+        say(
+            f"{plan.source}: its tokenizer has no token for {', '.join(map(repr, lost[:6]))}"
+            f"{f' and {len(lost) - 6} more characters' * (len(lost) > 6)} and leaves them out; use one with byte "
+            "fallback or an unknown token"
+        )
     say("Tokenizing the text")
     (directory / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
     if template:
@@ -294,7 +319,7 @@ def _tokenizer(
     return tokenizer, end_of_text
 
 
-def _training_text(train: Corpus, split: Split) -> Iterator[str]:
+def _training_text(train: Corpus, split: Split, most: int = TOKENIZER_CHARACTERS) -> Iterator[str]:
     characters = 0
     for index, document in enumerate(train.documents(split.section)):
         if split.held_out(index):
@@ -302,7 +327,7 @@ def _training_text(train: Corpus, split: Split) -> Iterator[str]:
         for piece in document:
             yield piece
             characters += len(piece)
-            if characters >= TOKENIZER_CHARACTERS:
+            if characters >= most:
                 return
 
 

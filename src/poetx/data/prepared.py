@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
+import filecmp
 from pathlib import Path
 
 from poetx.data.prepare import DataPlan, Progress, build, plan_data, window_size
@@ -65,19 +65,27 @@ def _prepared(data: DataRecipe, directory: Path, say: Progress, plan: DataPlan) 
         write_text(key, plan.key)
     if (directory / META).is_file():
         say("The text is tokenized already")
-        return verified_meta(directory)
+        meta = verified_meta(directory)
+        _copy_settings(plan, directory)  # which a kill may have come before
+        return meta
     if (directory / PROGRESS).is_file():
         say("Going on where it was stopped")
     else:
         for file in directory.glob("*.bin"):  # of a process that was killed before it recorded anything
             file.unlink()
     meta = build(plan, data, directory, say, resumable=True)
-    if plan.source is not None:
-        for name in _SETTINGS:
-            if (plan.source.parent / name).is_file():
-                shutil.copy(plan.source.parent / name, directory / name)
+    _copy_settings(plan, directory)
     (directory / PROGRESS).unlink(missing_ok=True)
     return meta
+
+
+def _copy_settings(plan: DataPlan, directory: Path) -> None:
+    """Put what the tokenizer's directory has beside it into ``directory``, each file at once."""
+    for name in _SETTINGS if plan.source is not None else ():
+        assert plan.source is not None
+        own, copy = plan.source.parent / name, directory / name
+        if own.is_file() and not (copy.is_file() and filecmp.cmp(own, copy, shallow=False)):
+            write_text(copy, own.read_text(encoding="utf-8"))
 
 
 def samples(directory: Path, meta: DataMeta, *, tokens: int = 60) -> list[tuple[str, str]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,3 +132,23 @@ def _declared_end(config: Path) -> list[str]:
     if isinstance(token, dict):
         token = token.get("content")
     return [token] if isinstance(token, str) else []
+
+
+def dropped_characters(tokenizer: Tokenizer, texts: Iterable[str]) -> list[str]:
+    """Printable characters of ``texts`` that no token stands for, the most frequent first.
+
+    A vocabulary without bytes and without an unknown token has none for what it does not know.
+    """
+    model = json.loads(tokenizer.to_str())["model"]
+    if model.get("unk_token") is not None or model.get("unk_id") is not None:
+        return []
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+
+    def ids(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    # What has a token has others where there are three of it.
+    seen = [character for character, _ in counts.most_common() if character.isprintable() and character != " "]
+    return [character for character in seen if ids(character) == ids(3 * character)]
