@@ -42,7 +42,13 @@ _OF_TORCH = {
 }
 #: Settings that tell whose a saved group is, for messages.
 _TOLD_BY = {"state_dtype": "AdamW of poetx", "growth": "SMMF", "clip": "HFac"}
-_TOLD_BY |= {"over": "SCALE", "iterations": "SinkGD", "racs_beta": "RACS", "row_momentum": "RMNP"}
+_TOLD_BY |= {
+    "ends": "AdamW with ends by SCALE",
+    "over": "SCALE",
+    "iterations": "SinkGD",
+    "racs_beta": "RACS",
+    "row_momentum": "RMNP",
+}
 _TOLD_BY |= {"ball_momentum": "MuonHyperball", "subspace_gap": "GaLore", "sketch_gap": "APOLLO"}
 _TOLD_BY |= {kind.setting: kind.name for kind in _OF_TORCH.values()} | {"centered": "RMSprop", "rotate": "POETX"}
 

@@ -84,7 +84,8 @@ class Recipe(Section):
         if self.lora is not None and self.poet is not None:
             raise UserError("lora and poet are both set; set one of them to null")
         name = self.optimizer.name
-        if name in MATRIX_OPTIMIZERS and (self.poet is not None or self.lora is not None):
+        ends = name == "scale" and self.poet is not None and self.poet.method == "single-step"
+        if name in MATRIX_OPTIMIZERS and (self.poet is not None or self.lora is not None) and not ends:
             raise UserError(f"optimizer.name={name} trains dense matrices; use it with poet=null and lora=null")
         if self.poet is None and self.model.recompute != "auto":
             raise UserError(f"model.recompute={self.model.recompute}: is for rotated layers; leave it out")

@@ -52,7 +52,7 @@ RULES: dict[str, Rule] = {
     "apollo-mini": Rule("APOLLO-Mini", lambda groups: Apollo(groups, rank=1, scale=128.0, by_channel=False), lr=0.01),
 }
 #: Settings of a group for an end of the model.
-_OF_ENDS: dict[tuple[str, str], dict[str, Any]] = {
+OF_ENDS: dict[tuple[str, str], dict[str, Any]] = {
     ("scale", "embedding"): {"over": 0},
     ("scale", "head"): {"momentum": 0.9},
 }
@@ -85,7 +85,7 @@ def matrices_and_rest(
     """
     rule = RULES[name]
     matrix_lr = matrix_lr or rule.lr or lr
-    ends = _ends(model)
+    ends = ends_of(model)
     usual = {"lr": matrix_lr, "weight_decay": weight_decay if rule.decays else 0.0}
     own: dict[Any, dict[str, Any]] = {}
     for parameter in (p for group in groups for p in group["params"] if p.ndim == 2):
@@ -94,7 +94,7 @@ def matrices_and_rest(
             continue
         if not rule.decays and has_values(parameter) and not parameter.any():  # a held norm of zero
             continue
-        settings = dict(_OF_ENDS.get((name, end), {})) if end else {}
+        settings = dict(OF_ENDS.get((name, end), {})) if end else {}
         if end and end_lr is not None:
             settings["lr"] = end_lr
         if name in LOW_RANK:
@@ -121,7 +121,7 @@ def matrices_and_rest(
 
 def with_matrix_rate(model: nn.Module, groups: Groups, matrix_lr: float) -> Groups:
     """``groups`` with the matrices between embedding and head in groups of their own, of rate ``matrix_lr``."""
-    ends, parted = _ends(model), []
+    ends, parted = ends_of(model), []
     for group in groups:
         inner = [p for p in group["params"] if p.ndim == 2 and id(p) not in ends]
         other = [p for p in group["params"] if p.ndim != 2 or id(p) in ends]
@@ -130,7 +130,7 @@ def with_matrix_rate(model: nn.Module, groups: Groups, matrix_lr: float) -> Grou
     return [group for group in parted if group["params"]]
 
 
-def _ends(model: nn.Module) -> dict[int, str]:
+def ends_of(model: nn.Module) -> dict[int, str]:
     """Embedding and head by the identity of their weights; a tied one is the head."""
     found = {}
     for name, getter in (("embedding", "get_input_embeddings"), ("head", "get_output_embeddings")):
