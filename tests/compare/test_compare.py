@@ -16,6 +16,7 @@ from poetx.cli.compare import seconds_in
 from poetx.compare import trials
 from poetx.compare.page import frontier, table
 from poetx.errors import UserError
+from poetx.files import locked
 from poetx.recipe import Recipe, with_method
 from poetx.recipe.several import load_methods, methods_in
 from poetx.train.metrics import put_elapsed_
@@ -235,10 +236,24 @@ def test_settings_of_a_method_that_nothing_reads_are_refused(tiny: Tiny, tmp_pat
         ),
         ("optimizer.clip_ramp_start: 0.5, optimizer.clip: null", "optimizer.clip_ramp_start=0.5: has no effect"),
         ("poet.residual_modules: [o_proj]", "poet.residual_modules=.*: has no effect without poet.residual_scale"),
+        ("poet.mode: mem", "poet.mode=mem: method=fast means another poet.mode; give one of the two"),
+        ("poet.method: single-step", "poet.method=single-step: method=fast means another"),
     ):
         file.write_text(f"mine: {{method: fast, {own}}}")
         with pytest.raises(UserError, match=f"--methods: mine: {said}"):
             load_methods(str(mine), [], methods_in([str(file)]))
+
+
+def test_two_comparisons_at_once_in_one_place_are_refused(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text(tiny("train.dtype=float32").to_yaml())
+    out = tmp_path / "out"
+    with locked(tmp_path / ".out.lock"):
+        code = main(["compare", str(tmp_path / "mine.yaml"), "--methods", "adamw", "--steps", "4", "--out", str(out)])
+    assert code == 2
+    assert "out: another comparison runs there; wait, or give another --out" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_times_are_read_and_a_budget_that_is_too_small_is_refused(tiny: Tiny) -> None:
@@ -283,6 +298,7 @@ def test_methods_have_labels_and_settings_of_their_own(tiny: Tiny, tmp_path: Pat
         (["{file}"], "lora: {train.seed: 5}", "lora: train.seed: all methods"),
         (["{file}"], "lora: {data.seq_len: 8}", "lora: data.seq_len: all methods"),
         (["{file}"], "lora: {model.hidden_size: 8}", "lora: model.hidden_size: all methods"),
+        (["{file}"], "index.html: {method: lora}", "index.html: would be a file that compare writes"),
         (["{file}"], "lora: {parallel: fsdp}", "lora: parallel: all methods"),
         (["{file}"], "- lora", "must say LABEL"),
         (["{file}"], "mine: {optimizer.lr: 1}", "method=mine: no such method"),

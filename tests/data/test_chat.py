@@ -302,8 +302,10 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "history": ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, '"history" is not written into'),
     "weight": (
         {"messages": [{"role": "assistant", "content": "a", "weight": 0}]},
-        r"messages\[0\]: is not to be learnt",
+        r"messages\[0\]: its \"weight\" is 0, and all answers are learnt alike",
     ),
+    "share": ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, 'its "weight" is 0.5, and all'),
+    "loss": ({"messages": [{"role": "assistant", "content": "a", "loss": False}]}, 'its "loss" is False, and all'),
     "call": ({"messages": [{"role": "assistant", "tool_calls": [{"name": "f"}]}]}, 'does not write the "tool_calls"'),
     "thought": (
         {"prompt": "a", "completion": [{"role": "assistant", "content": "b", "reasoning_content": "c"}]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import re
@@ -227,3 +228,40 @@ def test_settings_of_a_tokenizer_that_a_kill_came_before_are_there_after_the_nex
     prepare_directory(data, tmp_path / "tokens", print)
     copied = (tmp_path / "tokens/tokenizer_config.json").read_text()
     assert copied == (own / "tokenizer_config.json").read_text()
+
+
+@pytest.mark.parametrize("name", ["meta.json", "tokenizer.json"])
+def test_a_disk_that_is_full_at_a_small_file_leaves_what_the_same_command_goes_on_from(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("some words in a row\n" * 900)
+    data = DataRecipe(train=str(text), vocab_size=300)
+    prepare_directory(data, tmp_path / "whole", print)
+    write = Path.write_text
+
+    def full(self: Path, words: str, *args: Any, **settings: Any) -> int:
+        if self.name.startswith(name):
+            write(self, words[:10], *args, **settings)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, words, *args, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(UserError, match="could not be written .*free some space"):
+            prepare_directory(data, tmp_path / "tokens", print)
+    (tmp_path / "tokens").mkdir(exist_ok=True)
+    (tmp_path / "tokens" / f"{name}.tmp").write_text("{")  # as a kill leaves it
+    prepare_directory(data, tmp_path / "tokens", print)
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "tokens" / file.name).read_bytes() == file.read_bytes(), file.name
+    assert len(list((tmp_path / "tokens").iterdir())) == len(list((tmp_path / "whole").iterdir()))
+
+
+def test_a_short_text_is_prepared_and_its_windows_are_cut_by_who_trains_on_it(tiny: Tiny, tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("some words in a row\n" * 40)
+    meta = prepare_directory(DataRecipe(train=str(text), vocab_size=300), tmp_path / "tokens", print)
+    assert 1 < meta.validation_tokens < 256
+    with pytest.raises(UserError, match=r"fewer than one window of data\.seq_len=256"):
+        prepare_data(tiny(f"data.train={tmp_path / 'tokens'}", "data.seq_len=256"))

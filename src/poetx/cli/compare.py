@@ -13,6 +13,8 @@ from poetx.cli.bench import names_in
 from poetx.cli.quiet import quiet_transformers
 from poetx.cli.recipes import CommandWithSettings
 from poetx.errors import UserError
+from poetx.files import locked
+from poetx.recipe import Recipe
 from poetx.recipe.several import methods_in
 
 _EPILOG = (
@@ -97,12 +99,6 @@ def _run(
     sweep: bool,
     out: Path | None,
 ) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from poetx.compare.page import HEAD, frontier, held, table, write_results
-    from poetx.compare.trials import Stopped, finished_methods, open_comparison, steps_in
-    from poetx.compare.trials import compare as compared
     from poetx.recipe.several import load_methods
 
     quiet_transformers()
@@ -111,6 +107,29 @@ def _run(
     if not first.data.train:
         raise UserError("data.train is missing; give it on the command line: data.train=PATH")
     directory = out or Path("runs") / f"compare-{first.name}"
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    lock = directory.parent / f".{directory.name}.lock"  # what a comparison finds in its directory is looked at
+    with locked(lock, busy=f"{directory}: another comparison runs there; wait, or give another --out", keep=False):
+        _compare(recipes, settings, directory, seeds, seconds=seconds, sweep=sweep)
+
+
+def _compare(
+    recipes: dict[str, Recipe],
+    settings: list[str],
+    directory: Path,
+    seeds: list[int],
+    *,
+    seconds: float | None,
+    sweep: bool,
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from poetx.compare.page import HEAD, frontier, held, table, write_results
+    from poetx.compare.trials import Stopped, finished_methods, open_comparison, steps_in
+    from poetx.compare.trials import compare as compared
+
+    first = next(iter(recipes.values()))
     console = Console()
 
     def say(text: str) -> None:

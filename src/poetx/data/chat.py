@@ -113,8 +113,12 @@ def _message(item: Any, place: str) -> Message:
     known = {*_ROLES.values(), "tool", "developer", "function"}
     if message["role"] not in known and (meant := nearest(message["role"], known, cutoff=0.8)):
         raise UserError(f'{place}: role "{message["role"]}"{meant}')
-    if message.get("weight") == 0 or message.get("train") is False:
-        raise UserError(f"{place}: is not to be learnt, and all answers are; leave its conversation out, or this mark")
+    marks = [name for name in ("weight", "train", "loss") if message.get(name, 1) not in (1, True)]
+    if marks:
+        raise UserError(
+            f'{place}: its "{marks[0]}" is {message[marks[0]]}, and all answers are learnt alike; leave its '
+            "conversation out, or this mark"
+        )
     content = message.get("content", "" if "tool_calls" in message else None)
     if isinstance(content, list):
         parts = [part["text"] if isinstance(part, Mapping) and "text" in part else part for part in content]

@@ -50,7 +50,7 @@ from poetx.data.tokens import (
 )
 from poetx.data.writing import PROGRESS, write_tokens
 from poetx.errors import UserError, one_line
-from poetx.files import locked, new_directory, sha256
+from poetx.files import locked, new_directory, sha256, write_text
 from poetx.recipe import Recipe
 from poetx.recipe.places import is_prepared
 from poetx.recipe.sections import DataRecipe
@@ -238,8 +238,8 @@ def _check_apart(places: Mapping[str, Path], text: Corpus, key: str) -> None:
             )
 
 
-def encode_windows(source: str, tokenizer: Any, *, key: str, seq_len: int, text_field: str = "text") -> TokenWindows:
-    """The windows of a corpus under a transformers tokenizer, for evaluation on other text than the run's own."""
+def encode_windows(source: Any, tokenizer: Any, *, key: str, seq_len: int, text_field: str = "text") -> TokenWindows:
+    """The windows of a corpus, as ``data.train`` names one, under a transformers tokenizer, for evaluation on it."""
     corpus = open_corpus(source, key=key, text_field=text_field)
     backend, end_id = whole_text(tokenizer.backend_tokenizer), tokenizer.eos_token_id
     if not corpus.has_chats:
@@ -285,7 +285,7 @@ def build(plan: DataPlan, data: DataRecipe, directory: Path, say: Progress, *, r
             "fallback or an unknown token"
         )
     say("Tokenizing the text")
-    (directory / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
+    write_text(directory / TOKENIZER, tokenizer.to_str())
     if template:
         template, end_of_text = _settled(template, tokenizer, end_of_text, data)
     packed = window_size(data, train, validation)
@@ -296,7 +296,8 @@ def build(plan: DataPlan, data: DataRecipe, directory: Path, say: Progress, *, r
         if changed := [old[0] for old, new in zip(rows, _files(corpus), strict=True) if old != new]:
             raise UserError(f"{changed[0]}: has changed while it was read; run it again once nobody writes there")
     _check_split(meta, data, train.source)
-    _check_length(meta, data, train)
+    alone = resumable and not meta.packed  # windows are cut by who trains on it
+    _check_length(meta, data.model_copy(update={"seq_len": 1}) if alone else data, train)
     write_meta(directory, meta)
     return meta
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from poetx.data.prepare import DataPlan, Progress, build, plan_data, window_size
 from poetx.data.tokens import META, TOKENIZER, DataMeta, open_tokens, token_files, verified_meta
 from poetx.data.writing import PROGRESS
-from poetx.errors import UserError, one_line
-from poetx.files import is_write_error, locked, write_text
+from poetx.errors import UserError
+from poetx.files import is_write_error, locked, unwritten, write_text
 from poetx.recipe.sections import DataRecipe
 
 KEY = "text.key"  # of the text and settings that the files in the directory are of
@@ -31,7 +31,8 @@ def prepare_directory(data: DataRecipe, directory: Path, say: Progress) -> DataM
         data, plan.train, plan.validation
     ):
         say(f"data.seq_len={data.seq_len}: has no effect on text that is not packed; poetx train cuts it into windows")
-    names = (META, TOKENIZER, PROGRESS, KEY, _LOCK, *_SETTINGS, *(f"{name}.bin" for name in token_files(True)))
+    names = {META, TOKENIZER, PROGRESS, KEY, _LOCK, *_SETTINGS, *(f"{name}.bin" for name in token_files(True))}
+    names |= {f"{name}.tmp" for name in names}  # half-written when a process was killed
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory}: is a file; name a directory")
     if directory.is_dir() and (other := sorted(p.name for p in directory.iterdir() if p.name not in names)):
@@ -45,9 +46,7 @@ def prepare_directory(data: DataRecipe, directory: Path, say: Progress) -> DataM
             directory.rmdir()  # one with nothing in it
         if not is_write_error(error):
             raise
-        raise UserError(
-            f"{directory}: could not be written ({one_line(error)}); make room, then run it again"
-        ) from None
+        raise UserError(f"{unwritten(directory, error)}, then run it again") from None
 
 
 def _prepared(data: DataRecipe, directory: Path, say: Progress, plan: DataPlan) -> DataMeta:
@@ -76,6 +75,8 @@ def _prepared(data: DataRecipe, directory: Path, say: Progress, plan: DataPlan) 
     meta = build(plan, data, directory, say, resumable=True)
     _copy_settings(plan, directory)
     (directory / PROGRESS).unlink(missing_ok=True)
+    for file in directory.glob("*.tmp"):
+        file.unlink()
     return meta
 
 

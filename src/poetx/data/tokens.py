@@ -21,7 +21,7 @@ import numpy as np
 from poetx.data.packing import LABEL, START
 from poetx.data.sampler import evenly_spread
 from poetx.errors import UserError
-from poetx.files import read_json, sha256
+from poetx.files import read_json, sha256, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -223,7 +223,7 @@ def fingerprint(digests: Iterable[str], shares: Sequence[Sequence[float]]) -> st
 def write_meta(directory: Path, meta: DataMeta) -> None:
     """Write ``meta.json`` beside the files that it is about."""
     document = meta.written() | {"checksum": meta.checksum(directory / TOKENIZER)}
-    (directory / META).write_text(json.dumps(document, indent=2), encoding="utf-8")
+    write_text(directory / META, json.dumps(document, indent=2))
 
 
 def verified_meta(directory: Path) -> DataMeta:

@@ -203,7 +203,7 @@ def recipe_with(source: str, pairs: Sequence[tuple[str, Any]], *, text: bool = T
     for note in modernize(values, of_a_run=of_a_run):
         logger.warning("%s: %s", source, note)
     if (method := values.get("method")) is not None:
-        _refuse_contradictions([*flat(values)])
+        refuse_contradictions([*flat(values)])
         if any(key == "method" for key, _ in pairs):
             check_method(method)  # another takes its place, with all that it would set
         else:
@@ -219,7 +219,7 @@ def recipe_with(source: str, pairs: Sequence[tuple[str, Any]], *, text: bool = T
         if key == "method" and (changed := put_method(values, value, own_rate=own_rate)):
             keys = ", ".join(f"{name}={shown(now)}" for name, now in changed.items())
             logger.warning("method=%s: %s, since the recipe's own values are for rotations", value, keys)
-    _refuse_contradictions(pairs)
+    refuse_contradictions(pairs)
     drop_without_effect(values)
     for key, value in pairs:
         if key != "method":
@@ -321,7 +321,7 @@ def split_key(dotted: str) -> tuple[str, str]:
     return section, key
 
 
-def _refuse_contradictions(pairs: Sequence[tuple[str, Any]]) -> None:
+def refuse_contradictions(pairs: Sequence[tuple[str, Any]]) -> None:
     """Raise where one override undoes another: a whole section and its keys, or a method and what it is made of.
 
     Of the same key twice the last counts, as for every program's options; and a section that is null after its keys.

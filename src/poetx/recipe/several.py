@@ -11,7 +11,7 @@ from typing import Any
 from poetx.errors import UserError, nearest, one_line
 from poetx.recipe.former import drop_without_effect
 from poetx.recipe.idle import idle
-from poetx.recipe.loading import Recipe, parsed, recipe_with, split_key, with_method
+from poetx.recipe.loading import Recipe, parsed, recipe_with, refuse_contradictions, split_key, with_method
 from poetx.recipe.sections import belongs
 from poetx.recipe.shorthands import check_method, settings_of
 from poetx.recipe.values import shown
@@ -53,6 +53,8 @@ def _entries(path: str) -> dict[str, dict[str, Any]]:
     for label, settings in entries.items():
         if not (isinstance(label, str) and re.fullmatch(r"\w[\w.-]*", label)):
             raise UserError(f"{path}: {label}: a label is text of letters, digits, -, _ and dots; quote a number")
+        if label.endswith((".html", ".json", ".jsonl", ".md")):
+            raise UserError(f"{path}: {label}: would be a file that compare writes; give it another label")
         if not isinstance(settings or {}, Mapping):
             raise UserError(f"{path}: {label}: must be LABEL: {{KEY: VALUE, …}}")
         for key in settings or {}:
@@ -107,6 +109,10 @@ def load_methods(
             recipes |= {name: recipes[name].with_keys({key: value}) for name in having}
     for label, settings in own_settings.items():
         keys = {key: value for key, value in settings.items() if key != "method"}
+        try:
+            refuse_contradictions([("method", word[label]), *keys.items()])
+        except UserError as error:
+            raise UserError(f"--methods: {label}: {error}") from None
         recipes[label] = _with_settings(recipes[label], keys)
         for key, value in keys.items():
             if value and (reason := idle(recipes[label].to_dict(), key)):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from poetx.data.prepare import encode_windows, prepare_data
+from poetx.data.sources import open_corpus
 from poetx.data.tokens import TokenWindows
 from poetx.distributed.agreement import agreed, check_equal
 from poetx.errors import UserError
 from poetx.models import resolve_device
+from poetx.recipe.loading import parsed
 from poetx.runs.load import LoadedModel, load_run, rebuild_run, while_it_trains
 from poetx.spectra import LayerSpectrum, spectrum
 from poetx.train.checkpoint import load_model, step_of
@@ -19,6 +22,8 @@ from poetx.train.metrics import perplexity
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_SEQ_LEN = 256  # for an exported model, which says at most how many positions it has
 
@@ -108,7 +113,10 @@ def _own_windows(run_dir: Path, loaded: LoadedModel, seq_len: int) -> TokenWindo
 def _other_windows(loaded: LoadedModel, data: str, seq_len: int, text_field: str | None) -> TokenWindows:
     assert loaded.end_of_text_id is not None
     field = text_field or (loaded.recipe.data.text_field if loaded.recipe else "text")
-    windows = encode_windows(data, loaded.tokenizer, key="--data", seq_len=seq_len, text_field=field)
+    source: Any = dict(parsed([f"data.train={data}"]))["data.train"] if data[:1] in ("[", "{") else data
+    if text_field and not open_corpus(source, key="--data", text_field=field).has_text_records:
+        logger.warning("--text-field=%s: has no effect, there are no records with text", text_field)
+    windows = encode_windows(source, loaded.tokenizer, key="--data", seq_len=seq_len, text_field=field)
     loaded.check_ids(int(windows.tokens.max(initial=0)))
     return _checked(windows, f"--data={data}")
 

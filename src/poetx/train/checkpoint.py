@@ -18,7 +18,7 @@ import json
 import logging
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,6 +98,15 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def check_linked(run_dir: Path, names: Iterable[str] = ("checkpoints",)) -> None:
+    """Raise :class:`UserError` where a directory of the run is a link to what is not there, as on a disk that is gone."""
+    for place in (run_dir / name for name in names):
+        if place.is_symlink() and not place.exists():
+            raise UserError(
+                f"{place}: is a link to {place.readlink()}, which is not there; bring that back, or remove the link"
+            )
+
+
 def check_is_run(place: Path) -> None:
     """Raise :class:`UserError` where ``place`` is one of a run's checkpoints, which look like a run."""
     if (place / MANIFEST).is_file() and (place / "recipe.yaml").is_file():
@@ -167,6 +176,9 @@ def find_checkpoint(run_dir: Path) -> tuple[Path, list[str]]:
             version of poetx.
     """
     check_is_run(run_dir)
+    check_linked(run_dir)
+    if (place := checkpoint_dir(run_dir)).is_file():
+        raise UserError(f"{place}: is a file, not the directory of the run's checkpoints; move it away")
     problems: list[str] = []
     for path in reversed(checkpoints(run_dir)):
         try:

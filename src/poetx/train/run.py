@@ -278,6 +278,7 @@ def _remarks(recipe: Recipe, model: Any) -> Iterator[str]:
 
 def check_free(run_dir: Path, *, known: bool | None = None) -> None:
     """Refuse a directory with a finished run in it, or with files that are not an earlier start's of ours."""
+    ckpt.check_linked(run_dir, _OWN_DIRS)
     known = (run_dir / LOCK).exists() if known is None else known
     if ckpt.checkpoints(run_dir) or (known and (run_dir / "export").exists()):
         raise UserError(
