@@ -99,7 +99,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def check_linked(run_dir: Path, names: Iterable[str] = ("checkpoints",)) -> None:
-    """Raise :class:`UserError` where a directory of the run is a link to what is not there, as on a disk that is gone."""
+    """Raise :class:`UserError` where a directory of the run is a link to what is gone, as with an unmounted disk."""
     for place in (run_dir / name for name in names):
         if place.is_symlink() and not place.exists():
             raise UserError(
