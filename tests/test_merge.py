@@ -732,3 +732,33 @@ def test_counters_of_a_state_that_was_loaded_first_are_kept():
     again.load_state_dict(optimizer.state_dict())
     handle = merge_every(again, model, steps=4)
     assert (handle.steps_since_merge, handle.merges) == (3, 1)
+
+
+def test_what_keeps_its_state_elsewhere_is_refused():
+    model = converted()
+
+    class Zero(torch.optim.Optimizer):
+        """As ZeroRedundancyOptimizer, which has each rank's part of the state in an optimizer of its own."""
+
+        def __init__(self, groups):
+            super().__init__(groups, {})
+            self.optim = torch.optim.AdamW(self.param_groups)
+
+    with pytest.raises(UserError, match=r"^Zero keeps its state in an AdamW of its own, .* could not reset"):
+        merge_every(Zero(param_groups(model, lr=1e-3, poet_lr=1e-2)), model, steps=3)
+
+
+def test_an_average_over_a_merge_is_said_when_it_is_exported_at_once(caplog):
+    model = converted(init="normalized")
+    optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3, poet_lr=0.1))
+    merge_every(optimizer, model, steps=2)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    for number in range(6):
+        step(model, optimizer, seed=number)
+        average.update_parameters(model)
+    caplog.clear()
+    to_dense_(average.module)
+    assert any("it reaches across a merge and means nothing" in r.getMessage() for r in caplog.records)
+    caplog.clear()
+    to_dense_(copy.deepcopy(model))
+    assert not caplog.records

@@ -89,6 +89,11 @@ def refuse_unfit(optimizer: torch.optim.Optimizer) -> None:
             f"{kind} only wraps an optimizer, so a merge could not reset what it keeps itself; give the {inner} "
             f"inside, and step that without {kind} if it keeps copies of parameters, as Lookahead does"
         )
+    if isinstance(inner := getattr(optimizer, "optim", None), torch.optim.Optimizer):  # ZeroRedundancyOptimizer
+        raise UserError(
+            f"{kind} keeps its state in an {type(inner).__name__} of its own, each rank a part of it, which a merge "
+            "could not reset; use the optimizer itself (rotations have little state), or fully_shard"
+        )
     joint = next((key for key in optimizer.state if not isinstance(key, Tensor)), None)
     if joint is not None or isinstance(optimizer, torch.optim.LBFGS):
         raise UserError(

@@ -56,7 +56,7 @@ class MergeReminder:
         if self._layer() is not layer:
             self._layer = weakref.ref(layer)
         trains = layer.training and torch.is_grad_enabled()
-        self._check_average(layer, trains)
+        self.check_average(layer, trains=trains)
         if self.done or not trains:
             return
         self.passes += 1
@@ -85,7 +85,8 @@ class MergeReminder:
                 angle,
             )
 
-    def _check_average(self, layer: PoetLinear, trains: bool) -> None:
+    def check_average(self, layer: PoetLinear, *, trains: bool = False) -> None:
+        """Say where ``layer`` looks like an average of models from both sides of a merge."""
         if not _has_values(layer):
             return
         original, then = self._original(), self._then

@@ -30,6 +30,7 @@ from poetx.ops.reference import EXACT
 from poetx.ops.side import Side, Sides, block_count
 from poetx.ops.transaction import swap_
 
+_FEW = 8  # features; of fewer the identity is drawn now and then
 _ORDERS = {3: 3, 7: 7, "exact": EXACT}
 
 
@@ -266,6 +267,12 @@ class PoetLinear(HostedLinear):
         settled = self.packed_weight is not None or self.config.mode == "weight"
         return self.config.mode if settled else super().mode_for(x)
 
+    def plain_weight(self) -> Tensor:
+        for hook in self._forward_pre_hooks.values():
+            if hasattr(hook, "check_average"):  # a MergeReminder, which knows this class
+                hook.check_average(self)
+        return super().plain_weight()
+
     def dense_weight(self) -> Tensor:
         """The weight [out_features, in_features] that forward acts with, float32 (float64 if stored so).
 
@@ -402,10 +409,16 @@ class PoetLinear(HostedLinear):
                     f"{self.label}: {side} in the state is no permutation (indices twice or out of range); its file is "
                     "damaged: load another one"
                 )
-            if not (self.is_permuted or perm.is_meta or torch.equal(perm, torch.arange(len(perm)).to(perm))):
+            if perm.is_meta or self.one_sided or len(perm) <= _FEW:
+                continue
+            saved_as, here = (
+                "contiguous" if in_place else "random"
+                for in_place in (torch.equal(perm, torch.arange(len(perm)).to(perm)), not self.is_permuted)
+            )
+            if saved_as != here:
                 raise UserError(
-                    f"{self.label}: the state is of permutation='random', the layer of 'contiguous'; convert the model "
-                    "with permutation='random' to load it"
+                    f"{self.label}: the state is of permutation={saved_as!r}, the layer of {here!r}; convert the model "
+                    f"with permutation={saved_as!r} to load it"
                 )
         if self.residual is not None and (weight := state_dict.get(f"{prefix}base_weight")) is not None:
             state_dict.setdefault(f"{prefix}residual", torch.zeros_like(weight, dtype=torch.int8))

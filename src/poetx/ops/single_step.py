@@ -263,7 +263,7 @@ class _SingleStepLinear(torch.autograd.Function):
     def backward(ctx, g):
         first_derivatives_only()
         x, y, weight, bias = ctx.saved_tensors
-        if ctx.writes is not None and ctx.writes._version:
+        if ctx.writes is not None and (torch.compiler.is_compiling() or ctx.writes._version):
             y = None  # overwritten, as by nn.ReLU(inplace=True): computed again
         dbias = g.sum(0).to(bias.dtype) if ctx.needs_input_grad[3] else None
         needs_dx = ctx.needs_input_grad[0]

@@ -256,3 +256,42 @@ def test_a_penalty_inside_a_compiled_loss_counts():
             descend(loss(model, towards), optimizer)
         weights.append(model[0].weight.detach())
     assert torch.allclose(*weights, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["polynomial", "cosine_with_min_lr", "cosine_warmup_with_min_lr"])
+@pytest.mark.parametrize("convert", [True, False])
+def test_schedules_of_transformers_that_ask_for_the_first_rate(convert, kind):
+    from transformers import get_scheduler
+
+    model = converted() if convert else mlp()
+    optimizer = POETX(model, 1e-2, angle=0.02)
+    more = {} if kind == "polynomial" else {"min_lr": 1e-3}
+    schedule = get_scheduler(kind, optimizer, num_warmup_steps=1, num_training_steps=4, scheduler_specific_kwargs=more)
+    first = [group["initial_lr"] for group in optimizer.param_groups]
+    for _ in range(3):
+        descend(loss_of(model), optimizer)
+        schedule.step()
+    ratios = [group["lr"] / initial for group, initial in zip(optimizer.param_groups, first, strict=True)]
+    assert max(ratios) == pytest.approx(min(ratios))
+    assert 0 < ratios[0] < 1
+
+
+def test_compiled_autograd_feeds_the_same_momentum():
+    models = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = converted().double()
+        optimizer = POETX(model, 1e-2, angle=0.02)
+        torch._dynamo.reset()
+        for _ in range(2):
+            loss = loss_of(model)
+            if compiled:
+                with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+                    loss.backward()
+            else:
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        models.append(model)
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14, msg=name)

@@ -144,7 +144,7 @@ class POETX(torch.optim.Optimizer):
         self._dense: torch.optim.Optimizer | None = None
         self._make_dense = dense_optimizer or functools.partial(torch.optim.AdamW, weight_decay=weight_decay or 0.0)
         super().__init__(given.groups, {"rotate": False})
-        self.defaults["momentum"] = momentum  # schedulers that cycle it ask for it here
+        self.defaults |= {"momentum": momentum, "lr": angle if lr is None else lr}  # schedulers ask for them here
         rotated = [p for group in self.param_groups if group["rotate"] for p in group["params"]]
         self._matrices = [
             Matrix(
@@ -183,7 +183,10 @@ class POETX(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def __reduce__(self) -> Any:
-        raise UserError("POETX cannot be copied or pickled: its layers feed one optimizer; save its state_dict()")
+        raise UserError(
+            "POETX cannot be copied or pickled: its layers feed one optimizer; save its state_dict(), and keep it out "
+            "of a module that is copied (make it in configure_optimizers, say)"
+        )
 
     def _share(self) -> None:
         """Let the dense optimizer hold the groups that are not rotated and the state, as objects, not as copies."""
