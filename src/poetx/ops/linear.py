@@ -179,7 +179,8 @@ def _linear_mem_backward(
         dV = block_diagonal.left_rotate(dU, G_out)
         del dU, G_out
         dG_in = block_diagonal.block_outer_products(dV, weight, block_sizes[0])
-        return dx, *cayley_blocks_backward([dG_in, dG_out], *end)
+        dq_in, dq_out = cayley_blocks_backward([dG_in, dG_out], *end)
+        return dx, dq_in, dq_out
     b = block_diagonal.gather_rotate(x, perm_in, G_in) @ weight.T
     # One buffer [N, m] for b and db, gone before dx is made.
     db, dG_out = block_diagonal.rotate_scatter_backward(b, G_out, perm_out, g, overwrite=True)
@@ -187,7 +188,8 @@ def _linear_mem_backward(
     del b, db, G_out, weight
     dx, dG_in = block_diagonal.gather_rotate_backward(x, perm_in, G_in, da, needs_dx)
     del da, G_in
-    return dx, *cayley_blocks_backward([dG_in, dG_out], *end)
+    dq_in, dq_out = cayley_blocks_backward([dG_in, dG_out], *end)
+    return dx, dq_in, dq_out
 
 
 def _perms(perm_in: Tensor | None, perm_out: Tensor | None) -> list[Tensor]:
@@ -286,7 +288,7 @@ def poet_linear(
     sizes, block_sizes = (side_in.size, side_out.size), (side_in.block_size, side_out.block_size)
     x_NF = x.reshape(-1, x.shape[-1])
     settings: tuple[Any, ...] = (weight.kind, weight.group_size, len(weight.tensors), sizes, block_sizes, order)
-    by_weight = weight_is_cheaper(len(x_NF), *sizes[::-1], *block_sizes[::-1], mode)
+    by_weight = weight_is_cheaper(len(x_NF), side_out.size, side_in.size, side_out.block_size, side_in.block_size, mode)
     function, more = _FastLinear, blocks
     if by_weight or mode == "mem":
         function, more, settings = _MemLinear, factors, (*settings, by_weight)
