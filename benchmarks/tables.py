@@ -12,7 +12,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -296,7 +296,16 @@ def compare_tiny_budgets() -> str:
     return _budgets("tiny")
 
 
-def _budgets(scale: str) -> str:
+def compare_tiny_low() -> str:
+    """The same scale on other text, with gradients of large matrices released."""
+    return _compared("tiny-low")
+
+
+def compare_tiny_low_budgets() -> str:
+    return _budgets("tiny-low", (0.05, 0.06, 0.08, 0.1, 0.12, 0.16, 0.25, 0.5, 1.0))
+
+
+def _budgets(scale: str, shares: Sequence[float] = (0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)) -> str:
     """The lowest mean loss within each share of AdamW's state and gradient: of the forms of POET, and of the others."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in _rows("compare"):
@@ -304,7 +313,7 @@ def _budgets(scale: str) -> str:
             found.setdefault(row["method"], []).append(row)
     of = {name: (rows[0]["state"] + rows[0]["gradient"], mean_loss(rows)) for name, rows in found.items()}
     base, body = of["adamw"][0], []
-    for budget in (0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0):
+    for budget in shares:
         cells = []
         for ours in (True, False):
             fits = [
@@ -817,6 +826,8 @@ _TABLES = (
     prepare_speed,
     compare_tiny,
     compare_tiny_budgets,
+    compare_tiny_low,
+    compare_tiny_low_budgets,
     integrations,
     fine_tuning,
     fine_tuning_memory,
