@@ -762,3 +762,29 @@ def test_an_average_over_a_merge_is_said_when_it_is_exported_at_once(caplog):
     caplog.clear()
     to_dense_(copy.deepcopy(model))
     assert not caplog.records
+
+
+def test_a_model_loaded_over_a_merge_without_its_optimizer_is_said(caplog):
+    model = converted(init="normalized")
+    optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3, poet_lr=1e-2))
+    merge_every(optimizer, model, steps=3)
+    saved = []
+    for number in range(5):
+        step(model, optimizer, seed=number)
+        saved.append((copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())))
+
+    def said(*states):
+        caplog.clear()
+        model.load_state_dict(states[0])
+        for state in states[1:]:
+            optimizer.load_state_dict(state)
+        step(model, optimizer)
+        return [r.getMessage() for r in caplog.records if "other side of a merge" in r.getMessage()]
+
+    assert not said(*saved[4])
+    assert not said(*saved[1])
+    assert not said(*saved[3])
+    assert not said(saved[4][0])  # from the same side
+    assert not said(*saved[3])
+    assert len(said(saved[1][0])) == 1
+    assert not said(*saved[4])

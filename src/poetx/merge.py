@@ -195,6 +195,7 @@ class MergeHandle:
         self._rotations = rotation_ids(model)
         loaded = self._counter_groups()[0]  # by a state dict, which may come first
         self._set(*(loaded.get(key, 0) for key in COUNTERS))
+        self._loaded, self._ahead = self._seen()
         self.restart = GroupRestart([] if optimizer.state else self._counter_groups())
         self._rate = OneRate(*self._parted(), "the rotations")
         vars(optimizer)["__getstate__"] = _refuse_copies
@@ -241,6 +242,7 @@ class MergeHandle:
                 "merge_every: layers of the model were made dense by to_dense_, and this optimizer holds their "
                 "rotations, not their weights; build a new optimizer for the model"
             )
+        self._say_if_loaded_alone()
         self._rate.check(*self._parted())
         self.restart.before_step(self._counter_groups())
 
@@ -260,6 +262,26 @@ class MergeHandle:
             self._say_if_at_every_step(since)
             layers = [(name, [*layer.parameters(), *layer.buffers()]) for name, layer in poet_layers(self._model)]
             check_alike([(name, t) for name, tensors in layers for t in tensors], f"after merge {merges + 1}")
+
+    def _seen(self) -> tuple[int, int]:
+        """States that were loaded into the layers so far, and merges that they have had and this handle has not."""
+        layers = [layer for _, layer in poet_layers(self._model)]
+        counts = [int(layer.merge_count) for layer in layers[:1] if not layer.merge_count.is_meta]
+        return sum(layer.states_loaded for layer in layers), max(counts, default=self.merges) - self.merges
+
+    def _say_if_loaded_alone(self) -> None:
+        """Say where the model's state was loaded since, from before or after a merge, and the optimizer's was not."""
+        if sum(layer.states_loaded for _, layer in poet_layers(self._model)) == self._loaded:
+            return
+        self._loaded, ahead = self._seen()
+        own = (p for group in self._counter_groups() for p in group["params"])
+        if not any(id(p) in self._rotations and self._optimizer.state.get(p) for p in own):
+            self._ahead = ahead  # there are no moments
+        elif ahead != self._ahead:
+            logger.warning(
+                "merge_every: the model was loaded from the other side of a merge, and its optimizer keeps moments of "
+                "rotations as they were here; load the optimizer's state as well, or build a new one"
+            )
 
     def _say_if_at_every_step(self, since: int) -> None:
         self._at_once = self._at_once + 1 if since == 1 < self.steps else 0

@@ -59,7 +59,7 @@ def swapped(model):
     """Cast and loaded by exchanging tensors in place, as torch will do by default some day."""
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
-        return emptied(model.double().float())
+        return emptied(model.double().float().float().to("cpu"))
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
 

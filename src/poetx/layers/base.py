@@ -362,8 +362,13 @@ class ConvertedLinear(nn.Module):
         with _Operators() as used:
             self.check_cast(fn)
         former = self._parameters[self.weight_name]
+
+        def plain(tensor: Tensor) -> Tensor:  # what gives back the weight itself gives no parameter to swap with
+            made = fn(tensor)
+            return made.detach() if isinstance(made, RotatedWeight) else made
+
         with self._weight_stays_rotated():
-            super()._apply(fn, recurse)
+            super()._apply(plain, recurse)
         weight = self._parameters[self.weight_name]
         if weight is not former and weight is not None:  # put in its place, as by to_empty
             self._parameters[self.weight_name] = former
