@@ -85,8 +85,13 @@ class MergeReminder:
                 angle,
             )
 
-    def check_average(self, layer: PoetLinear, *, trains: bool = False) -> None:
-        """Say where ``layer`` looks like an average of models from both sides of a merge."""
+    def check_average(self, layer: PoetLinear, *, trains: bool = False, at_once: bool = False) -> None:
+        """Say where ``layer`` looks like an average of models from both sides of a merge.
+
+        Args:
+            trains: it is in a pass whose gradients are wanted.
+            at_once: look, even if nothing seems to have changed: writes through ``.data`` are not counted.
+        """
         if not _has_values(layer):
             return
         original, then = self._original(), self._then
@@ -101,7 +106,7 @@ class MergeReminder:
         self._calls += 1
         written = (layer.merge_count, layer.perm_in, layer.base_weight)
         seen = (*(0 if tensor is None else tensor._version for tensor in written), layer.training)
-        if self._seen == seen and self._calls % _FIRST:
+        if not at_once and self._seen == seen and self._calls % _FIRST:
             return
         self._seen = seen
         layer.check_permutations()

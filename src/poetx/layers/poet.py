@@ -270,7 +270,7 @@ class PoetLinear(HostedLinear):
     def plain_weight(self) -> Tensor:
         for hook in self._forward_pre_hooks.values():
             if hasattr(hook, "check_average"):  # a MergeReminder, which knows this class
-                hook.check_average(self)
+                hook.check_average(self, at_once=True)
         return super().plain_weight()
 
     def dense_weight(self) -> Tensor:
