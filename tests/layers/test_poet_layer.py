@@ -415,15 +415,3 @@ def test_float64_input_is_left_alone_by_autocast():
     layer = make(dtype=torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(torch.randn(2, 10, dtype=torch.float64)).dtype == torch.float64
-
-
-@pytest.mark.parametrize("ours", ["random", "contiguous"])
-def test_a_state_of_the_other_kind_of_permutation_is_refused(ours):
-    theirs = "contiguous" if ours == "random" else "random"
-    models = {}
-    for kind in (theirs, ours):
-        models[kind] = nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 4))
-        convert_(models[kind], PoetConfig(block_size=4, permutation=kind))
-    with pytest.raises(UserError, match=f"state is of permutation='{theirs}', the layer of '{ours}'"):
-        models[ours].load_state_dict(models[theirs].state_dict())
-    models[ours].load_state_dict(models[ours].state_dict())
