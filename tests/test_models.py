@@ -14,7 +14,7 @@ from builders import Tiny, gpt2, llama
 from poetx.data.tokenizer import read_tokenizer, tokenizer_file
 from poetx.errors import UserError
 from poetx.methods.base import convert_model
-from poetx.models import build_model, resolve_device, resolve_dtype
+from poetx.models import build_model, load_checkpoint, resolve_device, resolve_dtype
 from poetx.recipe import Recipe
 from poetx.runs.load import load_run
 
@@ -254,3 +254,12 @@ def test_what_git_lfs_has_not_fetched_is_named(tiny: Tiny, tmp_path: Path) -> No
         build(tiny(*NO_SIZES, "train.dtype=float32", "poet.init=keep", f"model.pretrained={tmp_path}"))
     with pytest.raises(UserError, match=rf"^{tmp_path}/tokenizer\.json: a pointer of Git LFS"):
         read_tokenizer(tokenizer_file(str(tmp_path)))
+
+
+def test_a_checkpoint_of_pickles_says_how_to_save_it_anew(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig(**{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}).save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"^model\.pretrained=x: has pytorch_model\.bin and no safetensors; save it as"):
+        load_checkpoint(tmp_path, torch.float32, "model.pretrained=x")

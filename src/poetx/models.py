@@ -220,8 +220,14 @@ def load_checkpoint(path: Path, dtype: torch.dtype | str, name: str) -> PreTrain
     """
     from transformers import AutoModelForCausalLM
 
-    for file in path.glob("*.safetensors"):
+    there = list(path.glob("*.safetensors"))
+    for file in there:
         check_fetched(file)
+    if not there and (pickled := sorted(path.glob("pytorch_model*.bin"))):
+        raise UserError(
+            f"{name}: has {pickled[0].name} and no safetensors; save it as such once, by transformers: "
+            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR)"
+        )
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,

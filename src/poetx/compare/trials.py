@@ -270,7 +270,10 @@ def _run(trial: Trial, say: Say) -> dict[str, Any]:
         shown = ", ".join(f"{key.partition('.')[2]} {rate:.3g}" for key, rate in trial.rates.items())
         say(f"{label}: {trial.recipe.train.steps} steps, {shown}")
         again = bool(checkpoints(trial.place))
-        result = train(trial.recipe, resume=again, overwrite=not again)
+        try:
+            result = train(trial.recipe, resume=again, overwrite=not again)
+        except UserError as error:
+            raise UserError(str(error).replace("continue with --resume", "run the same command again")) from None
         if result.signum is not None:
             raise Stopped(result.signum)
         shutil.rmtree(trial.place / "checkpoints", ignore_errors=True)
