@@ -259,7 +259,7 @@ def test_what_git_lfs_has_not_fetched_is_named(tiny: Tiny, tmp_path: Path) -> No
 def test_a_checkpoint_of_pickles_says_how_to_save_it_anew(tmp_path: Path) -> None:
     from transformers import LlamaConfig
 
-    LlamaConfig(**{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}).save_pretrained(tmp_path)
+    LlamaConfig(**{"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}).save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"^model\.pretrained=x: has pytorch_model\.bin and no safetensors; save it as"):
         load_checkpoint(tmp_path, torch.float32, "model.pretrained=x")
