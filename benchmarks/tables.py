@@ -305,6 +305,13 @@ def compare_tiny_low_budgets() -> str:
     return _budgets("tiny-low", (0.05, 0.06, 0.08, 0.1, 0.12, 0.16, 0.25, 0.5, 1.0))
 
 
+def _of_adamw(scale: str) -> int:
+    """AdamW's bytes of state and gradient at this scale, or at the one it is named after: the same model."""
+    rows = [row for row in _rows("compare") if row["method"] == "adamw"]
+    own = [row for row in rows if row["scale"] == scale] or [r for r in rows if r["scale"] == scale.partition("-")[0]]
+    return own[0]["state"] + own[0]["gradient"]
+
+
 def _budgets(scale: str, shares: Sequence[float] = (0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)) -> str:
     """The lowest mean loss within each share of AdamW's state and gradient: of the forms of POET, and of the others."""
     found: dict[str, list[dict[str, Any]]] = {}
@@ -312,7 +319,7 @@ def _budgets(scale: str, shares: Sequence[float] = (0.15, 0.2, 0.3, 0.4, 0.5, 0.
         if row["scale"] == scale:
             found.setdefault(row["method"], []).append(row)
     of = {name: (rows[0]["state"] + rows[0]["gradient"], mean_loss(rows)) for name, rows in found.items()}
-    base, body = of["adamw"][0], []
+    base, body = _of_adamw(scale), []
     for budget in shares:
         cells = []
         for ours in (True, False):
@@ -340,9 +347,12 @@ def _compared(scale: str) -> str:
     rows = [row for row in _rows("compare") if row["scale"] == scale]
     shown = [HEAD.index(name) for name in HEAD if name not in ("seeds", "peak, MiB", "predicted", "weights", "rates")]
     ratio = {r["method"]: r["predicted_peak"] / r["measured_peak"] for r in rows if r["measured_peak"]}
-    body = [
-        [*(line[place] for place in shown), f"{ratio[line[0]]:.4f}", line[HEAD.index("rates")]] for line in table(rows)
-    ]
+    share = HEAD.index("state + gradient, of AdamW's")
+    kept = {row["method"]: (row["state"] + row["gradient"]) / _of_adamw(scale) for row in rows}
+    body = []
+    for line in table(rows):
+        cells = [line[place] if place != share else f"{kept[line[0]]:.2f}" for place in shown]
+        body.append([*cells, f"{ratio[line[0]]:.4f}", line[HEAD.index("rates")]])
     return _markdown([*(HEAD[place] for place in shown), "predicted / measured peak", "rates"], body)
 
 
