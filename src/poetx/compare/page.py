@@ -154,7 +154,7 @@ def memory_figures(rows: Sequence[Row]) -> list[Any]:
 
 
 def _name_points(axis: Any, points: dict[str, tuple[float, float]]) -> None:
-    """Each name beside its point, on the first of eight places that covers no other name and no point."""
+    """Each name beside its point, on the first of eight places in the axes that covers no other name and no point."""
     size = 10
     axis.figure.tight_layout()  # where the axes will be
     (left, bottom), (right, top) = axis.transData.inverted().transform(axis.bbox.get_points())
@@ -167,8 +167,9 @@ def _name_points(axis: Any, points: dict[str, tuple[float, float]]) -> None:
         wide, boxes = 0.55 * size * len(name), []
         for dx, dy in ((5, 3), (5, -9), (-5 - wide, 3), (-5 - wide, -9), (5, 12), (5, -18), (-5 - wide, 12), (5, 21)):
             boxes.append((dx, dy, (x + dx, y + dy, x + dx + wide, y + dy + size)))
-        free = [(dx, dy, box) for dx, dy, box in boxes if box[0] > 0 and not any(_meet(box, other) for other in taken)]
-        dx, dy, box = (free or boxes)[0]
+        inside = [(dx, dy, box) for dx, dy, box in boxes if box[0] > 0 and box[2] < width]
+        free = [place for place in inside if not any(_meet(place[2], other) for other in taken)]
+        dx, dy, box = (free or inside or boxes)[0]
         taken.append(box)
         axis.annotate(name, points[name], xytext=(dx, dy), textcoords="offset points", color=GREY, fontsize=size)
 
