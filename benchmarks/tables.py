@@ -302,7 +302,7 @@ def compare_tiny_low() -> str:
 
 
 def compare_tiny_low_budgets() -> str:
-    return _budgets("tiny-low", (0.05, 0.06, 0.08, 0.1, 0.12, 0.16, 0.25, 0.5, 1.0))
+    return _budgets("tiny-low", (0.05, 0.06, 0.1, 0.12, 0.16, 0.3, 0.55, 0.8, 1.0))
 
 
 def _of_adamw(scale: str) -> int:
