@@ -5,7 +5,9 @@
 ``random``: every feature by itself, the paper's. ``contiguous``: ``poet.permutation=contiguous``, neighbours for good.
 ``groups of 16``: runs of 16 adjacent features stay together, so a gather moves whole cache lines of float32.
 ``strided``: from merge to merge each side is contiguous or strided in turn, the input's side when the output's is not,
-so that no list of indices is needed.
+so that no list of indices is needed. ``whole model``: one permutation of the residual stream for all layers, one of the
+MLP's inner features for its three matrices, one of the heads for four: what a model could be stored in, with nothing left
+to gather.
 """
 
 from __future__ import annotations
@@ -63,8 +65,41 @@ def strided(layer: PoetLinear, merge_count: int) -> tuple[Tensor, Tensor]:
     )
 
 
+#: What the two sides of a Llama's matrices are: features that several matrices share are permuted alike.
+_SHARED = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), ("residual", "heads")),
+    "o_proj": ("heads", "residual"),
+    **dict.fromkeys(("gate_proj", "up_proj"), ("residual", "mlp")),
+    "down_proj": ("mlp", "residual"),
+}
+
+
+def whole_model(heads: int) -> Draw:
+    """Whole heads in random order, alike in the four matrices of an attention; inside them nothing moves, for RoPE's
+    pairs and because a block of several whole heads would not see it."""
+
+    def draw(layer: PoetLinear, merge_count: int) -> tuple[Tensor, Tensor]:
+        block, _, kind = layer.name.rpartition(".")
+        perms = []
+        for shared, (_, size, _) in zip(_SHARED[kind], _sides(layer), strict=True):
+            name = "model" if shared == "residual" else block
+            count = heads if shared == "heads" else size
+            generator = stream(layer.config.seed, name, merge_count, shared)
+            order = torch.randperm(count, generator=generator, device="cpu")
+            perms.append((order[:, None] * (size // count) + torch.arange(size // count)).flatten())
+        return tuple(perms)  # type: ignore[return-value]
+
+    return draw
+
+
 _OWN = PoetLinear._draw_permutations
-KINDS: dict[str, Draw] = {"random": _OWN, "contiguous": _OWN, "groups of 16": grouped(16), "strided": strided}
+KINDS: dict[str, Draw] = {
+    "random": _OWN,
+    "contiguous": _OWN,
+    "groups of 16": grouped(16),
+    "strided": strided,
+    "whole model": whole_model(8),
+}
 
 
 def run(kind: str, seed: int, settings: list[str], directory: Path) -> dict[str, Any]:

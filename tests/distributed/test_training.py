@@ -46,6 +46,9 @@ FORMS = {
         "train.chunked_loss=true",
     ],
     "released": ["method=mem", "optimizer.release_gradients=true", "optimizer.clip=null", "train.eval_windows=3"],
+    "released, accumulated": [
+        *("method=galore", "optimizer.release_gradients=true", "optimizer.clip=null", "train.micro_batch_size=1")
+    ],
 }
 #: What happens to a run, by what is done on one of the ranks; all of it to a single step, whose backward acts.
 EVENTS: dict[str, list[str]] = {

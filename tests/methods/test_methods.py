@@ -75,14 +75,6 @@ def test_a_method_can_be_put_into_any_recipe_and_back(name: str) -> None:
         assert type(method_of(back)).__name__ == "MergedRotations"
 
 
-@pytest.mark.parametrize("name", ["galore", "fira", "lomo", "adamw"])
-def test_released_gradients_are_not_accumulated(name: str, tiny: Tiny) -> None:
-    """GaLore's and Fira's subspace wants the whole gradient; public releases of them step at every micro-batch."""
-    released = ("optimizer.clip=null", "optimizer.release_gradients=true")
-    with pytest.raises(UserError, match=r"cannot be accumulated; set train\.micro_batch_size="):
-        built(tiny(f"method={name}", *released, "train.micro_batch_size=1", "train.dtype=float32"))
-
-
 def test_a_rank_above_every_matrix_is_refused(tiny: Tiny) -> None:
     with pytest.raises(UserError, match="rank=33: no matrix has a smaller side of more than 32, so galore"):
         built(tiny("method=galore", "optimizer.rank=33", "train.dtype=float32"))

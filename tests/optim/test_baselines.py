@@ -219,19 +219,22 @@ def test_muon_goes_on_from_the_state_of_torch() -> None:
     assert (weights[0] - weights[1]).norm() < 0.03 * weights[0].norm()  # torch iterates in bfloat16
 
 
+@pytest.mark.parametrize("passes", [1, 4])
 @pytest.mark.parametrize("name", ["galore", "fira", "apollo", "racs", "scale"])
-def test_released_gradients_give_the_same_steps(name: str) -> None:
-    """In one micro-batch; with more they are refused, where public releases of GaLore step at each: another method."""
-    x = torch.randn(4, 3, 9, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+def test_released_gradients_give_the_same_steps(name: str, passes: int) -> None:
+    """Public releases of GaLore step at each of four micro-batches, which is another method."""
+    x = torch.randn(4, passes, 3, 9, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     weights = []
     for release in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(9, 12, bias=False), nn.Tanh(), nn.Linear(12, 5, bias=False)).double()
         optimizer = FORMULAS[name][1](model.parameters())
         if release:
-            release_gradients(optimizer, list(model.parameters()))
-        for part in x:
-            descend(model(part).square().sum(), optimizer)
+            release_gradients(optimizer, list(model.parameters()), accumulation_steps=passes)
+        for parts in x:
+            for part in parts[:-1]:
+                model(part).square().sum().backward()
+            descend(model(parts[-1]).square().sum(), optimizer)
         weights.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 

@@ -66,16 +66,42 @@ def released(**settings):
 def test_accumulation_is_refused_when_it_happens():
     model, optimizer, _ = released()
     model(input_ids=IDS, labels=IDS).loss.backward()
-    with pytest.raises(UserError, match="without gradient accumulation"):
+    with pytest.raises(UserError, match="a second backward came before .* by accumulation_steps=2"):
         model(input_ids=IDS, labels=IDS).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     model(input_ids=IDS, labels=IDS).loss.backward()
 
 
-def test_accumulation_is_refused_beforehand():
-    with pytest.raises(UserError, match="accumulation_steps=4"):
-        released(accumulation_steps=4)
+@pytest.mark.parametrize("number", [0, -1, 1.5, True])
+def test_passes_are_a_whole_number(number):
+    with pytest.raises(UserError, match="accumulation_steps=.*: must be a whole number of at least 1"):
+        released(accumulation_steps=number)
+
+
+def test_gradients_of_several_passes_are_used_in_the_last_one():
+    model, optimizer, _ = released(accumulation_steps=2)
+    start = model.lm_head.weight.detach().clone()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert model.lm_head.weight.grad is not None and torch.equal(model.lm_head.weight, start)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert model.lm_head.weight.grad is None and not torch.equal(model.lm_head.weight, start)
+    with pytest.raises(UserError, match="backward 3 came before"):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+
+
+def test_what_some_passes_did_not_reach_is_used_at_the_step():
+    used, seldom = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([used, seldom], lr=1.0)
+    release_gradients(optimizer, [used, seldom], accumulation_steps=2, max_norm=1.0)
+    (used + seldom).sum().backward()
+    used.sum().backward()
+    assert used.grad is None and seldom.grad is not None and torch.equal(seldom.detach(), torch.ones(3))
+    optimizer.step()
+    assert seldom.grad is None
+    for parameter in (used, seldom):
+        assert torch.allclose(parameter.detach(), torch.full((3,), 1 - 3**-0.5))  # clipped by its own norm
 
 
 def test_a_released_gradient_can_be_clipped_by_its_own_norm():

@@ -67,6 +67,7 @@ def test_every_method_takes_what_is_measured_on_the_cpu(method):
         "method=int8 poet.group_size=64 poet.weight_extra_bits=true",
         "method=single-step-mem optimizer.release_gradients=true optimizer.clip=null",
         "method=adamw train.micro_batch_size=1 optimizer.clip=null",
+        "method=galore train.micro_batch_size=1 optimizer.release_gradients=true optimizer.clip=null",
     ],
 )
 def test_savings_and_accumulation_take_what_is_measured_on_the_cpu(settings):

@@ -98,13 +98,8 @@ class Method(ABC):
         optimizer = self._optimizer(model, steps, given | {"foreach": foreach})
         if own.release_gradients:
             share, micro_batch = self.recipe.train.share(rank_count())
-            if share != micro_batch:
-                raise UserError(
-                    f"train.micro_batch_size={micro_batch}: gradients that are used at once, by "
-                    f"optimizer.release_gradients, cannot be accumulated; set train.micro_batch_size={share}, or a "
-                    "smaller train.batch_size"
-                )
-            release_gradients(_dense_part(optimizer), large_parameters(model))
+            passes = share // micro_batch
+            release_gradients(_dense_part(optimizer), large_parameters(model), accumulation_steps=passes)
         return optimizer
 
 

@@ -18,7 +18,7 @@ from poetx.optim.settings import check_numbers
 
 
 def hand_over_gradient(parameter: Tensor, take: Callable[[Tensor], None]) -> RemovableHandle:
-    """Call the method ``take`` with the parameter as soon as backward has its gradient, and drop the gradient.
+    """Call the method ``take`` with the parameter as soon as backward has its gradient, which ``take`` is to drop.
 
     Once the object of the method is gone, gradients stay.
 
@@ -47,21 +47,27 @@ class _HandOver:
         take = self.take()
         if take is not None:
             take(parameter)
-            parameter.grad = None
 
 
 class ReleaseHandle:
     """What :func:`release_gradients` returns; ``remove()`` goes back to ordinary steps."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, params: list[nn.Parameter], max_norm: float | None) -> None:
-        self._optimizer, self._max_norm = optimizer, max_norm
-        self._released: set[int] = set()
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        params: list[nn.Parameter],
+        max_norm: float | None,
+        accumulation_steps: int,
+    ) -> None:
+        self._optimizer, self._max_norm, self._accumulation_steps = optimizer, max_norm, accumulation_steps
+        self._params = params
+        self._passes = [0] * len(params)  # since the last step
         self._number = {id(p): number for number, p in enumerate(params)}
         self._device = params[0].device if params else torch.device("cpu")
         # The undecorated step: a hook that counts steps (merging does) must not count every parameter.
         self._step: Any = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)
         self._hooks: list[Any] = [hand_over_gradient(p, self._release) for p in params]
-        self._hooks.append(optimizer.register_step_pre_hook(self._refuse_scaler))
+        self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
         self._hooks.append(optimizer.register_step_post_hook(self._finish))
         # So that a gradient scaler shows itself to the step.
         self._scales = getattr(optimizer, "_step_supports_amp_scaling", False)
@@ -69,19 +75,22 @@ class ReleaseHandle:
 
     def reset(self) -> None:
         """Call this when a step is skipped instead of taken, so that the next backward is not refused."""
-        self._released.clear()
+        self._passes = [0] * len(self._params)
 
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
         vars(self._optimizer)["_step_supports_amp_scaling"] = self._scales
 
-    def _refuse_scaler(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if getattr(optimizer, "grad_scale", None) is not None:
             raise UserError(
                 "release_gradients: a gradient scaler is in use, and the released gradients were used with its factor "
                 "in them; train in bfloat16, which needs none, or without releasing gradients"
             )
+        for parameter, passes in zip(self._params, self._passes, strict=True):
+            if 0 < passes < self._accumulation_steps and parameter.grad is not None:  # some passes did not use it
+                self._use_up(parameter)
 
     def _finish(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._agree(-1)
@@ -100,14 +109,20 @@ class ReleaseHandle:
                 "token on one of them; release those alone that every rank uses in every step"
             )
 
-    @torch.no_grad()
     def _release(self, parameter: Tensor) -> None:
-        if id(parameter) in self._released:
+        number, wanted = self._number[id(parameter)], self._accumulation_steps
+        if self._passes[number] == wanted:
+            came = "a second backward" if wanted == 1 else f"backward {wanted + 1}"
             raise UserError(
-                "release_gradients: a second backward came before optimizer.step(), but the first gradient is already "
-                "used and gone; train without gradient accumulation, or without releasing gradients"
+                f"release_gradients: {came} came before optimizer.step(), but the gradient is already used and gone; "
+                f"say how many there are by accumulation_steps={wanted + 1}, or do not release gradients"
             )
-        self._released.add(id(parameter))
+        self._passes[number] += 1
+        if self._passes[number] == wanted:
+            self._use_up(parameter)
+
+    @torch.no_grad()
+    def _use_up(self, parameter: Tensor) -> None:
         self._agree(self._number[id(parameter)])
         assert parameter.grad is not None
         sum_(parameter.grad.div_(rank_count()))
@@ -117,6 +132,7 @@ class ReleaseHandle:
         if self._max_norm is not None:
             torch.nn.utils.clip_grad_norm_([parameter], self._max_norm)
         self._step_alone(parameter)
+        parameter.grad = None
 
     def _step_alone(self, parameter: Tensor) -> None:
         """The optimizer's own step, on a group of one that shares its settings and its state."""
@@ -149,19 +165,17 @@ def release_gradients(
     Args:
         optimizer: any torch optimizer whose step treats parameters one by one.
         params: usually the large dense ones: embeddings and head.
-        accumulation_steps: what the training loop does; anything but 1 is refused. A second backward before
-            ``optimizer.step()`` is refused when it happens, too.
+        accumulation_steps: backward passes before each ``optimizer.step()``. Gradients are added up and used in the
+            last of them, or at the step where a pass did not reach the parameter; so with more than one every gradient
+            is held between the passes, and no memory is saved. One pass more is refused when it comes.
         max_norm: clip each released gradient by its *own* norm; the norm over all gradients is not known in time.
 
     Raises:
-        UserError: accumulation, which needs every gradient at once; gradients that are released already.
+        UserError: ``accumulation_steps`` below 1; gradients that are released already.
     """
     check_numbers({"max_norm": max_norm})
-    if accumulation_steps != 1:
-        raise UserError(
-            f"accumulation_steps={accumulation_steps}: released gradients are used at once and cannot be accumulated; "
-            "use 1, or do not release gradients"
-        )
+    if type(accumulation_steps) is not int or accumulation_steps < 1:
+        raise UserError(f"accumulation_steps={accumulation_steps!r}: must be a whole number of at least 1")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     chosen = list({id(p): p for p in params if id(p) in held and p.requires_grad}.values())  # tied ones once
-    return ReleaseHandle(optimizer, chosen, max_norm)
+    return ReleaseHandle(optimizer, chosen, max_norm, accumulation_steps)

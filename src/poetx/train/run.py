@@ -264,6 +264,12 @@ def _remarks(recipe: Recipe, model: Any) -> Iterator[str]:
     if method.acts_in_backward:
         what = "clipping and grad_norm leave" if recipe.optimizer.clip else "grad_norm leaves"
         yield f"{what} out {method.without_norm}"
+    share, micro_batch = recipe.train.share(rank_count())
+    if recipe.optimizer.release_gradients and share != micro_batch:
+        yield (
+            f"optimizer.release_gradients saves no memory with train.micro_batch_size={micro_batch}: gradients of "
+            f"{share // micro_batch} micro-batches are added up before they are used"
+        )
     config = getattr(model.config, "get_text_config", lambda: model.config)()
     weight = getattr(config, "router_aux_loss_coef", 0)
     if weight and not getattr(config, "output_router_logits", False):

@@ -214,6 +214,7 @@ class Matrix:
     def released(self, parameter: Tensor) -> None:
         """Take the full gradient, which is dropped then."""
         if parameter.grad is None or (self.layer is not None and self.layer.frozen):  # compiled models hand over None
+            parameter.grad = None
             return
         if self.layer is not None and self.layer.host is not None:
             raise UserError(
@@ -222,6 +223,7 @@ class Matrix:
             )
         with torch.no_grad():
             self._add(self.momenta, self.peaks)
+        parameter.grad = None
         self.touched = True
         self.micro_batches += 1
 
