@@ -9,7 +9,7 @@ from torch import nn
 import poetx
 from helpers import relative_error
 from poetx import UserError
-from poetx.optim import SMMF, AdamW, HFac, adamw, build_optimizer
+from poetx.optim import SMMF, AdamW, HFac, build_optimizer, moments
 from poetx.optim import sliced as _base
 from poetx.optim.smmf import pack_signs, square_shape
 
@@ -173,7 +173,7 @@ def test_eight_bit_second_moment_does_not_stick():
 
 
 def _value(state):
-    return adamw._load(state, "exp_avg_sq", slice(0, 4096), torch.float32)
+    return moments.load(state, "exp_avg_sq", slice(0, 4096), torch.float32)
 
 
 @pytest.mark.parametrize(

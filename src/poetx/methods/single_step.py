@@ -48,6 +48,8 @@ class SingleStep(Method):
             own.lr,
             angle=own.angle,
             norm_growth=own.norm_growth / steps,
+            momentum=own.poet_momentum,
+            nesterov=own.nesterov,
             weight_decay=own.weight_decay,
             dense_optimizer=of_the_rest,
         )

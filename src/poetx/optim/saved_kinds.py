@@ -41,7 +41,7 @@ _OF_TORCH = {
     "Adafactor": Kind("Adafactor", "beta2_decay", _adafactor),
 }
 #: Settings that tell whose a saved group is, for messages.
-_TOLD_BY = {"state_dtype": "AdamW of poetx", "growth": "SMMF", "clip": "HFac"}
+_TOLD_BY = {"growth": "SMMF", "clip": "HFac"}
 _TOLD_BY |= {
     "ends": "AdamW with ends by SCALE",
     "over": "SCALE",
@@ -51,6 +51,7 @@ _TOLD_BY |= {
 }
 _TOLD_BY |= {"ball_momentum": "MuonHyperball", "subspace_gap": "GaLore", "sketch_gap": "APOLLO"}
 _TOLD_BY |= {kind.setting: kind.name for kind in _OF_TORCH.values()} | {"centered": "RMSprop", "rotate": "POETX"}
+_TOLD_BY["state_dtype"] = "AdamW of poetx"  # the last: others have it as well
 
 
 def kind_of(optimizer: torch.optim.Optimizer | None) -> Kind | None:

@@ -284,6 +284,8 @@ class SingleStepKeys(Section):
         must(lambda value: 0 < value < 0.5, "radians a step, between 0 and 0.5 (0.012 is usual)"),
     ] = 0.012
     norm_growth: Amount = 0.0  # ‖W‖² grows by so many times its first value over all train.steps
+    poet_momentum: Beta = 0.95  # of the rotations
+    nesterov: Flag = True  # look ahead by the last gradient; false: two thirds of the momentum's bytes
 
 
 _OPTIMIZER_KEYS = (AdamWKeys, SgdKeys, MatrixKeys, LowRankKeys, EndKeys, PoetXKeys, RotationAdamWKeys, SingleStepKeys)

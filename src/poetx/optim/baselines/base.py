@@ -8,13 +8,17 @@ import torch
 from torch import Tensor
 
 from poetx.errors import UserError
-from poetx.optim.sliced import SlicedOptimizer, compute_dtype, wide, write_
+from poetx.optim.moments import check_state_dtype, load, shapes_of, start_, store_, stored_dtype
+from poetx.optim.saved_kinds import Shapes
+from poetx.optim.sliced import SLICE, SlicedOptimizer, compute_dtype, wide, write_
 
 
 class MatrixOptimizer(SlicedOptimizer):
     """W ← (1 − lr·λ) W − lr·U, with U from :meth:`_direction`, in float32 (float64 for float64) a matrix at a time.
 
-    bfloat16 weights and momenta are rounded stochastically, as in :class:`~poetx.optim.sliced.SlicedOptimizer`.
+    bfloat16 weights and momenta are rounded stochastically, as in :class:`~poetx.optim.sliced.SlicedOptimizer`. Those
+    that keep matrices take ``state_dtype``, which a group may set: ``"same"`` as the weight's, ``"float32"``,
+    ``"bfloat16"`` or ``"int8"``, as in :class:`poetx.optim.AdamW`.
 
     Raises:
         UserError: a parameter that is no matrix, and whatever SlicedOptimizer refuses.
@@ -24,6 +28,7 @@ class MatrixOptimizer(SlicedOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
+        check_state_dtype(param_group.get("state_dtype", "same"))
         for parameter in param_group["params"]:
             if parameter.ndim != 2:
                 raise UserError(
@@ -45,14 +50,42 @@ class MatrixOptimizer(SlicedOptimizer):
         raise NotImplementedError
 
 
+def matrix_shapes(parameter: Tensor, name: str) -> Shapes:
+    """What a moment of the size of ``parameter`` may be saved as: a matrix, or codes."""
+    codes = shapes_of(name, parameter.numel())
+    return codes | {name: (tuple(parameter.shape), *codes[name])}
+
+
+def moment_dtype(parameter: Tensor, group: dict[str, Any], *, signed: bool = True) -> torch.dtype:
+    """What a group's ``state_dtype`` stores a moment of ``parameter`` in; states of before had none."""
+    return stored_dtype(group.get("state_dtype", "same"), parameter, signed=signed)
+
+
 def moving_average(
-    state: dict[str, Any], name: str, value: Tensor, beta: float, dtype: torch.dtype, noise: torch.Generator
+    state: dict[str, Any],
+    name: str,
+    value: Tensor,
+    beta: float,
+    dtype: torch.dtype,
+    noise: torch.Generator,
+    *,
+    squared: bool = False,
 ) -> Tensor:
-    """``state[name]`` ← β·state[name] + (1 − β)·value, kept in ``dtype``; returns it in the dtype of ``value``."""
+    """``state[name]`` ← β·state[name] + (1 − β)·value, of ``value``² with ``squared``, kept in ``dtype``.
+
+    Returns:
+        It, a new tensor like ``value``.
+    """
     if name not in state:
-        state[name] = torch.zeros_like(value, dtype=dtype)
-    average = state[name].to(value.dtype, copy=True).lerp_(value, 1 - beta)
-    write_(state[name], average, noise)
+        start_(state, name, value, dtype)
+    average = torch.empty_like(value, memory_format=torch.contiguous_format)
+    flat, news = average.view(-1), value.reshape(-1)
+    for start in range(0, flat.numel(), SLICE):
+        here = slice(start, min(start + SLICE, flat.numel()))
+        old, new = load(state, name, here, value.dtype), news[here]
+        old = old.mul_(beta).addcmul_(new, new, value=1 - beta) if squared else old.lerp_(new, 1 - beta)
+        flat[here] = old
+        store_(state, name, here, old, noise)
     return average
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from poetx.distributed.sharded import refuse_sharded
+from poetx.optim.baselines.base import matrix_shapes
 from poetx.optim.baselines.normalized import Scale
+from poetx.optim.baselines.rules import stored_as
 from poetx.optim.build import build_optimizer
 from poetx.optim.saved_kinds import Kind, Shapes, kind_of
 
@@ -24,7 +26,7 @@ class ScaledEnds(torch.optim.Optimizer):
         groups: parameter groups; :class:`poetx.POETX` hands out its own, which are kept as they are.
         ends: :class:`Scale`'s settings of the parameters that it steps, by their ids.
         ratio: of the rate of these to their groups'.
-        rest: settings of AdamW, for :func:`poetx.optim.build_optimizer`.
+        rest: settings of AdamW, for :func:`poetx.optim.build_optimizer`; ``state_dtype`` is the head's momentum's, too.
 
     Raises:
         UserError: a sharded parameter, or what AdamW and SCALE refuse.
@@ -40,7 +42,8 @@ class ScaledEnds(torch.optim.Optimizer):
         rest: Mapping[str, Any],
         ratio: float = 1.0,
     ) -> None:
-        self._ends, self._ratio = dict(ends), ratio
+        self._ends = {key: {"state_dtype": stored_as(rest), **settings} for key, settings in ends.items()}
+        self._ratio = ratio
         refuse_sharded((p for group in groups for p in group["params"]), "optimizer.name=scale")
         own, others = self._parted(groups)
         self._scale = Scale(own) if own else None
@@ -55,7 +58,7 @@ class ScaledEnds(torch.optim.Optimizer):
 
         def shapes(parameter: Tensor) -> Shapes:
             more = of_rest.shapes(parameter) if of_rest is not None else {}
-            return {"momentum": (tuple(parameter.shape),)} | more
+            return matrix_shapes(parameter, "momentum") | more
 
         return Kind("AdamW with ends by SCALE", "ends", shapes)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from poetx.errors import UserError
-from poetx.optim.baselines.base import MatrixOptimizer, moving_average
+from poetx.optim.baselines.base import MatrixOptimizer, matrix_shapes, moment_dtype, moving_average
 from poetx.optim.baselines.muon import orthogonal
 from poetx.optim.saved_kinds import Kind
 from poetx.optim.sliced import compute_dtype, wide, write_
@@ -28,13 +28,20 @@ class MuonHyperball(MatrixOptimizer):
         UserError: a weight decay, which a held norm leaves without effect; a matrix of zeros, which it never moves.
     """
 
-    kind = Kind("MuonHyperball", "ball_momentum", lambda p: {"momentum": (tuple(p.shape),), "norm": ((),)})
+    kind = Kind("MuonHyperball", "ball_momentum", lambda p: matrix_shapes(p, "momentum") | {"norm": ((),)})
 
     def __init__(
-        self, params: Any, lr: float = 0.012, weight_decay: float = 0.0, *, ball_momentum: float = 0.95, seed: int = 0
+        self,
+        params: Any,
+        lr: float = 0.012,
+        weight_decay: float = 0.0,
+        *,
+        ball_momentum: float = 0.95,
+        state_dtype: str = "same",
+        seed: int = 0,
     ) -> None:
         defaults = {"lr": lr, "weight_decay": weight_decay, "ball_momentum": ball_momentum}
-        super().__init__(params, defaults, seed=seed)
+        super().__init__(params, defaults | {"state_dtype": state_dtype}, seed=seed)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.numel() and has_values(p) and not p.any():
@@ -54,7 +61,7 @@ class MuonHyperball(MatrixOptimizer):
         held = state.get("norm", found)
         state["norm"] = c = torch.where((found / held - 1).abs() < _SAME_NORM, held, found)
         G = wide(grad, W.dtype)
-        M = moving_average(state, "momentum", G, beta, parameter.dtype, noise)
+        M = moving_average(state, "momentum", G, beta, moment_dtype(parameter, group), noise)
         U = orthogonal(G.lerp_(M, beta))
         size = torch.linalg.vector_norm(U)
         W.sub_(U * torch.where(size > 0, group["lr"] * c / size, 0.0))

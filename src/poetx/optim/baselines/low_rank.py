@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poetx.optim.baselines.base import MatrixOptimizer, limited_
+from poetx.optim.baselines.base import MatrixOptimizer, limited_, moment_dtype, moving_average
+from poetx.optim.moments import shapes_of
 from poetx.optim.saved_kinds import Kind, Shapes
-from poetx.optim.sliced import write_
 
 #: How much an update may grow from one step to the next.
 _GROWTH = 1.01
@@ -30,10 +30,12 @@ class _LowRank(MatrixOptimizer):
         *,
         rank: int,
         scale: float,
+        state_dtype: str,
         seed: int,
         **settings: Any,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rank": rank, "scale": scale}
+        defaults["state_dtype"] = state_dtype
         super().__init__(params, defaults | settings, seed=seed)
 
     def _direction(
@@ -49,17 +51,13 @@ class _LowRank(MatrixOptimizer):
         raise NotImplementedError
 
     def _adam(
-        self, R: Tensor, state: dict[str, Any], group: dict[str, Any], dtype: torch.dtype, noise: torch.Generator
+        self, R: Tensor, state: dict[str, Any], group: dict[str, Any], parameter: Tensor, noise: torch.Generator
     ) -> Tensor:
-        """Adam's direction of R [r, k], moments kept in ``dtype``."""
+        """Adam's direction of R [r, k]."""
         (beta1, beta2), step = group["betas"], state["step"]
-        for name in ("exp_avg", "exp_avg_sq"):
-            if name not in state:
-                state[name] = torch.zeros_like(R, dtype=dtype)
-        m = state["exp_avg"].to(R.dtype, copy=True).lerp_(R, 1 - beta1)
-        v = state["exp_avg_sq"].to(R.dtype, copy=True).mul_(beta2).addcmul_(R, R, value=1 - beta2)
-        write_(state["exp_avg"], m, noise)
-        write_(state["exp_avg_sq"], v, noise)
+        kinds = [moment_dtype(parameter, group, signed=signed) for signed in (True, False)]
+        m = moving_average(state, "exp_avg", R, beta1, kinds[0], noise)
+        v = moving_average(state, "exp_avg_sq", R, beta2, kinds[1], noise, squared=True)
         return m.div_(1 - beta1**step).div_(v.div_(1 - beta2**step).sqrt_().add_(group["eps"]))
 
 
@@ -68,9 +66,16 @@ def _positive(norm: Tensor) -> Tensor:
     return norm.clamp_min_(torch.finfo(norm.dtype).tiny)
 
 
-def _sizes(p: Tensor) -> tuple[int, int]:
-    """Smaller and larger side of a matrix."""
-    return min(p.shape), max(p.shape)
+def _moment_shapes(p: Tensor) -> Shapes:
+    """Of Adam's moments of rank r: [r, larger side], or codes of as many elements."""
+    small, large = min(p.shape), max(p.shape)
+    found: Shapes = {}
+    for name in ("exp_avg", "exp_avg_sq"):
+        codes = [shapes_of(name, r * large) for r in range(1, small + 1)]
+        scales = tuple(dict.fromkeys(of[f"{name}_scale"][0] for of in codes))
+        found |= {name: (*((r, large) for r in range(1, small + 1)), *(of[name][0] for of in codes))}
+        found |= {f"{name}_scale": scales}
+    return found
 
 
 class GaLore(_LowRank):
@@ -98,9 +103,10 @@ class GaLore(_LowRank):
         subspace_gap: int = 200,
         scale: float = 0.25,
         residual: bool = False,
+        state_dtype: str = "same",
         seed: int = 0,
     ) -> None:
-        settings = {"subspace_gap": subspace_gap, "residual": residual}
+        settings = {"subspace_gap": subspace_gap, "residual": residual, "state_dtype": state_dtype}
         super().__init__(params, lr, betas, eps, weight_decay, rank=rank, scale=scale, seed=seed, **settings)
 
     def _along_rows(
@@ -116,7 +122,7 @@ class GaLore(_LowRank):
             state["subspace"] = (vectors * signs).to(parameter.dtype).contiguous()
         P = state["subspace"].to(G.dtype)
         R = P.T @ G
-        N = self._adam(R, state, group, parameter.dtype, noise)
+        N = self._adam(R, state, group, parameter, noise)
         U = P @ N
         if group["residual"]:
             phi = torch.linalg.vector_norm(N, dim=0) / _positive(torch.linalg.vector_norm(R, dim=0))
@@ -125,15 +131,8 @@ class GaLore(_LowRank):
 
 
 def _galore_shapes(p: Tensor) -> Shapes:
-    small, large = _sizes(p)
-    ranks = range(1, small + 1)
-    moments = tuple((r, large) for r in ranks)
-    return {
-        "exp_avg": moments,
-        "exp_avg_sq": moments,
-        "subspace": tuple((small, r) for r in ranks),
-        "norm": ((),),
-    }
+    small = min(p.shape)
+    return _moment_shapes(p) | {"subspace": tuple((small, r) for r in range(1, small + 1)), "norm": ((),)}
 
 
 class Apollo(_LowRank):
@@ -158,9 +157,10 @@ class Apollo(_LowRank):
         sketch_gap: int = 200,
         scale: float = 1.0,
         by_channel: bool = True,
+        state_dtype: str = "same",
         seed: int = 0,
     ) -> None:
-        settings = {"sketch_gap": sketch_gap, "by_channel": by_channel}
+        settings = {"sketch_gap": sketch_gap, "by_channel": by_channel, "state_dtype": state_dtype}
         super().__init__(params, lr, betas, eps, weight_decay, rank=rank, scale=scale, seed=seed, **settings)
 
     def _along_rows(
@@ -171,13 +171,11 @@ class Apollo(_LowRank):
         draw = self._stream(parameter, drawn, "sketch")
         P = torch.randn(rank, G.shape[0], generator=draw, device=G.device, dtype=G.dtype).div_(rank**0.5)
         R = P @ G
-        N = self._adam(R, state, group, parameter.dtype, noise)
+        N = self._adam(R, state, group, parameter, noise)
         over = 0 if group["by_channel"] else None
         factor = torch.linalg.vector_norm(N, dim=over) / _positive(torch.linalg.vector_norm(R, dim=over))
         return limited_(G * factor, state, _GROWTH).mul_(group["scale"] ** 0.5)
 
 
 def _apollo_shapes(p: Tensor) -> Shapes:
-    small, large = _sizes(p)
-    moments = tuple((r, large) for r in range(1, small + 1))
-    return {"exp_avg": moments, "exp_avg_sq": moments, "norm": ((),)}
+    return _moment_shapes(p) | {"norm": ((),)}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poetx.optim.baselines.base import MatrixOptimizer, moving_average
+from poetx.optim.baselines.base import MatrixOptimizer, matrix_shapes, moment_dtype, moving_average
 from poetx.optim.orthogonalize import orthogonalize
 from poetx.optim.saved_kinds import Kind
 
@@ -19,19 +19,25 @@ class Muon(MatrixOptimizer):
     is slow.
     """
 
-    kind = Kind("Muon", "ns_steps", lambda p: {"momentum_buffer": (tuple(p.shape),)})
+    kind = Kind("Muon", "ns_steps", lambda p: matrix_shapes(p, "momentum_buffer"))
 
     def __init__(
-        self, params: Any, lr: float = 1e-3, weight_decay: float = 0.0, *, momentum: float = 0.95, seed: int = 0
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        momentum: float = 0.95,
+        state_dtype: str = "same",
+        seed: int = 0,
     ) -> None:
-        super().__init__(
-            params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "ns_steps": 5}, seed=seed
-        )
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "ns_steps": 5}
+        super().__init__(params, defaults | {"state_dtype": state_dtype}, seed=seed)
 
     def _direction(
         self, G: Tensor, state: dict[str, Any], group: dict[str, Any], parameter: Tensor, noise: torch.Generator
     ) -> Tensor:
-        M = moving_average(state, "momentum_buffer", G, group["momentum"], parameter.dtype, noise)
+        M = moving_average(state, "momentum_buffer", G, group["momentum"], moment_dtype(parameter, group), noise)
         return orthogonal(G.lerp_(M, group["momentum"])).mul_(0.2 * max(G.shape) ** 0.5)
 
 

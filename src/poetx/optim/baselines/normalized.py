@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poetx.optim.baselines.base import MatrixOptimizer, limited_, moving_average
+from poetx.optim.baselines.base import MatrixOptimizer, limited_, matrix_shapes, moment_dtype, moving_average
 from poetx.optim.saved_kinds import Kind
 
 _TINY = 1e-8
@@ -22,7 +22,7 @@ class Scale(MatrixOptimizer):
             (an embedding's, over the vocabulary). momentum, of a group: 0.9 for the head, M ← 0.9 M + 0.1 G.
     """
 
-    kind = Kind("SCALE", "over", lambda p: {"momentum": (tuple(p.shape),)})
+    kind = Kind("SCALE", "over", lambda p: matrix_shapes(p, "momentum"))
 
     def __init__(
         self,
@@ -32,16 +32,18 @@ class Scale(MatrixOptimizer):
         *,
         over: int = 1,
         momentum: float = 0.0,
+        state_dtype: str = "same",
         seed: int = 0,
     ) -> None:
         defaults = {"lr": lr, "weight_decay": weight_decay, "over": over, "momentum": momentum}
+        defaults["state_dtype"] = state_dtype
         super().__init__(params, defaults, seed=seed)
 
     def _direction(
         self, G: Tensor, state: dict[str, Any], group: dict[str, Any], parameter: Tensor, noise: torch.Generator
     ) -> Tensor:
         if group["momentum"]:
-            G = moving_average(state, "momentum", G, group["momentum"], parameter.dtype, noise)
+            G = moving_average(state, "momentum", G, group["momentum"], moment_dtype(parameter, group), noise)
         over = group["over"]
         rms = torch.linalg.vector_norm(G, dim=over, keepdim=True) / G.shape[over] ** 0.5
         return G.div_(rms.clamp_min_(_TINY))
@@ -126,17 +128,24 @@ class RMNP(MatrixOptimizer):
     ``match_rms_adamw``.
     """
 
-    kind = Kind("RMNP", "row_momentum", lambda p: {"momentum": (tuple(p.shape),)})
+    kind = Kind("RMNP", "row_momentum", lambda p: matrix_shapes(p, "momentum"))
 
     def __init__(
-        self, params: Any, lr: float = 1e-3, weight_decay: float = 0.0, *, row_momentum: float = 0.95, seed: int = 0
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        row_momentum: float = 0.95,
+        state_dtype: str = "same",
+        seed: int = 0,
     ) -> None:
-        defaults = {"lr": lr, "weight_decay": weight_decay, "row_momentum": row_momentum}
+        defaults = {"lr": lr, "weight_decay": weight_decay, "row_momentum": row_momentum, "state_dtype": state_dtype}
         super().__init__(params, defaults, seed=seed)
 
     def _direction(
         self, G: Tensor, state: dict[str, Any], group: dict[str, Any], parameter: Tensor, noise: torch.Generator
     ) -> Tensor:
-        M = moving_average(state, "momentum", G, group["row_momentum"], parameter.dtype, noise)
+        M = moving_average(state, "momentum", G, group["row_momentum"], moment_dtype(parameter, group), noise)
         norm = torch.linalg.vector_norm(M, dim=1, keepdim=True)
         return M.mul_(torch.where(norm > 0, 0.2 * M.shape[1] ** 0.5 / norm, 0.0))

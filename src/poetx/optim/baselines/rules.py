@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,7 @@ class Rule(NamedTuple):
             papers'.
         ends: of embedding and head, which it steps, too; AdamW steps the others.
         decays: whether weight decay acts on the matrices; if not, their norm is held, and AdamW has those of zeros.
+        moments: whether it keeps any that ``state_dtype`` is for.
     """
 
     title: str
@@ -37,6 +38,7 @@ class Rule(NamedTuple):
     lr: float | None = None
     ends: tuple[str, ...] = ()
     decays: bool = True
+    moments: bool = True
 
 
 RULES: dict[str, Rule] = {
@@ -44,8 +46,8 @@ RULES: dict[str, Rule] = {
     "muon-hyperball": Rule("Muon on the hyperball", MuonHyperball, lr=0.012, decays=False),
     "rmnp": Rule("RMNP", RMNP),
     "scale": Rule("SCALE", Scale, lr=1e-3, ends=("embedding", "head")),
-    "sinkgd": Rule("SinkGD", SinkGD, lr=0.02),
-    "racs": Rule("RACS", RACS, lr=0.02, ends=("embedding",)),
+    "sinkgd": Rule("SinkGD", SinkGD, lr=0.02, moments=False),
+    "racs": Rule("RACS", RACS, lr=0.02, ends=("embedding",), moments=False),
     "galore": Rule("GaLore", GaLore, lr=0.01),
     "fira": Rule("Fira", lambda groups: GaLore(groups, residual=True), lr=0.01),
     "apollo": Rule("APOLLO", Apollo, lr=0.01),
@@ -76,7 +78,7 @@ def matrices_and_rest(
     Args:
         groups: of :func:`poetx.param_groups`. lr: of AdamW. matrix_lr: of the rule; None: what is usual.
         end_lr: of embedding and head where the rule steps them; None: that of the matrices.
-        rest: further settings of AdamW, for :func:`poetx.optim.build_optimizer`.
+        rest: further settings of AdamW, for :func:`poetx.optim.build_optimizer`; its ``state_dtype`` is the rule's, too.
         rank, gap: of the low-rank rules; None: a quarter of each matrix's smaller side, as published, and 200 steps.
             A matrix smaller than that is not projected.
 
@@ -87,6 +89,7 @@ def matrices_and_rest(
     matrix_lr = matrix_lr or rule.lr or lr
     ends = ends_of(model)
     usual = {"lr": matrix_lr, "weight_decay": weight_decay if rule.decays else 0.0}
+    usual |= {"state_dtype": stored_as(rest)} if rule.moments else {}
     own: dict[Any, dict[str, Any]] = {}
     for parameter in (p for group in groups for p in group["params"] if p.ndim == 2):
         end = ends.get(id(parameter))
@@ -117,6 +120,12 @@ def matrices_and_rest(
         return build_optimizer(left, "adamw", **rest)
     first = rule.make(list(own.values()))
     return CombinedOptimizer(first, build_optimizer(left, "adamw", **rest)) if left else first
+
+
+def stored_as(settings: Mapping[str, Any]) -> str:
+    """The ``state_dtype`` of settings for :func:`poetx.optim.build_optimizer`, as the rules know it."""
+    kind = settings.get("state_dtype", "auto")
+    return "same" if kind == "auto" else kind
 
 
 def with_matrix_rate(model: nn.Module, groups: Groups, matrix_lr: float) -> Groups:
