@@ -12,7 +12,7 @@ from torch import nn
 
 from builders import Tiny
 from poetx.errors import UserError
-from poetx.methods.base import method_of
+from poetx.methods import convert_model, method_of
 from poetx.models import build_model
 from poetx.optim import moments
 from poetx.optim.baselines.base import moving_average
@@ -110,9 +110,10 @@ def test_another_kind_is_refused() -> None:
 def test_a_recipe_asks_for_them(tiny: Tiny, method: str) -> None:
     held = {}
     for kind in ("auto", "bfloat16", "int8"):
-        recipe = tiny(*f"method={method} optimizer.state_dtype={kind} train.dtype=float32".split())
-        model = build_model(recipe)
-        method_of(recipe).apply_(model)
+        wide = "model.hidden_size=64 model.intermediate_size=96"
+        recipe = tiny(*f"{wide} method={method} optimizer.state_dtype={kind} train.dtype=float32".split())
+        model = build_model(recipe, vocab_size=320, end_of_text_id=0, device=torch.device("cpu"))
+        convert_model(model, recipe, torch.device("cpu"))
         optimizer = method_of(recipe).build_optimizer(model, 10)
         for p in model.parameters():
             if p.requires_grad:
@@ -120,6 +121,7 @@ def test_a_recipe_asks_for_them(tiny: Tiny, method: str) -> None:
         optimizer.step()
         inner = getattr(optimizer, "dense_optimizer", None) or optimizer
         states = [inner.state[p] for p in (model.lm_head.weight, model.model.layers[0].mlp.up_proj.weight)]
-        held[kind] = {v.dtype for state in states for k, v in state.items() if k in ("momentum", "momentum_buffer", "exp_avg")}
+        names = ("momentum", "momentum_buffer", "exp_avg")
+        held[kind] = {v.dtype for state in states for k, v in state.items() if k in names}
     assert torch.int8 in held["int8"] and torch.bfloat16 in held["bfloat16"]
     assert held["auto"] == {torch.float32}

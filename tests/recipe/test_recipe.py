@@ -64,7 +64,7 @@ def test_builtin_recipes_train_what_they_trained_before(name: str) -> None:
     }
     new |= {"data.chat_template": None, "data.pack": None, "train.sample_tokens": 48, "train.report_to": None}
     new |= {"model.offload": None, "model.offload_dir": None, "model.residual_scale": 1.0, "poet.overrides": None}
-    new["poet.permutation"] = "random"
+    new |= {"poet.permutation": "random", "optimizer.poet_momentum": 0.95, "optimizer.nesterov": True}
     new |= {"optimizer.poet_eps_mode": "uncorrected" if name in SIZED_RECIPES else "corrected"}
     new["poet.update"] = {"fixed": "rotation"}.get(before["poet.spectrum"], before["poet.spectrum"])
     assert {key: now[key] for key in now.keys() - before.keys()} == {k: new[k] for k in new if k in now}
