@@ -6,8 +6,8 @@
 ``groups of 16``: runs of 16 adjacent features stay together, so a gather moves whole cache lines of float32.
 ``strided``: from merge to merge each side is contiguous or strided in turn, the input's side when the output's is not,
 so that no list of indices is needed. ``whole model``: one permutation of the residual stream for all layers, one of the
-MLP's inner features for its three matrices, one of the heads for four: what a model could be stored in, with nothing left
-to gather.
+MLP's inner features for its three matrices, one of the heads for four: what a model could be stored in, with nothing
+left to gather.
 """
 
 from __future__ import annotations

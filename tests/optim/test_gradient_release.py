@@ -83,9 +83,11 @@ def test_gradients_of_several_passes_are_used_in_the_last_one():
     model, optimizer, _ = released(accumulation_steps=2)
     start = model.lm_head.weight.detach().clone()
     model(input_ids=IDS, labels=IDS).loss.backward()
-    assert model.lm_head.weight.grad is not None and torch.equal(model.lm_head.weight, start)
+    assert model.lm_head.weight.grad is not None
+    assert torch.equal(model.lm_head.weight, start)
     model(input_ids=IDS, labels=IDS).loss.backward()
-    assert model.lm_head.weight.grad is None and not torch.equal(model.lm_head.weight, start)
+    assert model.lm_head.weight.grad is None
+    assert not torch.equal(model.lm_head.weight, start)
     with pytest.raises(UserError, match="backward 3 came before"):
         model(input_ids=IDS, labels=IDS).loss.backward()
     optimizer.step()
@@ -97,7 +99,9 @@ def test_what_some_passes_did_not_reach_is_used_at_the_step():
     release_gradients(optimizer, [used, seldom], accumulation_steps=2, max_norm=1.0)
     (used + seldom).sum().backward()
     used.sum().backward()
-    assert used.grad is None and seldom.grad is not None and torch.equal(seldom.detach(), torch.ones(3))
+    assert used.grad is None
+    assert seldom.grad is not None
+    assert torch.equal(seldom.detach(), torch.ones(3))
     optimizer.step()
     assert seldom.grad is None
     for parameter in (used, seldom):

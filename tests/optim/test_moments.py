@@ -123,5 +123,6 @@ def test_a_recipe_asks_for_them(tiny: Tiny, method: str) -> None:
         states = [inner.state[p] for p in (model.lm_head.weight, model.model.layers[0].mlp.up_proj.weight)]
         names = ("momentum", "momentum_buffer", "exp_avg")
         held[kind] = {v.dtype for state in states for k, v in state.items() if k in names}
-    assert torch.int8 in held["int8"] and torch.bfloat16 in held["bfloat16"]
+    assert torch.int8 in held["int8"]
+    assert torch.bfloat16 in held["bfloat16"]
     assert held["auto"] == {torch.float32}

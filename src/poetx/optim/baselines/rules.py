@@ -78,7 +78,7 @@ def matrices_and_rest(
     Args:
         groups: of :func:`poetx.param_groups`. lr: of AdamW. matrix_lr: of the rule; None: what is usual.
         end_lr: of embedding and head where the rule steps them; None: that of the matrices.
-        rest: further settings of AdamW, for :func:`poetx.optim.build_optimizer`; its ``state_dtype`` is the rule's, too.
+        rest: further settings of AdamW, for :func:`poetx.optim.build_optimizer`; ``state_dtype`` is the rule's, too.
         rank, gap: of the low-rank rules; None: a quarter of each matrix's smaller side, as published, and 200 steps.
             A matrix smaller than that is not projected.
 
