@@ -70,6 +70,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "model.hidden_size": 48,
         "model.intermediate_size": 128,
         "poet.block_size": 16,
+        "poet.residual_scale": 0.02,  # 96 writes of a quarter's size would drown the embedding
     },
 }
 #: A step whose training loss is this much, in nats, above the median of the 20 steps before it is a spike's.

@@ -598,14 +598,23 @@ def stability_deep() -> str:
 
 
 def permutations() -> str:
-    """Last validation loss of the demo by kind of permutation, seed by seed."""
-    rows = _rows("permutations")
+    """Last validation loss of the demo as it was on 2026-11-22, by kind of permutation."""
+    return _permutations([row for row in _rows("permutations") if row["date"] < "2026-11-23"])
+
+
+def permutations_since() -> str:
+    """The same of the demo as it is, by length, too."""
+    return _permutations([row for row in _rows("permutations") if row["date"] >= "2026-11-23"])
+
+
+def _permutations(rows: list[dict[str, Any]]) -> str:
     body = []
-    for kind in dict.fromkeys(r["kind"] for r in rows):
-        mine = sorted((r for r in rows if r["kind"] == kind), key=lambda r: r["seed"])
+    for steps, kind in sorted(dict.fromkeys((r["steps"], r["kind"]) for r in rows), key=lambda pair: pair[0]):
+        mine = sorted((r for r in rows if (r["steps"], r["kind"]) == (steps, kind)), key=lambda r: r["seed"])
         losses = [r["loss"] for r in mine]
-        body.append([kind, f"{statistics.mean(losses):.4f}", ", ".join(f"{loss:.4f}" for loss in losses)])
-    return _markdown(["permutations", "validation loss, mean", "seeds"], body)
+        shown = [f"{statistics.mean(losses):.4f}", ", ".join(f"{loss:.4f}" for loss in losses)]
+        body.append([kind, str(steps), str(mine[0]["merges"]), *shown])
+    return _markdown(["permutations", "steps", "merges", "validation loss, mean", "seeds"], body)
 
 
 def single_step() -> str:
@@ -863,6 +872,7 @@ _TABLES = (
     stability_normless,
     stability_deep,
     permutations,
+    permutations_since,
     single_step,
     single_step_best,
     single_step_rates,
