@@ -7,8 +7,8 @@
 ``strided``: from merge to merge each side is contiguous or strided in turn, the input's side when the output's is not,
 so that no list of indices is needed. ``whole model``: one permutation of the residual stream for all layers, one of the
 MLP's inner features for its three matrices, one of the heads for four: what a model could be stored in, with nothing
-left to gather. ``shared inputs``: matrices that read the same features permute them alike (q, k and v; gate and up), and
-so do what the MLP's first two write and its third reads: half of the gathers.
+left to gather. ``shared inputs``: matrices that read the same features (q, k and v; gate and up) permute them alike,
+and so do what the MLP's first two write and its third reads: half of the gathers.
 """
 
 from __future__ import annotations
