@@ -34,6 +34,12 @@ OTHERS = {
     "single-step, bfloat16": "poet.rotation_dtype=bfloat16 train.dtype=bfloat16 optimizer.state_dtype=int8",
     "single-step, smmf": "optimizer.name=smmf optimizer.release_gradients=true optimizer.clip=null "
     "train.chunked_loss=true",
+    "single-step, 8 bits at the head, no look-ahead": "optimizer.name=scale optimizer.state_dtype=int8 "
+    "optimizer.nesterov=false optimizer.poet_momentum=0.9 optimizer.release_gradients=true optimizer.clip=null "
+    "train.micro_batch_size=2",
+    "galore, 8 bits, released in parts": "optimizer.state_dtype=int8 optimizer.release_gradients=true "
+    "optimizer.clip=null train.micro_batch_size=1",
+    "muon, bfloat16 momentum": "optimizer.state_dtype=bfloat16",
 }
 
 
