@@ -14,7 +14,7 @@ from builders import Tiny
 from poetx.errors import UserError
 from poetx.methods import convert_model, method_of
 from poetx.models import build_model
-from poetx.optim import moments
+from poetx.optim import AdamW, moments
 from poetx.optim.baselines.base import moving_average
 from poetx.optim.baselines.hyperball import MuonHyperball
 from poetx.optim.baselines.low_rank import Apollo, GaLore
@@ -126,3 +126,26 @@ def test_a_recipe_asks_for_them(tiny: Tiny, method: str) -> None:
     assert torch.int8 in held["int8"]
     assert torch.bfloat16 in held["bfloat16"]
     assert held["auto"] == {torch.float32}
+
+
+def test_a_momentum_that_is_not_contiguous_goes_on() -> None:
+    """States saved by earlier versions have the strides of the gradient."""
+    for name in ("scale", "rmnp", "muon", "hyperball"):
+        parameter = nn.Parameter(started().detach().T.contiguous().T)
+        optimizer = KEEPS_MOMENTS[name]([parameter])
+        key = "momentum_buffer" if name == "muon" else "momentum"
+        run(optimizer, parameter, gradients(1))
+        optimizer.state[parameter][key] = optimizer.state[parameter][key].T.contiguous().T
+        before = optimizer.state[parameter][key].clone()
+        run(optimizer, parameter, gradients(1))
+        assert not torch.equal(optimizer.state[parameter][key], before), name
+
+
+@pytest.mark.parametrize("name", [*KEEPS_MOMENTS, "scale without momentum"])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_adamw_refuses_the_states_of_rivals(name: str, steps: int) -> None:
+    parameter = started()
+    made = KEEPS_MOMENTS.get(name, lambda p: Scale(p, 0.02))([parameter])
+    run(made, parameter, gradients(steps))
+    with pytest.raises(UserError, match="this state was saved by (?!AdamW)"):
+        AdamW([parameter]).load_state_dict(made.state_dict())

@@ -48,6 +48,16 @@ def test_a_rank_takes_what_is_planned(case: str, found: dict[str, Any]) -> None:
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.parametrize("method", ["muon", "fast", "single-step"])
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_released_gradients_are_planned_for_several_ranks(method: str, micro_batch: int) -> None:
+    released = ("optimizer.clip=null", "optimizer.release_gradients=true", "model.num_layers=1")
+    batch = ("train.batch_size=8", f"train.micro_batch_size={micro_batch}")
+    estimate = estimate_memory("demo", [f"method={method}", *released, *batch], device="cpu", ranks=4)
+    alone = [f"method={method}", *released, "train.batch_size=2", f"train.micro_batch_size={micro_batch}"]
+    assert estimate.peak == pytest.approx(estimate_memory("demo", alone, device="cpu").peak, rel=0.15)
+
+
 def test_a_storage_that_grows_from_nothing_is_gathered():
     before = torch.UntypedStorage.resize_
     with StorageTracker() as tracker:

@@ -102,11 +102,13 @@ class ReleaseHandle:
             return
         ends = torch.tensor([number, -number], device=self._device)
         torch.distributed.all_reduce(ends, op=torch.distributed.ReduceOp.MAX)
+        if type(ends) is not Tensor:  # without values when memory is planned
+            return
         high, low = ends.tolist()
         if high != -low:
             raise AgreedError(
                 "release_gradients: the ranks have gradients of other parameters in this step, as where experts get no "
-                "token on one of them; release those alone that every rank uses in every step"
+                "token on one of them; release those alone that every rank uses in every backward"
             )
 
     def _release(self, parameter: Tensor) -> None:
@@ -115,7 +117,8 @@ class ReleaseHandle:
             came = "a second backward" if wanted == 1 else f"backward {wanted + 1}"
             raise UserError(
                 f"release_gradients: {came} came before optimizer.step(), but the gradient is already used and gone; "
-                f"say how many there are by accumulation_steps={wanted + 1}, or do not release gradients"
+                f"say how many there are by accumulation_steps={wanted + 1}, call reset() where a step is "
+                "skipped, or do not release gradients"
             )
         self._passes[number] += 1
         if self._passes[number] == wanted:
@@ -160,7 +163,8 @@ def release_gradients(
     The same numbers as without it: the optimizer's own step runs on each parameter with its group's learning rate
     and its own state, so set the learning rate before backward. Parameters of other optimizers are passed over. A
     gradient that is not finite is taken for zero, because nobody can skip that step any more. In a process group each
-    is averaged over the ranks first, all of which must use the same parameters in a step: refused on all where not.
+    is averaged over the ranks first, all of which must use the same parameters in the same passes: refused on all where
+    not.
 
     Args:
         optimizer: any torch optimizer whose step treats parameters one by one.

@@ -52,6 +52,7 @@ _TOLD_BY |= {
 _TOLD_BY |= {"ball_momentum": "MuonHyperball", "subspace_gap": "GaLore", "sketch_gap": "APOLLO"}
 _TOLD_BY |= {kind.setting: kind.name for kind in _OF_TORCH.values()} | {"centered": "RMSprop", "rotate": "POETX"}
 _TOLD_BY["state_dtype"] = "AdamW of poetx"  # the last: others have it as well
+_WITH_STATE_DTYPE = ("over", "row_momentum", "ball_momentum", "subspace_gap", "sketch_gap", "ns_steps")
 
 
 def kind_of(optimizer: torch.optim.Optimizer | None) -> Kind | None:
@@ -76,7 +77,8 @@ def check_saved(
         held = [state_dict["state"].get(number, {}) for number in saved["params"]]
         names = sorted({name for state in held for name in state} - {"step"})
         known = kind.shapes(torch.empty(0, 0, device="meta"))
-        if kind.setting not in saved or any(name not in known for name in names):
+        a_rival = kind.setting == "state_dtype" and any(setting in saved for setting in _WITH_STATE_DTYPE)
+        if a_rival or kind.setting not in saved or any(name not in known for name in names):
             there = next((name for setting, name in _TOLD_BY.items() if setting in saved), "another optimizer")
             keeps = f" (it holds {', '.join(names)})" if names else ""
             raise UserError(

@@ -300,7 +300,7 @@ def _taken_step(model: nn.Module, recipe: Recipe, device: str) -> _Run:
     )
     clip = recipe.optimizer.clip or None
     passes = min(2, recipe.train.batch_size // recipe.train.micro_batch)
-    recipe = recipe.with_keys({"train.batch_size": passes * recipe.train.micro_batch})
+    recipe = recipe.with_keys({"train.batch_size": passes * recipe.train.micro_batch * rank_count()})
     moved: dict[str, int] = {}  # when a phase began the last time
     with mode, NumbersAreOne() as numbers, _one_line(recipe):
 

@@ -218,7 +218,7 @@ class OptimizerRecipe(Section):
     lr: Rate = 1e-3
     weight_decay: Amount = 0.0  # never applied to rotations
     clip: MaybeAmount = 0.1  # global gradient norm; null or 0: off
-    release_gradients: Flag = False  # update large matrices inside backward; clip must be null; one micro-batch
+    release_gradients: Flag = False  # update large matrices inside backward; clip must be null
     warmup_steps: Size = 0
     min_lr_ratio: Share = 0.01  # the cosine ends at this fraction of the peak
 

@@ -18,7 +18,7 @@ class MatrixOptimizer(SlicedOptimizer):
 
     bfloat16 weights and momenta are rounded stochastically, as in :class:`~poetx.optim.sliced.SlicedOptimizer`. Those
     that keep matrices take ``state_dtype``, which a group may set: ``"same"`` as the weight's, ``"float32"``,
-    ``"bfloat16"`` or ``"int8"``, as in :class:`poetx.optim.AdamW`.
+    ``"bfloat16"`` or ``"int8"``, as in :class:`poetx.optim.AdamW`: of matrices below 4096 elements float32.
 
     Raises:
         UserError: a parameter that is no matrix, and whatever SlicedOptimizer refuses.
@@ -28,7 +28,8 @@ class MatrixOptimizer(SlicedOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        check_state_dtype(param_group.get("state_dtype", "same"))
+        if "state_dtype" in self.defaults:
+            check_state_dtype(param_group["state_dtype"])
         for parameter in param_group["params"]:
             if parameter.ndim != 2:
                 raise UserError(
@@ -78,15 +79,23 @@ def moving_average(
     """
     if name not in state:
         start_(state, name, value, dtype)
+    if f"{name}_scale" not in state:
+        average = state[name].to(value.dtype, copy=True)
+        average = _on_(average, value, beta, squared)
+        write_(state[name], average, noise)
+        return average
     average = torch.empty_like(value, memory_format=torch.contiguous_format)
     flat, news = average.view(-1), value.reshape(-1)
     for start in range(0, flat.numel(), SLICE):
         here = slice(start, min(start + SLICE, flat.numel()))
-        old, new = load(state, name, here, value.dtype), news[here]
-        old = old.mul_(beta).addcmul_(new, new, value=1 - beta) if squared else old.lerp_(new, 1 - beta)
-        flat[here] = old
-        store_(state, name, here, old, noise)
+        flat[here] = _on_(load(state, name, here, value.dtype), news[here], beta, squared)
+        store_(state, name, here, flat[here], noise)
     return average
+
+
+def _on_(old: Tensor, new: Tensor, beta: float, squared: bool) -> Tensor:
+    """``old`` one step further, in place."""
+    return old.mul_(beta).addcmul_(new, new, value=1 - beta) if squared else old.lerp_(new, 1 - beta)
 
 
 def limited_(U: Tensor, state: dict[str, Any], growth: float) -> Tensor:
