@@ -18,6 +18,8 @@ HEAD = (
     *("weights", "peak, MiB", "predicted", "trained, M", "rates"),
 )
 _MIB = 1 << 20
+_WIDE_RANGE = 20  # of memory, largest to smallest, from which on a picture has it on a logarithmic axis
+_FEW = 12  # names in a picture that are written as large as its axes
 _BASE = "adamw"  # the method whose state and gradient those of the others are compared with
 
 
@@ -146,6 +148,9 @@ def memory_figures(rows: Sequence[Row]) -> list[Any]:
         axis.step([x for x, _ in edge], [y for _, y in edge], where="post", color=GREY, linewidth=1, linestyle="--")
         for name, (x, y) in points.items():
             axis.plot([x], [y], "o", color=colours[name])
+        sizes = [x for x, _ in points.values() if x > 0]
+        if len(sizes) == len(points) and sizes and max(sizes) > _WIDE_RANGE * min(sizes):
+            axis.set_xscale("log")
         axis.margins(x=0.12, y=0.1)
         draw(axis, "validation loss, nats a token")
         axis.set_xlabel(text)
@@ -154,20 +159,21 @@ def memory_figures(rows: Sequence[Row]) -> list[Any]:
 
 
 def _name_points(axis: Any, points: dict[str, tuple[float, float]]) -> None:
-    """Each name beside its point, on the first of eight places in the axes that covers no other name and no point."""
-    size = 10
+    """Each name beside its point, on the first place in the axes that covers no other name and no point."""
+    size = 10 if len(points) <= _FEW else 7
     axis.figure.tight_layout()  # where the axes will be
-    (left, bottom), (right, top) = axis.transData.inverted().transform(axis.bbox.get_points())
-    width, height = (axis.bbox.get_points()[1] - axis.bbox.get_points()[0]) * 72 / axis.figure.dpi
-    at = {
-        n: ((x - left) / (right - left) * width, (y - bottom) / (top - bottom) * height) for n, (x, y) in points.items()
-    }
+    corner, end = axis.bbox.get_points() * 72 / axis.figure.dpi
+    width, height = end - corner
+    at = {n: tuple(axis.transData.transform(p) * 72 / axis.figure.dpi - corner) for n, p in points.items()}
+    heights = (3, -9, 12, -18, 21, -27, 30, -36)
     taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in at.values()]
     for name, (x, y) in at.items():
         wide, boxes = 0.55 * size * len(name), []
-        for dx, dy in ((5, 3), (5, -9), (-5 - wide, 3), (-5 - wide, -9), (5, 12), (5, -18), (-5 - wide, 12), (5, 21)):
+        for dx, dy in ((dx, dy) for dy in heights for dx in (5, -5 - wide)):
             boxes.append((dx, dy, (x + dx, y + dy, x + dx + wide, y + dy + size)))
-        inside = [(dx, dy, box) for dx, dy, box in boxes if box[0] > 0 and box[2] < width]
+        inside = [
+            (dx, dy, box) for dx, dy, box in boxes if box[0] > 0 and box[2] < width and 0 < box[1] < height - size
+        ]
         free = [place for place in inside if not any(_meet(place[2], other) for other in taken)]
         dx, dy, box = (free or inside or boxes)[0]
         taken.append(box)
