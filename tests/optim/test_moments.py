@@ -149,3 +149,16 @@ def test_adamw_refuses_the_states_of_rivals(name: str, steps: int) -> None:
     run(made, parameter, gradients(steps))
     with pytest.raises(UserError, match="this state was saved by (?!AdamW)"):
         AdamW([parameter]).load_state_dict(made.state_dict())
+
+
+@pytest.mark.parametrize(
+    "make", [KEEPS_MOMENTS["muon"], KEEPS_MOMENTS["galore"], AdamW], ids=["muon", "galore", "adamw"]
+)
+def test_codes_without_their_scale_are_refused(make: Callable[..., Any]) -> None:
+    parameter = started()
+    optimizer = make([parameter], state_dtype="int8")
+    run(optimizer, parameter, gradients(1))
+    saved = optimizer.state_dict()
+    saved["state"][0] = {k: v for k, v in saved["state"][0].items() if not k.endswith("_scale")}
+    with pytest.raises(UserError, match="was saved as codes without their .*_scale; the state is damaged"):
+        make([parameter], state_dtype="int8").load_state_dict(saved)

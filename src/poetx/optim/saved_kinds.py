@@ -86,7 +86,8 @@ def check_saved(
                 f"{group.get('name', 'the group')!r}; build that one, or start this one anew"
             )
         for index, (parameter, state) in enumerate(zip(group["params"], held, strict=False)):
-            for name, shapes in kind.shapes(parameter).items():
+            kept = kind.shapes(parameter)
+            for name, shapes in kept.items():
                 value = state.get(name)
                 if not isinstance(value, Tensor):
                     continue
@@ -96,6 +97,11 @@ def check_saved(
                     raise UserError(
                         f"{who or kind.name}: the {name} of {label} is {'' if is_sharded(value) else 'not '}sharded, "
                         "unlike the parameter; load it by torch.distributed.checkpoint.state_dict"
+                    )
+                if not value.is_floating_point() and f"{name}_scale" in kept.keys() - state.keys():
+                    raise UserError(
+                        f"{who or kind.name}: the {name} of {label} was saved as codes without their {name}_scale; "
+                        "the state is damaged, start it anew"
                     )
                 if tuple(value.shape) not in shapes:
                     raise UserError(
