@@ -14,7 +14,7 @@ import pytest
 from poetx.cli import main
 from poetx.cli.compare import seconds_in
 from poetx.compare import trials
-from poetx.compare.page import frontier, table
+from poetx.compare.page import frontier, memory_figures, table
 from poetx.errors import UserError
 from poetx.files import locked
 from poetx.recipe import Recipe, with_method
@@ -169,6 +169,30 @@ def test_the_frontier_is_what_no_other_beats_in_both() -> None:
     assert [line[0] for line in table(rows)] == ["d", "b", "c", "a", "e"]
     both = [row("a", 2.0, 1), row("a", 3.0, 1, seed=1), row("a", None, 1, seed=2)]
     assert table(both)[0][1:4] == ["2.5000 (1 diverged)", "2.0000 to 3.0000", "3"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "named", "edge"),
+    [
+        ([3.28, 3.35, 3.50, 3.64, 7.24], ["a", "b", "c", "d", "e 7.24"], 3.64),
+        ([3.28, 3.35, 3.50, 3.64, 4.0], ["a", "b", "c", "d", "e"], 4.0),
+        ([3.28, 7.24], ["a", "b"], 7.24),
+        ([3.0, 3.0, 7.0], ["a", "b", "c"], 7.0),
+        ([3.0], ["a"], 3.0),
+    ],
+)
+def test_a_loss_far_above_most_does_not_flatten_the_picture(losses: list[float], named: list[str], edge: float) -> None:
+    rows = [row(name, loss, 100 * number) for number, (name, loss) in enumerate(zip("abcde", losses, strict=False), 1)]
+    for chart in memory_figures([*rows, row("broken", None, 1)]):
+        for axis in chart.axes:
+            low, high = axis.get_ylim()
+            assert low < min(losses)
+            assert edge < high < edge + 0.3 * max(edge - min(losses), 1.0)
+            assert sorted(text.get_text() for text in axis.texts) == named
+            drawn = [line for line in axis.lines if line.get_marker() in "o^"]
+            assert len(drawn) == len(losses)
+            assert all(low < line.get_ydata()[0] < high for line in drawn)
+            assert sum(line.get_marker() == "^" for line in drawn) == (named[-1] == "e 7.24")
 
 
 class Page(HTMLParser):

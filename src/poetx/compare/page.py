@@ -19,6 +19,7 @@ HEAD = (
 )
 _MIB = 1 << 20
 _WIDE_RANGE = 20  # of memory, largest to smallest, from which on a picture has it on a logarithmic axis
+_FAR_ABOVE = 4  # times the distance of the middle loss from the best: above that a picture has a loss at its edge
 _FEW = 12  # names in a picture that are written as large as its axes
 _BASE = "adamw"  # the method whose state and gradient those of the others are compared with
 
@@ -136,26 +137,40 @@ def _colours(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def memory_figures(rows: Sequence[Row]) -> list[Any]:
-    """Loss over state and gradient, and over the peak, each with its frontier; what diverged is left out."""
+    """Loss over state and gradient, and over the peak, each with its frontier; what diverged is left out.
+
+    A loss far above most would flatten the rest: a triangle at the upper edge has its value beside the name.
+    """
     colours = _colours(rows)
     found = {name: of for name, of in _by_method(rows).items() if any(row["loss"] is not None for row in of)}
     unit = held(found[_BASE]) if _BASE in found else _MIB
     label = f"state + gradient, {'of ' + _BASE if _BASE in found else 'MiB'}"
+    losses = {name: _mean(of) for name, of in found.items()}
+    far, height = _far(losses)
     chart, axes = figure(2, height=4.4)
     for axis, size, by, text in zip(axes, (held, peak), (unit, _MIB), (label, "peak of a step, MiB"), strict=True):
-        points = {name: (size(of) / by, _mean(of)) for name, of in found.items()}
+        points = {name: (size(of) / by, height if name in far else losses[name]) for name, of in found.items()}
         edge = [points[name] for name in frontier(rows, size) if name in points]
         axis.step([x for x, _ in edge], [y for _, y in edge], where="post", color=GREY, linewidth=1, linestyle="--")
         for name, (x, y) in points.items():
-            axis.plot([x], [y], "o", color=colours[name])
+            axis.plot([x], [y], "^" if name in far else "o", color=colours[name])
         sizes = [x for x, _ in points.values() if x > 0]
         if len(sizes) == len(points) and sizes and max(sizes) > _WIDE_RANGE * min(sizes):
             axis.set_xscale("log")
         axis.margins(x=0.12, y=0.1)
         draw(axis, "validation loss, nats a token")
         axis.set_xlabel(text)
-        _name_points(axis, points)
+        _name_points(axis, {f"{name} {losses[name]:.2f}" if name in far else name: at for name, at in points.items()})
     return chart
+
+
+def _far(losses: dict[str, float]) -> tuple[set[str], float]:
+    """Methods whose loss is far above most, and at which height a picture has them."""
+    best = min(losses.values(), default=0.0)
+    limit = best + _FAR_ABOVE * (statistics.median(losses.values()) - best) if losses else 0.0
+    highest = max((loss for loss in losses.values() if loss <= limit), default=best)
+    far = {name for name, loss in losses.items() if loss > limit and highest > best}
+    return far, highest + 0.12 * (highest - best)
 
 
 def _name_points(axis: Any, points: dict[str, tuple[float, float]]) -> None:
