@@ -234,7 +234,7 @@ def scaling_planned() -> str:
     from benchmarks.scaling import GPUS, planned
 
     body = [[str(tokens), *row] for tokens in (512, 2048) for row in planned(tokens)]
-    return _markdown(["tokens", "model", "method", "GB sent", *(f"{gpus} GPUs" for gpus in GPUS)], body)
+    return _markdown(["tokens", "model", "method", "GB averaged", *(f"{gpus} GPUs" for gpus in GPUS)], body)
 
 
 def reach_targets() -> str:
