@@ -84,6 +84,13 @@ def test_every_public_name_is_there() -> None:
     assert set(poetx.__all__) <= set(dir(poetx))
 
 
+def test_modules_that_pages_name_are_found_without_an_import_of_their_own():
+    names = ("optim.build_optimizer", "savings.offload_frozen_", "distributed", "integrations")
+    code = "import poetx; " + "; ".join(f"poetx.{name}" for name in names)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_import_is_silent_waits_for_torch_until_it_is_needed_and_leaves_it_alone():
     code = (
         "import sys, poetx, poetx.cli;"

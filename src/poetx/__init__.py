@@ -73,6 +73,7 @@ __getattr__ = lazy_names(
         "poetx.spectra": ("LayerSpectrum", "spectrum"),
         "poetx.training_check": ("check_training",),
     },
+    modules=("distributed", "integrations", "optim", "savings"),
 )
 
 

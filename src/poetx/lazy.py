@@ -9,11 +9,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def lazy_names(module: str, homes: Mapping[str, tuple[str, ...]]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of ``module``: each name of ``homes`` (full module name → names) from where it lives."""
+def lazy_names(
+    module: str, homes: Mapping[str, tuple[str, ...]], *, modules: tuple[str, ...] = ()
+) -> Callable[[str], Any]:
+    """The ``__getattr__`` of ``module``: each name of ``homes`` (full module name → names) from where it lives.
+
+    Args:
+        modules: modules inside it, which are found without an import of their own, too.
+    """
     home = {name: place for place, names in homes.items() for name in names}
 
     def look_up(name: str) -> Any:
+        if name in modules:
+            return importlib.import_module(f"{module}.{name}")
         if name not in home:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         value = getattr(importlib.import_module(home[name]), name)

@@ -104,7 +104,10 @@ def test_a_preparation_that_is_killed_goes_on_to_the_same_bytes(
 
 
 def test_a_run_on_prepared_tokens_is_the_run_on_the_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     texts(tmp_path)
@@ -124,8 +127,18 @@ def test_a_run_on_prepared_tokens_is_the_run_on_the_text(
         losses.append([json.loads(line).get("loss") for line in lines])
     assert losses[0] == losses[1]
     assert main(["eval", "runs/b"]) == 0
+    caplog.clear()
     recipe = load_recipe("small.yaml", ["data.train=tokens"])
     assert vocabulary(recipe) == 400
+    assert (
+        "small.yaml: data.vocab_size=400 has no effect with data.train=" in caplog.text
+    )  # of the file, not asked for now
+    assert len(caplog.records) == 1
+    caplog.clear()
+    load_recipe("small.yaml", ["data.train=a.txt"])
+    load_recipe("demo", ["data.train=tokens"])
+    load_recipe(str(tmp_path / "runs/b"))
+    assert caplog.text == ""
     assert find_data(recipe).meta == verified_meta(tmp_path / "tokens")
 
 

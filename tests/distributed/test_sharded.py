@@ -12,7 +12,7 @@ from poetx import POETX, UserError
 from poetx.distributed.rows import whole_on_first
 from poetx.optim import SMMF, AdamW, HFac, build_optimizer
 from poetx.recipe import load_recipe
-from poetx.train.sharding import check_shardable
+from poetx.train.sharding import _UNFIT, check_shardable
 
 
 @pytest.fixture
@@ -56,3 +56,12 @@ def test_a_sharded_tensor_without_elements_is_gathered(sharded):
 def test_optimizers_that_take_no_shards_are_refused_by_the_recipe(settings):
     with pytest.raises(UserError, match=r"optimizer\.name=\w+: not with parallel=fsdp; use adamw, or parallel=ddp"):
         check_shardable(load_recipe("demo", ["parallel=fsdp", "train.sample_tokens=0", *settings]))
+
+
+def test_keys_that_a_built_in_recipe_sets_are_refused_with_what_switches_them_off():
+    with pytest.raises(
+        UserError, match=r"train\.sample_tokens=48: not with parallel=fsdp; give train\.sample_tokens=0"
+    ):
+        check_shardable(load_recipe("demo", ["parallel=fsdp"]))
+    off = [f"{key}={value}" for key, value in _UNFIT.items()]
+    check_shardable(load_recipe("demo", ["parallel=fsdp", *off]))

@@ -245,8 +245,7 @@ def _show_result(console: Console, recipe: Recipe, result: RunResult) -> None:
     say(f"  poetx eval {_word(result.run_dir)}")
     say(f"  poetx report {_word(result.run_dir)}")
     if recipe.name in DEMOS and recipe.poet is not None:
-        # AdamW's best rate of those tried: a dense model does not bear the demos' own.
-        say("  poetx train demo poet=null optimizer.lr=1.5e-3 run_dir=runs/dense  # dense with AdamW, to compare")
+        say("  poetx train demo method=adamw run_dir=runs/dense  # dense with AdamW, to compare")
         say(f"  poetx train {recipe.name} data.train=PATH run_dir=runs/mine  # the same on your own text")
 
 

@@ -211,8 +211,8 @@ def recipe_with(source: str, pairs: Sequence[tuple[str, Any]], *, text: bool = T
     values.pop("method", None)
     for section, key, value in without_effect(values):
         raise _without_effect(values, section, key, value)
-    if not _is_written_out(values):  # else every key is there because it was written out, not because it is meant
-        _refuse_idle(values, dict(flat(values)))
+    meant = {} if _is_written_out(values) else dict(flat(values))  # where all keys are there, none need be meant
+    _refuse_idle(values, meant)
     given: set[str] = set()
     own_rate = any(key == "optimizer.lr" for key, _ in pairs)
     for key, value in pairs:
@@ -233,6 +233,10 @@ def recipe_with(source: str, pairs: Sequence[tuple[str, Any]], *, text: bool = T
     _share_seed(values)
     recipe = _build(values)
     _refuse_idle(values, {key: value for key, value in pairs if key in given})
+    if source not in builtin_recipes():
+        for key, value in meant.items():
+            if value and key not in given and key in dict(flat(values)) and (reason := idle(values, key)):
+                logger.warning("%s: %s=%s has no effect %s", source, key, shown(value), reason)
     if text and not recipe.data.train:
         raise UserError(
             "data.train is missing; give it on the command line: data.train=PATH "

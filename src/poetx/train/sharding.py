@@ -21,15 +21,16 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 #: What a sharded model is not trained with.
-_UNFIT = (
-    "model.offload",
-    "optimizer.release_gradients",
-    "poet.merge_angle",
-    "train.compile",
-    "train.spectrum_every",
-    "train.memory_every",
-    "train.sample_tokens",
-)
+#: Keys that a sharded model is not trained with, and their values that switch them off.
+_UNFIT = {
+    "model.offload": "null",
+    "optimizer.release_gradients": "false",
+    "poet.merge_angle": "null",
+    "train.compile": "false",
+    "train.spectrum_every": "null",
+    "train.memory_every": "null",
+    "train.sample_tokens": "0",
+}
 
 
 def check_shardable(recipe: Recipe) -> None:
@@ -39,9 +40,9 @@ def check_shardable(recipe: Recipe) -> None:
         UserError: one of them is set.
     """
     keys = dict(flat(recipe.to_dict()))
-    for key in _UNFIT:
+    for key, off in _UNFIT.items():
         if keys.get(key):
-            raise UserError(f"{key}={keys[key]}: not with parallel=fsdp; leave it out, or use parallel=ddp")
+            raise UserError(f"{key}={keys[key]}: not with parallel=fsdp; give {key}={off}, or use parallel=ddp")
     if recipe.optimizer.name not in ("adamw", "sgd"):
         raise UserError(f"optimizer.name={recipe.optimizer.name}: not with parallel=fsdp; use adamw, or parallel=ddp")
 
