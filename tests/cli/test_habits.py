@@ -60,10 +60,10 @@ def test_help_of_train_names_every_recipe_and_key(capsys: pytest.CaptureFixture[
 def test_a_printed_recipe_is_the_recipe(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert name in out_of(capsys, "recipes")
     text = out_of(capsys, "recipes", name)
-    assert yaml.safe_load(text)["name"] == name
-    (tmp_path / "copy.yaml").write_text(text)
+    assert "name" not in yaml.safe_load(text)  # else two copies would train in one place
+    (tmp_path / f"{name}.yaml").write_text(text)
     given = ["data.train=builtin", *(["model.pretrained=x"] if name == "sft" else [])]
-    assert load_recipe(str(tmp_path / "copy.yaml"), given) == load_recipe(name, given)
+    assert load_recipe(str(tmp_path / f"{name}.yaml"), given) == load_recipe(name, given)
 
 
 def test_a_recipe_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,6 +116,8 @@ def test_a_dry_run_tells_what_the_run_does_and_writes_nothing(place: Path, capsy
     run = out_of(capsys, *arguments)
     assert "14 layers converted" in run
     assert "converted 14 layers" in told
+    assert told.count("parameters train") == 1
+    assert out_of(capsys, *arguments, "method=adamw", "--dry-run", "--overwrite").count("parameters train") == 1
     assert told.split("of ")[1].split("M parameters train")[0] in run
     again = out_of(capsys, *arguments, "--dry-run", "--overwrite")
     assert "held out" in again

@@ -22,7 +22,7 @@ _ON_RANKS = ("train", "eval")
 
 app = typer.Typer(
     name="poetx",
-    help="Train language models in the memory of a LoRA run, by POET-X.",
+    help="Pre-train and fully fine-tune language models in the memory people actually have, by POET-X.",
     epilog="Start with: poetx train    (a demo of a few minutes, no download)",
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,

@@ -39,8 +39,8 @@ def recipes(
     if name not in builtin_recipes():
         raise UserError(f"{name}: no built-in recipe{nearest(name, builtin_recipes())}; poetx recipes names them")
     text = recipe_path(name).read_text(encoding="utf-8")
+    text = re.sub("(?m)^name: .*\n", "", text)  # a copy has its own file's name, and so runs of its own
     if name in SIZED_RECIPES:
-        text = re.sub("(?m)^name: .*", f"name: {name}", text)
         text = re.sub("(?m)^  shape: .*", f"  shape: {SIZED_RECIPES[name]}", text)
     print(text, end="")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -39,9 +38,10 @@ def preview(recipe: Recipe, *, ranks: int = 1, overwrite: bool = False) -> Itera
     estimate = estimate_memory(recipe, device="cuda" if device.type == "cuda" else "cpu", ranks=ranks)
     yield "recipe", f"{recipe.name}, {recipe.train.dtype} on {device}" + (f", {ranks} processes" if ranks > 1 else "")
     trains = f"{estimate.trainable / 1e6:.2f}M of {estimate.parameters / 1e6:.2f}M parameters train"
-    yield "method", f"{estimate.method}; {trains}"
-    with contextlib.suppress(StopIteration):  # of a method that converts nothing
-        yield "layers", next(_layers(recipe))
+    layers = _layers(recipe)
+    yield "method", estimate.method if layers else f"{estimate.method}; {trains}"
+    if layers:
+        yield "layers", layers
     yield "text", _text(data)
     yield "tokens", _tokens(recipe, data.meta)
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in estimate.categories.items() if size)
@@ -63,11 +63,11 @@ def _time(recipe: Recipe, device: torch.device, ranks: int) -> str:
     return f"at least {least}, by large products alone at the {flops / 1e12:.3g} TFLOP/s measured here"
 
 
-def _layers(recipe: Recipe) -> Iterator[str]:
+def _layers(recipe: Recipe) -> str:
+    """What is converted; empty of a method that converts nothing."""
     config = model_config(recipe, vocab_size=vocabulary(recipe), end_of_text_id=0)
     report = convert_model(meta_model(config, recipe), recipe, None)
-    if report is not None:
-        yield str(report)
+    return "" if report is None else str(report)
 
 
 def _taken(recipe: Recipe) -> bool:
