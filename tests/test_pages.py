@@ -17,6 +17,7 @@ import poetx
 from builders import llama
 from poetx.cli import main
 from poetx.recipe import load_recipe
+from poetx.recipe.sections import every_key
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,6 +53,16 @@ model: {hidden_size: 32, intermediate_size: 48, num_layers: 1, num_heads: 2}
 data: {train: corpus.jsonl, validation_fraction: 0.25}
 poet: {block_size: 16, init: normalized}
 """
+
+
+def test_the_page_on_training_has_every_key() -> None:
+    page = PAGES["training.md"]
+    missing = [f"{section}.{key}" for section, keys in every_key().items() for key in keys if not written(key, page)]
+    assert missing == []
+
+
+def written(key: str, page: str) -> bool:
+    return bool(re.search(rf"\b{key}\b", page))
 
 
 def test_no_number_is_left_to_fill_in() -> None:
@@ -151,7 +162,7 @@ def test_the_commands_run_one_after_the_other(page, place: Path, monkeypatch: py
         if words[0] == "generate":
             words += ["--max-new-tokens", "2"]
         assert main(words) == 0, f"{command}\n{capsys.readouterr()}"
-    assert (place / "out/config.json").is_file() or not any("export" in command for command in mine)
+    assert (place / "exported/config.json").is_file() or not any("export" in command for command in mine)
 
 
 def test_what_is_named_exists() -> None:
