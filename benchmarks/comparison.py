@@ -5,6 +5,7 @@
         --methods benchmarks/compare/methods.yaml --sweep --seeds 0,1,2 --out DIR/tiny
     python -m benchmarks.comparison DIR/tiny --text DIR/text/text.json
     python -m benchmarks.tables
+    python -m benchmarks.comparison     # only draws again what was recorded
 
 Takes the place of what was recorded of that scale before: ``results/compare.jsonl``, and ``docs/compare-SCALE.png``.
 """
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import RESULTS, provenance
+from benchmarks.record import RESULTS, provenance, rows_in
 from poetx.compare.page import memory_figures
 
 ROOT = Path(__file__).parent.parent
@@ -45,16 +46,20 @@ def rows_of(directory: Path, text: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--text", type=Path, required=True, help="text.json, which benchmarks.text wrote")
+    parser.add_argument("directory", type=Path, nargs="?")
+    parser.add_argument("--text", type=Path, help="text.json, which benchmarks.text wrote")
     args = parser.parse_args()
-    rows = rows_of(args.directory, args.text)
-    before = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-    kept = [row for row in before if row["scale"] != args.directory.name]
-    ROWS.write_text("".join(json.dumps(row) + "\n" for row in (*kept, *rows)))
-    figure, _ = memory_figures(rows)
-    figure.savefig(ROOT / f"docs/compare-{args.directory.name}.png", dpi=160)
-    print(f"{len(rows)} rows of {args.directory.name}")
+    rows = rows_in(ROWS)
+    if args.directory is not None:
+        if args.text is None:
+            parser.error("--text FILE: text.json, which benchmarks.text wrote")
+        rows = [row for row in rows if row["scale"] != args.directory.name] + rows_of(args.directory, args.text)
+        ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for scale in dict.fromkeys(row["scale"] for row in rows):
+        mine = [row for row in rows if row["scale"] == scale]
+        figure, _ = memory_figures(mine)
+        figure.savefig(ROOT / f"docs/compare-{scale}.png", dpi=160)
+        print(f"{scale}: {len(mine)} rows")
 
 
 if __name__ == "__main__":

@@ -195,6 +195,16 @@ def test_a_loss_far_above_most_does_not_flatten_the_picture(losses: list[float],
             assert sum(line.get_marker() == "^" for line in drawn) == (named[-1] == "e 7.24")
 
 
+def test_many_methods_are_numbered_and_listed_from_the_lowest_loss_on() -> None:
+    names = [f"single-step-with-a-long-name-{letter}" for letter in "abcdefghijklm"]
+    losses = [3.9 - 0.01 * number for number in range(len(names))]
+    for chart in memory_figures([row(name, loss, 100) for name, loss in zip(names, losses, strict=True)]):
+        (axis,) = chart.axes
+        listed, *beside = (text.get_text() for text in axis.texts)
+        assert listed.splitlines() == [f"{number}  {name}" for number, name in enumerate(reversed(names), start=1)]
+        assert beside == [str(number) for number in range(len(names), 0, -1)]
+
+
 class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ HEAD = (
 _MIB = 1 << 20
 _WIDE_RANGE = 20  # of memory, largest to smallest, from which on a picture has it on a logarithmic axis
 _FAR_ABOVE = 4  # times the distance of the middle loss from the best: above that a picture has a loss at its edge
-_FEW = 12  # names in a picture that are written as large as its axes
+_FEW = 12  # points of a picture that have their names beside them; more have numbers, and the names are in a list
 _BASE = "adamw"  # the method whose state and gradient those of the others are compared with
 
 
@@ -139,7 +139,8 @@ def _colours(rows: Sequence[Row]) -> dict[str, str]:
 def memory_figures(rows: Sequence[Row]) -> list[Any]:
     """Loss over state and gradient, and over the peak, each with its frontier; what diverged is left out.
 
-    A loss far above most would flatten the rest: a triangle at the upper edge has its value beside the name.
+    A loss far above most would flatten the rest: a triangle at the upper edge has its value beside the name. Many
+    methods are numbered, from the lowest loss on.
     """
     colours = _colours(rows)
     found = {name: of for name, of in _by_method(rows).items() if any(row["loss"] is not None for row in of)}
@@ -160,7 +161,15 @@ def memory_figures(rows: Sequence[Row]) -> list[Any]:
         axis.margins(x=0.12, y=0.1)
         draw(axis, "validation loss, nats a token")
         axis.set_xlabel(text)
-        _name_points(axis, {f"{name} {losses[name]:.2f}" if name in far else name: at for name, at in points.items()})
+        named = {f"{name} {losses[name]:.2f}" if name in far else name: at for name, at in points.items()}
+        if len(named) > _FEW:
+            order = sorted(zip(losses.values(), named, strict=True))
+            numbers = {name: str(number) for number, (_, name) in enumerate(order, start=1)}
+            axis.figure.set_figwidth(axis.figure.get_figwidth() + 2.4)
+            lines = "\n".join(f"{number}  {name}" for name, number in numbers.items())
+            axis.text(1.03, 1.0, lines, transform=axis.transAxes, va="top", fontsize=8, color=GREY, linespacing=1.5)
+            named = {numbers[name]: at for name, at in named.items()}
+        _name_points(axis, named)
     return chart
 
 
@@ -175,7 +184,7 @@ def _far(losses: dict[str, float]) -> tuple[set[str], float]:
 
 def _name_points(axis: Any, points: dict[str, tuple[float, float]]) -> None:
     """Each name beside its point, on the first place in the axes that covers no other name and no point."""
-    size = 10 if len(points) <= _FEW else 7
+    size = 10
     axis.figure.tight_layout()  # where the axes will be
     corner, end = axis.bbox.get_points() * 72 / axis.figure.dpi
     width, height = end - corner
