@@ -35,6 +35,7 @@ from poetx.ops import block_diagonal, cayley, single_step
 from poetx.ops.dispatch import SMALLEST_BLOCK
 from poetx.ops.library import transparent_operators
 from poetx.optim import adamw
+from poetx.optim.single_step import together
 from poetx.planner.estimate import meta_model, planned_recipe, vocabulary
 from poetx.planner.fake import NumbersAreOne, fake_, fuse_attention_
 from poetx.recipe import Recipe, load_recipe
@@ -42,7 +43,7 @@ from poetx.train.step import TrainingStep
 
 _NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh", "set_"}
 #: Of a Triton kernel: which of its tensors it both reads and writes.
-_READ_AND_WRITTEN = {"add_kernel": (2, 3)}
+_READ_AND_WRITTEN = {"add_kernel": (2, 3, 4, 5)}
 _NOTHING |= {"device", "scalar_tensor"}  # the latter makes constants on the host
 #: torch's multi-tensor kernels: elements to a thread block, thread blocks to a launch, tensors to a launch by lists.
 _CHUNK, _CHUNKS, _TENSORS = 65536, 320, {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
@@ -145,12 +146,7 @@ def as_on_a_gpu(counts: Launches) -> Iterator[None]:
         counts.add(name, given=arguments, again=again)
 
     with contextlib.ExitStack() as stack:
-        users = [adamw, cayley, single_step]
-        with contextlib.suppress(ImportError):
-            from poetx.ops import single_step_update
-
-            users.append(single_step_update)
-        for module in users:
+        for module in (adamw, cayley, single_step, together):
             stack.enter_context(mock.patch.object(module, "use_triton", use))
         for module in (adamw_kernels, cayley_kernels, single_step_kernels):
             stack.enter_context(mock.patch.object(module, "launch", launch))

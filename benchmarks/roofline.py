@@ -110,15 +110,15 @@ class Layer:
         return self.packed * (self.b - 1) * (self.m + self.n) // 2
 
     def unpacked(self) -> list[Piece]:
-        """Q and S."""
+        """Q; S and P."""
         return [
             self.products_of_blocks("unpack_kernel", 1, 0, self.triangles),
-            self.products_of_blocks("square_kernel", 2, 0.5),
+            self.products_of_blocks("square_kernel", 3, 0.5),
         ]
 
     def series(self) -> list[Piece]:
         if self.order == 3:
-            return [self.products_of_blocks("series_kernel", 2, 2, _X * self.blocks)]
+            return [self.products_of_blocks("series_kernel", 2, 1, _X * self.blocks)]
         return [
             self.products_of_blocks("series_kernel", 4, 2),
             self.products_of_blocks("extend_kernel", 2, 1, _X * self.blocks),
@@ -130,7 +130,7 @@ class Layer:
         if self.order == 7:
             first.append(self.products_of_blocks("series_kernel", 4, 2))
             first.append(self.products_of_blocks("extend_gradient_kernel", 5, 2))
-        factor = self.products_of_blocks("factor_gradient_kernel", 6 + (self.order == 7), 3 + 2 * (self.order == 7))
+        factor = self.products_of_blocks("factor_gradient_kernel", 6 + (self.order == 7), 2 + 2 * (self.order == 7))
         return [*first, factor, self.products_of_blocks("pack_gradient_kernel", 4, 2, self.triangles)]
 
     def forward(self) -> list[Piece]:
@@ -195,7 +195,6 @@ def single_step(layer: Layer) -> list[Piece]:
         *[layer.product()] * 2,
         layer.outer(layer.n),
         layer.outer(layer.m),
-        Piece("peaks_kernel", _F * layer.blocks + counts),
         Piece("add_kernel", _F * layer.blocks + momenta + 2 * counts),
     ]
 

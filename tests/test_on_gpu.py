@@ -124,6 +124,7 @@ def test_the_host_waits_in_no_step(name: str, dtype: torch.dtype) -> None:
 
     take()
     take()  # with a merge, and with whatever is made once
+    model(input_ids=ids, attention_mask=mask)  # with the one look at what the merge has written
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")

@@ -36,11 +36,8 @@ L = TypeVar("L", bound=nn.Module)
 
 def is_sharded(tensor: Tensor | None) -> TypeGuard[DTensor]:
     """Whether ``tensor`` is a DTensor: what is there of it on this rank is not all of it."""
-    if "torch.distributed.tensor" not in sys.modules:
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
+    module = sys.modules.get("torch.distributed.tensor")  # nobody has one where it is not imported
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:

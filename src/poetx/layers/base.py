@@ -438,7 +438,8 @@ def recorder() -> str:
     """Who records a forward pass to run it elsewhere, without the layer's backward; empty where nobody does."""
     if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return "torch.jit.trace"
-    return "torch.export" if torch.compiler.is_exporting() else ""
+    # Not is_exporting(), which some versions of torch.compile take for true.
+    return "torch.export" if getattr(torch.compiler, "_is_exporting_flag", False) else ""
 
 
 def is_finite(weight: Tensor) -> bool:

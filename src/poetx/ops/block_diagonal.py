@@ -131,9 +131,11 @@ def block_outer_products(x_NF: Tensor, y_NF: Tensor, block_size: int) -> Tensor:
 
 
 def _outer_factors(x_NF: Tensor, y_NF: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """x's blocks [K, B, N] and y's [K, N, B]."""
-    shape = (-1, x_NF.shape[1] // block_size, block_size)
-    return x_NF.unflatten(1, shape[1:]).permute(1, 2, 0), y_NF.unflatten(1, shape[1:]).transpose(0, 1)
+    """x's blocks [K, B, N] and y's [K, N, B]: views, each by one call."""
+    N, F = x_NF.shape
+    (row, column), (y_row, y_column) = x_NF.stride(), y_NF.stride()
+    first = x_NF.as_strided((F // block_size, block_size, N), (block_size * column, column, row))
+    return first, y_NF.as_strided((F // block_size, N, block_size), (block_size * y_column, y_row, y_column))
 
 
 def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -184,7 +184,8 @@ def cayley_blocks(
     """Blocks G [K, B, B] of one or two sides, rounded to ``dtype`` once; not differentiable.
 
     Args:
-        squares: a list that kernels put Q and S of each into, for :func:`cayley_blocks_backward` of the same rotations.
+        squares: a list that kernels put Q, S and S + 2Q of each into, for :func:`cayley_blocks_backward` of the same
+            rotations.
     """
     if kernels := _kernels(packed, block_sizes, order):
         if len(set(block_sizes)) == 1:
@@ -227,7 +228,7 @@ def cayley_blocks_backward(
     if kernels := _kernels(packed, block_sizes, order):
         if len(set(block_sizes)) == 1:
             return kernels.cayley_backward(grads, packed, sizes, block_sizes[0], order, narrow, squares)
-        kept = [squares[start : start + 2] for start in range(0, 2 * len(packed), 2)]
+        kept = [squares[start : start + 3] for start in range(0, 3 * len(packed), 3)]
         each = zip(grads, packed, sizes, block_sizes, kept, strict=True)
         return [kernels.cayley_backward([dG], [q], [size], b, order, narrow, QS)[0] for dG, q, size, b, QS in each]
     if _alike(packed, sizes, block_sizes):

@@ -209,7 +209,7 @@ class HostQueue:
         self._ahead: list[tuple[_Use, Copy]] = []
         self._kept: dict[int, Copy] = {}  # the latest last
         self._going: Return | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # so that one left by an interrupt does not stop its own thread
 
     def __reduce__(
         self,

@@ -30,7 +30,7 @@ from poetx.ops.block_diagonal import add_block_outer_, block_outer_products
 from poetx.ops.cayley import pack_skew
 from poetx.ops.dispatch import use_triton
 from poetx.ops.fold import full_precision_products
-from poetx.ops.library import first_derivatives_only, no_transforms, operator
+from poetx.ops.library import cached_tensors, first_derivatives_only, no_transforms, operator
 from poetx.ops.random import stochastic_round_
 from poetx.ops.side import block_count
 from poetx.ops.stored import HOST, Stored, fetch
@@ -125,13 +125,13 @@ def add_to_(
 ) -> None:
     """``momentum += M``, or ``2 (M − Mᵀ)`` where it is packed, [K, P]; ``peaks`` [K] are raised to those of the addend.
 
-    A bfloat16 momentum is rounded stochastically, with the device's global generator if no other is given. An M that
-    is not finite counts as zero: it could not be taken back out of a running sum later.
+    A bfloat16 momentum is rounded stochastically, with the device's global generator if no other is given. A block of
+    M that is not finite counts as zero: it could not be taken back out of a running sum later.
     """
     gradient = M_KBB if momentum.ndim == 3 else pack_skew(M_KBB, size).mul_(2)
     added = block_peaks(gradient)
-    fits = (added <= _LARGEST_GRADIENT).all()  # NaN is not
-    gradient = torch.where(fits, gradient, 0.0)
+    fits = added <= _LARGEST_GRADIENT  # NaN is not
+    gradient.masked_fill_(~fits.view(-1, *[1] * (gradient.ndim - 1)), 0.0)
     torch.maximum(peaks, torch.where(fits, added, 0.0), out=peaks)
     if momentum.dtype == torch.bfloat16:
         stochastic_round_(momentum, gradient.add_(momentum), generator)
@@ -171,7 +171,7 @@ def _single_step_from_host(x: Tensor, stored: Sequence[Tensor], kind: str, bias:
 
 
 def _product(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.mm(x, W.T) if bias is None else torch.addmm(bias.to(x.dtype), x, W.T)
+    return torch.nn.functional.linear(x, W, None if bias is None else bias.to(x.dtype))
 
 
 def _fake_backward(g, x, y, stored, kind, bias, *rest):
@@ -237,8 +237,13 @@ def _watched(y: Tensor) -> tuple[Tensor, Tensor | None]:
     if torch.compiler.is_compiling() or type(y) is not Tensor:
         return y, None
     writes = y.detach()  # with the version of y, but not with its memory:
-    writes.data = y.new_empty(0)
+    writes.data = _nothing(y.dtype, y.device)
     return y.data, writes
+
+
+@cached_tensors
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=dtype, device=device)
 
 
 class _SingleStepLinear(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """What the single step does to a weight and its state: the fold, ‖W‖ held, the momenta decayed; nothing in place.
 
-Each is one launch on a GPU (:mod:`poetx.ops.triton.single_step`), with noise of the kernel's own.
+For many matrices each is one launch on a GPU, in place, with noise of the kernels' own:
+:mod:`poetx.ops.triton.single_step`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor
 
 from poetx.ops.block_diagonal import left_rotate, rotate
-from poetx.ops.dispatch import use_triton
 from poetx.ops.library import device_type
 from poetx.ops.random import Within, stochastic_round_
 from poetx.ops.side import block_count
@@ -21,7 +21,7 @@ from poetx.ops.side import block_count
 _FOLD_ELEMENTS = {"cpu": 1 << 22}
 _FOLD_ELEMENTS_ELSEWHERE = 1 << 24
 #: Weights whose ‖W‖ differs by less count as those of the last fold: stochastic rounding of bfloat16 moves it by 0.8 %.
-_SAME_NORM = 0.01
+SAME_NORM = 0.01
 
 
 class Shard(NamedTuple):
@@ -56,10 +56,6 @@ def fold_(
     Returns:
         [2, e, parts]: to be summed, ‖W‖² of the own rows as they were read, and as they were written, before rounding.
     """
-    if shard is None and use_triton(W, E_KBB.shape[-1], on_fakes=True):
-        from poetx.ops.triton import single_step as kernels
-
-        return kernels.fold(W, E_KBB, side, out, touched=touched, scale=scale, seed=seed)
     noise = torch.Generator(W.device).manual_seed(seed) if W.dtype == torch.bfloat16 else None
     scales = torch.where(touched.view(len(W), -1), scale[:, None], 1.0)
     parts = zip(W, out, E_KBB.chunk(len(W)), scales, strict=True)
@@ -135,15 +131,10 @@ def norm_and_scale(
         squares: of :func:`fold_`. touched: [eK], bool. norm, scale: [e], as they are.
         step: the one that is taken, from 1 on. found: [e], ‖W‖ before the fold where it must be exact in float64.
     """
-    if found is None and squares.dtype == torch.float32:  # the kernel's
-        from poetx.ops.triton import single_step as kernels
-
-        settings = {"steps": step - 1, "growth": growth, "same": _SAME_NORM}
-        return kernels.norm_and_scale(squares, touched, norm, scale, **settings)
     read, left = squares.sum(2, dtype=torch.float64).sqrt()
     before, after = 1 + growth * (step - 1), 1 + growth * step
     first: Tensor = (read if found is None else found) / before**0.5
-    held = torch.where((first * scale / norm - 1).abs() < _SAME_NORM, norm, first)
+    held = torch.where((first * scale / norm - 1).abs() < SAME_NORM, norm, first)
     if growth:
         share = touched.view(len(norm), -1).double().mean(1)
         held = held * ((1 + growth * (step - 1 + share)) / after).sqrt()
@@ -161,11 +152,6 @@ def decayed(momenta: Tensor, sizes: Sequence[int], upcoming: int | None, factor:
     copied = slice(0, 0) if upcoming is None else slice(starts[upcoming], starts[upcoming] + sizes[upcoming])
     number = momenta.numel()
     out = momenta.new_empty(number + copied.stop - copied.start)
-    if use_triton(momenta, on_fakes=True):
-        from poetx.ops.triton import single_step as kernels
-
-        kernels.decay(momenta, out, copied, factor, seed=seeds[0])
-        return out
     if momenta.dtype != torch.bfloat16:
         torch.mul(momenta, factor, out=out[:number])
     else:

@@ -2,17 +2,18 @@
 
 With S = Q² the identity is kept out of every product, so that it costs no precision:
 
-    order 3:  G = I + 2Q + 2S + S(2Q + S)                 launches: Q; S; G
-    order 7:  G = (I + E)(I + F), I + E as above, F = S²  launches: Q; S; E and F; G
-    backward of order 3, from Γ = ∂L/∂G:                  launches: Q; S; dB and D; dq
-        dB = Γ + SΓ,  D = dB + Γ + Γ(S − 2Q),  T = D + Dᵀ
+    order 3:  G = I + P + S + PS, P = S + 2Q              launches: Q; S and P; G
+    order 7:  G = (I + E)(I + F), I + E as above, F = S²  launches: Q; S and P; E and F; G
+    backward of order 3, from Γ = ∂L/∂G:                  launches: Q; S and P; dB and D; dq
+        dB = Γ + SΓ,  D = dB + Γ + ΓPᵀ,  T = D + Dᵀ
         dq = strict upper triangle of 2(dB − dBᵀ) − (QT + TQ)
-    backward of order 7:                                  launches: Q; S; E and F; dX and dF; dB and D; dq
+    backward of order 7:                                  launches: Q; S and P; E and F; dX and dF; dB and D; dq
         dX = Γ + ΓF in the place of Γ above,  dF = Γ + EᵀΓ,  D has (dF + dFᵀ)S more
 
 Q is unpacked once: read out of its packed triangle for every tile of every product, 4 bytes at a time and at any
 alignment, these loads took several times as long as everything else. Q = −Qᵀ and S = Sᵀ, so the right factor of most
 products is read along its rows, too, transposed, which tensor cores want of float32 factors: all loads are of 16 bytes.
+Polynomials in Q commute, so one product with P stands for two.
 
 One sum is taken at a time, so that no register spills.
 
@@ -98,23 +99,26 @@ def unpack_kernel(q0, q1, Q, count0, size0, size1, B: tl.constexpr, TILE: tl.con
 
 @triton.jit
 def square_kernel(
-    Q, S, B: tl.constexpr, EVEN: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr
+    Q, S, P, B: tl.constexpr, EVEN: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """S [K, B, B] = Q² = −QQᵀ: tiles on and above the diagonal, written on both sides of it."""
+    """S [K, B, B] = Q² = −QQᵀ and P = S + 2Q: tiles on and above the diagonal, written on both sides of it."""
     k = tl.program_id(1)
     column = tile_column(tl.program_id(0))
     row = tl.program_id(0) - column * (column + 1) // 2
     i, j = row * TILE + tl.arange(0, TILE), column * TILE + tl.arange(0, TILE)
-    Q_k, S_k = Q + k * (B * B), S + k * (B * B)
-    total = add_product(tl.full([TILE, TILE], 0.0, tl.float32), Q_k, Q_k, i, j, B, EVEN, STEP, PRECISION)
-    store_tile(S_k, -total, i, j, B)
+    Q_k, S_k, P_k = Q + k * (B * B), S + k * (B * B), P + k * (B * B)
+    total = -add_product(tl.full([TILE, TILE], 0.0, tl.float32), Q_k, Q_k, i, j, B, EVEN, STEP, PRECISION)
+    twice = 2 * matrix_tile(Q_k, i, j, B, EVEN)
+    store_tile(S_k, total, i, j, B)
+    store_tile(P_k, total + twice, i, j, B)
     if row < column:  # on the diagonal the two would race
-        store_tile(S_k, -tl.trans(total), j, i, B)
+        store_tile(S_k, tl.trans(total), j, i, B)
+        store_tile(P_k, tl.trans(total - twice), j, i, B)
 
 
 @triton.jit
 def series_kernel(
-    Q,
+    P,
     S,
     G0,
     G1,
@@ -127,18 +131,18 @@ def series_kernel(
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """G = I + 2Q + 2S + S² + 2SQ; with FACTORS instead E = G − I and F = S², for order 7."""
+    """G = I + P + S + PS; with FACTORS instead E = G − I and F = S², for order 7."""
     k = tl.program_id(1)
     G = G0 + k * (B * B) if k < count0 else G1 + (k - count0) * (B * B)
-    Q_k, S_k = Q + k * (B * B), S + k * (B * B)
+    P_k, S_k = P + k * (B * B), S + k * (B * B)
     tiles: tl.constexpr = (B + TILE - 1) // TILE
     i = tl.program_id(0) // tiles * TILE + tl.arange(0, TILE)
     j = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
-    total = add_product(tl.full([TILE, TILE], 0.0, tl.float32), S_k, S_k, i, j, B, EVEN, STEP, PRECISION)
     if FACTORS:
+        total = add_product(tl.full([TILE, TILE], 0.0, tl.float32), S_k, S_k, i, j, B, EVEN, STEP, PRECISION)
         store_tile(F + k * (B * B), total, i, j, B)
-    total = add_product(total * -0.5, S_k, Q_k, i, j, B, EVEN, STEP, PRECISION)  # −S²/2 − SQ
-    total = 2 * (matrix_tile(Q_k, i, j, B, EVEN) + matrix_tile(S_k, i, j, B, EVEN) - total)
+    total = add_product(tl.full([TILE, TILE], 0.0, tl.float32), P_k, S_k, i, j, B, EVEN, STEP, PRECISION)
+    total += matrix_tile(P_k, i, j, B, EVEN) + matrix_tile(S_k, i, j, B, EVEN)
     if not FACTORS:
         total += (i[:, None] == j[None, :]).to(tl.float32)
     store_tile(G, total, i, j, B)
@@ -206,7 +210,7 @@ def extend_gradient_kernel(
 def factor_gradient_kernel(
     Gamma0,
     Gamma1,
-    Q,
+    P,
     S,
     dF,
     dB,
@@ -220,31 +224,33 @@ def factor_gradient_kernel(
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dB = Γ + SΓ and D = dB + Γ + Γ(S − 2Q): the gradients of the factor I + 2Q + S, and of both together; Dt = Dᵀ.
+    """dB = Γ + SΓ and D = dB + Γ + ΓPᵀ: the gradients of the factor I + P, and of both together; Dt = Dᵀ.
 
     With FACTORS D has (dF + dFᵀ)S more, by way of F = S².
     """
     k = tl.program_id(1)
     Gamma = Gamma0 + k * (B * B) if k < count0 else Gamma1 + (k - count0) * (B * B)
-    Q_k, S_k, dF_k = Q + k * (B * B), S + k * (B * B), dF + k * (B * B)
+    P_k, S_k, dF_k = P + k * (B * B), S + k * (B * B), dF + k * (B * B)
     tiles: tl.constexpr = (B + TILE - 1) // TILE
     i = tl.program_id(0) // tiles * TILE + tl.arange(0, TILE)
     j = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
-    total = add_product(tl.full([TILE, TILE], 0.0, tl.float32), Gamma, Q_k, i, j, B, EVEN, STEP, PRECISION)
-    total = add_product(2 * total, Gamma, S_k, i, j, B, EVEN, STEP, PRECISION)  # Γ(S − 2Q)
+    total = add_product(tl.full([TILE, TILE], 0.0, tl.float32), Gamma, P_k, i, j, B, EVEN, STEP, PRECISION)
     if FACTORS:
         total = add_product(total, dF_k, S_k, i, j, B, EVEN, STEP, PRECISION)
         for start in range(0, B, STEP):
             m = start + tl.arange(0, STEP)
             left, right = matrix_tile(dF_k, m, i, B, EVEN), matrix_tile(S_k, j, m, B, EVEN)
             total = tl.dot(tl.trans(left), tl.trans(right), total, input_precision=PRECISION)
+    by_square = tl.full([TILE, TILE], 0.0, tl.float32)
+    # −ΓᵀS: of SΓ the right factor would be read along its columns, as here the left one is; but that one can be turned
+    # in registers, for which it is not copied to shared memory four bytes at a time.
+    for start in tl.range(0, B, STEP, num_stages=1):
+        m = start + tl.arange(0, STEP)
+        left, right = matrix_tile(Gamma, m, j, B, EVEN), matrix_tile(S_k, i, m, B, EVEN)
+        by_square = tl.dot(tl.trans(-left), tl.trans(right), by_square, input_precision=PRECISION)
     own = matrix_tile(Gamma, i, j, B, EVEN)
     total += own
-    by_square = own
-    for start in range(0, B, STEP):  # Γ + SΓ
-        m = start + tl.arange(0, STEP)
-        left, right = matrix_tile(S_k, i, m, B, EVEN), matrix_tile(Gamma, m, j, B, EVEN)
-        by_square = tl.dot(left, right, by_square, input_precision=PRECISION)
+    by_square = own - tl.trans(by_square)
     store_tile(dB + k * (B * B), by_square, i, j, B)
     total += by_square
     store_tile(D + k * (B * B), total, i, j, B)
@@ -310,7 +316,7 @@ def _settings(block_size: int, tile: _Tile, narrow: bool) -> dict[str, Any]:
     size = tile_size(block_size, tile.size)
     precision = float32_precision(narrow)
     settings = {"B": block_size, "EVEN": block_size % size == 0, "TILE": size, "STEP": min(size, _STEPS[precision])}
-    return settings | {"PRECISION": precision, "num_warps": tile.warps, "num_stages": 2}
+    return settings | {"PRECISION": precision, "num_warps": tile.warps, "num_stages": 3}
 
 
 def _two(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -342,8 +348,8 @@ def cayley(
 ) -> list[Tensor]:
     """Blocks G [K_s, B, B] in ``dtype`` for each of one or two packed tensors q_s [K_s, P] of one block size.
 
-    Twin of :func:`poetx.ops.cayley.cayley_forward`. Three launches for order 3, four for order 7; scratch of two
-    float32 [ΣK, B, B] (four for order 7), which are put into ``squares`` if they are wanted: Q and S.
+    Twin of :func:`poetx.ops.cayley.cayley_forward`. Three launches for order 3, four for order 7; scratch of three
+    float32 [ΣK, B, B] (five for order 7), which are put into ``squares`` if they are wanted: Q, S and P.
     """
     assert order in (3, 7)
     assert len(qs) in (1, 2)
@@ -352,25 +358,25 @@ def cayley(
     one = block_size <= _TILES[0].size or float32_precision(narrow) != "tf32"  # the larger tile would spill registers
     tiles = _TILES[:1] if one else _TILES
     Q = _unpack(qs, sizes, block_size)
-    S = torch.empty_like(Q)
-    plans = [partial(_cayley, qs, order, dtype, Q, S, _settings(block_size, tile, narrow)) for tile in tiles]
+    S, P = torch.empty_like(Q), torch.empty_like(Q)
+    plans = [partial(_cayley, qs, order, dtype, Q, S, P, _settings(block_size, tile, narrow)) for tile in tiles]
     key = ("cayley", len(S), block_size, order, dtype, qs[0].dtype, qs[0].device)
     if squares is not None:
-        squares += [Q, S]
+        squares += [Q, S, P]
     return fastest(key, qs[0].device, plans)
 
 
-def _cayley(qs, order, dtype, Q, S, settings) -> list[Tensor]:
+def _cayley(qs, order, dtype, Q, S, P, settings) -> list[Tensor]:
     count0, count = len(qs[0]), len(Q)
     B, tiles = settings["B"], ceil_div(settings["B"], settings["TILE"])
-    launch(square_kernel, (tiles * (tiles + 1) // 2, count), Q, S, **settings)
+    launch(square_kernel, (tiles * (tiles + 1) // 2, count), Q, S, P, **settings)
     blocks = [torch.empty(len(q), B, B, dtype=dtype, device=q.device) for q in qs]
     G0, G1 = _two(blocks)
     if order == 3:
-        launch(series_kernel, (tiles * tiles, count), Q, S, G0, G1, S, count0, FACTORS=False, **settings)
+        launch(series_kernel, (tiles * tiles, count), P, S, G0, G1, S, count0, FACTORS=False, **settings)
         return blocks
     E, F = torch.empty_like(S), torch.empty_like(S)
-    launch(series_kernel, (tiles * tiles, count), Q, S, *_halves(E, count0), F, count0, FACTORS=True, **settings)
+    launch(series_kernel, (tiles * tiles, count), P, S, *_halves(E, count0), F, count0, FACTORS=True, **settings)
     launch(extend_kernel, (tiles * tiles, count), E, F, G0, G1, count0, **settings)
     return blocks
 
@@ -386,8 +392,8 @@ def cayley_backward(
 ) -> list[Tensor]:
     """∂L/∂q_s [K_s, P] in q_s's dtype from Γ_s [K_s, B, B].
 
-    Twin of :func:`poetx.ops.cayley.cayley_backward`. Four launches for order 3, six for order 7, two less with Q and S;
-    scratch of five (nine) float32 [ΣK, B, B].
+    Twin of :func:`poetx.ops.cayley.cayley_backward`. Four launches for order 3, six for order 7, two less with Q, S
+    and P; scratch of six (ten) float32 [ΣK, B, B].
 
     Args:
         narrow: the activations behind Γ are bfloat16, so that TF32 products lose nothing.
@@ -397,28 +403,28 @@ def cayley_backward(
     assert len(qs) in (1, 2)
     grads = [grad.contiguous() for grad in grads]
     Q = squares[0] if squares else _unpack([q.contiguous() for q in qs], sizes, block_size)
-    S = squares[1] if squares else None
+    S, P = squares[1:] if squares else (None, None)
     tiles = [_settings(block_size, tile, narrow) for tile in _GRADIENT_TILES]
-    plans = [partial(_cayley_backward, grads, qs, sizes, order, Q, S, settings) for settings in tiles]
+    plans = [partial(_cayley_backward, grads, qs, sizes, order, Q, S, P, settings) for settings in tiles]
     key = ("cayley_backward", sum(map(len, qs)), block_size, order, narrow, grads[0].dtype, qs[0].dtype, qs[0].device)
     return fastest(key, qs[0].device, plans)
 
 
-def _cayley_backward(grads, qs, sizes, order, Q, S, settings) -> list[Tensor]:
+def _cayley_backward(grads, qs, sizes, order, Q, S, P, settings) -> list[Tensor]:
     count0, count = len(qs[0]), len(Q)
     tiles = ceil_div(settings["B"], settings["TILE"])
     upper, whole = (tiles * (tiles + 1) // 2, count), (tiles * tiles, count)
     if S is None:
-        S = torch.empty_like(Q)
-        launch(square_kernel, upper, Q, S, **settings)
+        S, P = torch.empty_like(Q), torch.empty_like(Q)
+        launch(square_kernel, upper, Q, S, P, **settings)
     dF = S
     if order == 7:
         E, F, dX, dF = (torch.empty_like(S) for _ in range(4))
-        launch(series_kernel, whole, Q, S, *_halves(E, count0), F, count0, FACTORS=True, **settings)
+        launch(series_kernel, whole, P, S, *_halves(E, count0), F, count0, FACTORS=True, **settings)
         launch(extend_gradient_kernel, whole, *_two(grads), E, F, dX, dF, count0, **settings)
         grads = _halves(dX, count0)
     dB, D, Dt = (torch.empty_like(Q) for _ in range(3))
-    launch(factor_gradient_kernel, whole, *_two(grads), Q, S, dF, dB, D, Dt, count0, FACTORS=order == 7, **settings)
+    launch(factor_gradient_kernel, whole, *_two(grads), P, S, dF, dB, D, Dt, count0, FACTORS=order == 7, **settings)
     dqs = [torch.empty_like(q, memory_format=torch.contiguous_format) for q in qs]
     launch(pack_gradient_kernel, upper, dB, D, Dt, Q, *_two(dqs), count0, sizes[0], sizes[-1], **settings)
     return dqs

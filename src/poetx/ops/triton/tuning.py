@@ -48,6 +48,9 @@ def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **sett
     """
     if isinstance(first, FakeTensor):
         return
+    if not first.is_cuda or first.get_device() == torch.cuda.current_device():
+        kernel[grid](first, *args, **settings)
+        return
     with torch.cuda.device_of(first):
         kernel[grid](first, *args, **settings)
 

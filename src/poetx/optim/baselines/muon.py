@@ -44,5 +44,5 @@ class Muon(MatrixOptimizer):
 def orthogonal(U: Tensor) -> Tensor:
     """Newton–Schulz of one matrix, over its smaller side."""
     tall = U.shape[0] > U.shape[1]
-    U = orthogonalize((U.T if tall else U)[None], skew=False)[0]
-    return U.T if tall else U
+    X = orthogonalize((U.T if tall else U)[None], skew=False)[0].to(U.dtype)
+    return X.T if tall else X

@@ -89,13 +89,22 @@ class Matrix:
     @property
     def device(self) -> torch.device:
         """Where the step is computed: a layer's weight may be in host memory."""
-        layer = self.layer
-        return layer.device if layer is not None and layer.host is not None else compute_device(self.parameter)
+        return self.layer.device if self.layer is not None and self.hosted else compute_device(self.parameter)
+
+    @property
+    def rounds_momenta(self) -> bool:
+        """Whether they are rounded, so that somebody draws noise."""
+        return self.momenta.dtype == torch.bfloat16
+
+    @property
+    def hosted(self) -> bool:
+        """Whether the weight is in host memory."""
+        return self.layer is not None and self.layer.host is not None
 
     def noise(self, purpose: str, step: int) -> torch.Generator:
         return stream(self.config.seed, str(self.index), step, purpose, self.device)
 
-    def _noise_seed(self, purpose: str, step: int) -> int:
+    def noise_seed(self, purpose: str, step: int) -> int:
         """What :meth:`noise` seeds its generator with."""
         return stream_seed(self.config.seed, str(self.index), step, purpose)
 
@@ -132,10 +141,10 @@ class Matrix:
         if self.look_ahead and saved and "before" not in saved:
             self.before(self.side).copy_(state[f"momentum_{self.side}"])
         momenta = [state[f"momentum_{side}"] for side in SIDES]
-        self.momenta = _from(momenta[0], sum(q.numel() for q in momenta))
+        self.momenta = first_elements(momenta[0], sum(q.numel() for q in momenta))
         wide = torch.promote_types(momenta[0].dtype, torch.float32)
-        self._peaks, self._no_peaks = torch.zeros(2, sum(map(len, momenta)), dtype=wide, device=momenta[0].device)
-        self.peaks: dict[str, Tensor] = dict(zip(SIDES, self._peaks.split([len(q) for q in momenta]), strict=True))
+        self.all_peaks, self._no_peaks = torch.zeros(2, sum(map(len, momenta)), dtype=wide, device=momenta[0].device)
+        self.peaks: dict[str, Tensor] = dict(zip(SIDES, self.all_peaks.split([len(q) for q in momenta]), strict=True))
         self._noise = self._seed(self.step)
         if self.layer is not None:
             anchor = torch.zeros((), device="cpu", requires_grad=True)  # its gradient costs a GPU nothing there
@@ -154,7 +163,7 @@ class Matrix:
 
     def _seed(self, step: int) -> Tensor:
         """What the rounding in a layer's backward draws from until the next step."""
-        return torch.tensor([self._noise_seed("backward", step), 0])
+        return torch.tensor([self.noise_seed("backward", step), 0])
 
     @property
     def step(self) -> int:
@@ -174,6 +183,8 @@ class Matrix:
 
     def momentum_of(self, momenta: Tensor, side: str) -> Tensor:
         """One side's momentum from both, flat: a view."""
+        if momenta is self.momenta:
+            return self.state[f"momentum_{side}"]
         sizes = [self.state[f"momentum_{side}"].numel() for side in SIDES]
         return momenta.split(sizes)[SIDES.index(side)].view_as(self.state[f"momentum_{side}"])
 
@@ -295,7 +306,7 @@ class Matrix:
         W, shard = self._to_fold(side)
         own = local(self.parameter.detach())
         weight = torch.empty_like(W if shard is None else own, device=self.device)
-        seed = self._noise_seed(f"rounding-{side}-0", step)
+        seed = self.noise_seed(f"rounding-{side}-0", step)
         folding = {"touched": touched_K, "scale": state["scale"], "seed": seed, "shard": shard}
         squares = fold_(self.matrices(W), E_KBB, side, self.matrices(weight), **folding)
         squares = shard_sum_(squares, self.parameter)
@@ -303,18 +314,38 @@ class Matrix:
         growing = {"step": step, "growth": self.growth, "found": found}
         norms = norm_and_scale(squares, touched_K, state["norm"], state["scale"], **growing)
         sizes = [state[f"momentum_{side}"].numel() for side in SIDES]
-        seeds = [self._noise_seed(f"momentum-{side}", step) for side in SIDES]
+        seeds = [self.noise_seed(f"momentum-{side}", step) for side in SIDES]
         new = decayed(momenta, sizes, step % 2 if self.look_ahead else None, factor, seeds)
-        targets = [own, _from(self.momenta, new.numel()), _from(state["norm"], norms.numel()), state["step"]]
+        targets = [
+            own,
+            first_elements(self.momenta, new.numel()),
+            first_elements(state["norm"], norms.numel()),
+            state["step"],
+        ]
         values = [weight, new, norms.flatten(), torch.tensor(step)]
-        targets += [self._peaks, self._noise]
+        targets += [self.all_peaks, self._noise]
         # zeros that are there already, unless somebody may still read them when this returns
-        values += [self._no_peaks if host is None else torch.zeros_like(self._peaks), self._seed(step)]
+        values += [self._no_peaks if host is None else torch.zeros_like(self.all_peaks), self._seed(step)]
         self._taken = step  # known before the one call that makes it so, wherever an exception comes
         if host is None:
             copy_at_once_(targets, values)
         else:
             host.write(targets, values, self.device)
+        self._counted, self.micro_batches, self._snapshot = step, 0, {}
+        self.touched = False
+
+    def stepped(self, weight: Tensor) -> None:
+        """Count a step whose weight and state the kernels have written; a weight that was brought goes back."""
+        step = self.step + 1
+        self._taken = step
+        counters, values = [self.state["step"]], [torch.tensor(step)]
+        if self.rounds_momenta:
+            counters, values = [*counters, self._noise], [*values, self._seed(step)]
+        host = None if self.layer is None else self.layer.host
+        if host is None:
+            copy_at_once_(counters, values)
+        else:
+            host.write([self.parameter.detach(), *counters], [weight, *values], self.device)
         self._counted, self.micro_batches, self._snapshot = step, 0, {}
         self.touched = False
 
@@ -338,7 +369,7 @@ class Matrix:
         return shard_sum_(square.view(1), self.parameter).sqrt()
 
 
-def _from(first: Tensor, number: int) -> Tensor:
+def first_elements(first: Tensor, number: int) -> Tensor:
     """``number`` elements from the first one of ``first`` on, which several views of one tensor share; flat, a view."""
     return first.as_strided((number,), (1,), first.storage_offset())
 

@@ -36,6 +36,7 @@ from poetx.optim.single_step import model_zero_grad
 from poetx.optim.single_step.given import check_dense, check_groups, read_model, refuse_sharded_since, refuse_tied
 from poetx.optim.single_step.matrix import Matrix, touched_blocks
 from poetx.optim.single_step.saved_state import current_entries, state_from_groups, state_into_groups
+from poetx.optim.single_step.together import can_step_together, step_together
 from poetx.optimizer_restart import fresh_is_zero
 
 #: Steps between comparisons of the rotated matrices over the ranks of a process group.
@@ -419,10 +420,9 @@ class POETX(torch.optim.Optimizer):
         side, free = batch[0].side, batch[0].free
         now = [matrix.with_gradient() for matrix in batch]
         counts = [matrix.blocks(side) for matrix in batch]
-        direction = torch.cat(
-            [matrix.momentum_of(momenta, side) for matrix, (momenta, _) in zip(batch, now, strict=True)]
-        )
-        direction = direction.to(torch.promote_types(direction.dtype, torch.float32))
+        each = zip(batch, now, strict=True)
+        direction = torch.cat([matrix.momentum_of(momenta, side) for matrix, (momenta, _) in each])
+        direction = direction.to(now[0][1][side].dtype)  # float32, or float64
         if batch[0].look_ahead:  # one gradient ahead, which is what came since the copy was taken
             direction.mul_(1 + momentum)
             torch._foreach_sub_(direction.split(counts), [matrix.before(side) for matrix in batch])  # pyright: ignore[reportPrivateImportUsage]
@@ -432,9 +432,15 @@ class POETX(torch.optim.Optimizer):
             direction = unpack_skew(direction, 0, batch[0].sizes(side)[1])
         direction = orthogonalize(direction, skew=not free)
         with full_precision_products():
-            Q = direction.mul_(-angle)
-            E = Q.mul_(2) if free else exact_delta(Q, LARGEST_SINGULAR_VALUE * angle)
-            parts = zip(batch, now, E.split(counts), touched.split(counts), strict=True)
+            if free:
+                E, factor = direction, -2 * angle
+            else:
+                E, factor = exact_delta(direction.mul_(-angle), LARGEST_SINGULAR_VALUE * angle), 1.0
+            if can_step_together(batch[0]):
+                step_together(batch, [momenta for momenta, _ in now], E, factor, touched, momentum)
+                return
+            Es = E.to(now[0][1][side].dtype).mul_(factor).split(counts)
+            parts = zip(batch, now, Es, touched.split(counts), strict=True)
             for matrix, (momenta, _), E_KBB, touched_K in parts:
                 matrix.take_step(momenta, E_KBB, touched_K, momentum)
 
@@ -479,7 +485,8 @@ def _batches(matrices: Iterable[Matrix]) -> Iterable[list[Matrix]]:
     kinds: dict[tuple[Any, ...], list[Matrix]] = {}
     for matrix in matrices:
         side, p = matrix.side, matrix.parameter
-        kinds.setdefault((side, matrix.free, matrix.sizes(side)[1], p.dtype, matrix.device), []).append(matrix)
+        kind = (side, matrix.free, matrix.sizes(side)[1], p.dtype, matrix.momenta.dtype, matrix.device, matrix.hosted)
+        kinds.setdefault(kind, []).append(matrix)
     for alike in kinds.values():
         batch, size = [], 0
         elements = _BATCH_ELEMENTS.get(device_type(alike[0].momenta), _BATCH_ELEMENTS_ELSEWHERE)

@@ -1,0 +1,79 @@
+"""The step of many matrices at once, on a GPU: their weights and states in place, in three launches.
+
+The weights of a large model are hundreds of matrices: launched one by one their kernels would wait for the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from poetx.distributed.sharded import is_sharded
+from poetx.layers.weights import HostWeight
+from poetx.ops.dispatch import use_triton
+from poetx.ops.single_step_update import SAME_NORM
+from poetx.ops.transaction import signals_deferred
+from poetx.optim.single_step.matrix import SIDES, Matrix, first_elements
+
+
+def can_step_together(matrix: Matrix) -> bool:
+    """Whether the kernels take a matrix; all of one batch are alike in what they look at."""
+    block_size = matrix.sizes(matrix.side)[1]
+    if is_sharded(matrix.parameter) or not use_triton(matrix.momenta, block_size, on_fakes=True):
+        return False
+    from poetx.ops.triton.single_step import can_fold
+
+    return can_fold(matrix.parameter.dtype, block_size)
+
+
+def step_together(
+    batch: Sequence[Matrix],
+    momenta: Sequence[Tensor],
+    E_KBB: Tensor,
+    factor: float,
+    touched: Tensor,
+    decay: float,
+) -> None:
+    """:meth:`Matrix.take_step` of a batch, of factor · E; signals wait, so that all of it is stepped or nothing.
+
+    Args:
+        momenta: of each, with this step's gradients, flat. E_KBB: of the blocks of all; in bfloat16 where it is that.
+        touched: [K], which of them move. decay: what momenta decay by.
+    """
+    from poetx.ops.triton import single_step as kernels
+
+    if len(batch) > 1 and batch[0].hosted:  # one weight on the device at a time
+        counts = [matrix.blocks(batch[0].side) for matrix in batch]
+        for matrix, own, *parts in zip(batch, momenta, E_KBB.split(counts), touched.split(counts), strict=True):
+            step_together([matrix], [own], parts[0], factor, parts[1], decay)
+        return
+    side, block_size = batch[0].side, batch[0].sizes(batch[0].side)[1]
+    weights, turns, decays = [], [], []
+    for matrix, with_gradients in zip(batch, momenta, strict=True):
+        layer, state, step = matrix.layer, matrix.state, matrix.step + 1
+        weight = matrix.parameter.detach()
+        if layer is not None and matrix.hosted:
+            weight = cast(HostWeight, layer.frozen_weight).brought()
+        weights.append(weight)
+        seed = matrix.noise_seed(f"rounding-{side}-0", step) if weight.dtype == torch.bfloat16 else 0
+        stack = matrix.matrices(weight)
+        for place, W in enumerate(stack if side == "out" else stack.mT):
+            exact = torch.linalg.vector_norm(W, dtype=torch.float64) if step == 1 else None  # held for good
+            turns.append(kernels.Turn(W, state["norm"][place], state["scale"][place], exact, step - 1, seed + place))
+        sizes = [state[f"momentum_{side}"].numel() for side in SIDES]
+        upcoming = SIDES[step % 2]
+        start = 0 if upcoming == "in" else sizes[0]
+        copied = slice(start, start + sizes[step % 2]) if matrix.look_ahead else slice(0, 0)
+        out = first_elements(matrix.momenta, sum(sizes) + copied.stop - copied.start)
+        seed = matrix.noise_seed("momentum-in", step) if matrix.rounds_momenta else 0
+        decays.append(kernels.Decay(with_gradients, out, copied, matrix.all_peaks, seed))
+    prepared = kernels.Turns(turns, block_size)
+    with signals_deferred():
+        squares = prepared.fold_(E_KBB, factor, side, touched)
+        prepared.hold_(squares, touched, growth=batch[0].growth, same=SAME_NORM)
+        kernels.decay_(decays, decay)
+        for matrix, weight in zip(batch, weights, strict=True):
+            matrix.stepped(weight)

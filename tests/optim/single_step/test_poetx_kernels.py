@@ -1,0 +1,77 @@
+"""The step of many matrices at once, by the kernels in Triton's interpreter, against each matrix by itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from poetx import POETX, PoetConfig, convert_
+
+pytest.importorskip("triton", reason="the kernels need triton, which exists for Linux only")
+from kernel_helpers import interpreted
+
+FORMS = {
+    "layers": {"converted": True},
+    "layers, rotations, no look-ahead": {"converted": True, "update": "rotation", "nesterov": False},
+    "layers, norms that grow": {"converted": True, "norm_growth": 0.05},
+    "drop-in": {},
+    "drop-in, bfloat16": {"dtype": torch.bfloat16, "momentum_dtype": "bfloat16"},
+    "stacks": {"stacks": True},
+}
+
+
+def trained(kernels: bool, converted=False, stacks=False, dtype=torch.float32, **settings):
+    """Weights and states after three steps, the second without a gradient of one matrix; and how many launches."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 24), nn.Linear(24, 17, bias=False)).to(dtype)
+    update = settings.get("update", "free")
+    parameters = list(model.parameters())
+    if converted:
+        config = {"init": "normalized", "block_size": 16, "update": update}
+        convert_(model, PoetConfig(method="single-step", exclude_modules=(), **config))
+        optimizer = POETX(model, exclude_modules=(), angle=0.02, **settings)
+    elif stacks:
+        stack = nn.Parameter(torch.randn(3, 20, 33))
+        parameters.append(stack)
+        optimizer = POETX([{"params": [stack], "rotate": True}], block_size=16, angle=0.02, **settings)
+    else:
+        optimizer = POETX(model, exclude_modules=(), block_size=16, angle=0.02, **settings)
+    for number in range(3):
+        x = torch.randn(64, 24, generator=torch.Generator().manual_seed(number)).to(dtype)
+        y = model[1](model[0](x)) if number == 1 else model(x)
+        loss = (y.square() * torch.arange(y.shape[1])).sum()  # that of y² alone has nothing to rotate y by
+        if stacks:
+            loss = loss + (torch.arange(20.0) @ stack.square() @ torch.arange(33.0)).sum()
+        loss.backward()
+        if kernels:
+            with interpreted():
+                optimizer.step()
+        else:
+            optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach() for p in (stack if stacks else model.parameters())], optimizer.state_dict()["state"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_step_by_the_kernels_is_that_of_each_matrix(form):
+    weights, states = trained(True, **FORMS[form])
+    wanted, others = trained(False, **FORMS[form])
+    narrow = FORMS[form].get("dtype") == torch.bfloat16
+    close = {"rtol": 2**-6, "atol": 2**-6} if narrow else {"rtol": 1e-4, "atol": 1e-5}
+    for got, want in zip(weights, wanted, strict=True):
+        torch.testing.assert_close(got, want, **close)
+    for key, state in states.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                loose = {"rtol": 0.05, "atol": 0.05 * float(others[key][name].abs().max())} if narrow else close
+                torch.testing.assert_close(value, others[key][name], **loose)
+
+
+@pytest.mark.parametrize("form", ["layers", "drop-in"])
+def test_batches_do_not_matter(form, monkeypatch):
+    """Matrices together and one by one: the same bits."""
+    together = trained(True, **FORMS[form])
+    monkeypatch.setattr("poetx.optim.single_step.optimizer._BATCH_ELEMENTS", {"cpu": 1})
+    one_by_one = trained(True, **FORMS[form])
+    torch.testing.assert_close(together[0], one_by_one[0], rtol=0, atol=0)
