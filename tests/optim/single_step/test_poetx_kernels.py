@@ -72,6 +72,6 @@ def test_a_step_by_the_kernels_is_that_of_each_matrix(form):
 def test_batches_do_not_matter(form, monkeypatch):
     """Matrices together and one by one: the same bits."""
     together = trained(True, **FORMS[form])
-    monkeypatch.setattr("poetx.optim.single_step.optimizer._BATCH_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr("poetx.optim.single_step.together._BATCH_ELEMENTS", {"cpu": 1})
     one_by_one = trained(True, **FORMS[form])
     torch.testing.assert_close(together[0], one_by_one[0], rtol=0, atol=0)

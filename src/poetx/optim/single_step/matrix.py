@@ -334,9 +334,8 @@ class Matrix:
         self._counted, self.micro_batches, self._snapshot = step, 0, {}
         self.touched = False
 
-    def stepped(self, weight: Tensor) -> None:
+    def stepped(self, weight: Tensor, step: int) -> None:
         """Count a step whose weight and state the kernels have written; a weight that was brought goes back."""
-        step = self.step + 1
         self._taken = step
         counters, values = [self.state["step"]], [torch.tensor(step)]
         if self.rounds_momenta:

@@ -20,14 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from poetx.distributed.checksum import check_alike
-from poetx.distributed.ranks import maximum_, on_any_rank
+from poetx.distributed.ranks import maximum_, on_any_rank, rank_count
 from poetx.distributed.sharded import is_sharded
 from poetx.errors import UserError, nearest
 from poetx.layers.walk import single_step_layers
 from poetx.one_rate import OneRate
 from poetx.ops.cayley import exact_delta, unpack_skew
 from poetx.ops.fold import full_precision_products
-from poetx.ops.library import device_type
 from poetx.optim.gradient_release import hand_over_gradient
 from poetx.optim.orthogonalize import LARGEST_SINGULAR_VALUE, orthogonalize
 from poetx.optim.saved_kinds import check_saved, kind_of
@@ -36,14 +35,11 @@ from poetx.optim.single_step import model_zero_grad
 from poetx.optim.single_step.given import check_dense, check_groups, read_model, refuse_sharded_since, refuse_tied
 from poetx.optim.single_step.matrix import Matrix, touched_blocks
 from poetx.optim.single_step.saved_state import current_entries, state_from_groups, state_into_groups
-from poetx.optim.single_step.together import can_step_together, step_together
+from poetx.optim.single_step.together import batches, can_step_together, step_together
 from poetx.optimizer_restart import fresh_is_zero
 
 #: Steps between comparisons of the rotated matrices over the ranks of a process group.
 _CHECK_EVERY = 100
-#: Elements of unpacked blocks that one batched iteration takes; on a GPU some forty launches.
-_BATCH_ELEMENTS = {"cpu": 1 << 23}
-_BATCH_ELEMENTS_ELSEWHERE = 1 << 24
 
 
 class POETX(torch.optim.Optimizer):
@@ -380,7 +376,7 @@ class POETX(torch.optim.Optimizer):
             for group in self.param_groups:
                 if group["rotate"]:
                     moving = [matrix for matrix, moves in (next(matrices) for _ in group["params"]) if moves]
-                    for batch in _batches(moving):
+                    for batch in batches(moving):
                         self._rotate(batch, group["lr"], group["momentum"])
         finally:
             for matrix in self._matrices or ():
@@ -406,7 +402,7 @@ class POETX(torch.optim.Optimizer):
         assert self._matrices is not None
         moves = [matrix.moves for matrix in self._matrices]
         local = [i for i, m in enumerate(self._matrices) if m.layer is not None or m.handle is not None]
-        if local:
+        if local and rank_count() > 1:
             flags = on_any_rank([moves[i] for i in local], self._matrices[local[0]].device)
             for i, flag in zip(local, flags, strict=True):
                 moves[i] = flag
@@ -478,23 +474,3 @@ def _older_arguments(older: dict[str, Any], update: str | None, dense_optimizer:
             raise TypeError(f"POETX() got an unexpected keyword argument {name!r}{guess}")
         raise UserError(f"POETX: {name}={value!r} is gone: {gone[name]}; leave it out")
     return update, dense_optimizer
-
-
-def _batches(matrices: Iterable[Matrix]) -> Iterable[list[Matrix]]:
-    """Matrices of one kind whose blocks go through one batched iteration: so many elements, or one matrix."""
-    kinds: dict[tuple[Any, ...], list[Matrix]] = {}
-    for matrix in matrices:
-        side, p = matrix.side, matrix.parameter
-        kind = (side, matrix.free, matrix.sizes(side)[1], p.dtype, matrix.momenta.dtype, matrix.device, matrix.hosted)
-        kinds.setdefault(kind, []).append(matrix)
-    for alike in kinds.values():
-        batch, size = [], 0
-        elements = _BATCH_ELEMENTS.get(device_type(alike[0].momenta), _BATCH_ELEMENTS_ELSEWHERE)
-        for matrix in alike:
-            more = matrix.blocks(matrix.side) * matrix.sizes(matrix.side)[1] ** 2
-            if batch and size + more > elements:
-                yield batch
-                batch, size = [], 0
-            batch.append(matrix)
-            size += more
-        yield batch

@@ -1,12 +1,12 @@
-"""The step of many matrices at once, on a GPU: their weights and states in place, in three launches.
+"""Which matrices take a step together; and that step on a GPU: weights and states in place, in three launches.
 
 The weights of a large model are hundreds of matrices: launched one by one their kernels would wait for the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,9 +14,35 @@ from torch import Tensor
 from poetx.distributed.sharded import is_sharded
 from poetx.layers.weights import HostWeight
 from poetx.ops.dispatch import use_triton
+from poetx.ops.library import device_type
 from poetx.ops.single_step_update import SAME_NORM
 from poetx.ops.transaction import signals_deferred
 from poetx.optim.single_step.matrix import SIDES, Matrix, first_elements
+
+#: Elements of unpacked blocks that one batched iteration takes; on a GPU some forty launches.
+_BATCH_ELEMENTS = {"cpu": 1 << 23}
+_BATCH_ELEMENTS_ELSEWHERE = 1 << 24
+
+
+def batches(matrices: Iterable[Matrix]) -> Iterable[list[Matrix]]:
+    """Matrices of one kind whose blocks go through one batched iteration: so many elements, or one matrix."""
+    kinds: dict[tuple[Any, ...], list[Matrix]] = {}
+    for matrix in matrices:
+        side, p = matrix.side, matrix.parameter
+        alike = (side, matrix.free, matrix.sizes(side)[1], p.dtype, matrix.momenta.dtype, matrix.device)
+        kinds.setdefault((*alike, matrix.hosted, is_sharded(p)), []).append(matrix)
+    for those in kinds.values():
+        batch, size = [], 0
+        elements = _BATCH_ELEMENTS.get(device_type(those[0].momenta), _BATCH_ELEMENTS_ELSEWHERE)
+        side = those[0].side
+        for matrix in those:
+            more = matrix.blocks(side) * matrix.sizes(side)[1] ** 2
+            if batch and size + more > elements:
+                yield batch
+                batch, size = [], 0
+            batch.append(matrix)
+            size += more
+        yield batch
 
 
 def can_step_together(matrix: Matrix) -> bool:
@@ -51,13 +77,14 @@ def step_together(
             step_together([matrix], [own], parts[0], factor, parts[1], decay)
         return
     side, block_size = batch[0].side, batch[0].sizes(batch[0].side)[1]
-    weights, turns, decays = [], [], []
+    weights, steps, turns, decays = [], [], [], []
     for matrix, with_gradients in zip(batch, momenta, strict=True):
         layer, state, step = matrix.layer, matrix.state, matrix.step + 1
         weight = matrix.parameter.detach()
         if layer is not None and matrix.hosted:
             weight = cast(HostWeight, layer.frozen_weight).brought()
         weights.append(weight)
+        steps.append(step)
         seed = matrix.noise_seed(f"rounding-{side}-0", step) if weight.dtype == torch.bfloat16 else 0
         stack = matrix.matrices(weight)
         for place, W in enumerate(stack if side == "out" else stack.mT):
@@ -75,5 +102,5 @@ def step_together(
         squares = prepared.fold_(E_KBB, factor, side, touched)
         prepared.hold_(squares, touched, growth=batch[0].growth, same=SAME_NORM)
         kernels.decay_(decays, decay)
-        for matrix, weight in zip(batch, weights, strict=True):
-            matrix.stepped(weight)
+        for matrix, weight, step in zip(batch, weights, steps, strict=True):
+            matrix.stepped(weight, step)
