@@ -85,6 +85,8 @@ part_step() {
     bench 60 step step llama-1b $rates --seq-lens 2048 --batch-sizes 1,4,8 --methods adamw,fast,mem,single-step
     bench 90 step step llama-8b $rates optimizer.state_dtype=same --seq-lens 2048 --batch-sizes 1,4 --repeats 3 \
         --methods adamw,fast,mem,single-step
+    bench 90 step step llama-8b ${rates% *} optimizer.state_dtype=same $checkpointed --seq-lens 2048 --batch-sizes 1,4 \
+        --repeats 3 --methods adamw,single-step
 }
 
 part_stream() { # weights in host memory, and the inputs of layers, too, beside the same run with them on the card
@@ -103,6 +105,7 @@ part_memory() {
 
 # Small, as there is no warm-up: the loss on a batch that is seen again has to fall from the first step on.
 rates="optimizer.lr=1e-4 optimizer.poet_lr=1e-4"
+checkpointed="model.gradient_checkpointing=true train.chunked_loss=true" # with which AdamW at 8B fits 80 GB
 tiny_model="model.hidden_size=32 model.intermediate_size=48 model.num_layers=1 model.num_heads=2 data.vocab_size=300
     poet.block_size=16"
 [ $# -gt 0 ] || set -- tests layer routes profile step stream memory ops

@@ -462,7 +462,7 @@ def gpu_layer() -> str:
 def roofline() -> str:
     """The least time of a layer's kernels on an H200, and what was measured there last with the queue full."""
     measured: dict[tuple[int, int, int], dict[str, float]] = {}
-    for row in _rows("gpu/layer"):
+    for row in (row for row in _rows("gpu/layer") if "H200" in row["device"]):
         key = row["out_features"], row["in_features"], row["tokens"]
         measured.setdefault(key, {})[row["contestant"]] = row["queued_ms"]
     names = ("linear", "fast", "fast-contiguous", "mem", "mem-contiguous", "single-step-free")
@@ -483,19 +483,27 @@ def roofline() -> str:
 def gpu_step() -> str:
     """Whole steps of a recipe on a GPU, merges included: tokens a second and the allocator's peak."""
     rows = _rows("gpu/step")
+
+    def _alike(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["recipe"], row["batch_size"], row["commit"], tuple(row.get("overrides", []))
+
+    adamws = {_alike(row): row["ms"] for row in rows if row["contestant"] == "adamw"}
+    rows.sort(key=lambda row: (row["recipe"], row["batch_size"], row["contestant"]))  # and as they came
     body = [
         [
-            f"{row['recipe']}, {row['batch_size']} × {row['seq_len']}",
+            f"{row['recipe']}, {row['batch_size']} × {row['seq_len']}"
+            + ", checkpointed" * ("model.gradient_checkpointing=true" in row.get("overrides", [])),
+            f"{row['device'].split()[1]}, {row['commit']}",
             row["contestant"],
             f"{row['ms']:.0f}",
             f"{row['tokens_per_second']:.0f}",
-            f"{row['speed_ratio']:.2f}",
+            f"{adamws[_alike(row)] / row['ms']:.2f}",
             f"{row['merge_ms']:.0f}",
             f"{row['peak_bytes'] / 2**30:.1f}",
         ]
         for row in rows
     ]
-    return _markdown(["step", "method", "ms", "tokens/s", "of AdamW's", "ms a merge", "peak, GB"], body)
+    return _markdown(["step", "on, commit", "method", "ms", "tokens/s", "of AdamW's", "ms a merge", "peak, GiB"], body)
 
 
 def gpu_routes() -> str:
@@ -609,12 +617,16 @@ def permutations_since() -> str:
 
 def _permutations(rows: list[dict[str, Any]]) -> str:
     body = []
-    for steps, kind in sorted(dict.fromkeys((r["steps"], r["kind"]) for r in rows), key=lambda pair: pair[0]):
-        mine = sorted((r for r in rows if (r["steps"], r["kind"]) == (steps, kind)), key=lambda r: r["seed"])
+
+    def run(row: dict[str, Any]) -> tuple[int, str, str]:
+        return row["steps"], "0.5" if "poet.init_scale=0.5" in row.get("settings", []) else "1", row["kind"]
+
+    for steps, norm, kind in sorted(dict.fromkeys(map(run, rows)), key=lambda of: (of[0], -float(of[1]))):
+        mine = sorted((row for row in rows if run(row) == (steps, norm, kind)), key=lambda r: r["seed"])
         losses = [r["loss"] for r in mine]
         shown = [f"{statistics.mean(losses):.4f}", ", ".join(f"{loss:.4f}" for loss in losses)]
-        body.append([kind, str(steps), str(mine[0]["merges"]), *shown])
-    return _markdown(["permutations", "steps", "merges", "validation loss, mean", "seeds"], body)
+        body.append([kind, str(steps), norm, str(mine[0]["merges"]), *shown])
+    return _markdown(["permutations", "steps", "norm of rows", "merges", "validation loss, mean", "seeds"], body)
 
 
 def single_step() -> str:

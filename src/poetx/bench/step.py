@@ -75,7 +75,7 @@ def bench_step(
                             base[length, batch] = speed
                         first = base.get((length, batch))
                         row["speed_ratio"] = round(speed / first, 3) if speed and first else None
-                        yield {"benchmark": "step", "recipe": recipe.name} | row | common
+                        yield {"benchmark": "step", "recipe": recipe.name, "overrides": list(overrides)} | row | common
         finally:
             runs.clear()
             _release(device)
