@@ -305,6 +305,15 @@ def compare_tiny_low_budgets() -> str:
     return _budgets("tiny-low", (0.05, 0.06, 0.1, 0.12, 0.16, 0.3, 0.55, 0.8, 1.0))
 
 
+def compare_small() -> str:
+    """Twice the width and 2.6 times the tokens, as far as it has been run."""
+    return _compared("small")
+
+
+def compare_small_budgets() -> str:
+    return _budgets("small", (0.05, 0.06, 0.1, 0.3, 0.55, 0.8, 1.0))
+
+
 def _of_adamw(scale: str) -> int:
     """AdamW's bytes of state and gradient at this scale, or at the one it is named after: the same model."""
     rows = [row for row in _rows("compare") if row["method"] == "adamw"]
@@ -859,6 +868,8 @@ _TABLES = (
     compare_tiny_budgets,
     compare_tiny_low,
     compare_tiny_low_budgets,
+    compare_small,
+    compare_small_budgets,
     integrations,
     fine_tuning,
     fine_tuning_memory,

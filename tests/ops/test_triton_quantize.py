@@ -12,7 +12,6 @@ from poetx.ops.quantize import Quantized, dequantize, quantize_
 
 pytest.importorskip("triton", reason="the kernels need triton, which exists for Linux only")
 from kernel_helpers import compiled_for, interpreted, nan_filled, on_each_generation
-
 from poetx.ops.triton import quantize as kernels
 
 FORMATS = ["int8", "int4", "nf4", "fp8", "bipolar-int2", "bipolar-int4", "bipolar-int8"]

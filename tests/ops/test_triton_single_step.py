@@ -179,7 +179,7 @@ def test_momenta_decay_as_their_twins(dtype, upcoming, device):
     with kernels_on(device):
         decays = [kernels.Decay(m[:1800], m, copied, p, 3) for m, p in zip(momenta, peaks, strict=False)]
         decays.append(kernels.Decay(small, other, slice(10, 20), peaks[3], 4))
-        kernels.decay_(decays, 0.95)
+        kernels.Decays(decays).decay_(0.95)
     got = momenta[0]
     want = decayed(draw(3000, dtype=dtype, seed=1)[:1800].double(), sizes, upcoming, 0.95, (3, 4)).to(device)
     close = {"rtol": 1e-6 if dtype == torch.float32 else 2**-7, "atol": 0}
@@ -244,6 +244,20 @@ def test_folds_of_all_sizes_compile(dtype, b, capability):
         assert wide or b < 64
 
 
+def test_a_matrix_of_one_column_is_not_written_sixteen_bytes_at_a_time():
+    """Of a column of a wider tensor that would be its neighbours', of one by itself it would not be aligned."""
+    for W in (torch.zeros(1, 256, 1, dtype=torch.bfloat16), torch.zeros(1, 256, 64, dtype=torch.bfloat16)[:, :, :1]):
+        touched = torch.ones(16, dtype=torch.bool)
+        with use_kernels("auto"), compiled_for(90) as compiled:
+            made = turns(W, "out", 16)
+            made.fold_(torch.zeros(16, 16, 16), 1.0, "out", touched)
+        assert not made.sixteenths
+        assert not re.search(r"st\.global\S*\.v\d", compiled[0].asm["ptx"])
+    wide = turns(torch.zeros(1, 256, 64, dtype=torch.bfloat16), "out", 16)
+    assert wide.sixteenths
+    assert turns(torch.zeros(1, 256, 64, dtype=torch.bfloat16), "in", 16).sixteenths
+
+
 @on_each_generation
 def test_they_compile(capability):
     W, E, touched, _ = stack(256, 128, 256, "out", dtype=torch.bfloat16, device="cpu")
@@ -252,7 +266,7 @@ def test_they_compile(capability):
         made = turns(W, "out", 256, seed=1 << 40)
         made.hold_(made.fold_(E, 1.0, "out", touched), touched, growth=0.0, same=0.01)
         flat, peak = torch.zeros(4096, dtype=torch.bfloat16), torch.zeros(1)
-        kernels.decay_([kernels.Decay(flat, flat, slice(0, 0), peak, 1 << 40)], 0.9)
+        kernels.Decays([kernels.Decay(flat, flat, slice(0, 0), peak, 1 << 40)]).decay_(0.9)
         sides, peaks = [torch.zeros(1, 120, dtype=torch.bfloat16)] * 2, [torch.zeros(1)] * 2
         _add_to_both_(sides, peaks, [torch.zeros(1, 16, 16)] * 2, (16, 16), torch.tensor([1 << 40, 0]))
     names = ["fold_kernel", "norm_kernel", "decay_kernel", "add_kernel"]

@@ -84,6 +84,7 @@ class AdamW(SlicedOptimizer):
                 scales = (state["exp_avg_scale"], state["exp_avg_sq_scale"]) if "exp_avg_scale" in state else None
                 place = {"seed": self._noise_seed(parameter, state["step"]), "first": first_element(parameter)}
                 kernel.step_(local(parameter), local(grad), moments, scales, numbers, bound=LARGEST, **place)
+                torch.autograd.graph.increment_version(parameter)  # graphs from before it are stale
                 return
         own, weight, grad = local(parameter), flat(parameter), flat(grad)
         for here, noise in own_slices(parameter, self._noise(parameter, state["step"])):

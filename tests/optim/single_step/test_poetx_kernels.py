@@ -75,3 +75,46 @@ def test_batches_do_not_matter(form, monkeypatch):
     monkeypatch.setattr("poetx.optim.single_step.together._BATCH_ELEMENTS", {"cpu": 1})
     one_by_one = trained(True, **FORMS[form])
     torch.testing.assert_close(together[0], one_by_one[0], rtol=0, atol=0)
+
+
+def test_a_graph_from_before_the_step_is_refused():
+    model = nn.Sequential(nn.Linear(32, 32, bias=False))
+    optimizer = POETX(model, exclude_modules=(), block_size=16)
+    x = torch.randn(4, 32, requires_grad=True)
+    model(x).square().sum().backward()
+    kept = model(x).square().sum()
+    with interpreted():
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
+
+
+def test_an_angle_in_a_tensor_is_the_angle():
+    found = []
+    for angle in (0.02, torch.tensor(0.02)):
+        torch.manual_seed(0)
+        model = nn.Linear(32, 32, bias=False)
+        optimizer = POETX(model, exclude_modules=(), block_size=16, angle=angle)
+        model(torch.randn(8, 32)).square().sum().backward()
+        with interpreted():
+            optimizer.step()
+        found.append(model.weight.detach())
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)
+
+
+def test_nothing_is_written_where_something_fails(monkeypatch):
+    """All there is to fail, memory and compilers, has its turn before the first weight is written."""
+    model = nn.Linear(32, 32, bias=False)
+    optimizer = POETX(model, exclude_modules=(), block_size=16)
+    model(torch.randn(8, 32)).square().sum().backward()
+    before = model.weight.detach().clone(), optimizer.state[model.weight]["momentum_in"].clone()
+    from poetx.ops.triton import single_step as kernels
+
+    monkeypatch.setattr("poetx.optim.single_step.together._compiled", set())
+    for kernel in ("norm_kernel", "decay_kernel"):
+        with interpreted(), monkeypatch.context() as patch:
+            patch.delattr(kernels, kernel)
+            with pytest.raises(NameError):
+                optimizer.step()
+        assert torch.equal(model.weight, before[0])
+        assert torch.equal(optimizer.state[model.weight]["momentum_in"], before[1])

@@ -228,7 +228,7 @@ def fold_kernel(
         length: tl.constexpr = (B + STEP - 1) // STEP
         for number in range(0, PARTS * length):
             j = number % length * STEP + tl.arange(0, STEP)  # pyright: ignore[reportOperatorIssue]
-            e_part = e_row_k + number // length * parts  # pyright: ignore[reportOperatorIssue]
+            e_part = e_row_k + number // length * tl.cast(parts, tl.int64)  # pyright: ignore[reportOperatorIssue]
             total = add_turn(total, e_part, w_t_k, j, inside_row, inside_t, limit, e_column, w_f, OPERAND)
     inside = (row < limit)[:, None] & (t_first + t < T)[None, :]
     target = W_k + row[:, None] * w_f + t[None, :] * w_t
@@ -293,7 +293,7 @@ def norm_kernel(
 def decay_kernel(decays, factor, DTYPE: tl.constexpr, PEAK: tl.constexpr, SIZE: tl.constexpr):
     """out = factor · momenta, and after it once more what is between two places of it; peaks = 0."""
     entry = decays + tl.program_id(1) * _COLUMNS_OF_DECAYS
-    N, number = tl.load(entry + _NUMBER), tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    N, number = tl.load(entry + _NUMBER), tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = number < N
     momenta = tl.load(entry + _FROM).to(tl.pointer_type(DTYPE))  # pyright: ignore[reportArgumentType]
     value = tl.load(momenta + number, mask=inside, other=0.0).to(tl.float32) * factor
@@ -366,8 +366,9 @@ class Turns:
             self.exact = torch.full((len(turns),), math.nan, dtype=torch.float64, device=self.first.device)
         dense_t = all(W.stride(1) == 1 for W in weights)
         self.dense = "t" if dense_t else "f" if all(W.stride(0) == 1 for W in weights) else ""
-        sizes = [size for W, row in zip(weights, table, strict=True) for size in (row[0], *W.shape, *W.stride())]
-        self.sixteenths = all(size % 16 == 0 for size in (block_size, *sizes) if size != 1)
+        other = {"t": 0, "f": 1}.get(self.dense, 0)  # the axis whose neighbours are apart
+        sizes = [size for W in weights for size in (address(W), *W.shape, W.stride(other))]
+        self.sixteenths = self.dense != "" and all(size % 16 == 0 for size in (block_size, *sizes))
 
     def fold_(self, E_KBB: Tensor, factor: float, side: str, touched: Tensor) -> Tensor:
         """W ← scale · (I + factor · E) · W for side "out", of Eᵀ for "in"; the touched blocks' [K] scales, bool.
@@ -408,27 +409,45 @@ class Turns:
         )
         return squares
 
-    def hold_(self, squares: Tensor, touched: Tensor, *, growth: float, same: float) -> None:
-        """Twin of :func:`poetx.ops.single_step_update.norm_and_scale`, in place."""
+    def hold_(
+        self, squares: Tensor, touched: Tensor, *, growth: float, same: float, compile_only: bool = False
+    ) -> None:
+        """Twin of :func:`poetx.ops.single_step_update.norm_and_scale`, in place.
+
+        Args:
+            compile_only: launch nothing, so that the kernel is there when the weights have been written.
+        """
         rounded_growth = struct.unpack("f", struct.pack("f", growth))[0]
         numbers = (self.programs, rounded_growth, growth - rounded_growth)
         settings = {"B": self.block_size, "SAME": same, "SIZE": _ELEMENTS}
-        launch(norm_kernel, (self.matrices,), self.table, squares, _bytes(touched), self.exact, *numbers, **settings)
+        grid = (0 if compile_only else self.matrices,)
+        launch(norm_kernel, grid, self.table, squares, _bytes(touched), self.exact, *numbers, **settings)
 
 
-def decay_(decays: Sequence[Decay], factor: float) -> None:
-    """Twin of :func:`poetx.ops.single_step_update.decayed` for many parameters of one dtype, in one launch."""
-    first = decays[0].momenta
-    rows = [
-        [
-            *(address(d.momenta), address(d.out), d.momenta.numel(), d.copied.start, d.copied.stop),
-            *(address(d.peaks), d.peaks.numel(), d.seed),
+class Decays:
+    """Momenta of one dtype that one launch decays.
+
+    Args:
+        decays: of :class:`Decay`, which are kept: the table has no more than addresses.
+    """
+
+    def __init__(self, decays: Sequence[Decay]) -> None:
+        self.decays, first = decays, decays[0].momenta
+        rows = [
+            [
+                *(address(d.momenta), address(d.out), d.momenta.numel(), d.copied.start, d.copied.stop),
+                *(address(d.peaks), d.peaks.numel(), d.seed),
+            ]
+            for d in decays
         ]
-        for d in decays
-    ]
-    size = max(max(d.momenta.numel(), d.peaks.numel()) for d in decays)
-    settings = {"DTYPE": _DTYPES[first.dtype], "PEAK": _DTYPES[decays[0].peaks.dtype], "SIZE": _ELEMENTS}
-    launch(decay_kernel, (ceil_div(size, _ELEMENTS), len(decays)), on_device(rows, first.device), factor, **settings)
+        self.table = on_device(rows, first.device)
+        size = max(max(d.momenta.numel(), d.peaks.numel()) for d in decays)
+        self.grid = (ceil_div(size, _ELEMENTS), len(decays))
+        self.settings = {"DTYPE": _DTYPES[first.dtype], "PEAK": _DTYPES[decays[0].peaks.dtype], "SIZE": _ELEMENTS}
+
+    def decay_(self, factor: float, *, compile_only: bool = False) -> None:
+        """Twin of :func:`poetx.ops.single_step_update.decayed`, in place; peaks become zero."""
+        launch(decay_kernel, (0, 0) if compile_only else self.grid, self.table, float(factor), **self.settings)
 
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}

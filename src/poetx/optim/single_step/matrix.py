@@ -336,6 +336,7 @@ class Matrix:
 
     def stepped(self, weight: Tensor, step: int) -> None:
         """Count a step whose weight and state the kernels have written; a weight that was brought goes back."""
+        torch.autograd.graph.increment_version(self.parameter)  # graphs from before it are stale
         self._taken = step
         counters, values = [self.state["step"]], [torch.tensor(step)]
         if self.rounds_momenta:

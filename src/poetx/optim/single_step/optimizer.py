@@ -428,7 +428,9 @@ class POETX(torch.optim.Optimizer):
             direction = unpack_skew(direction, 0, batch[0].sizes(side)[1])
         direction = orthogonalize(direction, skew=not free)
         with full_precision_products():
-            if free:
+            if free and isinstance(angle, Tensor):
+                E, factor = direction.to(now[0][1][side].dtype).mul_(-2 * angle), 1.0
+            elif free:
                 E, factor = direction, -2 * angle
             else:
                 E, factor = exact_delta(direction.mul_(-angle), LARGEST_SINGULAR_VALUE * angle), 1.0

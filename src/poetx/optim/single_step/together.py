@@ -22,6 +22,8 @@ from poetx.optim.single_step.matrix import SIDES, Matrix, first_elements
 #: Elements of unpacked blocks that one batched iteration takes; on a GPU some forty launches.
 _BATCH_ELEMENTS = {"cpu": 1 << 23}
 _BATCH_ELEMENTS_ELSEWHERE = 1 << 24
+#: For which matrices the kernels have been compiled.
+_compiled: set[tuple[Any, ...]] = set()
 
 
 def batches(matrices: Iterable[Matrix]) -> Iterable[list[Matrix]]:
@@ -97,10 +99,15 @@ def step_together(
         out = first_elements(matrix.momenta, sum(sizes) + copied.stop - copied.start)
         seed = matrix.noise_seed("momentum-in", step) if matrix.rounds_momenta else 0
         decays.append(kernels.Decay(with_gradients, out, copied, matrix.all_peaks, seed))
-    prepared = kernels.Turns(turns, block_size)
+    prepared, decaying = kernels.Turns(turns, block_size), kernels.Decays(decays)
+    norms: dict[str, Any] = {"growth": batch[0].growth, "same": SAME_NORM}
+    kind = (E_KBB.device, block_size, batch[0].growth, batch[0].momenta.dtype)
+    if kind not in _compiled:  # what could fail once a weight has been written
+        prepared.hold_(E_KBB.new_empty(0, dtype=torch.float32), touched, **norms, compile_only=True)
+        decaying.decay_(decay, compile_only=True)
+        _compiled.add(kind)
     with signals_deferred():
-        squares = prepared.fold_(E_KBB, factor, side, touched)
-        prepared.hold_(squares, touched, growth=batch[0].growth, same=SAME_NORM)
-        kernels.decay_(decays, decay)
+        prepared.hold_(prepared.fold_(E_KBB, factor, side, touched), touched, **norms)
+        decaying.decay_(decay)
         for matrix, weight, step in zip(batch, weights, steps, strict=True):
             matrix.stepped(weight, step)
