@@ -205,6 +205,13 @@ def test_many_methods_are_numbered_and_listed_from_the_lowest_loss_on() -> None:
         assert beside == [str(number) for number in range(len(names), 0, -1)]
 
 
+def test_so_are_a_few_where_a_name_is_long() -> None:
+    names = ["adamw", "single-step-with-a-long-name"]
+    for chart in memory_figures([row(name, 3.9, 100) for name in names]):
+        (axis,) = chart.axes
+        assert [text.get_text() for text in axis.texts][1:] == ["1", "2"]
+
+
 class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()

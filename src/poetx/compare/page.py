@@ -20,7 +20,8 @@ HEAD = (
 _MIB = 1 << 20
 _WIDE_RANGE = 20  # of memory, largest to smallest, from which on a picture has it on a logarithmic axis
 _FAR_ABOVE = 4  # times the distance of the middle loss from the best: above that a picture has a loss at its edge
-_FEW = 12  # points of a picture that have their names beside them; more have numbers, and the names are in a list
+_FEW = 12  # points of a picture that have their names beside them; more have numbers, and the names are in a list,
+_SHORT = 24  # as they are where one has more letters
 _BASE = "adamw"  # the method whose state and gradient those of the others are compared with
 
 
@@ -140,7 +141,7 @@ def memory_figures(rows: Sequence[Row]) -> list[Any]:
     """Loss over state and gradient, and over the peak, each with its frontier; what diverged is left out.
 
     A loss far above most would flatten the rest: a triangle at the upper edge has its value beside the name. Many
-    methods are numbered, from the lowest loss on.
+    methods, or those with long names, are numbered, from the lowest loss on.
     """
     colours = _colours(rows)
     found = {name: of for name, of in _by_method(rows).items() if any(row["loss"] is not None for row in of)}
@@ -162,7 +163,7 @@ def memory_figures(rows: Sequence[Row]) -> list[Any]:
         draw(axis, "validation loss, nats a token")
         axis.set_xlabel(text)
         named = {f"{name} {losses[name]:.2f}" if name in far else name: at for name, at in points.items()}
-        if len(named) > _FEW:
+        if len(named) > _FEW or any(len(name) > _SHORT for name in named):
             order = sorted(zip(losses.values(), named, strict=True))
             numbers = {name: str(number) for number, (_, name) in enumerate(order, start=1)}
             axis.figure.set_figwidth(axis.figure.get_figwidth() + 2.4)
