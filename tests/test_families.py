@@ -64,7 +64,7 @@ class _Gathers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("permutation", ["random", "contiguous"])
+@pytest.mark.parametrize("permutation", ["random", "shared", "contiguous"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_conversion_merge_and_export_keep_the_function(family, permutation):
     model = model_of(family)

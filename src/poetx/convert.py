@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MethodType
 from typing import Any
 
@@ -17,14 +17,16 @@ from torch.nn.parallel import DistributedDataParallel
 from poetx.config import PoetConfig, list_hint, name_matches, override_matches
 from poetx.conversion_report import ConversionReport, ConvertedLayer, skipped
 from poetx.errors import UserError, nearest
+from poetx.find_shared import find_shared
 from poetx.layers.attributes import carry_attributes
 from poetx.layers.base import DTYPES, ConvertedLinear, is_finite
 from poetx.layers.merge_reminder import MergeReminder, remind_of_merging
 from poetx.layers.oft import OFTLinear
 from poetx.layers.poet import PoetLinear
 from poetx.layers.prequantized import dense_weight, drop_quantizers_, is_foreign
+from poetx.layers.shared_features import SharedFeatures, look_at_shared_features
 from poetx.layers.single_step import SingleStepLinear
-from poetx.layers.walk import check_model, converted_layers, rotation_ids
+from poetx.layers.walk import check_model, converted_layers, poet_layers, rotation_ids
 from poetx.targets import Targets, find_targets, is_conv1d
 
 logger = logging.getLogger(__name__)
@@ -83,9 +85,10 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
     remarks = tuple(_remarks(config, (name for names in found.places.values() for name in names)))
     others = (p.dtype for p in model.parameters() if p.dtype in DTYPES and not p.is_meta)
     dtype = next(others, torch.get_default_dtype())
+    shared = find_shared(model, found, config) if config.method == "poet-x" else {}
     converted, dtypes = [], set()
     for name in list(found.layers):
-        layer, change = _convert_layer(model, name, config, found, dtype)
+        layer, change = _convert_layer(model, name, config, found, dtype, shared.get(name, {}))
         if isinstance(layer, PoetLinear) and not layer.one_sided and not converted:
             remind_of_merging(layer)
         if layer is not None:
@@ -96,7 +99,10 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
         raise UserError(f"no layer could be converted: {name}: {reason}")
     if config.weight_extra_bits and config.weight_format is None and torch.bfloat16 not in dtypes:
         remarks += ("weight_extra_bits=True is without effect until a cast: no converted weight is bfloat16",)
+    if not shared and config.permutation == "shared" and config.method == "poet-x":
+        remarks += ("permutation='shared' is as 'random' here: no two layers of a module read the same features",)
     drop_quantizers_(model)
+    _look_at_shared_features(model)
     vars(model)["_apply"] = MethodType(_apply, model)
     if any(isinstance(layer, SingleStepLinear) and layer.transposed for _, layer in converted_layers(model)):
         model.register_load_state_dict_pre_hook(_take_older_layout)
@@ -109,6 +115,11 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
         total_parameters=total,
         remarks=remarks,
     )
+
+
+def _look_at_shared_features(model: nn.Module) -> None:
+    for _, layer in poet_layers(model):
+        look_at_shared_features(layer)
 
 
 def _check_overrides(config: PoetConfig, found: Targets) -> None:
@@ -153,7 +164,12 @@ def _take_older_layout(model: nn.Module, state_dict: dict[str, Tensor], prefix: 
 
 
 def _convert_layer(
-    model: nn.Module, name: str, config: PoetConfig, found: Targets, dtype: torch.dtype
+    model: nn.Module,
+    name: str,
+    config: PoetConfig,
+    found: Targets,
+    dtype: torch.dtype,
+    shared: Mapping[str, SharedFeatures],
 ) -> tuple[ConvertedLinear | None, str | None]:
     """Put the layer's successor in all its places, None where its library cannot undo its format; and what changed."""
     module = found.layers.pop(name)  # so that nothing here keeps the old weight alive
@@ -168,7 +184,8 @@ def _convert_layer(
         if not is_finite(weight):
             found.reasons[module] = "it holds inf or NaN"
             return None, was
-    layer = _LAYERS[config.method].from_linear(module, config=config.for_layer(name), name=name, weight=weight)
+    settings = {"config": config.for_layer(name), "name": name, "weight": weight}
+    layer = _LAYERS[config.method].from_linear(module, **settings, shared=shared)
     _put(model, found.places.pop(module), layer)
     if was is not None:
         return layer, f"was {was}"
@@ -191,6 +208,7 @@ def _described(layer: ConvertedLinear, name: str, config: PoetConfig, change: st
     settled = {key: getattr(layer.config, key) for key in own}
     notes += [f"{key}={value}" for key, value in settled.items() if value != getattr(config, key)]
     notes += [change] if change else []
+    notes += _shared_notes(layer) if isinstance(layer, PoetLinear) else []
     if layer.rotation_count > layer.in_features * layer.out_features:
         notes.append("its blocks hold more numbers than its weight: a smaller block_size saves memory")
     return ConvertedLayer(
@@ -202,6 +220,15 @@ def _described(layer: ConvertedLinear, name: str, config: PoetConfig, change: st
         rotation_parameters=layer.rotation_count,
         note="; ".join(notes),
     )
+
+
+def _shared_notes(layer: PoetLinear) -> Iterator[str]:
+    if (shared := layer.shared_in) is not None:
+        others = [name for name in shared.readers if name != layer.name.rpartition(".")[2]]
+        writers = f"takes the permuted features of {' and '.join(shared.writers)}"
+        yield writers if shared.writers else f"its input is gathered once for {' and '.join(others)}, too"
+    if (shared := layer.shared_out) is not None:
+        yield f"hands its features on to {' and '.join(shared.readers)} permuted"
 
 
 def _remarks(config: PoetConfig, names: Iterable[str]) -> Iterator[str]:
@@ -261,6 +288,7 @@ def to_dense_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module
             dense = _dense_layer(layer)
             del layer
             _put(model, where, dense)
+    _look_at_shared_features(model)
     if next(converted_layers(model), None) is None:
         vars(model).pop("_apply", None)
     return model

@@ -20,6 +20,7 @@ from poetx.distributed.sharded import deal_, is_sharded, local, refuse_sharded, 
 from poetx.errors import UserError
 from poetx.layers.base import is_finite
 from poetx.layers.poet import FoldStats, PoetLinear
+from poetx.layers.shared_features import look_at_shared_features
 from poetx.layers.walk import poet_layers, rotation_ids
 from poetx.one_rate import OneRate
 from poetx.ops.fold import largest_angle
@@ -92,6 +93,8 @@ def merge_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
     layers = {name: layer for name, layer in layers.items() if not layer.frozen}
     if sharded:
         stats = _merge_sharded_(list(layers.values()), optimizer)
+        for layer in layers.values():  # whose permutations another rank may have drawn
+            look_at_shared_features(layer)
     else:
         stats = [layer.merge_(lambda layer=layer: reset_rotations(layer, optimizer)) for layer in layers.values()]
     if optimizer is not None:

@@ -21,6 +21,7 @@ from ranks import run_on_ranks, run_on_two_ranks
 #: Odd sizes: blocks and rows that do not divide by the ranks, and a side of one block.
 FORMS: dict[str, dict[str, Any]] = {
     "fast": {"mode": "fast"},
+    "fast, shared": {"permutation": "shared"},
     "mem": {"mode": "mem", "neumann_order": "exact"},
     "int8": {"mode": "mem", "weight_format": "int8", "group_size": 8, "permutation": "contiguous"},
 }

@@ -63,6 +63,8 @@ def test_every_method_takes_what_is_measured_on_the_cpu(method):
         "method=mem train.dtype=bfloat16 poet.rotation_dtype=bfloat16",
         "method=mem optimizer.state_dtype=int8 optimizer.release_gradients=true optimizer.clip=null",
         "method=fast optimizer.dense_optimizer=smmf train.micro_batch_size=1",
+        "method=fast poet.permutation=shared",
+        "method=fast poet.permutation=shared model.gradient_checkpointing=true",
         "method=nf4 model.gradient_checkpointing=true train.chunked_loss=true",
         "method=int8 poet.group_size=64 poet.weight_extra_bits=true",
         "method=single-step-mem optimizer.release_gradients=true optimizer.clip=null",

@@ -23,6 +23,7 @@ OTHERS = {
     "fast, hfac": "optimizer.name=hfac",
     "fast, dense adafactor": "optimizer.dense_optimizer=adafactor",
     "fast, neighbours": "poet.permutation=contiguous",
+    "fast, shared permutations": "poet.permutation=shared model.gradient_checkpointing=true",
     "fast, state in bfloat16": "optimizer.state_dtype=bfloat16",
     "fast, bfloat16": "train.dtype=bfloat16",
     "fast, bfloat16 and its state": "train.dtype=bfloat16 optimizer.state_dtype=same",

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
@@ -261,14 +261,20 @@ class ConvertedLinear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls: type[Layer], linear: nn.Module, *, config: PoetConfig, name: str = "", weight: Tensor | None = None
+        cls: type[Layer],
+        linear: nn.Module,
+        *,
+        config: PoetConfig,
+        name: str = "",
+        weight: Tensor | None = None,
+        shared: Mapping[str, Any] | None = None,
     ) -> Layer:
         """Convert an ``nn.Linear`` or ``transformers`` ``Conv1D``; ``init="keep"`` preserves its function.
 
         Attributes that somebody set on the layer or its weight go along (:mod:`poetx.layers.attributes`), hooks do not.
         The bias keeps its ``nn.Parameter`` object, so an optimizer that already holds it stays right; a single-step
         layer keeps the memory of an ``nn.Linear``'s weight, too. ``weight`` [m, n] stands for a weight that another
-        library has quantized.
+        library has quantized. ``shared``: what a side ("in", "out") has in common with other layers, if anything.
 
         Raises:
             UserError: float16; inf or NaN in a weight that is kept.
@@ -283,6 +289,8 @@ class ConvertedLinear(nn.Module):
         )
         if config.init != "keep" and not native.is_meta:
             native = layer.fresh_weight().to(native.device)
+        for side, features in (shared or {}).items():
+            setattr(layer, f"shared_{side}", features)
         layer._adopt(native)
         layer.bias = linear.bias  # type: ignore[assignment]
         if weight is None:  # else what is there is the other library's
@@ -398,24 +406,29 @@ class ConvertedLinear(nn.Module):
             weight._post_accumulate_grad_hooks = None  # pyright: ignore[reportAttributeAccessIssue]
 
     def checked_input(self, x: Tensor) -> Tensor:
-        """x [..., in_features] in the dtype that the layer computes in: autocast's if that is on, else the weight's.
+        """x [..., in_features] in the dtype that the layer computes in (:meth:`input_dtype`)."""
+        return x.to(self.input_dtype(x))
+
+    def input_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype that the layer computes in for x [..., in_features]: autocast's if that is on, else the weight's.
 
         Raises:
             RuntimeError: another dtype without autocast, or another last size, as from ``nn.Linear``.
             UserError: float16 autocast.
         """
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as nn.Linear does
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        elif x.dtype != self.weight_dtype:
+        dtype = x.dtype
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:  # as nn.Linear does
+            dtype = torch.get_autocast_dtype(x.device.type)
+        elif dtype != self.weight_dtype:
             raise RuntimeError(
                 f"{self.label}: input is {x.dtype}, weight is {self.weight_dtype}; cast one of them or use "
                 "torch.autocast"
             )
         if x.shape[-1] != self.in_features:  # a kernel would read beyond the permutation's end
             raise RuntimeError(f"{self.label}: input is {tuple(x.shape)}, the last size must be {self.in_features}")
-        if x.dtype not in DTYPES:
-            raise UserError(f"{self.label}: {x.dtype} autocast is not supported; use bfloat16")
-        return x
+        if dtype not in DTYPES:
+            raise UserError(f"{self.label}: {dtype} autocast is not supported; use bfloat16")
+        return dtype
 
     def mode_for(self, x: Tensor) -> str:
         """``"fast"`` or ``"mem"``: the config's mode, unless ``fast_tokens`` says up to how many tokens it is fast."""

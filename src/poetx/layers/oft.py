@@ -8,6 +8,7 @@ from torch import Tensor
 
 from poetx.layers.poet import PoetLinear
 from poetx.ops.one_sided import one_sided_linear
+from poetx.ops.side import Sides
 
 
 class OFTLinear(PoetLinear):
@@ -28,6 +29,7 @@ class OFTLinear(PoetLinear):
     def mode_for(self, x: Tensor) -> str:
         return "mem"
 
-    def _rotated(self, x: Tensor, mode: str, factors: tuple[Tensor, Tensor] | None) -> Tensor:
-        weight, bias = self.frozen_weight.stored, self.bias
-        return one_sided_linear(x, weight, self.sides[0], order=self.order, bias=bias, factors=factors)
+    def _rotated(
+        self, x: Tensor, mode: str, both: Sides, bias: Tensor | None, factors: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        return one_sided_linear(x, self.frozen_weight.stored, both[0], order=self.order, bias=bias, factors=factors)

@@ -18,6 +18,7 @@ from poetx.layers.computed_weight import ComputedWeight
 from poetx.layers.hosted import HostedLinear
 from poetx.layers.plain_weights import save_plain_weights_too
 from poetx.layers.rebased import is_up_to_date, restart_at_next_step
+from poetx.layers.shared_features import SharedFeatures, as_shared, look_at_shared_features
 from poetx.layers.weights import DenseWeight, PackedWeight
 from poetx.ops.block_diagonal import inverse, is_permutation
 from poetx.ops.cayley import packed_size
@@ -84,6 +85,9 @@ class PoetLinear(HostedLinear):
     states_loaded: int = 0  # by load_state_dict
     #: (G_in, G_out) while :func:`poetx.shared_blocks` holds them; no part of the layer's state.
     shared_blocks: tuple[Tensor, Tensor] | None = None
+    #: What the layer reads and makes in common with others, with ``config.permutation="shared"``; set by convert_.
+    shared_in: SharedFeatures | None = None
+    shared_out: SharedFeatures | None = None
 
     def __init__(
         self,
@@ -161,7 +165,7 @@ class PoetLinear(HostedLinear):
     @property
     def is_permuted(self) -> bool:
         """Whether features of a block are drawn at random; if not, they are neighbours and nothing is gathered."""
-        return self.config.permutation == "random" and not self.one_sided
+        return self.config.permutation != "contiguous" and not self.one_sided
 
     @property
     def order(self) -> int:
@@ -205,10 +209,13 @@ class PoetLinear(HostedLinear):
                 torch.arange(perm.numel(), device=perm.device, dtype=perm.dtype)
                 for perm in (self.perm_in, self.perm_out)
             ]
-        seed, name = self.config.seed, self.name
-        sizes = (("in", self.in_features), ("out", self.out_features))
-        drawn = [torch.randperm(n, generator=stream(seed, name, merge_count, s), device="cpu") for s, n in sizes]
-        return [perm.to(self.perm_in) for perm in drawn]
+        seed, drawn = self.config.seed, []
+        sides = ("in", self.in_features, self.shared_in), ("out", self.out_features, self.shared_out)
+        for side, size, shared in sides:
+            name, purpose = (shared.name, shared.purpose) if shared else (self.name, side)
+            generator = stream(seed, name, merge_count, purpose)
+            drawn.append(torch.randperm(size, generator=generator, device="cpu").to(self.perm_in))
+        return drawn
 
     def _adopt(self, native: Tensor) -> None:
         if not native.is_meta:
@@ -247,20 +254,22 @@ class PoetLinear(HostedLinear):
             raise UserError(f"{self.label}: {by} sees no rotations; call poetx.to_dense_(model) before it")
         mode = self.mode_for(x)
         factors = kept_factors(x) if mode == "mem" and torch.is_grad_enabled() else None
-        x = self.checked_input(x)
+        dtype = self.input_dtype(x)
         if self.base_weight is not None:
             self.check_needs_no_gradient(self.base_weight)
-        return self._rotated(x, mode, factors)
+        x, both, bias = as_shared(self, x, dtype, mode)
+        return self._rotated(x, mode, both, bias, factors)
 
-    def _rotated(self, x: Tensor, mode: str, factors: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _rotated(
+        self, x: Tensor, mode: str, both: Sides, bias: Tensor | None, factors: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
         """:meth:`forward` of a checked input; ``factors``: see :func:`poetx.ops.linear.poet_linear`."""
         if mode == "weight":
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            weight = original_weight(self.base_weight.to(x.dtype), self.sides, order=self.order)
-            return nn.functional.linear(x, weight, bias)
+            weight = original_weight(self.base_weight.to(x.dtype), both, order=self.order)
+            return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
         blocks = self.shared_blocks if self.shared_blocks and self.shared_blocks[0].dtype == x.dtype else None
-        weight, settings = self.frozen_weight.stored, {"order": self.order, "mode": mode, "bias": self.bias}
-        return poet_linear(x, weight, self.sides, **settings, factors=factors, blocks=blocks)
+        weight, settings = self.frozen_weight.stored, {"order": self.order, "mode": mode, "bias": bias}
+        return poet_linear(x, weight, both, **settings, factors=factors, blocks=blocks)
 
     def mode_for(self, x: Tensor) -> str:
         """As in any converted layer; *fast* would keep more of a quantized weight's layer than the format spares."""
@@ -350,6 +359,7 @@ class PoetLinear(HostedLinear):
         pairs += [(self.base_norm, torch.where(known, self.base_norm, norm))]
         del weight
         swap_(pairs, self.skew_in.zero_, self.skew_out.zero_, lambda: self.merge_count.fill_(count), *also)
+        look_at_shared_features(self)
         return FoldStats(angle, ratio)
 
     def train(self, mode: bool = True) -> PoetLinear:
@@ -412,7 +422,7 @@ class PoetLinear(HostedLinear):
             if perm.is_meta or self.one_sided or len(perm) <= _FEW:
                 continue
             saved_as, here = (
-                "contiguous" if in_place else "random"
+                "contiguous" if in_place else self.config.permutation if self.is_permuted else "random"
                 for in_place in (torch.equal(perm, torch.arange(len(perm)).to(perm)), not self.is_permuted)
             )
             if saved_as != here:
@@ -427,6 +437,7 @@ class PoetLinear(HostedLinear):
         self.states_loaded += 1
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._like = torch.empty(0, device=self.skew_in.device, dtype=self.weight_dtype)
+        look_at_shared_features(self)
 
     def _check_complete(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Refuse a part of what makes the weight, which ``strict=False`` would mix with what is here."""

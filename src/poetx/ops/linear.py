@@ -7,7 +7,8 @@ With W' = W[perm_out][:, perm_in] and rows as tokens:
     g' = g[:, perm_out];  dG_out = b_kᵀ g'_k;  db = g' · G_outᵀ;  da = db · W'
     dG_in = x'_kᵀ da_k;   dx' = da · G_inᵀ;    dx[:, perm_in] = dx'
 
-Where blocks are of neighbours, perm_in and perm_out are the identity, ``perms`` is empty and nothing is gathered.
+Where a side's blocks are of neighbours, or its features come or go permuted, its permutation is None, and nothing is
+gathered there.
 
 Where that is less work, the weight is rotated in place of the activations, forward and again in backward:
 
@@ -34,10 +35,8 @@ from poetx.ops.rebuild import rebuild
 from poetx.ops.side import Sides, sides
 from poetx.ops.stored import Stored, fetch
 
-_IN_PLACE = (None, None)
 
-
-def _fake_fast(x, stored, kind, group_size, blocks, perms, bias):
+def _fake_fast(x, stored, kind, group_size, blocks, perm_in, perm_out, bias):
     shape = (x.shape[0], stored[0].shape[0])
     return x.new_empty(shape), x.new_empty(shape)
 
@@ -49,17 +48,17 @@ def _linear_fast(
     kind: str,
     group_size: int,
     blocks: Sequence[Tensor],
-    perms: Sequence[Tensor],
+    perm_in: Tensor | None,
+    perm_out: Tensor | None,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(y, b)."""
-    perm_in, perm_out = perms or _IN_PLACE
     weight = fetch(stored, kind, group_size, x.shape[1], x.dtype, x.device)
     b = block_diagonal.gather_rotate(x, perm_in, blocks[0]) @ weight.T
     return block_diagonal.rotate_scatter(b, blocks[1], perm_out, bias), b
 
 
-def _fake_fast_backward(g, x, b, stored, kind, group_size, blocks, perms, needs_dx):
+def _fake_fast_backward(g, x, b, stored, kind, group_size, blocks, perm_in, perm_out, needs_dx):
     dtype = torch.promote_types(x.dtype, torch.float32)
     return x.new_empty(x.shape if needs_dx else (0,)), *(torch.empty_like(G, dtype=dtype) for G in blocks)
 
@@ -73,11 +72,11 @@ def _linear_fast_backward(
     kind: str,
     group_size: int,
     blocks: Sequence[Tensor],
-    perms: Sequence[Tensor],
+    perm_in: Tensor | None,
+    perm_out: Tensor | None,
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dG_in, dG_out); dx is empty when nobody needs it."""
-    perm_in, perm_out = perms or _IN_PLACE
     db, dG_out = block_diagonal.rotate_scatter_backward(b, blocks[1], perm_out, g)
     da = db @ fetch(stored, kind, group_size, x.shape[1], g.dtype, g.device)
     del db
@@ -105,17 +104,20 @@ def weight_is_cheaper(
     return 3 * N * m * n + m * n * (3 * blocks_in + 4 * blocks_out) < by_tokens
 
 
-def _rotate_weight(weight: Tensor, blocks: Sequence[Tensor], perms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """(V, R·W·P), each [m, n]: the latter in the native frame."""
+def _rotate_weight(
+    weight: Tensor, blocks: Sequence[Tensor], perm_in: Tensor | None, perm_out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(V, R·W·P), each [m, n]: the latter in the native frame of a side that has a permutation."""
     V = block_diagonal.rotate(weight, blocks[0].transpose(1, 2))
     rotated = block_diagonal.left_rotate(V, blocks[1].transpose(1, 2))
-    if perms:
-        back_in, back_out = map(block_diagonal.inverse, perms)
-        rotated = block_diagonal.gather(rotated, back_in).index_select(0, back_out)
+    if perm_in is not None:
+        rotated = block_diagonal.gather(rotated, block_diagonal.inverse(perm_in))
+    if perm_out is not None:
+        rotated = rotated.index_select(0, block_diagonal.inverse(perm_out))
     return V, rotated
 
 
-def _fake_mem(x, stored, kind, group_size, packed, perms, block_sizes, order, by_weight, bias):
+def _fake_mem(x, stored, kind, group_size, packed, perm_in, perm_out, block_sizes, order, by_weight, bias):
     return x.new_empty(x.shape[0], stored[0].shape[0])
 
 
@@ -126,24 +128,26 @@ def _linear_mem(
     kind: str,
     group_size: int,
     packed: Sequence[Tensor],
-    perms: Sequence[Tensor],
+    perm_in: Tensor | None,
+    perm_out: Tensor | None,
     block_sizes: Sequence[int],
     order: int,
     by_weight: bool,
     bias: Tensor | None,
 ) -> Tensor:
-    perm_in, perm_out = perms or _IN_PLACE
     weight = fetch(stored, kind, group_size, x.shape[1], x.dtype, x.device)
     G_in, G_out = cayley_blocks(packed, weight.shape[::-1], block_sizes, order, x.dtype)
     if by_weight:
-        rotated = _rotate_weight(weight, (G_in, G_out), perms)[1]
+        rotated = _rotate_weight(weight, (G_in, G_out), perm_in, perm_out)[1]
         return x @ rotated.T if bias is None else torch.addmm(bias, x, rotated.T)
     b = block_diagonal.gather_rotate(x, perm_in, G_in) @ weight.T
     del G_in, weight
     return block_diagonal.rotate_scatter(b, G_out, perm_out, bias)
 
 
-def _fake_mem_backward(g, x, stored, kind, group_size, packed, perms, block_sizes, order, by_weight, needs_dx):
+def _fake_mem_backward(
+    g, x, stored, kind, group_size, packed, perm_in, perm_out, block_sizes, order, by_weight, needs_dx
+):
     return x.new_empty(x.shape if needs_dx else (0,)), *(torch.empty_like(q) for q in packed)
 
 
@@ -155,25 +159,25 @@ def _linear_mem_backward(
     kind: str,
     group_size: int,
     packed: Sequence[Tensor],
-    perms: Sequence[Tensor],
+    perm_in: Tensor | None,
+    perm_out: Tensor | None,
     block_sizes: Sequence[int],
     order: int,
     by_weight: bool,
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dq_in, dq_out)."""
-    perm_in, perm_out = perms or _IN_PLACE
     weight = fetch(stored, kind, group_size, x.shape[1], x.dtype, x.device)
     sizes, squares = weight.shape[::-1], []
     G_in, G_out = cayley_blocks(packed, sizes, block_sizes, order, x.dtype, squares)
     end = (packed, sizes, block_sizes, order, x.dtype == torch.bfloat16, squares)
     if by_weight:
-        V, rotated = _rotate_weight(weight, (G_in, G_out), perms)
+        V, rotated = _rotate_weight(weight, (G_in, G_out), perm_in, perm_out)
         dx = g @ rotated if needs_dx else x.new_empty(0)
         del rotated
         dU = g.T @ x
-        if perms:
-            dU = block_diagonal.gather(dU, perms[0]).index_select(0, perms[1])
+        dU = dU if perm_in is None else block_diagonal.gather(dU, perm_in)
+        dU = dU if perm_out is None else dU.index_select(0, perm_out)
         dG_out = block_diagonal.block_outer_products(V.T, dU.T, block_sizes[1])
         del V
         dV = block_diagonal.left_rotate(dU, G_out)
@@ -192,11 +196,6 @@ def _linear_mem_backward(
     return dx, dq_in, dq_out
 
 
-def _perms(perm_in: Tensor | None, perm_out: Tensor | None) -> list[Tensor]:
-    """As the operators take them."""
-    return [] if perm_in is None or perm_out is None else [perm_in, perm_out]
-
-
 class _FastLinear(torch.autograd.Function):
     """Saves x, b = a · W'ᵀ [N, m], G_in and G_out in x's dtype; weight, q and permutations are kept anyway."""
 
@@ -206,7 +205,7 @@ class _FastLinear(torch.autograd.Function):
         stored, blocks = list(tensors[:count]), list(tensors[count:])
         if not blocks:
             blocks = side_blocks(sides([skew_in, skew_out], sizes, block_sizes), order, x.dtype)
-        y, b = _linear_fast(x, stored, kind, group_size, blocks, _perms(perm_in, perm_out), bias)
+        y, b = _linear_fast(x, stored, kind, group_size, blocks, perm_in, perm_out, bias)
         ctx.save_for_backward(x, b, skew_in, skew_out, perm_in, perm_out, *blocks, *stored)
         return y
 
@@ -215,8 +214,8 @@ class _FastLinear(torch.autograd.Function):
         first_derivatives_only()
         x, b, skew_in, skew_out, perm_in, perm_out, G_in, G_out, *stored = ctx.saved_tensors
         kind, group_size, _, sizes, block_sizes, order = ctx.settings
-        perms, needs_dx = _perms(perm_in, perm_out), ctx.needs_input_grad[0]
-        dx, *grads = _linear_fast_backward(g, x, b, stored, kind, group_size, [G_in, G_out], perms, needs_dx)
+        rotation = ([G_in, G_out], perm_in, perm_out)
+        dx, *grads = _linear_fast_backward(g, x, b, stored, kind, group_size, *rotation, ctx.needs_input_grad[0])
         dq = side_blocks_backward(grads, sides([skew_in, skew_out], sizes, block_sizes), order, x.dtype)
         return _gradients(ctx, g, dx, *dq)
 
@@ -235,8 +234,8 @@ class _MemLinear(torch.autograd.Function):
         stored, factors = tensors[:count], tensors[count:]
         ctx.save_for_backward(skew_in, skew_out, perm_in, perm_out, *stored, *(factors or (x,)))
         ctx.like = x.shape, x.dtype
-        weight, perms = (list(stored), kind, group_size), _perms(perm_in, perm_out)
-        return _linear_mem(x, *weight, [skew_in, skew_out], perms, list(block_sizes), order, by_weight, bias)
+        weight, rotation = (list(stored), kind, group_size), ([skew_in, skew_out], perm_in, perm_out)
+        return _linear_mem(x, *weight, *rotation, list(block_sizes), order, by_weight, bias)
 
     @staticmethod
     def backward(ctx, g):
@@ -246,7 +245,7 @@ class _MemLinear(torch.autograd.Function):
         x = rebuild(rest[count:], *ctx.like)
         stored = rest[:count]
         del rest
-        rotation = ([skew_in, skew_out], _perms(perm_in, perm_out), list(block_sizes), order, by_weight)
+        rotation = ([skew_in, skew_out], perm_in, perm_out, list(block_sizes), order, by_weight)
         return _gradients(
             ctx, g, *_linear_mem_backward(g, x, stored, kind, group_size, *rotation, ctx.needs_input_grad[0])
         )
