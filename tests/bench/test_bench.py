@@ -116,6 +116,14 @@ def test_step_rows():
     assert rows[1]["trainable"] < rows[0]["trainable"]
 
 
+def test_a_method_twice_with_settings_of_its_own():
+    methods = {"random": {"method": "fast"}, "shared": {"method": "fast", "poet.permutation": "shared"}}
+    rows = list(bench_step("demo", overrides=TINY, repeats=1, seq_lens=[8], batch_sizes=[1], methods=methods))
+    assert [row["contestant"] for row in rows] == ["random", "shared"]
+    assert rows[0]["speed_ratio"] == 1.0
+    assert rows[1]["speed_ratio"] > 0
+
+
 def test_what_does_not_fit_or_does_not_learn(monkeypatch):
     def too_big(self, ids):
         raise torch.OutOfMemoryError("no")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,7 +38,7 @@ class Run:
 def bench_step(
     source: str,
     *,
-    methods: Sequence[str] = ("adamw", "fast", "mem"),
+    methods: Sequence[str] | Mapping[str, Mapping[str, Any]] = ("adamw", "fast", "mem"),
     overrides: Sequence[str] = (),
     seq_lens: Sequence[int] = (),
     batch_sizes: Sequence[int] = (),
@@ -48,14 +48,15 @@ def bench_step(
     """One row a method, sequence length and batch size (in sequences, all of them one micro-batch).
 
     ``ms`` is the median step; ``tokens_per_second`` counts a share of one merge in, ``merge_ms / merge_every``; what
-    does not fit has ``oom`` true. On a GPU one method after the other has it to itself and ``peak_bytes`` is all
+    does not fit has ``oom`` true. ``methods`` as :func:`poetx.recipe.several.load_methods` takes them. On a GPU one method after the other has it to itself and ``peak_bytes`` is all
     that was allocated; on a CPU, where memory is not told apart, they take turns step by step.
 
     Raises:
         UserError: an unknown method, a bad recipe, or a model that does not learn a batch it sees four times.
     """
     loaded = load_methods(source, overrides, methods)  # tokens are drawn at random, no text is read
-    recipe = loaded[methods[0]]
+    first = next(iter(loaded))
+    recipe = loaded[first]
     compiled = compiled or recipe.train.compile
     lengths = tuple(seq_lens) or (recipe.data.seq_len,)
     batches = tuple(batch_sizes) or (recipe.train.micro_batch,)
@@ -71,10 +72,10 @@ def bench_step(
                 for batch in batches:
                     for row in _measure(runs, length, batch, device, repeats):
                         speed = row["tokens_per_second"]
-                        if row["contestant"] == methods[0] and speed:
+                        if row["contestant"] == first and speed:
                             base[length, batch] = speed
-                        first = base.get((length, batch))
-                        row["speed_ratio"] = round(speed / first, 3) if speed and first else None
+                        compared = base.get((length, batch))
+                        row["speed_ratio"] = round(speed / compared, 3) if speed and compared else None
                         yield {"benchmark": "step", "recipe": recipe.name, "overrides": list(overrides)} | row | common
         finally:
             runs.clear()

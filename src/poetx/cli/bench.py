@@ -38,7 +38,10 @@ def layer(
     out_features: Annotated[int, typer.Option(min=1)] = 1024,
     block_size: Annotated[int, typer.Option(min=2)] = 128,
     contestants: Annotated[
-        str, typer.Option(help="Separated by commas; the first is what the others are compared with.")
+        str,
+        typer.Option(
+            help="Names, or YAML files of LABEL: {KEY: VALUE}, by commas; the first is what others are compared with."
+        ),
     ] = "linear,original,fast,mem,single-step",
     parts: Annotated[bool, typer.Option("--parts/--no-parts", help="Also time the parts of a layer.")] = True,
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile every contestant.")] = False,
@@ -110,7 +113,10 @@ def step(
     seq_lens: Annotated[str, typer.Option(help="Separated by commas. Default: the recipe's.")] = "",
     batch_sizes: Annotated[str, typer.Option(help="Sequences, separated by commas. Default: the recipe's.")] = "",
     methods: Annotated[
-        str, typer.Option(help="Separated by commas; the first is what the others are compared with.")
+        str,
+        typer.Option(
+            help="Names, or YAML files of LABEL: {KEY: VALUE}, by commas; the first is what others are compared with."
+        ),
     ] = "adamw,fast,mem",
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile the models.")] = False,
     repeats: _REPEATS = 5,
@@ -119,11 +125,12 @@ def step(
 ) -> None:
     """Whole training steps of a recipe by several methods: tokens a second and peak memory."""
     from poetx.bench.step import bench_step
+    from poetx.recipe.several import methods_in
 
     say_idle(overrides or ())
     rows = bench_step(
         recipe,
-        methods=names_in("methods", methods),
+        methods=methods_in(names_in("methods", methods)),
         overrides=overrides or (),
         seq_lens=_numbers("seq-lens", seq_lens),
         batch_sizes=_numbers("batch-sizes", batch_sizes),
