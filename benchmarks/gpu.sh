@@ -85,6 +85,8 @@ part_step() {
     bench 60 step step llama-1b $rates --seq-lens 2048 --batch-sizes 1,4,8 --methods adamw,fast,mem,single-step
     bench 90 step step llama-8b $rates optimizer.state_dtype=same --seq-lens 2048 --batch-sizes 1,4 --repeats 3 \
         --methods adamw,fast,mem,single-step
+    bench 60 step step llama-8b model.num_layers=4 $rates --seq-lens 2048 --batch-sizes 1,4 --repeats 3 \
+        --methods benchmarks/permutations.yaml
     bench 90 step step llama-8b ${rates% *} optimizer.state_dtype=same $checkpointed --seq-lens 2048 --batch-sizes 1,4 \
         --repeats 3 --methods adamw,single-step
 }

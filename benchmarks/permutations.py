@@ -7,8 +7,9 @@
 ``strided``: from merge to merge each side is contiguous or strided in turn, the input's side when the output's is not,
 so that no list of indices is needed. ``whole model``: one permutation of the residual stream for all layers, one of the
 MLP's inner features for its three matrices, one of the heads for four: what a model could be stored in, with nothing
-left to gather. ``shared inputs``: matrices that read the same features (q, k and v; gate and up) permute them alike,
-and so do what the MLP's first two write and its third reads: half of the gathers.
+left to gather. ``shared``: ``poet.permutation=shared``, where matrices that read the same features (q, k and v; gate
+and up) permute them alike, and so do what the MLP's first two write and its third reads. Rows of ``shared inputs`` are
+of the same permutations, drawn otherwise, from before there was such a setting.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import torch
 from torch import Tensor
 
 from benchmarks.record import append, provenance
+from poetx.config import Permutation
 from poetx.layers.poet import PoetLinear
 from poetx.ops.random import stream
 
@@ -75,17 +77,6 @@ _SHARED = {
 }
 
 
-def shared_inputs(layer: PoetLinear, merge_count: int) -> tuple[Tensor, Tensor]:
-    """Every side draws by itself but those that share: within an attention or an MLP, by what they read or hand on."""
-    block, _, kind = layer.name.rpartition(".")
-    perms = []
-    for shared, (side, size, _) in zip(_SHARED[kind], _sides(layer), strict=True):
-        alike = shared == "mlp" or (side == "in" and shared == "residual")
-        generator = stream(layer.config.seed, block if alike else layer.name, merge_count, shared if alike else side)
-        perms.append(torch.randperm(size, generator=generator, device="cpu"))
-    return tuple(perms)  # type: ignore[return-value]
-
-
 def whole_model(heads: int) -> Draw:
     """Whole heads in random order, alike in the four matrices of an attention; inside them nothing moves, for RoPE's
     pairs and because a block of several whole heads would not see it."""
@@ -111,7 +102,7 @@ KINDS: dict[str, Draw] = {
     "groups of 16": grouped(16),
     "strided": strided,
     "whole model": whole_model(8),
-    "shared inputs": shared_inputs,
+    "shared": _OWN,
 }
 
 
@@ -125,7 +116,7 @@ def run(kind: str, seed: int, settings: list[str], directory: Path) -> dict[str,
         f"train.seed={seed}",
         f"poet.seed={seed}",
         "train.export=false",
-        *(["poet.permutation=contiguous"] if kind == "contiguous" else []),
+        *([f"poet.permutation={kind}"] if kind in get_args(Permutation) else []),
         *settings,
     ]
     recipe = load_recipe("demo", overrides)

@@ -176,11 +176,12 @@ class PoetConfig:
             ``transformers`` models unless given.
         permutation: which features of a side share a block, with ``"poet-x"``. ``"random"``, the paper's: others after
             every merge, so that in time all of them mix; activations are gathered for it five times a layer and step
-            (six with *mem*). ``"shared"``: as random, but alike where layers read the same features (q, k and v; gate and
-            up), which are gathered once for all of them, and where one reads what others make with nothing but
-            elementwise operations between (the MLP's inner features), which are not gathered at all: a third of the
-            gathers; what hooks see there is permuted. ``"contiguous"``: neighbours, for good; nothing is gathered, and every b × b part of the
-            weight keeps its singular values.
+            (six with *mem*). ``"shared"``: as random, but alike where layers read the same features (q, k and v; gate
+            and up), which *fast* gathers once for all of them, and where one reads what others make with nothing but
+            elementwise operations between (the MLP's inner features), which are not gathered at all: half of the
+            passes over activations, a third of their bytes. What a hook sees between such layers is permuted.
+            ``"contiguous"``: neighbours, for good; nothing is gathered, and every b × b part of the weight keeps its
+            singular values.
         neumann_order: highest power k of the Neumann series in the Cayley–Neumann parametrization, 3 (the
             paper's) or 7, or ``"exact"`` for the Cayley transform itself.
         target_modules: ``"all-linear"``, or names (a module matches when its dotted name equals or ends with

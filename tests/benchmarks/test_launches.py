@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from benchmarks.launches import of_a_layer
+from benchmarks.launches import of_a_layer, of_a_step
 
 from poetx.bench.step import by_method
 from poetx.recipe import load_recipe
@@ -24,3 +24,16 @@ def test_a_layer_asks_for_few_kernels(method: str, more: list[str], most: int) -
     for kernels, moved in found.values():
         assert moved.keys() == kernels.keys()
         assert 4 < kernels.total() <= most, dict(kernels)
+
+
+def test_shared_permutations_leave_half_of_the_passes_and_a_third_of_their_bytes() -> None:
+    """q, k and v in, gate and up in: one pass forward, one back; o in three; out two each but for the MLP's inner."""
+    found = {}
+    for permutation in ("random", "shared", "contiguous"):
+        keys = [*TINY, "model.num_layers=2", "model.intermediate_size=224", f"poet.permutation={permutation}"]
+        counts, layers = of_a_step(by_method(load_recipe("demo", keys, text=False), "fast"), 1, 32)
+        assert layers == 14
+        passes = sum(count for (_, name), count in counts.counts.items() if name == "permute_kernel")
+        found[permutation] = passes, counts.bytes["permute_kernel"]
+    assert {kind: passes for kind, (passes, _) in found.items()} == {"random": 70, "shared": 34, "contiguous": 0}
+    assert found["shared"][1] < 0.35 * found["random"][1]

@@ -48,8 +48,11 @@ def bench_step(
     """One row a method, sequence length and batch size (in sequences, all of them one micro-batch).
 
     ``ms`` is the median step; ``tokens_per_second`` counts a share of one merge in, ``merge_ms / merge_every``; what
-    does not fit has ``oom`` true. ``methods`` as :func:`poetx.recipe.several.load_methods` takes them. On a GPU one method after the other has it to itself and ``peak_bytes`` is all
+    does not fit has ``oom`` true. On a GPU one method after the other has it to itself and ``peak_bytes`` is all
     that was allocated; on a CPU, where memory is not told apart, they take turns step by step.
+
+    Args:
+        methods: names, or labels with settings of their own, as :func:`poetx.recipe.several.load_methods` takes them.
 
     Raises:
         UserError: an unknown method, a bad recipe, or a model that does not learn a batch it sees four times.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from poetx.ops.block_diagonal import gather, inverse
+from poetx.ops import block_diagonal
 from poetx.ops.library import first_derivatives_only
 from poetx.ops.linear import weight_is_cheaper
 from poetx.ops.side import Sides
@@ -93,9 +93,7 @@ class SharedFeatures:
             self._kept = None
 
 
-def as_shared(
-    layer: PoetLinear, x: Tensor, dtype: torch.dtype, mode: str
-) -> tuple[Tensor, Sides, Tensor | None]:
+def as_shared(layer: PoetLinear, x: Tensor, dtype: torch.dtype, mode: str) -> tuple[Tensor, Sides, Tensor | None]:
     """x in ``dtype``, the sides and the bias of a forward pass: without a permutation where others permute alike."""
     (side_in, side_out), bias = layer.sides, layer.bias
     if (shared := layer.shared_in) is not None and shared.in_force():
@@ -125,17 +123,18 @@ def look_at_shared_features(layer: PoetLinear) -> None:
 
 
 class _Gather(torch.autograd.Function):
-    """``x[..., perm]``. Saves nothing: a recomputation that finds the tensor made already packs as much as the first."""
+    """``x[..., perm]``. Saves nothing, so that a recomputation that finds the tensor made packs as much as the first."""
 
     @staticmethod
     def forward(ctx, x, perm):
         ctx.perm = perm
-        return gather(x.reshape(-1, x.shape[-1]), perm).view(x.shape)
+        return block_diagonal.gather(x.reshape(-1, x.shape[-1]), perm).view(x.shape)
 
     @staticmethod
     def backward(ctx, g):
         first_derivatives_only()
-        return gather(g.reshape(-1, g.shape[-1]), inverse(ctx.perm)).view(g.shape), None
+        back = block_diagonal.inverse(ctx.perm)
+        return block_diagonal.gather(g.reshape(-1, g.shape[-1]), back).view(g.shape), None
 
 
 def _version(tensor: Tensor) -> int:
