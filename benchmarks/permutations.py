@@ -123,6 +123,7 @@ def run(kind: str, seed: int, settings: list[str], directory: Path) -> dict[str,
     with mock.patch.object(PoetLinear, "_draw_permutations", KINDS[kind]):
         train(recipe)
     assert recipe.run_dir is not None
+    assert recipe.poet is not None
     lines = (Path(recipe.run_dir) / "metrics.jsonl").read_text().splitlines()
     losses = [row["loss"] for row in map(json.loads, lines) if row["event"] == "validation"]
     return {
@@ -130,6 +131,7 @@ def run(kind: str, seed: int, settings: list[str], directory: Path) -> dict[str,
         "kind": kind,
         "seed": seed,
         "settings": settings,
+        "init_scale": recipe.poet.config.init_scale,
         "steps": recipe.train.steps,
         "merges": recipe.train.steps // (recipe.merge_every or recipe.train.steps),
         "loss": losses[-1],

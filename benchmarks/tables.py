@@ -628,7 +628,8 @@ def _permutations(rows: list[dict[str, Any]]) -> str:
     body = []
 
     def run(row: dict[str, Any]) -> tuple[int, str, str]:
-        return row["steps"], "0.5" if "poet.init_scale=0.5" in row.get("settings", []) else "1", row["kind"]
+        set_by_hand = "0.5" if "poet.init_scale=0.5" in row.get("settings", []) else "1"
+        return row["steps"], str(row.get("init_scale", set_by_hand)), row["kind"]
 
     for steps, norm, kind in sorted(dict.fromkeys(map(run, rows)), key=lambda of: (of[0], -float(of[1]))):
         mine = sorted((row for row in rows if run(row) == (steps, norm, kind)), key=lambda r: r["seed"])

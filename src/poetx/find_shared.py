@@ -93,6 +93,7 @@ def inner_features(parent: nn.Module, children: Mapping[str, nn.Module]) -> tupl
         stack.enter_context(unset_fake_temporarily())
         stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.enter_context(torch.random.fork_rng(devices=[]))  # a module may draw numbers
         generator = torch.Generator().manual_seed(0)
         for width in dict.fromkeys(_sizes(layer)[0] for layer in children.values()):
             standins = {name: _Standin(_sizes(layer), generator) for name, layer in children.items()}

@@ -136,7 +136,7 @@ def test_in_autocast_x_is_cast_and_gathered_once():
     net, x = block(dtype=torch.float32), inputs(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         y = net.mlp.gate(x)
-        _, (_, dtype, _), made, _ = groups(net)[0]._kept
+        _, (_, dtype, *_), made, _ = groups(net)[0]._kept
     assert y.dtype == dtype == made.dtype == torch.bfloat16
     assert net.mlp.up(x).dtype == torch.float32  # outside: not what was kept
 

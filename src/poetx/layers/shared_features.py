@@ -78,7 +78,8 @@ class SharedFeatures:
 
         Kept until every reader has had it, x is gone, or another x comes.
         """
-        state = (_version(x), dtype, torch.is_grad_enabled())
+        stream = torch.cuda.current_stream(x.device).stream_id if x.is_cuda else 0  # on another x' may not be there yet
+        state = (_version(x), dtype, stream)
         kept = self._kept
         if kept is None or kept[0]() is not x or kept[1] != state:
             made = _Gather.apply(x.to(dtype), layer.perm_in)
@@ -108,8 +109,8 @@ def as_shared(layer: PoetLinear, x: Tensor, dtype: torch.dtype, mode: str) -> tu
 
 
 def _gathers_once(layer: PoetLinear, x: Tensor, mode: str) -> bool:
-    """Whether x is gathered for all that read it: *fast* keeps what is gathered then, and x need not be kept."""
-    if mode != "fast" or torch.compiler.is_compiling():
+    """Whether x is gathered for all that read it: *fast* keeps what is gathered for backward, in place of x."""
+    if mode != "fast" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     sizes = (layer.out_features, layer.in_features, layer.block_size_out, layer.block_size_in)
     return not weight_is_cheaper(x.numel() // layer.in_features, *sizes, mode)
@@ -123,7 +124,7 @@ def look_at_shared_features(layer: PoetLinear) -> None:
 
 
 class _Gather(torch.autograd.Function):
-    """``x[..., perm]``. Saves nothing, so that a recomputation that finds the tensor made packs as much as the first."""
+    """``x[..., perm]``. Saves nothing: a recomputation that finds it made packs as many tensors as the first pass."""
 
     @staticmethod
     def forward(ctx, x, perm):
