@@ -22,6 +22,7 @@ ORDER = (
     ("distributed",),
     ("layers",),
     ("conversion_report", "targets"),
+    ("find_shared",),
     ("plain_model",),
     ("convert",),
     ("materialize", "merge", "one_rate", "optimizer_restart", "spectra"),

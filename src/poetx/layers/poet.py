@@ -17,6 +17,7 @@ from poetx.layers.base import recorder
 from poetx.layers.computed_weight import ComputedWeight
 from poetx.layers.hosted import HostedLinear
 from poetx.layers.plain_weights import save_plain_weights_too
+from poetx.layers.poet_state import ORDERS, check_state, settings_of
 from poetx.layers.rebased import is_up_to_date, restart_at_next_step
 from poetx.layers.shared_features import SharedFeatures, as_shared, look_at_shared_features
 from poetx.layers.weights import DenseWeight, PackedWeight
@@ -27,12 +28,8 @@ from poetx.ops.linear import poet_linear
 from poetx.ops.original import original_weight
 from poetx.ops.random import stream
 from poetx.ops.rebuild import kept_factors
-from poetx.ops.reference import EXACT
 from poetx.ops.side import Side, Sides, block_count
 from poetx.ops.transaction import swap_
-
-_FEW = 8  # features; of fewer the identity is drawn now and then
-_ORDERS = {3: 3, 7: 7, "exact": EXACT}
 
 
 class FoldStats(NamedTuple):
@@ -170,7 +167,7 @@ class PoetLinear(HostedLinear):
     @property
     def order(self) -> int:
         """Neumann order of the parametrization, as the operators take it."""
-        return _ORDERS[self.config.neumann_order]
+        return ORDERS[self.config.neumann_order]
 
     @property
     def rotations(self) -> tuple[nn.Parameter, nn.Parameter]:
@@ -238,7 +235,7 @@ class PoetLinear(HostedLinear):
         self.skew_in.zero_()
         self.skew_out.zero_()
         self.merge_count.zero_()
-        self.trained_with.copy_(self._settings())
+        self.trained_with.copy_(settings_of(self))
         for perm, fresh in zip((self.perm_in, self.perm_out), self._draw_permutations(0), strict=True):
             perm.copy_(fresh)
         if self.is_permuted:
@@ -382,9 +379,6 @@ class PoetLinear(HostedLinear):
         super().__setstate__(state)
         save_plain_weights_too()
 
-    def _settings(self) -> Tensor:
-        return torch.tensor([self.order, self.config.seed % (1 << 63)], device="cpu")
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Refuse a state of other settings; what an older one lacks is taken to fit, or to be zero.
 
@@ -395,41 +389,7 @@ class PoetLinear(HostedLinear):
         """
         if (plain := state_dict.pop(f"{prefix}weight", None)) is not None and f"{prefix}skew_in" not in state_dict:
             self._take_plain(plain, state_dict, prefix, args[-1])
-        self._check_format(state_dict, prefix)
-        self._check_complete(state_dict, prefix)
-        own, key = self._settings(), f"{prefix}trained_with"
-        saved = state_dict.setdefault(key, own.to(state_dict.get(f"{prefix}perm_in", own).device))
-        if not saved.is_meta and saved.tolist() != own.tolist():
-            names = {order: name for name, order in _ORDERS.items()}
-            pairs = (
-                ("neumann_order", *(names.get(order, order) for order in (int(saved[0]), int(own[0])))),
-                ("seed", int(saved[1]), int(own[1])),
-            )
-            setting, theirs, ours = next(pair for pair in pairs if pair[1] != pair[2])
-            raise UserError(
-                f"{self.label}: the state was trained with {setting}={theirs!r}, the layer has {ours!r}; convert the "
-                f"model with {setting}={theirs!r} to load it"
-            )
-        for side in ("perm_in", "perm_out"):
-            perm = state_dict.get(f"{prefix}{side}")
-            if perm is None or perm.shape != getattr(self, side).shape:
-                continue
-            if not is_permutation(perm):
-                raise UserError(
-                    f"{self.label}: {side} in the state is no permutation (indices twice or out of range); its file is "
-                    "damaged: load another one"
-                )
-            if perm.is_meta or self.one_sided or len(perm) <= _FEW:
-                continue
-            saved_as, here = (
-                "contiguous" if in_place else self.config.permutation if self.is_permuted else "random"
-                for in_place in (torch.equal(perm, torch.arange(len(perm)).to(perm)), not self.is_permuted)
-            )
-            if saved_as != here:
-                raise UserError(
-                    f"{self.label}: the state is of permutation={saved_as!r}, the layer of {here!r}; convert the model "
-                    f"with permutation={saved_as!r} to load it"
-                )
+        check_state(self, state_dict, prefix)
         if self.residual is not None and (weight := state_dict.get(f"{prefix}base_weight")) is not None:
             state_dict.setdefault(f"{prefix}residual", torch.zeros_like(weight, dtype=torch.int8))
         if plain is None:
@@ -438,29 +398,6 @@ class PoetLinear(HostedLinear):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._like = torch.empty(0, device=self.skew_in.device, dtype=self.weight_dtype)
         look_at_shared_features(self)
-
-    def _check_complete(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Refuse a part of what makes the weight, which ``strict=False`` would mix with what is here."""
-        weight = "packed_weight.codes" if self.base_weight is None else "base_weight"
-        names = (weight, "skew_in", "skew_out", "perm_in", "perm_out")
-        there = [name for name in names if f"{prefix}{name}" in state_dict]
-        if there and len(there) < len(names) and not self.one_sided:
-            missing = next(name for name in names if name not in there)
-            raise UserError(
-                f"{self.label}: the state has its {there[0]}, but not its {missing}: the tensors of a layer belong "
-                "together, buffers too; save and load model.state_dict(), or the plain model (poetx.save_pretrained)"
-            )
-
-    def _check_format(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Refuse permutations and rotations whose weight ``strict=False`` would leave out: they are of no other."""
-        if f"{prefix}{'packed_weight.codes' if self.packed_weight is None else 'base_weight'}" not in state_dict:
-            return
-        name = state_dict.get(f"{prefix}packed_weight.weight_format")
-        theirs = None if name is None or name.is_meta else bytes(name.tolist()).decode()
-        raise UserError(
-            f"{self.label}: the state is of weight_format={theirs!r}, the layer of {self.config.weight_format!r}; "
-            f"convert the model with weight_format={theirs!r} to load it"
-        )
 
     def _take_plain(self, plain: Tensor, state_dict: dict[str, Any], prefix: str, errors: list[str]) -> None:
         """Load the ``weight`` of a plain layer and put what came of it into ``state_dict``, for the rest to find."""
