@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from poetx import PoetConfig, convert_
 from poetx.find_shared import inner_features
@@ -43,6 +44,118 @@ class Residual(MLP):
         return x + super().forward(self.norm(x))
 
 
+class Norm(nn.Module):
+    """Of ones, until it is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(10, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.weight * x / x.square().mean(-1, keepdim=True).sqrt()
+
+
+class Normed(MLP):
+    def __init__(self):
+        super().__init__(norm=Norm())
+
+    def forward(self, x):
+        return self.three(self.norm(self.one(x) * self.two(x)))
+
+
+class Counts(MLP):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(10, dtype=torch.float64))
+
+    def forward(self, x):
+        h = self.one(x) * self.two(x)
+        self.seen += h.detach().sum((0, 1))
+        return self.three(h)
+
+
+class Keeps(MLP):
+    kept = None
+    calls = 0
+
+    def __init__(self, what):
+        super().__init__()
+        self.what, self.list = what, []
+
+    def forward(self, x):
+        h = self.one(x) * self.two(x)
+        if self.what == "attribute":
+            self.kept = h
+        elif self.what == "layers":
+            self.kept = self.kept or [self.one, self.two]
+        elif self.what == "count":
+            self.calls += 1
+        else:
+            self.list.append(h)
+        return self.three(h)
+
+
+class Branches(MLP):
+    """On what conversion could overlook."""
+
+    def __init__(self, on):
+        super().__init__()
+        self.on, self.scale = on, [1.0 + k for k in range(10)]
+
+    def forward(self, x):
+        h = self.one(x) * self.two(x)
+        if {"training": self.training, "length": x.shape[-2] == 1, "sizes": x.ndim == 2}[self.on]:
+            h = h * h.new_tensor(self.scale)
+        return self.three(h)
+
+
+class OneUnused(MLP):
+    def forward(self, x):
+        return self.three(self.one(x)) if x.shape[-1] == 6 else self.two(x)
+
+
+class Optional(MLP):
+    def forward(self, x, mask=None):
+        h = self.one(x) * self.two(x)
+        return self.three(h if mask is None else h * mask)
+
+
+class Masked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * torch.arange(10, dtype=g.dtype)
+
+
+class Checkpointed(MLP):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        return self.three(checkpoint(lambda x: self.one(x) * self.two(x), x, use_reentrant=self.reentrant))
+
+
+def hooked():
+    module = MLP(act=nn.ReLU())
+    module.act.register_forward_hook(lambda *given: None)
+    return module
+
+
+def patched():
+    module = MLP()
+    module.forward = lambda x: module.three(module.one(x) * module.two(x))
+    return module
+
+
+class Exits(MLP):
+    def forward(self, x):
+        raise SystemExit
+
+
 class Twice(MLP):
     def forward(self, x):
         return self.three(torch.relu(self.one(x) + self.one(x)) * self.two(x))
@@ -68,10 +181,16 @@ class Scores(nn.Module):
 
 def found(module):
     children = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
-    modes = [m.training for m in module.modules()]
+    before = [{**vars(m)} for m in module.modules()]
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    numbers = torch.get_rng_state()
     result = inner_features(module, children)
-    assert [m.training for m in module.modules()] == modes
+    assert [{**vars(m)} for m in module.modules()] == before
+    assert not getattr(module, "list", [])
     assert all(module._modules[name] is child for name, child in children.items())
+    real = {name: value for name, value in module.state_dict().items() if type(value) is torch.Tensor}
+    assert all(torch.equal(value, state[name]) for name, value in real.items() if not value.is_meta)
+    assert torch.equal(torch.get_rng_state(), numbers)
     return result
 
 
@@ -100,6 +219,17 @@ def test_what_does_not_look_at_the_order_of_features_is_shared(between):
         Returns(),
         Residual(),
         Twice(),
+        Normed(),
+        Counts(),
+        *(Keeps(what) for what in ("attribute", "layers", "count", "list")),
+        *(Branches(on) for on in ("training", "length", "sizes")),
+        OneUnused(),
+        Optional(),
+        MLP(lambda a, b: Masked.apply(a) * b),
+        *(Checkpointed(reentrant) for reentrant in (True, False)),
+        hooked(),
+        patched(),
+        Exits(),
         TwoInputs(),
         Scores(2),
         Scores(4),
@@ -112,8 +242,11 @@ def test_what_does_is_not(module):
 
 
 def test_dropout_is_off_while_a_module_is_tried():
-    module = MLP(drop=nn.Dropout(0.5))
-    module.between = lambda a, b: module.drop(a * b)
+    class Dropped(MLP):
+        def forward(self, x):
+            return self.three(self.drop(self.one(x) * self.two(x)))
+
+    module = Dropped(drop=nn.Dropout(0.5))
     assert found(module) == (["three"], ["one", "two"])
 
 

@@ -24,7 +24,7 @@ from poetx.layers.merge_reminder import MergeReminder, remind_of_merging
 from poetx.layers.oft import OFTLinear
 from poetx.layers.poet import PoetLinear
 from poetx.layers.prequantized import dense_weight, drop_quantizers_, is_foreign
-from poetx.layers.shared_features import SharedFeatures, look_at_shared_features
+from poetx.layers.shared_features import SharedFeatures
 from poetx.layers.single_step import SingleStepLinear
 from poetx.layers.walk import check_model, converted_layers, poet_layers, rotation_ids
 from poetx.targets import Targets, find_targets, is_conv1d
@@ -102,7 +102,10 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
     if not shared and config.permutation == "shared" and config.method == "poet-x":
         remarks += ("permutation='shared' is as 'random' here: no two layers of a module read the same features",)
     drop_quantizers_(model)
-    _look_at_shared_features(model)
+    for _, layer in poet_layers(model):
+        for shared_features in _shared_features(layer):
+            shared_features.look_again()
+            shared_features.watch()
     vars(model)["_apply"] = MethodType(_apply, model)
     if any(isinstance(layer, SingleStepLinear) and layer.transposed for _, layer in converted_layers(model)):
         model.register_load_state_dict_pre_hook(_take_older_layout)
@@ -117,9 +120,9 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
     )
 
 
-def _look_at_shared_features(model: nn.Module) -> None:
-    for _, layer in poet_layers(model):
-        look_at_shared_features(layer)
+def _shared_features(layer: Any) -> list[SharedFeatures]:
+    sides = (getattr(layer, "shared_in", None), getattr(layer, "shared_out", None))
+    return [shared for shared in sides if shared is not None]
 
 
 def _check_overrides(config: PoetConfig, found: Targets) -> None:
@@ -282,13 +285,17 @@ def to_dense_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module
     for name in sorted(wanted or ()):
         if name not in known:
             raise UserError(f"to_dense_: names={name!r}: no converted layer has this name{nearest(name, known)}")
+    left: set[SharedFeatures] = set()
     while places:
         layer, where = places.popitem()  # so that nothing here keeps the old weight alive
         if wanted is None or wanted.intersection(where):
+            left.update(_shared_features(layer))
             dense = _dense_layer(layer)
             del layer
             _put(model, where, dense)
-    _look_at_shared_features(model)
+    for shared in left:
+        shared.look_again()
+        shared.unwatch()
     if next(converted_layers(model), None) is None:
         vars(model).pop("_apply", None)
     return model

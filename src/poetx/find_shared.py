@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.nn.modules.dropout import _DropoutNd
 
 from poetx.config import PoetConfig
 from poetx.layers.shared_features import SharedFeatures
+from poetx.ops.rebuild import saved_tensor_hooks
 from poetx.targets import Targets, is_conv1d
 
 #: Layer names → what the layer has in common with others, by side ("in", "out").
 Shared = dict[str, dict[str, SharedFeatures]]
-#: Sequences, tokens of each: what a module is tried with.
-_TRIED = (2, 3)
+#: Leading sizes that a module is tried with: sequences of some tokens, of one, and tokens alone. The first must work.
+_TRIED = ((2, 3), (1, 1), (4,))
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+class _NotShared(Exception):
+    """The module does something with its features that depends on their order, or may."""
 
 
 def find_shared(model: nn.Module, found: Targets, config: PoetConfig) -> Shared:
@@ -29,12 +38,15 @@ def find_shared(model: nn.Module, found: Targets, config: PoetConfig) -> Shared:
     residual stream, which read the same tensor if any do. If they do not, each gathers its own all the same.
     """
     shared: Shared = defaultdict(dict)
+    outside = {id(module): module for module in model.modules()}
     for (name, parent), children in _families(model, found, config).items():
-        readers, writers = inner_features(parent, {child: found.layers[full] for child, full in children.items()})
+        readers, writers = inner_features(
+            parent, {child: found.layers[full] for child, full in children.items()}, outside
+        )
         groups = [(readers, writers)] if writers else []
         alike: dict[int, list[str]] = defaultdict(list)
         for child, full in children.items():
-            if child not in readers and not config.writes_to_residual(full):
+            if child not in readers and not config.writes_to_residual(full) and not isinstance(parent, _CONTAINERS):
                 alike[_sizes(found.layers[full])[0]].append(child)
         groups += [(same, []) for same in alike.values() if len(same) > 1]
         for readers, writers in groups:
@@ -70,87 +82,163 @@ class _Standin(nn.Module):
         self.in_features, self.out_features = sizes
         self.weight = torch.empty(0, dtype=torch.float64)  # some modules ask for its dtype
         self.bias = None
-        self.given: list[Tensor] = []
-        self.told = torch.randn(*_TRIED, self.out_features, generator=generator, dtype=torch.float64)
+        self.generator, self.region = generator, saved_tensor_hooks()
+
+    def expect(self, leading: tuple[int, ...]) -> None:
+        """Begin anew, with numbers of these leading sizes."""
+        self.leading, self.given = leading, []
+        numbers = torch.randn(*leading, self.out_features, generator=self.generator, dtype=torch.float64)
+        self.told = numbers.requires_grad_()
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape != (*_TRIED, self.in_features):
-            raise ValueError("this is not what the layer takes")
-        self.given.append(x.clone())
+        if x.shape != (*self.leading, self.in_features) or self.given:
+            raise _NotShared("this is not what the layer takes, or not the first that it takes")
+        if not torch.is_grad_enabled() or saved_tensor_hooks() is not self.region:
+            raise _NotShared("a part of the module is checkpointed")
+        self.given.append(x)
         return self.told.clone()
 
 
-@torch.no_grad()
-def inner_features(parent: nn.Module, children: Mapping[str, nn.Module]) -> tuple[list[str], list[str]]:
+def inner_features(
+    parent: nn.Module, children: Mapping[str, nn.Module], outside: Mapping[int, nn.Module] | None = None
+) -> tuple[list[str], list[str]]:
     """(readers, writers) among linear layers of a module, where readers take what elementwise operations make of what
     the writers make; two empty lists where there are none.
 
-    Tried out: the module's own forward runs on a few numbers, with something else in the place of the layers. It must
-    hand its input to the writers. Then, where the writers' features come in other orders, the readers must get theirs
-    in these, and all else must stay. A module that takes more than one tensor, or fails, has none.
+    Tried out on a copy of the module with something else in the place of the layers: its own forward runs on a few
+    numbers. It must hand its input to the writers. Then, where the writers' features come in other orders, the readers
+    must get theirs, and the writers their gradients, in these, and all else must stay; with several shapes, and both
+    while training and not, but without dropout. A module has none that takes more than one argument, has parameters or
+    buffers beside those of the layers (which may become what orders the features), hooks, a patched forward, or
+    attributes that its forward changes; or that fails.
+
+    Args:
+        children: all linear layers that are direct children and are to be converted, by name.
+        outside: modules that are not copied, even if an attribute leads to them, by ``id``.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(unset_fake_temporarily())
         stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.random.fork_rng(devices=[]))  # a module may draw numbers
         generator = torch.Generator().manual_seed(0)
         for width in dict.fromkeys(_sizes(layer)[0] for layer in children.values()):
-            standins = {name: _Standin(_sizes(layer), generator) for name, layer in children.items()}
-            x = torch.randn(*_TRIED, width, generator=generator, dtype=torch.float64)
             try:
-                with _in_place_of(parent, standins):
-                    readers, writers = _tried(parent, standins, x, generator)
-            except Exception:  # whatever a module raises that is made for other inputs
+                return _tried(parent, children, dict(outside or {}), width, generator)
+            except (Exception, SystemExit):  # whatever a module raises that is made for other inputs
                 continue
-            if writers:
-                return readers, writers
     return [], []
 
 
-@contextlib.contextmanager
-def _in_place_of(parent: nn.Module, standins: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Without dropout, too."""
-    before, modes = {name: parent._modules[name] for name in standins}, [(m, m.training) for m in parent.modules()]
-    try:
-        parent._modules.update(standins)
-        for module in parent.modules():
-            module.training = False
-        yield
-    finally:
-        parent._modules.update(before)
-        for module, mode in modes:
-            module.training = mode
-
-
 def _tried(
-    parent: nn.Module, standins: Mapping[str, _Standin], x: Tensor, generator: torch.Generator
+    parent: nn.Module,
+    children: Mapping[str, nn.Module],
+    outside: dict[int, nn.Module],
+    width: int,
+    generator: torch.Generator,
 ) -> tuple[list[str], list[str]]:
-    out = parent.forward(x.clone())
-    called = {name: standin for name, standin in standins.items() if standin.given}
-    writers = [name for name, standin in called.items() if _same(standin.given[0], x)]
-    readers = [name for name in called if name not in writers]
-    sizes = {called[name].out_features for name in writers} | {called[name].in_features for name in readers}
+    found: set[tuple[tuple[str, ...], tuple[str, ...]]] = set()
+    for leading in _TRIED:
+        for training in (False, True):
+            standins = {name: _Standin(_sizes(layer), generator) for name, layer in children.items()}
+            module = _copy(parent, children, standins, outside, training=training)
+            x = torch.randn(*leading, width, generator=generator, dtype=torch.float64)
+            try:
+                found.add(_tried_once(module, standins, x, generator))
+            except _NotShared:
+                raise
+            except Exception:  # no input for it, perhaps
+                if leading == _TRIED[0]:
+                    raise
+    if len(found) != 1:
+        raise _NotShared("other layers at other inputs")
+    readers, writers = found.pop()
+    return list(readers), list(writers)
+
+
+def _copy(
+    parent: nn.Module,
+    children: Mapping[str, nn.Module],
+    standins: Mapping[str, _Standin],
+    outside: dict[int, nn.Module],
+    *,
+    training: bool,
+) -> Any:
+    layers = {id(part) for layer in children.values() for part in layer.modules()}
+    inside = [module for module in parent.modules() if id(module) not in layers]
+    if len(inspect.signature(parent.forward).parameters) != 1 or "forward" in vars(parent):
+        raise _NotShared("it takes something else, too, or was patched")
+    if hasattr(type(parent).forward, "_torchdynamo_orig_callable"):
+        raise _NotShared("compiled")
+    for module in inside:
+        if any(t is not None and t.numel() > 1 for t in (*module._parameters.values(), *module._buffers.values())):
+            raise _NotShared("something else is learnt or kept there")
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        if any(hooks):
+            raise _NotShared("somebody looks at it")
+    within = {id(module) for module in inside}
+    memo: dict[int, Any] = {key: module for key, module in outside.items() if key not in within}
+    memo |= {id(children[name]): standin for name, standin in standins.items()}
+    module = copy.deepcopy(parent, memo).train(training)
+    for part in module.modules():
+        if isinstance(part, _DropoutNd):
+            part.p = 0.0
+    return module
+
+
+def _tried_once(
+    module: nn.Module, standins: Mapping[str, _Standin], x: Tensor, generator: torch.Generator
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def run() -> tuple[Any, dict[str, Tensor]]:
+        before = _attributes(module)
+        for standin in standins.values():
+            standin.given = []
+        out = module.forward(x)
+        if _attributes(module) != before or not all(standin.given for standin in standins.values()):
+            raise _NotShared("it keeps something, or leaves a layer out")
+        return out, {name: standin.given[0] for name, standin in standins.items()}
+
+    for standin in standins.values():
+        standin.expect(tuple(x.shape[:-1]))
+    out, given = run()
+    writers = tuple(name for name, tensor in given.items() if _same(tensor, x))
+    readers = tuple(name for name in given if name not in writers)
+    sizes = {standins[name].out_features for name in writers} | {standins[name].in_features for name in readers}
     if not writers or not readers or len(sizes) > 1:
-        return [], []
+        raise _NotShared("no layer reads what others write")
     (features,) = sizes
-    if any(len(standin.given) > 1 for standin in called.values()):
-        return [], []
-    told = {name: called[name].told for name in writers}
+    told = {name: standins[name].told for name in writers}
+    factors = [torch.randn(given[name].shape, generator=generator, dtype=torch.float64) for name in readers]
+    grads = torch.autograd.grad([given[name] for name in readers], list(told.values()), factors)
     for order in _orders(features, generator):
         for name in writers:
-            called[name].told = told[name][..., order]
-        again = parent.forward(x.clone())
-        for name, standin in standins.items():
-            if len(standin.given) != 2 * (name in called):
-                return [], []
-            if standin.given:
-                first, second = standin.given[0], standin.given.pop()
-                if not _same(second, first[..., order] if name in readers else first):
-                    return [], []
-        if not _same(again, out):
-            return [], []
+            standins[name].told = told[name].detach()[..., order].requires_grad_()
+        again, now = run()
+        ordered = [factor[..., order] for factor in factors]
+        new = torch.autograd.grad([now[name] for name in readers], [standins[name].told for name in writers], ordered)
+        same = [_same(now[name], given[name][..., order] if name in readers else given[name]) for name in given]
+        same += [_same(grad, before[..., order]) for grad, before in zip(new, grads, strict=True)]
+        if not all(same) or not _same(again, out):
+            raise _NotShared("the order of features matters")
     return readers, writers
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What an object is made of, as far as its forward may change it."""
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            return id(value), [(key, id(item)) for key, item in value.items()]
+        return id(value), [id(item) for item in value] if isinstance(value, list | tuple | set) else None
+
+    return {
+        f"{name}.{key}": kept(value)
+        for name, part in module.named_modules()
+        for key, value in vars(part).items()
+        if not isinstance(part, _Standin)
+    }
 
 
 def _orders(features: int, generator: torch.Generator) -> list[Tensor]:

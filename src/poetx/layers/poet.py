@@ -243,6 +243,7 @@ class PoetLinear(HostedLinear):
         self.frozen_weight.write(weight, noise=None)
         del weight
         self.base_norm.copy_(torch.linalg.vector_norm(self.frozen_weight.precise(), dtype=torch.float64))
+        look_at_shared_features(self)
 
     def _product(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():

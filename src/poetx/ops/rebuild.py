@@ -17,6 +17,11 @@ from torch import Tensor
 _hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # type: ignore[attr-defined]
 
 
+def saved_tensor_hooks() -> Any:
+    """What packs and unpacks the tensors that autograd saves now; None where nobody does."""
+    return None if _hooks is None else _hooks(True)
+
+
 def kept_factors(x: Tensor) -> tuple[Tensor, Tensor] | None:
     """(a, b), detached, with ``x == a * b`` to the bit, if autograd keeps both anyway; else None.
 
@@ -25,7 +30,7 @@ def kept_factors(x: Tensor) -> tuple[Tensor, Tensor] | None:
     """
     if torch.compiler.is_compiling() or x._version or type(x.grad_fn).__name__ != "MulBackward0":
         return None
-    if _hooks is None or _hooks(True) is not None:
+    if _hooks is None or saved_tensor_hooks() is not None:
         return None
     node: Any = x.grad_fn
     try:
