@@ -179,7 +179,8 @@ class PoetConfig:
             (six with *mem*). ``"shared"``: as random, but alike where layers read the same features (q, k and v; gate
             and up), which *fast* gathers once for all of them, and where one reads what others make with nothing but
             elementwise operations between (the MLP's inner features), which are not gathered at all: half of the
-            passes over activations, a third of their bytes. What a hook sees between such layers is permuted.
+            passes over activations, a third of their bytes. Who hooks such a layer sees its features as ever, at the
+            price of gathering them.
             ``"contiguous"``: neighbours, for good; nothing is gathered, and every b × b part of the weight keeps its
             singular values.
         neumann_order: highest power k of the Neumann series in the Cayley–Neumann parametrization, 3 (the
