@@ -139,6 +139,31 @@ class Checkpointed(MLP):
         return self.three(checkpoint(lambda x: self.one(x) * self.two(x), x, use_reentrant=self.reentrant))
 
 
+class Anything(MLP):
+    def forward(self, *given):
+        return self.three(self.one(given[0]) * self.two(given[0]))
+
+
+class Elsewhere(MLP):
+    """Keeps statistics where state_dict does not see them."""
+
+    seen: list = []  # noqa: RUF012
+
+    def __init__(self, where):
+        super().__init__()
+        self.where, self.sums, self.lists = where, [torch.zeros(10, dtype=torch.float64)], {"h": []}
+
+    def forward(self, x):
+        h = self.one(x) * self.two(x)
+        if self.where == "sums":
+            self.sums[0] += h.detach().flatten(0, -2).sum(0)
+        elif self.where == "global":
+            Elsewhere.seen.append(h)
+        else:
+            self.lists["h"].append(h)
+        return self.three(h)
+
+
 def hooked():
     module = MLP(act=nn.ReLU())
     module.act.register_forward_hook(lambda *given: None)
@@ -232,6 +257,8 @@ def test_what_does_not_look_at_the_order_of_features_is_shared(between):
         hooked(),
         patched(),
         Exits(),
+        Anything(),
+        *(Elsewhere(where) for where in ("sums", "global", "nested")),
         TwoInputs(),
         Scores(2),
         Scores(4),

@@ -24,7 +24,7 @@ from poetx.layers.merge_reminder import MergeReminder, remind_of_merging
 from poetx.layers.oft import OFTLinear
 from poetx.layers.poet import PoetLinear
 from poetx.layers.prequantized import dense_weight, drop_quantizers_, is_foreign
-from poetx.layers.shared_features import SharedFeatures
+from poetx.layers.shared_features import SharedFeatures, unwatch
 from poetx.layers.single_step import SingleStepLinear
 from poetx.layers.walk import check_model, converted_layers, poet_layers, rotation_ids
 from poetx.targets import Targets, find_targets, is_conv1d
@@ -295,7 +295,8 @@ def to_dense_(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module
             _put(model, where, dense)
     for shared in left:
         shared.look_again()
-        shared.unwatch()
+    for module in model.modules():
+        unwatch(module)
     if next(converted_layers(model), None) is None:
         vars(model).pop("_apply", None)
     return model

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import random
+import sys
+import weakref
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -13,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from poetx.config import PoetConfig
-from poetx.layers.shared_features import SharedFeatures
+from poetx.layers.shared_features import GLOBAL_HOOKS, SharedFeatures
 from poetx.ops.rebuild import saved_tensor_hooks
 from poetx.targets import Targets, is_conv1d
 
@@ -23,6 +28,8 @@ from poetx.targets import Targets, is_conv1d
 Shared = dict[str, dict[str, SharedFeatures]]
 #: Leading sizes that a module is tried with: sequences of some tokens, of one, and tokens alone. The first must work.
 _TRIED = ((2, 3), (1, 1), (4,))
+#: Entries of a list or dictionary among a module's attributes, from which on it is not copied.
+_MANY = 100
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
@@ -87,8 +94,7 @@ class _Standin(nn.Module):
     def expect(self, leading: tuple[int, ...]) -> None:
         """Begin anew, with numbers of these leading sizes."""
         self.leading, self.given = leading, []
-        numbers = torch.randn(*leading, self.out_features, generator=self.generator, dtype=torch.float64)
-        self.told = numbers.requires_grad_()
+        self.told = torch.randn(*leading, self.out_features, generator=self.generator, dtype=torch.float64)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape != (*self.leading, self.in_features) or self.given:
@@ -123,6 +129,9 @@ def inner_features(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.random.fork_rng(devices=[]))  # a module may draw numbers
+        stack.callback(random.setstate, random.getstate())
+        if "torch._dynamo" in sys.modules:  # compiled parts keep their graphs for what they are given in earnest
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         generator = torch.Generator().manual_seed(0)
         for width in dict.fromkeys(_sizes(layer)[0] for layer in children.values()):
             try:
@@ -144,7 +153,7 @@ def _tried(
         for training in (False, True):
             standins = {name: _Standin(_sizes(layer), generator) for name, layer in children.items()}
             module = _copy(parent, children, standins, outside, training=training)
-            x = torch.randn(*leading, width, generator=generator, dtype=torch.float64)
+            x = torch.randn(*leading, width, generator=generator, dtype=torch.float64).requires_grad_(training)
             try:
                 found.add(_tried_once(module, standins, x, generator))
             except _NotShared:
@@ -168,8 +177,11 @@ def _copy(
 ) -> Any:
     layers = {id(part) for layer in children.values() for part in layer.modules()}
     inside = [module for module in parent.modules() if id(module) not in layers]
-    if len(inspect.signature(parent.forward).parameters) != 1 or "forward" in vars(parent):
-        raise _NotShared("it takes something else, too, or was patched")
+    takes = [parameter.kind for parameter in inspect.signature(parent.forward).parameters.values()]
+    if takes not in ([inspect.Parameter.POSITIONAL_OR_KEYWORD], [inspect.Parameter.POSITIONAL_ONLY]):
+        raise _NotShared("it takes something else, too")
+    if "forward" in vars(parent) or any(GLOBAL_HOOKS):
+        raise _NotShared("patched, or somebody looks at all modules")
     if hasattr(type(parent).forward, "_torchdynamo_orig_callable"):
         raise _NotShared("compiled")
     for module in inside:
@@ -180,6 +192,13 @@ def _copy(
             raise _NotShared("somebody looks at it")
     within = {id(module) for module in inside}
     memo: dict[int, Any] = {key: module for key, module in outside.items() if key not in within}
+    for part in inside:
+        for key, value in vars(part).items():
+            if isinstance(value, list | tuple | dict | set):
+                if len(value) > _MANY:
+                    raise _NotShared("it has too much to copy")
+            elif not isinstance(value, nn.Module) and key not in ("training", "_modules"):
+                memo[id(value)] = value  # a config, a function: not to be copied
     memo |= {id(children[name]): standin for name, standin in standins.items()}
     module = copy.deepcopy(parent, memo).train(training)
     for part in module.modules():
@@ -191,18 +210,13 @@ def _copy(
 def _tried_once(
     module: nn.Module, standins: Mapping[str, _Standin], x: Tensor, generator: torch.Generator
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    def run() -> tuple[Any, dict[str, Tensor]]:
-        before = _attributes(module)
-        for standin in standins.values():
-            standin.given = []
-        out = module.forward(x)
-        if _attributes(module) != before or not all(standin.given for standin in standins.values()):
-            raise _NotShared("it keeps something, or leaves a layer out")
-        return out, {name: standin.given[0] for name, standin in standins.items()}
-
     for standin in standins.values():
         standin.expect(tuple(x.shape[:-1]))
-    out, given = run()
+    if _keeps_something(module, standins, x.detach()):
+        raise _NotShared("its features are kept somewhere")
+    for standin in standins.values():
+        standin.told.requires_grad_()
+    out, given, _ = _run(module, standins, x)
     writers = tuple(name for name, tensor in given.items() if _same(tensor, x))
     readers = tuple(name for name in given if name not in writers)
     sizes = {standins[name].out_features for name in writers} | {standins[name].in_features for name in readers}
@@ -215,7 +229,7 @@ def _tried_once(
     for order in _orders(features, generator):
         for name in writers:
             standins[name].told = told[name].detach()[..., order].requires_grad_()
-        again, now = run()
+        again, now, _ = _run(module, standins, x)
         ordered = [factor[..., order] for factor in factors]
         new = torch.autograd.grad([now[name] for name in readers], [standins[name].told for name in writers], ordered)
         same = [_same(now[name], given[name][..., order] if name in readers else given[name]) for name in given]
@@ -223,6 +237,50 @@ def _tried_once(
         if not all(same) or not _same(again, out):
             raise _NotShared("the order of features matters")
     return readers, writers
+
+
+def _run(
+    module: nn.Module, standins: Mapping[str, _Standin], x: Tensor
+) -> tuple[Any, dict[str, Tensor], list[weakref.ref[Tensor]]]:
+    """What the module gives, what its layers were given, and what was made meanwhile."""
+    before = _attributes(module)
+    for standin in standins.values():
+        standin.given = []
+    with _Watch([x, *(standin.told for standin in standins.values())]) as watch:
+        out = module.forward(x)
+    if _attributes(module) != before or not all(standin.given for standin in standins.values()):
+        raise _NotShared("it keeps something, or leaves a layer out")
+    return out, {name: standin.given[0] for name, standin in standins.items()}, watch.made
+
+
+def _keeps_something(module: nn.Module, standins: Mapping[str, _Standin], x: Tensor) -> bool:
+    """Whether anything that is made in the module's forward stays. Without a graph, which keeps tensors itself."""
+    made = _run(module, standins, x)[2]
+    for standin in standins.values():
+        standin.given = []
+    return any(tensor() is not None for tensor in made)
+
+
+class _Watch(TorchDispatchMode):
+    """Sees to it that no tensor of several entries is read or written but what is given and made inside."""
+
+    def __init__(self, given: list[Tensor]) -> None:
+        super().__init__()
+        self.storages = [tensor.untyped_storage() for tensor in given]
+        self.known = {storage._cdata for storage in self.storages}
+        self.made: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in tree_leaves((args, kwargs or {})):
+            if isinstance(leaf, Tensor) and leaf.numel() > 1 and leaf.untyped_storage()._cdata not in self.known:
+                raise _NotShared("it reads or writes what is kept elsewhere")
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.storages.append(leaf.untyped_storage())
+                self.known.add(self.storages[-1]._cdata)
+                self.made.append(weakref.ref(leaf))
+        return out
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

@@ -63,8 +63,8 @@ def in_force(net, x=None, run=None):
     """Of both groups: whether it was in force in a forward pass."""
     found, running = {}, SharedFeatures.running
 
-    def recorded(shared):
-        now = running(shared)
+    def recorded(shared, *layer, **writes):
+        now = running(shared, *layer, **writes)
         found.setdefault(shared, []).append(now is not None)
         return now
 
@@ -133,7 +133,7 @@ def test_nothing_of_a_pass_is_kept_after_it_or_after_its_failure():
         net(x)
     gc.collect()
     assert [reference() for reference in seen] == [None, None]
-    assert all(shared.running() is None for shared in groups(net))
+    assert all(shared._open() is None for shared in groups(net))
 
 
 class Pair(nn.Module):
@@ -220,32 +220,34 @@ def test_under_activation_checkpointing(reentrant):
     close(gradients(net, x, lambda x: checkpoint(net.mlp, x, use_reentrant=reentrant)), want)
 
 
+SWITCH = {"to": ""}
+
+
 class PartlyCheckpointed(MLP):
     """Where a switch says so, as in many models; conversion tries it without."""
-
-    switch = False
 
     def forward(self, x):
         def inside(x):
             return nn.functional.silu(self.gate(x)) * self.up(x)
 
-        if self.switch == "late":
+        switch = SWITCH["to"]
+        if switch == "late":
             gate = self.gate(x)
             return self.down(checkpoint(lambda x: nn.functional.silu(gate) * self.up(x), x, use_reentrant=False))
-        return self.down(checkpoint(inside, x, use_reentrant=self.switch == "reentrant") if self.switch else inside(x))
+        return self.down(checkpoint(inside, x, use_reentrant=switch == "reentrant") if switch else inside(x))
 
 
 @pytest.mark.parametrize("switch", ["not reentrant", "reentrant", "late"])
-def test_checkpointed_inside(switch):
+def test_checkpointed_inside(switch, monkeypatch):
     torch.manual_seed(0)
     net = nn.ModuleDict({"mlp": PartlyCheckpointed()}).double()
     convert_(net, PoetConfig(block_size=5, permutation="shared"))
     turn(net, angle=0.1)
     x = inputs()
     want = gradients(net, x, net["mlp"])
-    net["mlp"].switch = switch
+    monkeypatch.setitem(SWITCH, "to", switch)
     if switch == "late":
-        with pytest.raises(UserError, match="^mlp: a part of its forward is checkpointed"):
+        with pytest.raises(UserError, match=r"^mlp: a part of its forward runs by itself \(checkpointed"):
             net["mlp"](x)
     else:
         close(gradients(net, x, net["mlp"]), want)
@@ -430,6 +432,111 @@ def test_whoever_looks_at_what_lies_between_sees_it_as_ever(change):
     change(net)
     change(dense)
     torch.testing.assert_close(net(x), dense(x))
+
+
+def other_function(net):
+    net.act = nn.Sequential(nn.ReLU())
+    net.act.append(nn.PReLU(20).double())
+    nn.init.uniform_(net.act[1].weight, generator=torch.Generator().manual_seed(0))
+
+
+def test_what_conversion_tried_is_no_longer_what_is_there():
+    net, dense = named()
+    for module in (net, dense):
+        other_function(module)
+    torch.testing.assert_close(net(inputs()), dense(inputs()))
+
+
+def test_global_hooks_and_those_of_the_module_see_features_as_ever():
+    net, dense = named()
+    x, seen = inputs(), []
+
+    def scale(module, given, out):
+        return out * MASK if isinstance(module, nn.ReLU) else None
+
+    handle = nn.modules.module.register_module_forward_hook(scale)
+    try:
+        torch.testing.assert_close(net(x), dense(x))
+    finally:
+        handle.remove()
+    net.register_forward_pre_hook(lambda module, given: seen.append(module.up(given[0])))
+    net.register_forward_hook(lambda module, given, out: seen.append(module.up(given[0])), prepend=True)
+    torch.testing.assert_close(net(x), dense(x))
+    for features in seen:
+        torch.testing.assert_close(features, dense.up(x))
+
+
+def test_a_pass_that_was_interrupted_is_over(monkeypatch):
+    net, dense = named()
+    x = inputs()
+
+    def interrupted(h):
+        raise KeyboardInterrupt
+
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(net.down.__class__, "forward", lambda self, h: interrupted(h))
+            net.down.shared_in._made_of = None
+            with pytest.raises(KeyboardInterrupt):
+                net(x)
+        net.down.shared_in._made_of = None
+        torch.testing.assert_close(net.up(x), dense.up(x))
+    assert net.up.shared_out._open() is None
+    torch.testing.assert_close(net(x), dense(x))
+
+
+class Early(Named):
+    def forward(self, x):
+        h = self.act(self.up(x))
+        return h if SWITCH["to"] == "early" else self.down(h)
+
+
+def test_features_that_leave_the_module_otherwise_than_tried_are_refused(monkeypatch):
+    model = nn.ModuleDict({"mlp": Early()}).double()
+    convert_(model, PoetConfig(block_size=5, permutation="shared"))
+    model["mlp"](inputs())
+    monkeypatch.setitem(SWITCH, "to", "early")
+    with pytest.raises(
+        UserError, match="^mlp: its forward handed on the permuted features of up without giving them to"
+    ):
+        model["mlp"](inputs())
+
+
+class Threaded(Named):
+    def forward(self, x):
+        made = []
+        if SWITCH["to"] != "thread":
+            return self.down(self.act(self.up(x)))
+        thread = threading.Thread(target=lambda: made.append(self.up(x)))
+        thread.start()
+        thread.join()
+        return self.down(self.act(made[0]))
+
+
+def test_what_another_thread_writes_is_read_as_ever(monkeypatch):
+    model = nn.ModuleDict({"mlp": Threaded()}).double()
+    convert_(model, PoetConfig(block_size=5, permutation="shared"))
+    want = model["mlp"](inputs())
+    monkeypatch.setitem(SWITCH, "to", "thread")
+    torch.testing.assert_close(model["mlp"](inputs()), want)
+
+
+def test_one_layer_compiled_alone():
+    net, dense = named()
+    net.down.compile(backend="eager")
+    torch.testing.assert_close(net(inputs()), dense(inputs()))
+
+
+def test_read_from_a_file_and_made_dense_at_once_it_has_no_hooks():
+    net, _ = named()
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    model = nn.ModuleDict({"mlp": torch.load(file, weights_only=False)})
+    to_dense_(model)
+    assert not model["mlp"]._forward_hooks
+    convert_(model, PoetConfig(block_size=5, permutation="shared"))
+    assert model["mlp"].down.shared_in is not None
 
 
 def test_a_hook_that_takes_itself_away_sees_one_pass_as_ever():
