@@ -148,7 +148,7 @@ class SharedFeatures:
 
     def _is_in_force(self, parent: nn.Module) -> bool:
         perms = self._permutations(parent)
-        if not self.is_complete(parent):
+        if len(perms) < len(self.readers) + len(self.writers):
             return False
         compiling = torch.compiler.is_compiling()
         if not compiling and self._parent() is not parent:  # a copy, or read from a file
