@@ -5,8 +5,10 @@
 
 Model, conversion, optimizer and step are those of ``poetx train``, on the fake tensors that memory is planned with. An
 operator of torch counts as one kernel, a multi-tensor one as torch cuts it, a Triton launch as one, views and
-allocations as none. ``--layer``: each shape of rotated layer, forward and backward, without the rest, with the bytes
-that its kernels move: every tensor that one is given once, twice where it is read and written.
+allocations as none. ``--layer``: each shape of rotated layer by itself, forward and backward, without the rest, with the
+bytes that its kernels move: every tensor that one is given once, twice where it is read and written.
+``--decoder-layer``: all rotated layers of one decoder layer, in a run of its forward, which is where they make their
+blocks together; of shared permutations the whole step is to be counted, as they hold in the modules' own forward only.
 """
 
 from __future__ import annotations
@@ -180,6 +182,28 @@ def of_a_step(recipe: Recipe, sequences: int, length: int) -> tuple[Launches, in
     return counts, len(_rotated(model))
 
 
+def of_a_decoder_layer(recipe: Recipe, tokens: int) -> tuple[Counter[str], int]:
+    """Launches of all rotated layers of a decoder layer, forward and backward, and their number."""
+    _, plan = planned_recipe(recipe.with_keys({"model.num_layers": 1}), (), None)
+    plan = settled(plan, torch.device("cuda"))
+    model = meta_model(model_config(plan, vocab_size=vocabulary(plan), end_of_text_id=0), plan)
+    convert_model(model, plan, None)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake_(model, mode)
+    with mode:
+        kept = method_of(plan).build_optimizer(model, plan.train.steps, foreach=True)
+        layers, counts = _rotated(model), Launches()
+        dtype = layers[0].weight_dtype
+        xs = [torch.empty(tokens, layer.in_features, dtype=dtype, requires_grad=True) for layer in layers]
+        gs = [torch.empty(tokens, layer.out_features, dtype=dtype) for layer in layers]
+        decoder = next(m for name, m in model.named_modules() if name.endswith("layers.0"))
+        with mock.patch.object(decoder, "forward", lambda: [layer(x) for layer, x in zip(layers, xs, strict=True)]):
+            with as_on_a_gpu(counts), counts:
+                torch.autograd.backward(decoder(), gs)
+        del kept
+    return Counter({name: count for (_, name), count in counts.counts.items()}), len(layers)
+
+
 def of_a_layer(recipe: Recipe, tokens: int) -> dict[str, tuple[Counter[str], Counter[str]]]:
     """Launches of each shape of rotated layer, forward and backward, and the bytes they move, by kernel."""
     _, plan = planned_recipe(recipe.with_keys({"model.num_layers": 1}), (), None)
@@ -213,6 +237,7 @@ def main() -> None:
     parser.add_argument("--methods", default="adamw,fast,mem,single-step")
     parser.add_argument("--tokens", default="1x2048", help="sequences x length")
     parser.add_argument("--layer", action="store_true", help="rotated layers one by one, no whole step")
+    parser.add_argument("--decoder-layer", action="store_true", help="rotated layers of one decoder layer together")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     sequences, length = map(int, args.tokens.split("x"))
@@ -226,6 +251,12 @@ def main() -> None:
                 total = {"launches": kernels.total(), "bytes": moved.total()}
                 rows.append(row | {"layer": shape} | total | {"kernels": dict(kernels)})
                 print(method, shape, total, dict(kernels), flush=True)
+            continue
+        if args.decoder_layer:
+            kernels, layers = of_a_decoder_layer(by_method(recipe, method), sequences * length)
+            each = {"layers": layers, "launches_per_layer": round(kernels.total() / layers, 2)}
+            rows.append(row | {"decoder_layer": True} | each | {"kernels": dict(kernels)})
+            print(method, each, dict(kernels), flush=True)
             continue
         counts, layers = of_a_step(by_method(recipe, method), sequences, length)
         phases = {phase: counts.total(phase) for phase in ("forward", "backward", "step")}

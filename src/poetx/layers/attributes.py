@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 #: Set by transformers, or by a layer of ours while it is used; nobody misses them.
-_PASSING = {"_is_hf_initialized", "_hollow", "shared_blocks", "shared_in", "shared_out", "_mark", "states_loaded"}
+_PASSING = {"_is_hf_initialized", "_hollow", "shared_blocks", "shared_in", "shared_out", "blocks_together", "_mark"}
+_PASSING |= {"states_loaded"}
 
 
 def carry_attributes(source: nn.Module, target: nn.Module) -> list[str]:

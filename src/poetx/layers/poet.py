@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from poetx.config import PoetConfig
 from poetx.errors import UserError
 from poetx.layers.base import recorder
+from poetx.layers.blocks_together import BlocksTogether
 from poetx.layers.computed_weight import ComputedWeight
 from poetx.layers.hosted import HostedLinear
 from poetx.layers.plain_weights import save_plain_weights_too
@@ -29,6 +30,7 @@ from poetx.ops.original import original_weight
 from poetx.ops.random import stream
 from poetx.ops.rebuild import kept_factors
 from poetx.ops.side import Side, Sides, block_count
+from poetx.ops.together import Taken
 from poetx.ops.transaction import swap_
 
 
@@ -85,6 +87,8 @@ class PoetLinear(HostedLinear):
     #: What the layer reads and makes in common with others, with ``config.permutation="shared"``; set by convert_.
     shared_in: SharedFeatures | None = None
     shared_out: SharedFeatures | None = None
+    #: Layers with which it makes its blocks; set by convert_.
+    blocks_together: BlocksTogether | None = None
 
     def __init__(
         self,
@@ -267,7 +271,12 @@ class PoetLinear(HostedLinear):
             return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
         blocks = self.shared_blocks if self.shared_blocks and self.shared_blocks[0].dtype == x.dtype else None
         weight, settings = self.frozen_weight.stored, {"order": self.order, "mode": mode, "bias": bias}
-        return poet_linear(x, weight, both, **settings, factors=factors, blocks=blocks)
+
+        def take(again: bool) -> Taken | None:
+            group = self.blocks_together
+            return None if group is None else group.take(self, x.dtype, again=again)
+
+        return poet_linear(x, weight, both, **settings, factors=factors, blocks=blocks, take=take)
 
     def mode_for(self, x: Tensor) -> str:
         """As in any converted layer; *fast* would keep more of a quantized weight's layer than the format spares."""

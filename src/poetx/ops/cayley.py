@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -276,6 +277,60 @@ def side_blocks_backward(
     packed, _, sizes, block_sizes = zip(*sides, strict=True)
     narrow = dtype == torch.bfloat16
     return _cayley_backward(list(grads), list(packed), list(sizes), list(block_sizes), order, narrow)
+
+
+#: Float32 that the kernels may hold while they make gradients of blocks in one batch, bytes; six matrices a block.
+_SCRATCH = 5 * 2**27
+
+
+def _batches(sides: Sequence[Side]) -> list[list[int]]:
+    """Which sides can go through together: blocks of one size, all of them whole, no more than the scratch allows."""
+    batches: list[list[int]] = []
+    last: dict[Any, tuple[list[int], int]] = {}
+    for number, (packed, _, size, block_size) in enumerate(sides):
+        kind = (block_size, packed.dtype)
+        batch, bytes = last.get(kind, ([], 0))
+        mine = 24 * len(packed) * block_size**2
+        if size % block_size or not batch or bytes + mine > _SCRATCH:
+            batch, bytes = [], 0
+            batches.append(batch)
+        batch.append(number)
+        if size % block_size == 0:
+            last[kind] = batch, bytes + mine
+    return batches
+
+
+def many_blocks(sides: Sequence[Side], order: int, dtype: torch.dtype) -> list[Tensor]:
+    """:func:`side_blocks` of the sides of many layers, by the launches of one: views of a few tensors."""
+    blocks: dict[int, Tensor] = {}
+    for batch in _batches(sides):
+        packed, size, block_size = _joined(sides, batch)
+        (G,) = _cayley([packed], [size], [block_size], order, dtype)
+        blocks |= zip(batch, G.split([len(sides[number].packed) for number in batch]), strict=True)
+    return [blocks[number] for number in range(len(sides))]
+
+
+def many_blocks_backward(
+    grads: Sequence[Tensor], sides: Sequence[Side], order: int, dtype: torch.dtype
+) -> list[Tensor]:
+    """:func:`side_blocks_backward` of the sides of many layers; views of a few tensors."""
+    found: dict[int, Tensor] = {}
+    for batch in _batches(sides):
+        packed, size, block_size = _joined(sides, batch)
+        dG = _cat([grads[number] for number in batch])
+        (dq,) = _cayley_backward([dG], [packed], [size], [block_size], order, dtype == torch.bfloat16)
+        found |= zip(batch, dq.split([len(sides[number].packed) for number in batch]), strict=True)
+    return [found[number] for number in range(len(sides))]
+
+
+def _joined(sides: Sequence[Side], batch: Sequence[int]) -> tuple[Tensor, int, int]:
+    """(packed, size, block size) of sides as if they were one."""
+    each = [sides[number] for number in batch]
+    return _cat([side.packed for side in each]), sum(side.size for side in each), each[0].block_size
+
+
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def cayley_delta(q_KP: Tensor, *, size: int, block_size: int, order: int = EXACT) -> Tensor:

@@ -22,7 +22,7 @@ Otherwise there is no product of that size for a weight gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from poetx.ops.library import first_derivatives_only, no_transforms, operator
 from poetx.ops.rebuild import rebuild
 from poetx.ops.side import Sides, sides
 from poetx.ops.stored import Stored, fetch
+from poetx.ops.together import Taken
 
 
 def _fake_fast(x, stored, kind, group_size, blocks, perm_in, perm_out, bias):
@@ -117,7 +118,7 @@ def _rotate_weight(
     return V, rotated
 
 
-def _fake_mem(x, stored, kind, group_size, packed, perm_in, perm_out, block_sizes, order, by_weight, bias):
+def _fake_mem(x, stored, kind, group_size, packed, blocks, perm_in, perm_out, block_sizes, order, by_weight, bias):
     return x.new_empty(x.shape[0], stored[0].shape[0])
 
 
@@ -128,6 +129,7 @@ def _linear_mem(
     kind: str,
     group_size: int,
     packed: Sequence[Tensor],
+    blocks: Sequence[Tensor],
     perm_in: Tensor | None,
     perm_out: Tensor | None,
     block_sizes: Sequence[int],
@@ -135,8 +137,9 @@ def _linear_mem(
     by_weight: bool,
     bias: Tensor | None,
 ) -> Tensor:
+    """y; the blocks are made of ``packed``, or else given."""
     weight = fetch(stored, kind, group_size, x.shape[1], x.dtype, x.device)
-    G_in, G_out = cayley_blocks(packed, weight.shape[::-1], block_sizes, order, x.dtype)
+    G_in, G_out = blocks or cayley_blocks(packed, weight.shape[::-1], block_sizes, order, x.dtype)
     if by_weight:
         rotated = _rotate_weight(weight, (G_in, G_out), perm_in, perm_out)[1]
         return x @ rotated.T if bias is None else torch.addmm(bias, x, rotated.T)
@@ -146,9 +149,11 @@ def _linear_mem(
 
 
 def _fake_mem_backward(
-    g, x, stored, kind, group_size, packed, perm_in, perm_out, block_sizes, order, by_weight, needs_dx
+    g, x, stored, kind, group_size, packed, blocks, perm_in, perm_out, block_sizes, order, by_weight, needs_dx
 ):
-    return x.new_empty(x.shape if needs_dx else (0,)), *(torch.empty_like(q) for q in packed)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    grads = [torch.empty_like(G, dtype=dtype) for G in blocks] or [torch.empty_like(q) for q in packed]
+    return x.new_empty(x.shape if needs_dx else (0,)), *grads
 
 
 @operator(_fake_mem_backward)
@@ -159,6 +164,7 @@ def _linear_mem_backward(
     kind: str,
     group_size: int,
     packed: Sequence[Tensor],
+    blocks: Sequence[Tensor],
     perm_in: Tensor | None,
     perm_out: Tensor | None,
     block_sizes: Sequence[int],
@@ -166,11 +172,15 @@ def _linear_mem_backward(
     by_weight: bool,
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dq_in, dq_out)."""
+    """(dx, dq_in, dq_out), or where the blocks are given (dx, dG_in, dG_out)."""
     weight = fetch(stored, kind, group_size, x.shape[1], x.dtype, x.device)
     sizes, squares = weight.shape[::-1], []
-    G_in, G_out = cayley_blocks(packed, sizes, block_sizes, order, x.dtype, squares)
-    end = (packed, sizes, block_sizes, order, x.dtype == torch.bfloat16, squares)
+    G_in, G_out = blocks or cayley_blocks(packed, sizes, block_sizes, order, x.dtype, squares)
+
+    def of_packed(*grads: Tensor) -> Sequence[Tensor]:
+        narrow = x.dtype == torch.bfloat16
+        return grads if blocks else cayley_blocks_backward(grads, packed, sizes, block_sizes, order, narrow, squares)
+
     if by_weight:
         V, rotated = _rotate_weight(weight, (G_in, G_out), perm_in, perm_out)
         dx = g @ rotated if needs_dx else x.new_empty(0)
@@ -183,7 +193,7 @@ def _linear_mem_backward(
         dV = block_diagonal.left_rotate(dU, G_out)
         del dU, G_out
         dG_in = block_diagonal.block_outer_products(dV, weight, block_sizes[0])
-        dq_in, dq_out = cayley_blocks_backward([dG_in, dG_out], *end)
+        dq_in, dq_out = of_packed(dG_in, dG_out)
         return dx, dq_in, dq_out
     b = block_diagonal.gather_rotate(x, perm_in, G_in) @ weight.T
     # One buffer [N, m] for b and db, gone before dx is made.
@@ -192,32 +202,38 @@ def _linear_mem_backward(
     del b, db, G_out, weight
     dx, dG_in = block_diagonal.gather_rotate_backward(x, perm_in, G_in, da, needs_dx)
     del da, G_in
-    dq_in, dq_out = cayley_blocks_backward([dG_in, dG_out], *end)
+    dq_in, dq_out = of_packed(dG_in, dG_out)
     return dx, dq_in, dq_out
 
 
 class _FastLinear(torch.autograd.Function):
-    """Saves x, b = a · W'ᵀ [N, m], G_in and G_out in x's dtype; weight, q and permutations are kept anyway."""
+    """Saves x, b = a · W'ᵀ [N, m], G_in and G_out in x's dtype; weight, q and permutations are kept anyway.
+
+    Where blocks are made together with other layers', ``q_in`` and ``q_out`` are their handles, and ``packed`` what is
+    saved. So a layer that is run again, checkpointed, saves the same number of tensors whoever makes its blocks.
+    """
 
     @staticmethod
-    def forward(ctx, x, skew_in, skew_out, perm_in, perm_out, bias, settings, *tensors):
+    def forward(ctx, x, q_in, q_out, perm_in, perm_out, bias, settings, packed, *tensors):
         kind, group_size, count, sizes, block_sizes, order = ctx.settings = settings
         stored, blocks = list(tensors[:count]), list(tensors[count:])
         if not blocks:
-            blocks = side_blocks(sides([skew_in, skew_out], sizes, block_sizes), order, x.dtype)
+            blocks = side_blocks(sides([q_in, q_out], sizes, block_sizes), order, x.dtype)
         y, b = _linear_fast(x, stored, kind, group_size, blocks, perm_in, perm_out, bias)
-        ctx.save_for_backward(x, b, skew_in, skew_out, perm_in, perm_out, *blocks, *stored)
+        ctx.together = packed is not None
+        ctx.save_for_backward(x, b, *(packed or (q_in, q_out)), perm_in, perm_out, *blocks, *stored)
         return y
 
     @staticmethod
     def backward(ctx, g):
         first_derivatives_only()
-        x, b, skew_in, skew_out, perm_in, perm_out, G_in, G_out, *stored = ctx.saved_tensors
+        x, b, q_in, q_out, perm_in, perm_out, G_in, G_out, *stored = ctx.saved_tensors
         kind, group_size, _, sizes, block_sizes, order = ctx.settings
         rotation = ([G_in, G_out], perm_in, perm_out)
         dx, *grads = _linear_fast_backward(g, x, b, stored, kind, group_size, *rotation, ctx.needs_input_grad[0])
-        dq = side_blocks_backward(grads, sides([skew_in, skew_out], sizes, block_sizes), order, x.dtype)
-        return _gradients(ctx, g, dx, *dq)
+        if not ctx.together:
+            grads = side_blocks_backward(grads, sides([q_in, q_out], sizes, block_sizes), order, x.dtype)
+        return _gradients(ctx, g, dx, *grads)
 
 
 class _MemLinear(torch.autograd.Function):
@@ -225,30 +241,31 @@ class _MemLinear(torch.autograd.Function):
 
     Or U in place of a and b.
 
-    The weight's stored tensors and the permutations are kept anyway, too: nothing else of W's size is.
+    The weight's stored tensors and the permutations are kept anyway, too: nothing else of W's size is. ``packed`` and,
+    where blocks are made together, the way to have them again: as in :class:`_FastLinear`.
     """
 
     @staticmethod
-    def forward(ctx, x, skew_in, skew_out, perm_in, perm_out, bias, settings, *tensors):
-        kind, group_size, count, _, block_sizes, order, by_weight = ctx.settings = settings
+    def forward(ctx, x, q_in, q_out, perm_in, perm_out, bias, settings, packed, *tensors):
+        kind, group_size, count, block_sizes, order, by_weight, taken = settings
         stored, factors = tensors[:count], tensors[count:]
-        ctx.save_for_backward(skew_in, skew_out, perm_in, perm_out, *stored, *(factors or (x,)))
+        ctx.settings, ctx.again = settings[:-1], taken and taken.again  # and not the blocks
+        ctx.save_for_backward(*(packed or (q_in, q_out)), perm_in, perm_out, *stored, *(factors or (x,)))
         ctx.like = x.shape, x.dtype
-        weight, rotation = (list(stored), kind, group_size), ([skew_in, skew_out], perm_in, perm_out)
-        return _linear_mem(x, *weight, *rotation, list(block_sizes), order, by_weight, bias)
+        rotation = ([] if taken else [q_in, q_out], list(taken.blocks) if taken else [], perm_in, perm_out)
+        return _linear_mem(x, list(stored), kind, group_size, *rotation, list(block_sizes), order, by_weight, bias)
 
     @staticmethod
     def backward(ctx, g):
         first_derivatives_only()
-        kind, group_size, count, _, block_sizes, order, by_weight = ctx.settings
-        skew_in, skew_out, perm_in, perm_out, *rest = ctx.saved_tensors
+        kind, group_size, count, block_sizes, order, by_weight = ctx.settings
+        q_in, q_out, perm_in, perm_out, *rest = ctx.saved_tensors
         x = rebuild(rest[count:], *ctx.like)
         stored = rest[:count]
         del rest
-        rotation = ([skew_in, skew_out], perm_in, perm_out, list(block_sizes), order, by_weight)
-        return _gradients(
-            ctx, g, *_linear_mem_backward(g, x, stored, kind, group_size, *rotation, ctx.needs_input_grad[0])
-        )
+        rotation = ([] if ctx.again else [q_in, q_out], list(ctx.again()) if ctx.again else [], perm_in, perm_out)
+        settings = (list(block_sizes), order, by_weight, ctx.needs_input_grad[0])
+        return _gradients(ctx, g, *_linear_mem_backward(g, x, stored, kind, group_size, *rotation, *settings))
 
 
 def _gradients(ctx, g, dx, dq_in, dq_out):
@@ -268,6 +285,7 @@ def poet_linear(
     bias: Tensor | None = None,
     factors: tuple[Tensor, Tensor] | None = None,
     blocks: Sequence[Tensor] | None = None,
+    take: Callable[[bool], Taken | None] = lambda again: None,
 ) -> Tensor:
     """y [..., m] of x [..., n] through the rotated weight; differentiable in x, both sides' packed tensors and bias.
 
@@ -281,24 +299,30 @@ def poet_linear(
         factors: two tensors whose product, cast to x's dtype, is x: *mem* saves them in place of x.
         blocks: (G_in, G_out) in x's dtype as :func:`poetx.ops.cayley.side_blocks` makes them; *fast* uses them as they
             are and differentiates through the packed tensors all the same. Not where the weight is rotated.
+        take: what was made together with other layers' (:mod:`poetx.ops.together`), if it was, in place of the packed
+            tensors and ``blocks``; called once, with whether the blocks will be wanted again in backward.
     """
     no_transforms()
     side_in, side_out = both
     sizes, block_sizes = (side_in.size, side_out.size), (side_in.block_size, side_out.block_size)
     x_NF = x.reshape(-1, x.shape[-1])
-    settings: tuple[Any, ...] = (weight.kind, weight.group_size, len(weight.tensors), sizes, block_sizes, order)
     by_weight = weight_is_cheaper(len(x_NF), side_out.size, side_in.size, side_out.block_size, side_in.block_size, mode)
-    function, more = _FastLinear, blocks
-    if by_weight or mode == "mem":
-        function, more, settings = _MemLinear, factors, (*settings, by_weight)
+    stored: tuple[Any, ...] = (weight.kind, weight.group_size, len(weight.tensors))
+    keeps_blocks = mode == "fast" and not by_weight
+    taken = take(not keeps_blocks)
+    packed = (side_in.packed, side_out.packed)
+    if keeps_blocks:
+        function, settings, more = _FastLinear, (*stored, sizes, block_sizes, order), taken.blocks if taken else blocks
+    else:
+        function, settings, more = _MemLinear, (*stored, block_sizes, order, by_weight, taken), factors
     y = function.apply(
         x_NF,
-        side_in.packed,
-        side_out.packed,
+        *(taken.handles if taken else packed),
         side_in.perm,
         side_out.perm,
         None if bias is None else bias.to(x.dtype),
         settings,
+        packed if taken else None,
         *weight.tensors,
         *(more or ()),
     )
