@@ -5,8 +5,8 @@
 
 Model, conversion, optimizer and step are those of ``poetx train``, on the fake tensors that memory is planned with. An
 operator of torch counts as one kernel, a multi-tensor one as torch cuts it, a Triton launch as one, views and
-allocations as none. ``--layer``: each shape of rotated layer by itself, forward and backward, without the rest, with the
-bytes that its kernels move: every tensor that one is given once, twice where it is read and written.
+allocations as none. ``--layer``: each shape of rotated layer by itself, forward and backward, without the rest, with
+the bytes that its kernels move: every tensor that one is given once, twice where it is read and written.
 ``--decoder-layer``: all rotated layers of one decoder layer, in a run of its forward, which is where they make their
 blocks together; of shared permutations the whole step is to be counted, as they hold in the modules' own forward only.
 """
@@ -197,9 +197,12 @@ def of_a_decoder_layer(recipe: Recipe, tokens: int) -> tuple[Counter[str], int]:
         xs = [torch.empty(tokens, layer.in_features, dtype=dtype, requires_grad=True) for layer in layers]
         gs = [torch.empty(tokens, layer.out_features, dtype=dtype) for layer in layers]
         decoder = next(m for name, m in model.named_modules() if name.endswith("layers.0"))
-        with mock.patch.object(decoder, "forward", lambda: [layer(x) for layer, x in zip(layers, xs, strict=True)]):
-            with as_on_a_gpu(counts), counts:
-                torch.autograd.backward(decoder(), gs)
+
+        def forward() -> list[Tensor]:
+            return [layer(x) for layer, x in zip(layers, xs, strict=True)]
+
+        with mock.patch.object(decoder, "forward", forward), as_on_a_gpu(counts), counts:
+            torch.autograd.backward(decoder(), gs)
         del kept
     return Counter({name: count for (_, name), count in counts.counts.items()}), len(layers)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from benchmarks.launches import of_a_layer, of_a_step
+from benchmarks.launches import of_a_decoder_layer, of_a_layer, of_a_step
 
 from poetx.bench.step import by_method
 from poetx.recipe import load_recipe
@@ -24,6 +24,19 @@ def test_a_layer_asks_for_few_kernels(method: str, more: list[str], most: int) -
     for kernels, moved in found.values():
         assert moved.keys() == kernels.keys()
         assert 4 < kernels.total() <= most, dict(kernels)
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "most"),
+    [("fast", [], 17), ("fast", [NEIGHBOURS], 10), ("mem", [], 20.5), ("mem", [NEIGHBOURS], 12)],
+)
+def test_layers_of_a_decoder_layer_ask_for_fewer_together(method: str, more: list[str], most: float) -> None:
+    """Products are eight (fast) and ten (mem) of them."""
+    keys = [*TINY, "poet.neumann_order=3", *more]
+    kernels, layers = of_a_decoder_layer(by_method(load_recipe("demo", keys, text=False), method), 48)
+    assert layers == 7
+    assert kernels["series_kernel"] == (1 if method == "fast" else 2)
+    assert kernels.total() / layers <= most, dict(kernels)
 
 
 def test_shared_permutations_leave_half_of_the_passes_and_a_third_of_their_bytes() -> None:

@@ -16,7 +16,7 @@ from poetx.ops.cayley import packed_size
 from poetx.ops.dispatch import kernel_report, use_kernels
 from poetx.ops.linear import poet_linear
 from poetx.ops.reference import EXACT
-from poetx.ops.side import sides
+from poetx.ops.side import Side, sides
 from poetx.ops.stored import Stored
 
 pytest.importorskip("triton", reason="the kernels need triton, which exists for Linux only")
@@ -248,6 +248,32 @@ def test_the_permutation_compiles(dtype):
     with compiled_for(90) as compiled:
         permute_kernels.permute(torch.zeros(256, 512, dtype=dtype), torch.arange(512).int())
     assert [kernel.metadata.name for kernel in compiled] == ["permute_kernel"]
+
+
+@on_each
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sides_of_many_layers_in_one_batch_have_the_bits_that_they_have_alone(dtype, device):
+    """Whole and ragged sides, of two block sizes and packed types."""
+    kinds = [
+        (48, 16, dtype),
+        (40, 40, dtype),
+        (32, 16, dtype),
+        (41, 16, dtype),
+        (80, 40, torch.float32),
+        (16, 16, dtype),
+    ]
+    each, grads = [], []
+    for seed, (size, block_size, kind) in enumerate(kinds):
+        count = -(-size // block_size)
+        q = (draw(count, packed_size(block_size), dtype=torch.float32, device=device, seed=seed) * 0.05).to(kind)
+        each.append(Side(q, None, size, block_size))
+        grads.append(draw(count, block_size, block_size, dtype=torch.float32, device=device, seed=seed + 10))
+    with kernels_on(device):
+        many = cayley_twin.many_blocks(each, 3, dtype)
+        back = cayley_twin.many_blocks_backward(grads, each, 3, dtype)
+        for side, G, dq, grad in zip(each, many, back, grads, strict=True):
+            assert torch.equal(G, cayley_twin.side_blocks([side], 3, dtype)[0])
+            assert torch.equal(dq, cayley_twin.side_blocks_backward([grad], [side], 3, dtype)[0])
 
 
 @on_each_generation
