@@ -7,8 +7,8 @@ Model, conversion, optimizer and step are those of ``poetx train``, on the fake 
 operator of torch counts as one kernel, a multi-tensor one as torch cuts it, a Triton launch as one, views and
 allocations as none. ``--layer``: each shape of rotated layer by itself, forward and backward, without the rest, with
 the bytes that its kernels move: every tensor that one is given once, twice where it is read and written.
-``--decoder-layer``: all rotated layers of one decoder layer, in a run of its forward, which is where they make their
-blocks together; of shared permutations the whole step is to be counted, as they hold in the modules' own forward only.
+``--decoder-layer``: all rotated layers of one decoder layer, which make their blocks together, as in a training step;
+of shared permutations the whole step is to be counted, as they hold in the modules' own forward only.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.record import append, provenance
 from poetx.bench.step import by_method
 from poetx.layers.base import ConvertedLinear
+from poetx.layers.blocks_together import blocks_together, groups_of
 from poetx.layers.walk import poet_layers, single_step_layers
 from poetx.methods.base import convert_model, method_of
 from poetx.models import model_config, settled
@@ -196,13 +197,8 @@ def of_a_decoder_layer(recipe: Recipe, tokens: int) -> tuple[Counter[str], int]:
         dtype = layers[0].weight_dtype
         xs = [torch.empty(tokens, layer.in_features, dtype=dtype, requires_grad=True) for layer in layers]
         gs = [torch.empty(tokens, layer.out_features, dtype=dtype) for layer in layers]
-        decoder = next(m for name, m in model.named_modules() if name.endswith("layers.0"))
-
-        def forward() -> list[Tensor]:
-            return [layer(x) for layer, x in zip(layers, xs, strict=True)]
-
-        with mock.patch.object(decoder, "forward", forward), as_on_a_gpu(counts), counts:
-            torch.autograd.backward(decoder(), gs)
+        with as_on_a_gpu(counts), counts, blocks_together(groups_of(model)):
+            torch.autograd.backward([layer(x) for layer, x in zip(layers, xs, strict=True)], gs)
         del kept
     return Counter({name: count for (_, name), count in counts.counts.items()}), len(layers)
 

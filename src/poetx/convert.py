@@ -20,7 +20,6 @@ from poetx.errors import UserError, nearest
 from poetx.find_shared import find_shared
 from poetx.layers.attributes import carry_attributes
 from poetx.layers.base import DTYPES, ConvertedLinear, is_finite
-from poetx.layers.blocks_together import gather_layers
 from poetx.layers.merge_reminder import MergeReminder, remind_of_merging
 from poetx.layers.oft import OFTLinear
 from poetx.layers.poet import PoetLinear
@@ -103,7 +102,6 @@ def convert_(model: nn.Module, config: PoetConfig | None = None) -> ConversionRe
     if not shared and config.permutation == "shared" and config.method == "poet-x":
         remarks += ("permutation='shared' is as 'random' here: no two layers of a module read the same features",)
     drop_quantizers_(model)
-    gather_layers(model, ((name, layer) for name, layer in poet_layers(model) if not layer.one_sided))
     for _, layer in poet_layers(model):
         for shared_features in _shared_features(layer):
             shared_features.look_again()

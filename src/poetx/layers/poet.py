@@ -14,7 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from poetx.config import PoetConfig
 from poetx.errors import UserError
 from poetx.layers.base import recorder
-from poetx.layers.blocks_together import BlocksTogether
 from poetx.layers.computed_weight import ComputedWeight
 from poetx.layers.hosted import HostedLinear
 from poetx.layers.plain_weights import save_plain_weights_too
@@ -87,8 +86,8 @@ class PoetLinear(HostedLinear):
     #: What the layer reads and makes in common with others, with ``config.permutation="shared"``; set by convert_.
     shared_in: SharedFeatures | None = None
     shared_out: SharedFeatures | None = None
-    #: Layers with which it makes its blocks; set by convert_.
-    blocks_together: BlocksTogether | None = None
+    #: Layers with which it makes its blocks while :func:`poetx.layers.blocks_together.blocks_together` holds.
+    blocks_together: Any = None
 
     def __init__(
         self,
@@ -383,7 +382,7 @@ class PoetLinear(HostedLinear):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy made inside :func:`poetx.shared_blocks` has rotations of its own, and nobody would free its blocks."""
-        return {key: value for key, value in self.__dict__.items() if key != "shared_blocks"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("shared_blocks", "blocks_together")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -40,11 +40,11 @@ class Together:
         layers: the sides of each; all their packed tensors require a gradient, or none, and are on one device.
         order: 3, 7, or :data:`poetx.ops.reference.EXACT`.
         dtype: of the blocks.
-        made: the blocks, where somebody has them.
+        made: the blocks of a layer, where somebody has them.
     """
 
     def __init__(
-        self, layers: Sequence[Sides], order: int, dtype: torch.dtype, made: Sequence[Pair] | None = None
+        self, layers: Sequence[Sides], order: int, dtype: torch.dtype, made: Sequence[Pair | None] = ()
     ) -> None:
         self._order, self._dtype = order, dtype
         self._layers = [tuple(side._replace(perm=None) for side in both) for both in layers]
@@ -53,7 +53,10 @@ class Together:
         handles: Sequence[Tensor] = [side.packed for side in sides]
         if torch.is_grad_enabled() and handles[0].requires_grad:
             handles = _Handles.apply([side._replace(packed=None) for side in sides], order, dtype, *handles)
-        self._left = dict(enumerate(zip(made or self._make(range(len(layers))), _pairs(handles), strict=True)))
+        ready = {number: pair for number, pair in enumerate(made) if pair is not None}
+        missing = [number for number in range(len(layers)) if number not in ready]
+        blocks = ready | dict(zip(missing, self._make(missing), strict=True))
+        self._left = {number: (blocks[number], pair) for number, pair in enumerate(_pairs(handles))}
         self._wanted: set[int] = set()
         self._made_again: dict[int, Pair] = {}
 
@@ -102,7 +105,7 @@ class _Handles(torch.autograd.Function):
         first_derivatives_only()
         sides, order, dtype = ctx.settings
         given = [number for number, grad in enumerate(grads) if grad is not None]
-        _check_versions(ctx.versions, sides)
+        _check_versions([ctx.versions[n] for n in given], [sides[n] for n in given])
         found: list[Tensor | None] = [None] * len(grads)
         each = many_blocks_backward([grads[n] for n in given], [sides[n] for n in given], order, dtype)
         for number, dq in zip(given, each, strict=True):

@@ -45,7 +45,7 @@ class _HandOver:
 
     def __call__(self, parameter: Tensor) -> None:
         take = self.take()
-        if take is not None:
+        if take is not None and parameter.grad is not None:  # None: of a layer that was not called
             take(parameter)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from poetx.distributed.gradients import GradientAverage, clip_, embeddings, tota
 from poetx.distributed.ranks import on_any_rank, rank_count, sent_dtype, sum_
 from poetx.distributed.sharded import as_forward, is_sharded
 from poetx.errors import UserError
+from poetx.layers.blocks_together import BlocksTogether, blocks_together, groups_of
 from poetx.layers.shared_blocks import shared_blocks
 from poetx.layers.walk import poet_layers
 from poetx.methods.base import method_of, release_handle
@@ -61,6 +62,7 @@ class TrainingStep:
         acts_in_backward: of the method; a loss that is not finite then ends the step before its backward.
         chunked_loss: never the full logits. autocast: compute in bfloat16, whatever the weights are.
         gradients: averages over the ranks of a process group; None in a lone process.
+        together: layers that make their blocks together.
         phase: told ``"forward"`` and ``"backward"`` for every micro-batch, then ``"step"`` and ``"after"``.
     """
 
@@ -71,6 +73,7 @@ class TrainingStep:
     chunked_loss: bool = False
     autocast: bool = False
     gradients: GradientAverage | None = None
+    together: list[BlocksTogether] = field(default_factory=list)
     phase: Callable[[str], None] = no_phase
 
     @classmethod
@@ -92,6 +95,7 @@ class TrainingStep:
             kept = [p for p in model.parameters() if id(p) in held and not is_handed_over(p)]
             kept = [p for p in kept if not is_sharded(p)]  # fully_shard averages those by itself
             gradients = average_of(kept, model, overlap=release_handle(optimizer) is None) if kept else None
+        alone = compiled or any(map(is_sharded, model.parameters()))
         return cls(
             model=model,
             optimizer=optimizer,
@@ -100,6 +104,7 @@ class TrainingStep:
             chunked_loss=settings.chunked_loss,
             autocast=settings.autocast,
             gradients=gradients,
+            together=[] if alone else groups_of(model),
             phase=phase,
         )
 
@@ -168,7 +173,8 @@ class TrainingStep:
         self.model.train()
         total = torch.zeros((), dtype=torch.float32, device=micro_batches[0][0].device)
         routers: Tensor | None = None
-        with shared_blocks(self.model) if len(micro_batches) > 1 else contextlib.nullcontext():
+        shared = shared_blocks(self.model) if len(micro_batches) > 1 else contextlib.nullcontext()
+        with blocks_together(self.together), shared:
             for number, (inputs, labels, *position_ids) in enumerate(micro_batches, 1):
                 self.phase("forward")
                 loss, router = self.losses(inputs, labels, *position_ids)
