@@ -314,6 +314,15 @@ def compare_small_budgets() -> str:
     return _budgets("small", (0.05, 0.06, 0.1, 0.3, 0.55, 0.8, 1.0))
 
 
+def compare_5m_short() -> str:
+    """Width 256, 300 of 5m.yaml's 1250 steps, by the rates that the search of small.yaml found; one seed."""
+    return _compared("5m-short")
+
+
+def compare_5m_short_budgets() -> str:
+    return _budgets("5m-short", (0.05, 0.06, 0.1, 0.3, 0.55, 0.8, 1.0))
+
+
 def _of_adamw(scale: str) -> int:
     """AdamW's bytes of state and gradient at this scale, or at the one it is named after: the same model."""
     rows = [row for row in _rows("compare") if row["method"] == "adamw"]
@@ -871,6 +880,8 @@ _TABLES = (
     compare_tiny_low_budgets,
     compare_small,
     compare_small_budgets,
+    compare_5m_short,
+    compare_5m_short_budgets,
     integrations,
     fine_tuning,
     fine_tuning_memory,
