@@ -13,9 +13,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import poetx
 from builders import turn
-from poetx import PoetConfig, convert_, poet_layers
+from poetx import PoetConfig, convert_, merge_, poet_layers
 from poetx.layers.blocks_together import blocks_together, groups_of
-from poetx.ops import cayley
+from poetx.ops import block_diagonal, cayley
 
 
 class MLP(nn.Module):
@@ -347,3 +347,31 @@ def test_who_is_together():
         ["list.2.router", "list.2.q"],
         *([f"list.2.experts.{expert}.{name}" for name in mlp] for expert in (0, 1)),
     ]
+
+
+@pytest.mark.parametrize("mode", ["fast", "mem"])
+def test_inverses_are_kept_until_a_permutation_is_written(mode, monkeypatch):
+    net = model(mode=mode)
+    expected, seen, kept = alone(net), [], {}
+    invert = block_diagonal._inverse
+    monkeypatch.setattr(block_diagonal, "_inverse", lambda perm: seen.append(perm) or invert(perm))
+    with block_diagonal.inverses_kept(kept):
+        for _ in range(3):
+            assert_same(alone(net), expected)
+    assert len(seen) == len({id(perm) for perm in seen}) == 2 * 10  # of both sides of ten layers
+    merge_(net)
+    turn(net, angle=0.2)
+    expected = alone(net)
+    seen.clear()
+    with block_diagonal.inverses_kept(kept):
+        assert_same(alone(net), expected)
+        net.blocks[0].first.perm_out.copy_(net.blocks[0].first.perm_out.flip(0))
+        assert len(seen) == 2 * 10
+        alone(net)
+        assert len(seen) == 2 * 10 + 1
+    monkeypatch.undo()
+    expected = alone(net)
+    with block_diagonal.inverses_kept(kept):
+        assert_same(alone(net), expected)
+    with block_diagonal.inverses_kept({}):
+        assert_same(alone(net), expected)
