@@ -35,7 +35,6 @@ from poetx.layers.walk import poet_layers, single_step_layers
 from poetx.methods.base import convert_model, method_of
 from poetx.models import model_config, settled
 from poetx.ops import block_diagonal, cayley, single_step
-from poetx.ops.block_diagonal import inverses_kept
 from poetx.ops.dispatch import SMALLEST_BLOCK
 from poetx.ops.library import transparent_operators
 from poetx.optim import adamw
@@ -154,7 +153,7 @@ def as_on_a_gpu(counts: Launches) -> Iterator[None]:
             stack.enter_context(mock.patch.object(module, "use_triton", use))
         for module in (adamw_kernels, cayley_kernels, single_step_kernels):
             stack.enter_context(mock.patch.object(module, "launch", launch))
-        for name, function in (("gather", gather), ("_inverse", inverse), ("_wide_product", wide_product)):
+        for name, function in (("gather", gather), ("inverse", inverse), ("_wide_product", wide_product)):
             stack.enter_context(mock.patch.object(block_diagonal, name, function))
         stack.enter_context(transparent_operators(device_type="cuda"))
         yield
@@ -198,13 +197,8 @@ def of_a_decoder_layer(recipe: Recipe, tokens: int) -> tuple[Counter[str], int]:
         dtype = layers[0].weight_dtype
         xs = [torch.empty(tokens, layer.in_features, dtype=dtype, requires_grad=True) for layer in layers]
         gs = [torch.empty(tokens, layer.out_features, dtype=dtype) for layer in layers]
-        groups, inverses = groups_of(model), {}
-        for _ in range(2):  # the first pass after a merge inverts the permutations
-            counts.counts.clear()
-            for tensor in (*xs, *model.parameters()):
-                tensor.grad = None
-            with as_on_a_gpu(counts), counts, blocks_together(groups), inverses_kept(inverses):
-                torch.autograd.backward([layer(x) for layer, x in zip(layers, xs, strict=True)], gs)
+        with as_on_a_gpu(counts), counts, blocks_together(groups_of(model)):
+            torch.autograd.backward([layer(x) for layer, x in zip(layers, xs, strict=True)], gs)
         del kept
     return Counter({name: count for (_, name), count in counts.counts.items()}), len(layers)
 

@@ -28,7 +28,7 @@ def test_a_layer_asks_for_few_kernels(method: str, more: list[str], most: int) -
 
 @pytest.mark.parametrize(
     ("method", "more", "most"),
-    [("fast", [], 14.5), ("fast", [NEIGHBOURS], 10), ("mem", [], 18), ("mem", [NEIGHBOURS], 12)],
+    [("fast", [], 17), ("fast", [NEIGHBOURS], 10), ("mem", [], 20.5), ("mem", [NEIGHBOURS], 12)],
 )
 def test_layers_of_a_decoder_layer_ask_for_fewer_together(method: str, more: list[str], most: float) -> None:
     """Products are eight (fast) and ten (mem) of them."""

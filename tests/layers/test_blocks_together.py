@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from functools import partial
 
 import pytest
@@ -13,9 +15,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import poetx
 from builders import turn
-from poetx import PoetConfig, convert_, merge_, poet_layers
+from poetx import PoetConfig, convert_, poet_layers, to_dense_
 from poetx.layers.blocks_together import blocks_together, groups_of
-from poetx.ops import block_diagonal, cayley
+from poetx.ops import cayley
 
 
 class MLP(nn.Module):
@@ -349,29 +351,19 @@ def test_who_is_together():
     ]
 
 
-@pytest.mark.parametrize("mode", ["fast", "mem"])
-def test_inverses_are_kept_until_a_permutation_is_written(mode, monkeypatch):
-    net = model(mode=mode)
-    expected, seen, kept = alone(net), [], {}
-    invert = block_diagonal._inverse
-    monkeypatch.setattr(block_diagonal, "_inverse", lambda perm: seen.append(perm) or invert(perm))
-    with block_diagonal.inverses_kept(kept):
-        for _ in range(3):
-            assert_same(alone(net), expected)
-    assert len(seen) == len({id(perm) for perm in seen}) == 2 * 10  # of both sides of ten layers
-    merge_(net)
-    turn(net, angle=0.2)
-    expected = alone(net)
-    seen.clear()
-    with block_diagonal.inverses_kept(kept):
-        assert_same(alone(net), expected)
-        net.blocks[0].first.perm_out.copy_(net.blocks[0].first.perm_out.flip(0))
-        assert len(seen) == 2 * 10
-        alone(net)
-        assert len(seen) == 2 * 10 + 1
-    monkeypatch.undo()
-    expected = alone(net)
-    with block_diagonal.inverses_kept(kept):
-        assert_same(alone(net), expected)
-    with block_diagonal.inverses_kept({}):
-        assert_same(alone(net), expected)
+def test_layers_that_are_gone_are_not_held():
+    net = model()
+    groups = groups_of(net)
+    together(net, groups=groups)
+    gone = weakref.ref(net.blocks[0].mlp.up)
+    expected = alone(to_dense_(copy.deepcopy(net), "blocks.0.mlp.up"))
+    to_dense_(net, "blocks.0.mlp.up")
+    gc.collect()
+    assert gone() is None
+    assert_same(together(net, groups=groups), expected)
+
+
+def test_odd_blocks_are_the_same_but_for_where_they_lie_in_memory():
+    net = model(overrides={"*": {"block_size": 3}})
+    for a, b in zip(together(net), alone(net), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,14 +22,19 @@ class BlocksTogether:
     """Layers that make their blocks together: the first that is called in a pass makes those of all.
 
     A layer that a pass calls again, that is compiled, sharded or partly frozen, that has other settings than the first,
-    or that an earlier pass did not call (as an expert), makes its own. The numbers are the same either way, and so is
-    what is saved for backward.
+    or that an earlier pass did not call (as an expert), makes its own. The numbers are the same either way, but for the
+    last bits of blocks of odd sizes, and so is what is saved for backward.
     """
 
     def __init__(self, layers: Sequence[PoetLinear]) -> None:
-        self.layers = list(layers)
+        self._layers = [weakref.ref(layer) for layer in layers]
         self._left_out: set[int] = set()
         self.forget()
+
+    @property
+    def layers(self) -> list[PoetLinear]:
+        """Those that are there still."""
+        return [layer for ref in self._layers if (layer := ref()) is not None]
 
     def forget(self) -> None:
         """Whatever was made."""

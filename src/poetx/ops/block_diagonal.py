@@ -8,7 +8,6 @@ Triton kernel's.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -47,37 +46,8 @@ def gather(x_NF: Tensor, perm: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.index_select(x_NF, 1, perm, out=out)
 
 
-#: Of permutations by ``id``: themselves, the version that was looked at, what undoes them.
-Inverses = dict[int, tuple[Tensor, int, Tensor]]
-_kept: Inverses | None = None
-
-
-@contextlib.contextmanager
-def inverses_kept(kept: Inverses) -> Iterator[None]:
-    """Have :func:`inverse` compute each inverse once, in all threads, until the permutation is written.
-
-    For a loop in which nobody writes a permutation by way of ``.data``.
-    """
-    global _kept
-    before, _kept = _kept, kept
-    try:
-        yield
-    finally:
-        _kept = before
-
-
 def inverse(perm: Tensor) -> Tensor:
     """The permutation that undoes ``perm``, same dtype."""
-    if _kept is None or torch.compiler.is_compiling() or perm.is_inference():
-        return _inverse(perm)
-    same, version, back = _kept.get(id(perm), (None, -1, perm))
-    if same is not perm or version != perm._version:
-        back = _inverse(perm)
-        _kept[id(perm)] = perm, perm._version, back
-    return back
-
-
-def _inverse(perm: Tensor) -> Tensor:
     if perm.is_cuda and use_triton(perm, dtypes=(perm.dtype,)):
         from poetx.ops.triton import permute
 

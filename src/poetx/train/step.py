@@ -21,7 +21,6 @@ from poetx.layers.blocks_together import BlocksTogether, blocks_together, groups
 from poetx.layers.shared_blocks import shared_blocks
 from poetx.layers.walk import poet_layers
 from poetx.methods.base import method_of, release_handle
-from poetx.ops.block_diagonal import Inverses, inverses_kept
 from poetx.optim.gradient_release import is_handed_over
 from poetx.recipe import Recipe
 from poetx.savings.chunked_loss import chunked_cross_entropy
@@ -63,7 +62,7 @@ class TrainingStep:
         acts_in_backward: of the method; a loss that is not finite then ends the step before its backward.
         chunked_loss: never the full logits. autocast: compute in bfloat16, whatever the weights are.
         gradients: averages over the ranks of a process group; None in a lone process.
-        together: layers that make their blocks together. inverses: of permutations, each computed once a merge.
+        together: layers that make their blocks together.
         phase: told ``"forward"`` and ``"backward"`` for every micro-batch, then ``"step"`` and ``"after"``.
     """
 
@@ -75,7 +74,6 @@ class TrainingStep:
     autocast: bool = False
     gradients: GradientAverage | None = None
     together: list[BlocksTogether] = field(default_factory=list)
-    inverses: Inverses = field(default_factory=dict)
     phase: Callable[[str], None] = no_phase
 
     @classmethod
@@ -176,7 +174,7 @@ class TrainingStep:
         total = torch.zeros((), dtype=torch.float32, device=micro_batches[0][0].device)
         routers: Tensor | None = None
         shared = shared_blocks(self.model) if len(micro_batches) > 1 else contextlib.nullcontext()
-        with blocks_together(self.together), inverses_kept(self.inverses), shared:
+        with blocks_together(self.together), shared:
             for number, (inputs, labels, *position_ids) in enumerate(micro_batches, 1):
                 self.phase("forward")
                 loss, router = self.losses(inputs, labels, *position_ids)
