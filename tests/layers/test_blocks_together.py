@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import threading
 import weakref
 from functools import partial
 
@@ -18,6 +19,7 @@ from builders import turn
 from poetx import PoetConfig, convert_, poet_layers, to_dense_
 from poetx.layers.blocks_together import blocks_together, groups_of
 from poetx.ops import cayley
+from poetx.ops.together import Together
 
 
 class MLP(nn.Module):
@@ -319,7 +321,7 @@ def test_what_breaks_off_leaves_nothing():
     with pytest.raises(KeyboardInterrupt), blocks_together(groups):
         net(inputs())
     handle.remove()
-    assert all(group._made is None for group in groups)
+    assert all(group._now is None for group in groups)
     assert all(layer.blocks_together is None for _, layer in poet_layers(net))
     turn(net, angle=0.4)
     expected = alone(net)
@@ -367,3 +369,27 @@ def test_odd_blocks_are_the_same_but_for_where_they_lie_in_memory():
     net = model(overrides={"*": {"block_size": 3}})
     for a, b in zip(together(net), alone(net), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_what_another_thread_begins_is_not_taken_for_ones_own(monkeypatch):
+    """As an evaluation beside a step, in the middle of a layer's taking its blocks."""
+    net, x = model(), inputs(seed=2)
+    expected, other = alone(net), net(x).detach()
+    fits, seen = Together.fits, []
+
+    def evaluate():
+        with torch.no_grad():
+            seen.append(net(x))
+
+    def interrupted(self, number, both):
+        fit = fits(self, number, both)
+        if threading.current_thread() is threading.main_thread() and len(seen) < 6:
+            thread = threading.Thread(target=evaluate)
+            thread.start()
+            thread.join()
+        return fit
+
+    monkeypatch.setattr(Together, "fits", interrupted)
+    assert_same(together(net), expected)
+    assert len(seen) == 6
+    assert all(torch.equal(found, other) for found in seen)

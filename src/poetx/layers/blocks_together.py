@@ -6,7 +6,7 @@ import contextlib
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,15 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from poetx.layers.poet import PoetLinear
 from poetx.layers.walk import poet_layers
 from poetx.ops.together import Taken, Together
+
+
+class _Pass(NamedTuple):
+    """What was made, who began it, what for, and the number of each layer that has not taken its blocks yet."""
+
+    made: Together
+    first: int
+    state: tuple[Any, ...]
+    waiting: dict[int, int]
 
 
 class BlocksTogether:
@@ -38,11 +47,7 @@ class BlocksTogether:
 
     def forget(self) -> None:
         """Whatever was made."""
-        self._made: Together | None = None
-        #: Who began the pass, what for, and the number of each layer that has not taken its blocks yet.
-        self._first: int | None = None
-        self._state: Any = None
-        self._waiting: dict[int, int] = {}
+        self._now: _Pass | None = None
 
     def take(self, layer: PoetLinear, dtype: torch.dtype, *, again: bool) -> Taken | None:
         """What ``layer`` computes with in ``dtype``; None where it makes its own.
@@ -51,27 +56,30 @@ class BlocksTogether:
         """
         if torch.compiler.is_compiling() or _is_selective():
             return None
-        state = _state(layer, dtype)
-        if self._first in (None, id(layer)) or state != self._state:
-            self._begin(layer, state)
-        number = self._waiting.get(id(layer))
-        if number is None or self._made is None or not self._made.fits(number, layer.sides):
+        state, now = _state(layer, dtype), self._now  # read once: another thread may begin a pass meanwhile
+        if now is None or now.first == id(layer) or state != now.state:
+            now = self._begun(layer, state)
+        number = None if now is None else now.waiting.pop(id(layer), None)
+        if now is None or number is None or not now.made.fits(number, layer.sides):
             return None
-        del self._waiting[id(layer)]
-        return self._made.take(number, again=again)
+        return now.made.take(number, again=again)
 
-    def _begin(self, first: PoetLinear, state: Any) -> None:
-        self._left_out |= self._waiting.keys()
+    def _begun(self, first: PoetLinear, state: tuple[Any, ...]) -> _Pass | None:
+        """A new pass, in which ``first`` is called first."""
+        if self._now is not None and self._now.state == state:  # not an evaluation in between
+            self._left_out |= {*self._now.waiting}
         self.forget()
         dtype = state[0]
         layers = [layer for layer in self.layers if _is_plain(layer) and _state(layer, dtype) == state]
         layers = [layer for layer in layers if id(layer) not in self._left_out]
-        if len(layers) > 1 and any(layer is first for layer in layers):
-            have = [layer.shared_blocks for layer in layers]
-            made = [pair if pair is not None and pair[0].dtype == dtype else None for pair in have]
-            self._made = Together([layer.sides for layer in layers], first.order, dtype, made)
-            self._first, self._state = id(first), state
-            self._waiting = {id(layer): number for number, layer in enumerate(layers)}
+        if len(layers) < 2 or not any(layer is first for layer in layers):
+            return None
+        have = [layer.shared_blocks for layer in layers]
+        made = [pair if pair is not None and pair[0].dtype == dtype else None for pair in have]
+        together = Together([layer.sides for layer in layers], first.order, dtype, made)
+        waiting = {id(layer): number for number, layer in enumerate(layers)}
+        now = self._now = _Pass(together, id(first), state, waiting)
+        return now
 
 
 @contextlib.contextmanager
