@@ -430,6 +430,14 @@ class ConvertedLinear(nn.Module):
             raise UserError(f"{self.label}: {dtype} autocast is not supported; use bfloat16")
         return dtype
 
+    @property
+    def recomputed_fast_tokens(self) -> float:
+        """Up to how many tokens a layer in a checkpointed decoder layer is *fast*, where nobody says.
+
+        Then what it keeps for the length of one backward, [tokens, out_features], is no larger than its weight.
+        """
+        return self.in_features
+
     def mode_for(self, x: Tensor) -> str:
         """``"fast"`` or ``"mem"``: the config's mode, unless ``fast_tokens`` says up to how many tokens it is fast."""
         if self.fast_tokens is None:

@@ -36,8 +36,9 @@ def checkpoint_layers_(model: nn.Module, *, recompute: str = "auto") -> nn.Modul
             ``fast_tokens`` is set). ``"fast"``: what a layer keeps then lives only while that
             layer's backward runs, and its big product is computed twice (forward and recompute) instead of three
             times. ``"mem"`` keeps even that away. ``"auto"`` is *fast* as long as what it keeps, [tokens,
-            out_features], is no larger than the layer's weight: up to in_features tokens; beyond, *mem*. Layers with
-            a quantized weight stay in *mem*, their only mode.
+            out_features], is no larger than the layer's weight: up to in_features tokens; beyond, *mem*. Single-step
+            layers, which keep their own output, are always *fast* then. Layers with a quantized weight stay in *mem*,
+            their only mode.
 
     Raises:
         UserError: no repeated layers to be found, or another ``recompute``.
@@ -61,7 +62,7 @@ def checkpoint_layers_(model: nn.Module, *, recompute: str = "auto") -> nn.Modul
     for layer in layers:
         for _, rotated in converted_layers(layer):
             if rotated.config.weight_format is None:
-                limits = {"fast": math.inf, "mem": 0, "auto": rotated.in_features}
+                limits = {"fast": math.inf, "mem": 0, "auto": rotated.recomputed_fast_tokens}
                 rotated.fast_tokens = limits[recompute]
     return model
 
