@@ -128,7 +128,7 @@ class TrainingStep:
         grad_norm = total_norm([p.grad for p in self._parameters() if p.grad is not None])
         numbers = [total.double(), grad_norm.to(total.device).double(), *([] if router is None else [router.double()])]
         mean = sum_(torch.stack(numbers) / rank_count())  # so that all ranks skip, or clip, alike
-        loss, norm, *rest = mean.cpu().tolist()
+        loss, norm, *rest = self._on_the_host(mean)
         skipped = not all(map(math.isfinite, (loss, norm, *rest)))
         if skipped:
             self._discard()
@@ -146,6 +146,22 @@ class TrainingStep:
             clip_(self._parameters(), clip, norm)
         self._step()
         return total
+
+    def _on_the_host(self, numbers: Tensor) -> list[float]:
+        """Their values; what the optimizer can do without them is done, or queued, before the host waits for them."""
+        if not numbers.is_cuda:
+            self._prepare()
+            return numbers.cpu().tolist()
+        here = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        here.copy_(numbers, non_blocking=True)
+        there = torch.cuda.current_stream(numbers.device).record_event()
+        self._prepare()
+        there.synchronize()
+        return here.tolist()
+
+    def _prepare(self) -> None:
+        if (prepare := getattr(self.optimizer, "prepare", None)) is not None:
+            prepare()
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]

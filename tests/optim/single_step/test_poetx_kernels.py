@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from poetx import POETX, PoetConfig, convert_
+from poetx.optim.single_step.together import KernelStep
+from poetx.train.step import TrainingStep
 
 pytest.importorskip("triton", reason="the kernels need triton, which exists for Linux only")
 from kernel_helpers import interpreted
@@ -19,6 +24,11 @@ FORMS = {
     "drop-in, bfloat16": {"dtype": torch.bfloat16, "momentum_dtype": "bfloat16"},
     "stacks": {"stacks": True},
 }
+
+
+def llama():
+    shape = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    return AutoModelForCausalLM.from_config(LlamaConfig(**shape, num_attention_heads=2))
 
 
 def trained(kernels: bool, converted=False, stacks=False, dtype=torch.float32, **settings):
@@ -118,3 +128,132 @@ def test_nothing_is_written_where_something_fails(monkeypatch):
                 optimizer.step()
         assert torch.equal(model.weight, before[0])
         assert torch.equal(optimizer.state[model.weight]["momentum_in"], before[1])
+
+
+def prepared_and_stepped(between=None, *, prepare=True, **settings):
+    """Weights and state after three steps of converted layers, each prepared; before the last, ``between``."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 32, bias=False))
+    config = PoetConfig(method="single-step", init="normalized", block_size=16, exclude_modules=(), **settings)
+    convert_(model, config)
+    optimizer = POETX(model, exclude_modules=(), angle=0.02)
+
+    def backward(number):
+        x = torch.randn(16, 32, generator=torch.Generator().manual_seed(number))
+        (model(x).square() * torch.arange(32)).sum().backward()
+
+    for number in range(3):
+        optimizer.snapshot()
+        backward(number)
+        with interpreted():
+            if prepare:
+                optimizer.prepare()
+            if between is not None and number == 2:
+                between(model, optimizer, backward)
+            optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach() for p in model.parameters()], optimizer
+
+
+@pytest.mark.parametrize("settings", [{}, {"update": "rotation"}, {"rotation_dtype": "bfloat16"}])
+def test_a_step_that_was_prepared_is_the_step(settings, monkeypatch):
+    taken = []
+    plain = KernelStep.take_
+    monkeypatch.setattr(KernelStep, "take_", lambda step, *turn: (taken.append(step), plain(step, *turn)))
+    made = []
+    init = KernelStep.__init__
+    monkeypatch.setattr(KernelStep, "__init__", lambda step, *args: (made.append(step), init(step, *args))[-1])
+    weights, optimizer = prepared_and_stepped(**settings)
+    assert made == taken, "computed once, and that is what was taken"
+    others, other = prepared_and_stepped(prepare=False, **settings)
+    torch.testing.assert_close(weights, others, rtol=0, atol=0)
+    states = (o.plain_state_dict()["state"] for o in (optimizer, other))
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def another_gradient(model, optimizer, backward):
+    backward(7)
+
+
+def another_angle(model, optimizer, backward):
+    optimizer.param_groups[0]["lr"] = 0.03
+
+
+def another_momentum(model, optimizer, backward):
+    optimizer.param_groups[0]["momentum"] = 0.5
+
+
+def other_gradients(model, optimizer, backward):
+    optimizer.discard()
+    backward(7)
+
+
+def another_state(model, optimizer, backward):
+    state = copy.deepcopy(optimizer.state_dict())
+    for entry in state["param_groups"][0]["rotations"].values():
+        entry["momentum_in"].mul_(2)
+        entry["momentum_out"].mul_(-1)
+    optimizer.load_state_dict(state)
+    backward(7)
+
+
+def another_memory(model, optimizer, backward):
+    for layer in model:
+        layer.weight.data = layer.weight.data.clone().mul_(1.001)
+
+
+BETWEEN = [another_gradient, another_angle, another_momentum, other_gradients, another_state, another_memory]
+
+
+@pytest.mark.parametrize("between", BETWEEN, ids=lambda function: function.__name__)
+def test_what_comes_after_a_step_was_prepared_counts(between):
+    weights, _ = prepared_and_stepped(between)
+    others, _ = prepared_and_stepped(between, prepare=False)
+    torch.testing.assert_close(weights, others, rtol=0, atol=0)
+    untouched, _ = prepared_and_stepped()
+    assert not torch.equal(weights[0], untouched[0])
+
+
+def test_a_step_that_is_discarded_was_not_prepared_for_nothing_kept():
+    _, optimizer = prepared_and_stepped(lambda model, optimizer, backward: optimizer.discard())
+    assert not optimizer._ahead._batches
+
+
+def test_few_maps_are_computed_ahead(monkeypatch):
+    """Those of large models take memory; the host's work takes none."""
+    monkeypatch.setattr("poetx.optim.single_step.turn._MAPS_AHEAD", 1)
+    monkeypatch.setattr("poetx.optim.single_step.together._BATCH_ELEMENTS", {"cpu": 1})
+    seen = []
+    weights, _ = prepared_and_stepped(
+        lambda model, optimizer, backward: seen.extend(optimizer._ahead._batches.values())
+    )
+    assert [prepared.turn is not None for prepared in seen] == [True, False]
+    monkeypatch.undo()
+    torch.testing.assert_close(weights, prepared_and_stepped(prepare=False)[0], rtol=0, atol=0)
+
+
+def test_the_training_step_prepares_and_skips(monkeypatch):
+    """A loss that is not finite drops what was prepared, and the next step is as if it had never been."""
+    found = []
+    for spoiled in (True, False):
+        torch.manual_seed(0)
+        model = llama()
+        convert_(model, PoetConfig(method="single-step", init="normalized", block_size=16))
+        optimizer = POETX(model)
+        step = TrainingStep(model, optimizer, model)
+        ids = torch.arange(34).view(2, 17) % 97
+        with interpreted():
+            step([(ids, ids)], clip=1.0)
+            if spoiled:
+                with torch.no_grad():
+                    model.lm_head.weight[0, 0] += torch.inf
+                result = step([(ids, ids)], clip=1.0)
+                assert result.skipped
+                with torch.no_grad():
+                    model.lm_head.weight[0, 0] = 0.0
+            else:
+                with torch.no_grad():
+                    model.lm_head.weight[0, 0] = 0.0
+            step([(ids, ids)], clip=1.0)
+        found.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    torch.testing.assert_close(*found, rtol=0, atol=0)

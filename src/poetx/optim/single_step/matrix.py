@@ -66,6 +66,7 @@ class Matrix:
         self.free = config.update == "free"
         self.micro_batches = 0  # full gradients taken since the last step
         self.handle: RemovableHandle | None = None
+        self.changes = 0  # what a step that was computed ahead is known to be stale by
         self._touched, self._counted = False, 0
         self._taken: int | None = None  # the step that is being taken
         self._snapshot: dict[str, Tensor] = {}
@@ -198,6 +199,7 @@ class Matrix:
     @touched.setter
     def touched(self, touched: bool) -> None:
         self._touched, self._taken = touched, None
+        self.changes += 1
 
     @property
     def moves(self) -> bool:

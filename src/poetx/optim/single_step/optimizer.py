@@ -13,7 +13,7 @@ import functools
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,17 +25,15 @@ from poetx.distributed.sharded import is_sharded
 from poetx.errors import UserError, nearest
 from poetx.layers.walk import single_step_layers
 from poetx.one_rate import OneRate
-from poetx.ops.cayley import exact_delta, unpack_skew
-from poetx.ops.fold import full_precision_products
 from poetx.optim.gradient_release import hand_over_gradient
-from poetx.optim.orthogonalize import LARGEST_SINGULAR_VALUE, orthogonalize
 from poetx.optim.saved_kinds import check_saved, kind_of
 from poetx.optim.settings import check_numbers
 from poetx.optim.single_step import model_zero_grad
 from poetx.optim.single_step.given import check_dense, check_groups, read_model, refuse_sharded_since, refuse_tied
-from poetx.optim.single_step.matrix import Matrix, touched_blocks
+from poetx.optim.single_step.matrix import Matrix
 from poetx.optim.single_step.saved_state import current_entries, state_from_groups, state_into_groups
-from poetx.optim.single_step.together import batches, can_step_together, step_together
+from poetx.optim.single_step.together import batches
+from poetx.optim.single_step.turn import Ahead
 from poetx.optimizer_restart import fresh_is_zero
 
 #: Steps between comparisons of the rotated matrices over the ranks of a process group.
@@ -136,6 +134,7 @@ class POETX(torch.optim.Optimizer):
             elif lr is not None:
                 group.setdefault("lr", lr)
         self._unchecked = 0
+        self._ahead = Ahead()
         self._model = weakref.ref(model) if isinstance(model, nn.Module) else lambda: None
         self._matrices: list[Matrix] | None = None
         self._dense: torch.optim.Optimizer | None = None
@@ -320,6 +319,7 @@ class POETX(torch.optim.Optimizer):
         Raises:
             UserError: a momentum holds some, and there is no :meth:`snapshot`.
         """
+        self._ahead = Ahead()
         for matrix in self._matrices or ():
             matrix.discard()
         super().zero_grad()
@@ -369,19 +369,17 @@ class POETX(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._dense is not None:
-            self._dense.step()
-        matrices = iter(self._moving())
+        ahead, self._ahead = self._ahead, Ahead()
         try:
-            for group in self.param_groups:
-                if group["rotate"]:
-                    moving = [matrix for matrix, moves in (next(matrices) for _ in group["params"]) if moves]
-                    for batch in batches(moving):
-                        self._rotate(batch, group["lr"], group["momentum"])
+            for angle, momentum, moving in self._moving():
+                for batch in batches(moving):
+                    ahead.take_(batch, angle, momentum)
         finally:
             for matrix in self._matrices or ():
                 if matrix.layer is not None and matrix.layer.host is not None:
                     matrix.layer.host.settle()
+        if self._dense is not None:  # last: what was prepared keeps a GPU busy meanwhile
+            self._dense.step()
         self._unchecked += 1
         if self._unchecked == _CHECK_EVERY:
             self._unchecked = 0
@@ -393,8 +391,21 @@ class POETX(torch.optim.Optimizer):
             check_alike([*zip(names, tensors, strict=True), *rest], f"after {_CHECK_EVERY} more steps")
         return loss
 
-    def _moving(self) -> Iterable[tuple[Matrix, bool]]:
-        """Every matrix, and whether it got a gradient on any rank, after making the mean of what backward added.
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Do of the next :meth:`step` what writes nothing, for a caller that is about to wait for a number (the loss).
+
+        A GPU then computes while the host waits, and the host has less to do afterwards. Of converted layers in one
+        process; anything else is left to the step. Gradients, rates or states that change until then undo it.
+        """
+        self._ahead = Ahead()
+        if rank_count() > 1:  # whose gradients are averaged first
+            return
+        for angle, momentum, moving in self._moving():
+            self._ahead.prepare(moving, angle, momentum)
+
+    def _moving(self) -> Iterator[tuple[float, float, list[Matrix]]]:
+        """Of every rotated group: angle, momentum, and the matrices that got a gradient on any rank, and its mean.
 
         Without a gradient nothing moves and nothing is counted, as in any optimizer of torch: the stale momentum would
         turn by the full angle.
@@ -409,38 +420,11 @@ class POETX(torch.optim.Optimizer):
                 if flag:
                     self._matrices[i].average()
             maximum_([peak for i in local if moves[i] for peak in self._matrices[i].peaks.values()])
-        return zip(self._matrices, moves, strict=True)
-
-    def _rotate(self, batch: list[Matrix], angle: float, momentum: float) -> None:
-        """Take one step of every matrix of the batch: of the side whose turn it is, the same for all of them."""
-        side, free = batch[0].side, batch[0].free
-        now = [matrix.with_gradient() for matrix in batch]
-        counts = [matrix.blocks(side) for matrix in batch]
-        each = zip(batch, now, strict=True)
-        direction = torch.cat([matrix.momentum_of(momenta, side) for matrix, (momenta, _) in each])
-        direction = direction.to(now[0][1][side].dtype)  # float32, or float64
-        if batch[0].look_ahead:  # one gradient ahead, which is what came since the copy was taken
-            direction.mul_(1 + momentum)
-            torch._foreach_sub_(direction.split(counts), [matrix.before(side) for matrix in batch])  # pyright: ignore[reportPrivateImportUsage]
-        touched = touched_blocks(direction, torch.cat([peaks[side] for _, peaks in now]))
-        direction.masked_fill_(~touched.view(-1, *[1] * (direction.ndim - 1)), 0.0)
-        if not free:
-            direction = unpack_skew(direction, 0, batch[0].sizes(side)[1])
-        direction = orthogonalize(direction, skew=not free)
-        with full_precision_products():
-            if free and isinstance(angle, Tensor):
-                E, factor = direction.to(now[0][1][side].dtype).mul_(-2 * angle), 1.0
-            elif free:
-                E, factor = direction, -2 * angle
-            else:
-                E, factor = exact_delta(direction.mul_(-angle), LARGEST_SINGULAR_VALUE * angle), 1.0
-            if can_step_together(batch[0]):
-                step_together(batch, [momenta for momenta, _ in now], E, factor, touched, momentum)
-                return
-            Es = E.to(now[0][1][side].dtype).mul_(factor).split(counts)
-            parts = zip(batch, now, Es, touched.split(counts), strict=True)
-            for matrix, (momenta, _), E_KBB, touched_K in parts:
-                matrix.take_step(momenta, E_KBB, touched_K, momentum)
+        matrices = zip(self._matrices, moves, strict=True)
+        for group in self.param_groups:
+            if group["rotate"]:
+                here = [next(matrices) for _ in group["params"]]
+                yield group["lr"], group["momentum"], [matrix for matrix, moves in here if moves]
 
 
 def _older_arguments(older: dict[str, Any], update: str | None, dense_optimizer: Any) -> tuple[str | None, Any]:

@@ -57,57 +57,58 @@ def can_step_together(matrix: Matrix) -> bool:
     return can_fold(matrix.parameter.dtype, block_size)
 
 
-def step_together(
-    batch: Sequence[Matrix],
-    momenta: Sequence[Tensor],
-    E_KBB: Tensor,
-    factor: float,
-    touched: Tensor,
-    decay: float,
-) -> None:
-    """:meth:`Matrix.take_step` of a batch, of factor · E; signals wait, so that all of it is stepped or nothing.
+class KernelStep:
+    """:meth:`Matrix.take_step` of a batch by the kernels: made, which is the host's work, then taken.
 
     Args:
-        momenta: of each, with this step's gradients, flat. E_KBB: of the blocks of all; in bfloat16 where it is that.
-        touched: [K], which of them move. decay: what momenta decay by.
+        momenta: of each, with this step's gradients, flat. decay: what momenta decay by.
     """
-    from poetx.ops.triton import single_step as kernels
 
-    if len(batch) > 1 and batch[0].hosted:  # one weight on the device at a time
-        counts = [matrix.blocks(batch[0].side) for matrix in batch]
-        for matrix, own, *parts in zip(batch, momenta, E_KBB.split(counts), touched.split(counts), strict=True):
-            step_together([matrix], [own], parts[0], factor, parts[1], decay)
-        return
-    side, block_size = batch[0].side, batch[0].sizes(batch[0].side)[1]
-    weights, steps, turns, decays = [], [], [], []
-    for matrix, with_gradients in zip(batch, momenta, strict=True):
-        layer, state, step = matrix.layer, matrix.state, matrix.step + 1
-        weight = matrix.parameter.detach()
-        if layer is not None and matrix.hosted:
-            weight = cast(HostWeight, layer.frozen_weight).brought()
-        weights.append(weight)
-        steps.append(step)
-        seed = matrix.noise_seed(f"rounding-{side}-0", step) if weight.dtype == torch.bfloat16 else 0
-        stack = matrix.matrices(weight)
-        for place, W in enumerate(stack if side == "out" else stack.mT):
-            exact = torch.linalg.vector_norm(W, dtype=torch.float64) if step == 1 else None  # held for good
-            turns.append(kernels.Turn(W, state["norm"][place], state["scale"][place], exact, step - 1, seed + place))
-        sizes = [state[f"momentum_{side}"].numel() for side in SIDES]
-        upcoming = SIDES[step % 2]
-        start = 0 if upcoming == "in" else sizes[0]
-        copied = slice(start, start + sizes[step % 2]) if matrix.look_ahead else slice(0, 0)
-        out = first_elements(matrix.momenta, sum(sizes) + copied.stop - copied.start)
-        seed = matrix.noise_seed("momentum-in", step) if matrix.rounds_momenta else 0
-        decays.append(kernels.Decay(with_gradients, out, copied, matrix.all_peaks, seed))
-    prepared, decaying = kernels.Turns(turns, block_size), kernels.Decays(decays)
-    norms: dict[str, Any] = {"growth": batch[0].growth, "same": SAME_NORM}
-    kind = (E_KBB.device, block_size, batch[0].growth, batch[0].momenta.dtype)
-    if kind not in _compiled:  # what could fail once a weight has been written
-        prepared.hold_(E_KBB.new_empty(0, dtype=torch.float32), touched, **norms, compile_only=True)
-        decaying.decay_(decay, compile_only=True)
-        _compiled.add(kind)
-    with signals_deferred():
-        prepared.hold_(prepared.fold_(E_KBB, factor, side, touched), touched, **norms)
-        decaying.decay_(decay)
-        for matrix, weight, step in zip(batch, weights, steps, strict=True):
-            matrix.stepped(weight, step)
+    def __init__(self, batch: Sequence[Matrix], momenta: Sequence[Tensor], decay: float) -> None:
+        from poetx.ops.triton import single_step as kernels
+
+        self.batch, self.decay = batch, decay
+        self.side, block_size = batch[0].side, batch[0].sizes(batch[0].side)[1]
+        self.weights: list[Tensor] = []
+        turns, decays = [], []
+        for matrix, with_gradients in zip(batch, momenta, strict=True):
+            layer, state, step = matrix.layer, matrix.state, matrix.step + 1
+            weight = matrix.parameter.detach()
+            if layer is not None and matrix.hosted:
+                weight = cast(HostWeight, layer.frozen_weight).brought()
+            self.weights.append(weight)
+            seed = matrix.noise_seed(f"rounding-{self.side}-0", step) if weight.dtype == torch.bfloat16 else 0
+            stack = matrix.matrices(weight)
+            for place, W in enumerate(stack if self.side == "out" else stack.mT):
+                exact = torch.linalg.vector_norm(W, dtype=torch.float64) if step == 1 else None  # held for good
+                norm, scale = state["norm"][place], state["scale"][place]
+                turns.append(kernels.Turn(W, norm, scale, exact, step - 1, seed + place))
+            sizes = [state[f"momentum_{side}"].numel() for side in SIDES]
+            upcoming = SIDES[step % 2]
+            start = 0 if upcoming == "in" else sizes[0]
+            copied = slice(start, start + sizes[step % 2]) if matrix.look_ahead else slice(0, 0)
+            out = first_elements(matrix.momenta, sum(sizes) + copied.stop - copied.start)
+            seed = matrix.noise_seed("momentum-in", step) if matrix.rounds_momenta else 0
+            decays.append(kernels.Decay(with_gradients, out, copied, matrix.all_peaks, seed))
+        self.turns, self.decays = kernels.Turns(turns, block_size), kernels.Decays(decays)
+        self.norms: dict[str, Any] = {"growth": batch[0].growth, "same": SAME_NORM}
+        kind = (batch[0].device, block_size, batch[0].growth, batch[0].momenta.dtype)
+        if kind not in _compiled:  # what could fail once a weight has been written
+            unwritten = momenta[0].new_empty(0, dtype=torch.float32)
+            self.turns.hold_(unwritten, unwritten.bool(), **self.norms, compile_only=True)
+            self.decays.decay_(decay, compile_only=True)
+            _compiled.add(kind)
+
+    def take_(self, E_KBB: Tensor, factor: float, touched: Tensor) -> None:
+        """W ← (I + factor · E)·W, or W·(I + factor · E); signals wait, so that all of the batch is stepped or nothing.
+
+        Args:
+            E_KBB: of the blocks of all; in bfloat16 where it is that. touched: [K], which of them move.
+        """
+        steps = [matrix.step + 1 for matrix in self.batch]
+        with signals_deferred():
+            squares = self.turns.fold_(E_KBB, factor, self.side, touched)
+            self.turns.hold_(squares, touched, **self.norms)
+            self.decays.decay_(self.decay)
+            for matrix, weight, step in zip(self.batch, self.weights, steps, strict=True):
+                matrix.stepped(weight, step)
