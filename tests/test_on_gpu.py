@@ -46,6 +46,17 @@ RUNS = {
     "streamed": ("poet.mode=mem", "model.offload=frozen", "model.gradient_checkpointing=true"),
     "single-step, streamed": ("method=single-step", "model.offload=both", "model.gradient_checkpointing=true"),
     "accumulated": ("poet.mode=mem", "train.micro_batch_size=2"),
+    "fast, graphs": ("poet.mode=fast", "train.cuda_graphs=true"),
+    "mem, graphs, accumulated": ("poet.mode=mem", "train.cuda_graphs=true", "train.micro_batch_size=2"),
+    "int8, graphs": ("method=int8", "poet.group_size=32", "train.cuda_graphs=true"),
+    "single-step, graphs": ("method=single-step", "train.cuda_graphs=true"),
+    "single-step, graphs, its stack": (
+        "method=single-step",
+        "train.cuda_graphs=true",
+        "train.chunked_loss=true",
+        "model.gradient_checkpointing=true",
+    ),
+    "adamw, graphs": ("method=adamw", "train.cuda_graphs=true"),
     "adamw": ("method=adamw",),
     "muon": ("method=muon",),
 }
@@ -64,6 +75,38 @@ def test_a_run_resumes_to_the_bit_and_loads_anywhere(name: str, tiny: Tiny) -> N
     found = train_losses(whole.run_dir)
     assert found[-1] < found[0]
     assert load_run(str(whole.run_dir), device="cpu").model is not None
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if "graphs" in name])
+def test_replayed_passes_are_the_launched_ones(name: str) -> None:
+    """Losses of ten steps, with dropout where no layer is checkpointed, and a validation in between."""
+    keys = [key for key in RUNS[name] if not key.startswith("train.cuda_graphs")]
+    own = () if "adamw" in name else ("poet.block_size=32",)
+    sizes = ("model.hidden_size=64", "model.intermediate_size=96", "train.dtype=float32", "data.seq_len=32", *own)
+    found = []
+    for graphs in (False, True):
+        recipe = load_recipe("demo", [*sizes, *keys, f"train.cuda_graphs={str(graphs).lower()}"], text=False)
+        made = build_run(from_dense(recipe), CUDA)
+        if "stack" not in name:
+            for module in made.training_step.model.modules():
+                if hasattr(module, "attention_dropout"):
+                    module.attention_dropout = 0.1
+        torch.manual_seed(0)
+        values = []
+        for number in range(10):
+            ids = (torch.arange(4 * 32).view(4, 32) * (number + 3) % 96).to(CUDA)
+            parts = ids.chunk(2 if "accumulated" in name else 1)
+            result = made.training_step([(part, part) for part in parts], clip=1.0)
+            values += [result.loss, result.grad_norm]
+            if number == 6:
+                with torch.no_grad():
+                    made.training_step.model(input_ids=ids)
+        if graphs:
+            assert made.training_step.graphs is not None
+            assert made.training_step.graphs.captured == 1
+            assert made.training_step.graphs.replayed == 8 * len(parts)
+        found.append(values)
+    assert found[1] == pytest.approx(found[0], rel=2e-3)
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from poetx.layers.poet import PoetLinear
+from poetx.layers.walk import poet_layers
 from poetx.ops.fold import largest_angle
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class MergeReminder:
         return MergeReminder, ()
 
     def __call__(self, layer: PoetLinear, inputs: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_capturing(layer):
             return
         if self._layer() is not layer:
             self._layer = weakref.ref(layer)
@@ -125,6 +126,19 @@ class MergeReminder:
             layer.label,
             what,
         )
+
+
+def look_at_merges(model: nn.Module) -> None:
+    """Have every layer's reminder look at what a merge has written, for passes in which no hook runs."""
+    for _, layer in poet_layers(model):
+        for hook in layer._forward_pre_hooks.values():
+            if isinstance(hook, MergeReminder):
+                hook.check_average(layer, trains=True)
+
+
+def is_capturing(layer: PoetLinear) -> bool:
+    """Whether the kernels of this pass go into a CUDA graph, so that the host can look at no value."""
+    return layer.skew_in.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _nothing() -> None:

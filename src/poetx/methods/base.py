@@ -148,7 +148,7 @@ def convert_model(model: nn.Module, recipe: Recipe, device: torch.device | None)
     from poetx.savings.offload_activations import offload_activations_
     from poetx.targets import ZERO
 
-    check_offload(recipe, device)
+    check_device(recipe, device)
     report = method_of(recipe).apply_(model)
     if device is not None and next(model.parameters()).is_meta:
         queue = HostQueue(directory=recipe.model.offload_path)
@@ -161,14 +161,17 @@ def convert_model(model: nn.Module, recipe: Recipe, device: torch.device | None)
         place = None if device is None else recipe.model.offload_path
         offload_frozen_(model, device or "meta", keep=max(weights, default=0), directory=place)
     if recipe.model.gradient_checkpointing:
-        checkpoint_layers_(model, recompute=recipe.model.recompute)
+        draws_again = not recipe.train.cuda_graphs
+        checkpoint_layers_(model, recompute=recipe.model.recompute, preserve_rng_state=draws_again)
     if recipe.model.offloads_activations:
         offload_activations_(model)
     return report
 
 
-def check_offload(recipe: Recipe, device: torch.device | None) -> None:
-    """Raise :class:`UserError` where host memory is what the recipe's device computes in."""
+def check_device(recipe: Recipe, device: torch.device | None) -> None:
+    """Raise :class:`UserError` where the recipe has settings that its device has no use for."""
+    if recipe.train.cuda_graphs and device is not None and device.type != "cuda":
+        raise UserError(f"train.cuda_graphs: the device is {device.type}, which has none; leave it out")
     if recipe.model.offload and device is not None and device.type == "cpu":
         raise UserError(f"model.offload={recipe.model.offload}: the device is the CPU; leave it out")
 

@@ -10,7 +10,7 @@ import torch
 from poetx.data.prepare import FoundData, find_data
 from poetx.data.tokens import DataMeta, window_count
 from poetx.errors import UserError
-from poetx.methods.base import check_offload, convert_model
+from poetx.methods.base import check_device, convert_model
 from poetx.models import model_config, resolve_device, settled
 from poetx.planner.estimate import estimate_memory, meta_model, vocabulary
 from poetx.planner.link import measure_products
@@ -30,7 +30,7 @@ def preview(recipe: Recipe, *, ranks: int = 1, overwrite: bool = False) -> Itera
     """
     recipe.train.share(ranks)
     device = resolve_device(recipe.train.device)
-    check_offload(recipe, device)
+    check_device(recipe, device)
     if not overwrite:
         check_free(recipe.directory)
     data = find_data(recipe)

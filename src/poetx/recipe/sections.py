@@ -302,6 +302,7 @@ class TrainRecipe(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on cuda, else float32
     autocast: Flag = False  # compute in bfloat16 while weights and optimizer state stay in dtype (auto: float32)
     compile: Flag = False
+    cuda_graphs: Flag = False  # forward and backward captured once, then replayed: for steps that wait for the host
     chunked_loss: Flag = False  # cross entropy a piece of the vocabulary at a time: the logits never exist
     deterministic: Flag = False  # refuse operations that are not (slower on a GPU; the CPU always is)
     eval_every: Count = 200

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd as _Dropout
 from torch.utils.checkpoint import checkpoint
 
 from poetx.config import Recompute
@@ -25,7 +26,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return max(lists, key=len, default=[])
 
 
-def checkpoint_layers_(model: nn.Module, *, recompute: str = "auto") -> nn.Module:
+def checkpoint_layers_(model: nn.Module, *, recompute: str = "auto", preserve_rng_state: bool = True) -> nn.Module:
     """Keep only the input of every decoder layer for backward, and compute the layer again there, in place.
 
     ``transformers`` models use their own gradient checkpointing (not reentrant); any other model has the forward of
@@ -40,25 +41,31 @@ def checkpoint_layers_(model: nn.Module, *, recompute: str = "auto") -> nn.Modul
             layers, which keep their own output, are always *fast* then. Layers with a quantized weight stay in *mem*,
             their only mode.
 
+        preserve_rng_state: as in ``torch.utils.checkpoint``: a layer that is computed again draws what it drew. False,
+            which a CUDA graph needs, is for models that draw nothing.
+
     Raises:
-        UserError: no repeated layers to be found, or another ``recompute``.
+        UserError: no repeated layers to be found, another ``recompute``, or ``preserve_rng_state=False`` and dropout.
     """
     if recompute not in (choices := get_args(Recompute)):
         raise UserError(f"recompute={recompute!r}: must be one of {', '.join(choices)}")
     layers = decoder_layers(model)
     if not layers:
         raise UserError("the model has no nn.ModuleList of repeated layers to checkpoint; use torch.utils.checkpoint")
+    if not preserve_rng_state and (dropout := dropout_of(model)):
+        raise UserError(f"preserve_rng_state=False: {dropout} draws; set it to 0")
+    settings = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
     current: Any = getattr(model, "activation_checkpointing_enable", None)  # the name of newer transformers
     older: Any = getattr(model, "gradient_checkpointing_enable", None)
     supported = getattr(model, "supports_gradient_checkpointing", False)
     if supported and current is not None:
-        current(activation_checkpointing_kwargs={"use_reentrant": False})
+        current(activation_checkpointing_kwargs=settings)
     elif supported and older is not None:
-        older(gradient_checkpointing_kwargs={"use_reentrant": False})
+        older(gradient_checkpointing_kwargs=settings)
     else:
         for layer in layers:
             if not isinstance(layer.forward, functools.partial):
-                layer.forward = functools.partial(_checkpointed, layer)  # type: ignore[method-assign]
+                layer.forward = functools.partial(_checkpointed, layer, settings)  # type: ignore[method-assign]
     for layer in layers:
         for _, rotated in converted_layers(layer):
             if rotated.config.weight_format is None:
@@ -67,8 +74,20 @@ def checkpoint_layers_(model: nn.Module, *, recompute: str = "auto") -> nn.Modul
     return model
 
 
-def _checkpointed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def dropout_of(model: nn.Module) -> str:
+    """What in the model draws in a training pass, as far as modules and config tell; empty: nothing."""
+    for name, module in model.named_modules():
+        if isinstance(module, _Dropout) and module.p > 0:
+            return f"the dropout {name}"
+    config: Any = getattr(model, "config", None)
+    for key, value in (config.to_dict() if hasattr(config, "to_dict") else {}).items():
+        if key.endswith(("dropout", "pdrop", "dropout_rate", "dropout_prob", "layerdrop")) and value:
+            return f"{key}={value} of the config"
+    return ""
+
+
+def _checkpointed(layer: nn.Module, settings: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     plain = functools.partial(type(layer).forward, layer)
     if not (layer.training and torch.is_grad_enabled()):
         return plain(*args, **kwargs)
-    return checkpoint(plain, *args, use_reentrant=False, **kwargs)
+    return checkpoint(plain, *args, **settings, **kwargs)

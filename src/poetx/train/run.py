@@ -32,7 +32,7 @@ from poetx.distributed.launch import joined
 from poetx.distributed.ranks import rank, rank_count
 from poetx.errors import UserError
 from poetx.files import locked, remove, write_text
-from poetx.methods.base import check_offload, convert_model, merge_handle, method_of
+from poetx.methods.base import check_device, convert_model, merge_handle, method_of
 from poetx.models import build_model, resolve_device, settled
 from poetx.recipe import Recipe, differing_keys, load_recipe, settled_as
 from poetx.recipe.loading import flat
@@ -162,7 +162,7 @@ def _train(
         start, problems = from_first(lambda: ckpt.find_checkpoint(run_dir))
         recipe = agreed(lambda: _resumed(recipe, start, problems, reporter))
     recipe = settled(recipe, device)
-    check_offload(recipe, device)
+    check_device(recipe, device)
 
     data = first_then_others(lambda: _data(recipe, resume, reporter))
     check_equal({"the text's fingerprint": data.meta.fingerprint})

@@ -27,6 +27,7 @@ _UNFIT = {
     "optimizer.release_gradients": "false",
     "poet.merge_angle": "null",
     "train.compile": "false",
+    "train.cuda_graphs": "false",
     "train.spectrum_every": "null",
     "train.memory_every": "null",
     "train.sample_tokens": "0",

@@ -24,6 +24,7 @@ from poetx.methods.base import method_of, release_handle
 from poetx.optim.gradient_release import is_handed_over
 from poetx.recipe import Recipe
 from poetx.savings.chunked_loss import chunked_cross_entropy
+from poetx.train.graphs import GraphedPasses
 
 #: Inputs and labels, and positions where documents are packed: a pair, or :class:`poetx.data.tokens.Batch`.
 MicroBatch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
@@ -59,10 +60,11 @@ class TrainingStep:
     Attributes:
         forward: what is called with ``input_ids``: the model, or its base model with ``chunked_loss``, or either of
             them compiled.
-        acts_in_backward: of the method; a loss that is not finite then ends the step before its backward.
+        acts_in_backward: of the method; the norm of the gradients leaves something out then.
         chunked_loss: never the full logits. autocast: compute in bfloat16, whatever the weights are.
         gradients: averages over the ranks of a process group; None in a lone process.
         together: layers that make their blocks together.
+        graphs: replays passes; None: the host launches each kernel. Passes whose phases somebody measures it launches.
         phase: told ``"forward"`` and ``"backward"`` for every micro-batch, then ``"step"`` and ``"after"``.
     """
 
@@ -75,6 +77,7 @@ class TrainingStep:
     gradients: GradientAverage | None = None
     together: list[BlocksTogether] = field(default_factory=list)
     phase: Callable[[str], None] = no_phase
+    graphs: GraphedPasses | None = None
 
     @classmethod
     def of(
@@ -96,7 +99,7 @@ class TrainingStep:
             kept = [p for p in kept if not is_sharded(p)]  # fully_shard averages those by itself
             gradients = average_of(kept, model, overlap=release_handle(optimizer) is None) if kept else None
         alone = compiled or any(map(is_sharded, model.parameters()))
-        return cls(
+        step = cls(
             model=model,
             optimizer=optimizer,
             forward=torch.compile(body) if compiled else body,
@@ -107,6 +110,11 @@ class TrainingStep:
             together=[] if alone else groups_of(model),
             phase=phase,
         )
+        if settings.cuda_graphs:
+            if rank_count() > 1:
+                raise UserError("train.cuda_graphs: not with several processes; leave it out")
+            step.graphs = GraphedPasses(model, optimizer, step.backward_of)
+        return step
 
     def __call__(
         self, micro_batches: Sequence[MicroBatch], *, clip: float | None = None, tokens: int | None = None
@@ -187,6 +195,9 @@ class TrainingStep:
         everything = sum(batch[1].numel() for batch in micro_batches)
         tokens = everything if tokens is None else tokens
         self.model.train()
+        if self.graphs is not None and reads and self.phase is no_phase:
+            return self.graphs([_without_positions(batch) for batch in micro_batches], tokens), None
+        irrevocable = release_handle(self.optimizer) is not None  # steps in backward
         total = torch.zeros((), dtype=torch.float32, device=micro_batches[0][0].device)
         routers: Tensor | None = None
         shared = shared_blocks(self.model) if len(micro_batches) > 1 else contextlib.nullcontext()
@@ -200,8 +211,8 @@ class TrainingStep:
                     router = router * (labels.numel() / everything)
                     whole = loss + router
                     routers = router.detach() + (0 if routers is None else routers)
-                if reads and self.acts_in_backward and on_any_rank([not whole.isfinite()], whole.device)[0]:
-                    return whole.detach(), routers  # what backward does with it could not be taken back
+                if reads and irrevocable and on_any_rank([not whole.isfinite()], whole.device)[0]:
+                    return whole.detach(), routers
                 self.phase("backward")
                 if self.gradients is not None and number == len(micro_batches):
                     self.gradients.start()
@@ -211,12 +222,29 @@ class TrainingStep:
                 self.gradients.finish()
         return total, routers
 
+    def backward_of(self, batch: Sequence[Tensor], tokens: Tensor) -> Tensor:
+        """Add the gradients of a micro-batch's loss over ``tokens``, a scalar; the loss. The host waits for nothing."""
+        with blocks_together(self.together):
+            loss, router = self.losses(*batch)
+            if router is not None:
+                raise UserError("train.cuda_graphs: not with the loss of a mixture of experts' routers; leave it out")
+            loss = loss / tokens
+            loss.backward()
+        return loss.detach()
+
     def losses(
         self, inputs: Tensor, labels: Tensor, position_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Cross entropy in nats summed over the labels, and the routers' loss of a mixture of experts or None."""
         with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             return language_loss(self.model, self.forward, inputs, labels, position_ids, chunked=self.chunked_loss)
+
+
+def _without_positions(batch: MicroBatch) -> Sequence[Tensor]:
+    inputs, labels, *positions = batch
+    if positions and positions[0] is not None:
+        raise UserError("train.cuda_graphs: not with documents that are packed; set data.pack=false, or leave it out")
+    return inputs, labels
 
 
 def average_of(parameters: Iterable[Tensor], model: nn.Module, *, overlap: bool = True) -> GradientAverage:

@@ -168,6 +168,11 @@ class POETX(torch.optim.Optimizer):
             model_zero_grad.put_on(model, self._drop_gradients)
         self._rate = OneRate(*self._parted(), "the rotated matrices, their angle,")
 
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """The rotated parameters."""
+        return tuple(self._matrices or ())
+
     def _parted(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The groups that are rotated, and the others."""
         rotated = [group for group in self.param_groups if group["rotate"]]
