@@ -179,6 +179,27 @@ def test_the_host_waits_in_no_step(name: str, dtype: torch.dtype) -> None:
     assert [place for place in waits if "/poetx/" in place] == []
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("method", ["adamw", "fast", "mem", "single-step"])
+def test_a_training_step_waits_for_its_loss_alone(method: str, graphs: bool) -> None:
+    """Which is an event, and no synchronization that torch would tell of."""
+    own = () if method == "adamw" else ("poet.block_size=32",)
+    keys = ("model.hidden_size=64", "model.intermediate_size=96", f"train.cuda_graphs={str(graphs).lower()}", *own)
+    made = build_run(from_dense(load_recipe("demo", [f"method={method}", *keys], text=False)), CUDA)
+    ids = (torch.arange(4 * 32).view(4, 32) * 3 % 96).to(CUDA)
+    for _ in range(4):
+        made.step(ids)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            made.step(ids)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [f"{warning.filename}:{warning.lineno}" for warning in seen if "synchroniz" in str(warning.message)]
+    assert waits == []
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["fast", "mem", "mem, exact", "int8 weight"])
 def test_kernels_and_their_twins_train_alike(name: str, dtype: torch.dtype) -> None:

@@ -25,6 +25,7 @@ from poetx.optim.gradient_release import is_handed_over
 from poetx.recipe import Recipe
 from poetx.savings.chunked_loss import chunked_cross_entropy
 from poetx.train.graphs import GraphedPasses
+from poetx.train.one_document import one_document
 
 #: Inputs and labels, and positions where documents are packed: a pair, or :class:`poetx.data.tokens.Batch`.
 MicroBatch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
@@ -269,9 +270,10 @@ def language_loss(
         chunked: through the last hidden state, so that the logits never exist as a whole; no routers' loss.
     """
     packed = {} if position_ids is None else {"position_ids": position_ids}
-    if chunked:
-        return as_forward(model, partial(_chunked_loss, model, forward, packed))(inputs, labels), None
-    out = forward(input_ids=inputs, use_cache=False, **packed)
+    with one_document(model) if position_ids is None else contextlib.nullcontext():
+        if chunked:
+            return as_forward(model, partial(_chunked_loss, model, forward, packed))(inputs, labels), None
+        out = forward(input_ids=inputs, use_cache=False, **packed)
     loss = F.cross_entropy(out.logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
     auxiliary = getattr(out, "aux_loss", None)
     return loss, None if auxiliary is None else auxiliary.to(loss.device) * router_weight(model)
