@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
 from helpers import relative_error
+from poetx.errors import UserError
 from poetx.ops.dispatch import use_kernels
 from poetx.optim import AdamW
 
@@ -78,10 +80,11 @@ def test_parts_are_rounded_as_the_whole(device):
     tensors = [torch.ones(size, device=device, dtype=torch.bfloat16) for _ in range(3)]
     parts = [tensor.clone() for tensor in tensors]
     with kernels_on(device):
-        kernel.step_(tensors[0], grad, (tensors[1], tensors[2]), None, numbers, bound=1e30, seed=7)
+        kernel.step_([kernel.Update(tensors[0], grad, (tensors[1], tensors[2]), None, 7)], numbers, bound=1e30)
         for here in (slice(0, 1701), slice(1701, size)):
             weight, *moments = (tensor[here] for tensor in parts)
-            kernel.step_(weight, grad[here], tuple(moments), None, numbers, bound=1e30, seed=7, first=here.start)
+            part = kernel.Update(weight, grad[here], tuple(moments), None, 7, here.start)
+            kernel.step_([part], numbers, bound=1e30)
     for whole, part in zip(tensors, parts, strict=True):
         assert torch.equal(whole, part)
 
@@ -117,12 +120,85 @@ def test_a_gradient_that_is_not_finite_is_seen_and_a_huge_one_is_bounded(device)
         assert parameter.isfinite().sum() == parameter.numel() - (not finite)
 
 
+#: Norms, rotations with a multiple of 16 elements and without, and one that is more than a program's.
+MANY = [(64,), (3, 120), (5000,), (17,), (64, 96), (1025,), (2, 2080)]
+
+
+def steps_of_many(device: str, alone: bool, **settings):
+    """Three steps of parameters of two dtypes and two groups, one of which has no gradient at first."""
+    generator = torch.Generator().manual_seed(2)
+    dtypes = [torch.bfloat16 if number % 3 == 1 else torch.float32 for number in range(len(MANY))]
+    tensors = [torch.randn(shape, generator=generator) for shape in MANY]
+    parameters = [nn.Parameter(t.to(device, dtype)) for t, dtype in zip(tensors, dtypes, strict=True)]
+    groups = [{"params": parameters[:4]}, {"params": parameters[4:], "lr": 3e-2, "weight_decay": 0.2}]
+    optimizer = AdamW(groups, lr=1e-2, **settings)
+    with kernels_on(device), pytest.MonkeyPatch.context() as patch:
+        if alone:
+            patch.setattr("poetx.ops.triton.adamw._LARGEST_OF_MANY", 0)
+        for number in range(3):
+            for place, parameter in enumerate(parameters):
+                gradient = torch.randn(parameter.shape, generator=generator)
+                parameter.grad = None if place == 2 and not number else gradient.to(parameter)
+            optimizer.step()
+    states = [{k: v for k, v in optimizer.state[p].items() if k != "step"} for p in parameters]
+    return [p.detach().cpu() for p in parameters], [{k: v.cpu() for k, v in state.items()} for state in states]
+
+
+@on_each
+@pytest.mark.parametrize("state", ["float32", "bfloat16", "int8", "same"])
+def test_many_in_one_launch_are_each_by_itself(state, device):
+    together = steps_of_many(device, False, state_dtype=state)
+    alone = steps_of_many(device, True, state_dtype=state)
+    torch.testing.assert_close(together, alone, rtol=0, atol=0)
+    assert all(bool(tensor.isfinite().all()) for tensor in together[0])
+
+
+def test_few_launches_for_many_parameters(monkeypatch):
+    from poetx.ops.triton import adamw as kernel
+
+    grids = []
+    plain = kernel.launch
+    monkeypatch.setattr(
+        kernel, "launch", lambda k, grid, *args, **kw: (grids.append(grid), plain(k, grid, *args, **kw))
+    )
+    parameters = [nn.Parameter(torch.ones(64, 16)) for _ in range(50)]
+    large = nn.Parameter(torch.ones(kernel._LARGEST_OF_MANY))
+    for parameter in (*parameters, large):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = AdamW([*parameters, large], state_dtype="float32")
+    with interpreted(), monkeypatch.context() as patch:
+        patch.setattr(kernel, "_step_one", lambda *args: grids.append("large"))
+        optimizer.step()
+    assert grids == [(50,), "large"]
+    assert all(torch.equal(parameter, parameters[0]) for parameter in parameters)
+    assert not torch.equal(parameters[0], torch.ones(64, 16))
+
+
+def test_a_step_that_fails_half_way_takes_what_it_has_counted():
+    parameters = [nn.Parameter(torch.ones(64)) for _ in range(3)]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    parameters[1].grad = torch.ones(64).to_sparse()
+    optimizer = AdamW(parameters, state_dtype="float32")
+    with interpreted(), pytest.raises(UserError, match="sparse"):
+        optimizer.step()
+    assert not torch.equal(parameters[0], torch.ones(64))
+    assert torch.equal(parameters[2], torch.ones(64))
+    again = pickle.loads(pickle.dumps(optimizer))
+    assert again.state_dict()["state"].keys() == optimizer.state_dict()["state"].keys()
+    parameters[1].grad = None
+    with interpreted():
+        again.step()
+
+
 @on_each_generation
+@pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("state", ["float32", "bfloat16", "int8"])
-def test_it_compiles(state, capability):
-    parameter = nn.Parameter(torch.zeros(SHAPE, dtype=torch.bfloat16))
-    parameter.grad = torch.zeros(SHAPE, dtype=torch.bfloat16)
+def test_it_compiles(state, many, capability):
+    parameters = [nn.Parameter(torch.zeros(SHAPE, dtype=torch.bfloat16)) for _ in range(1 + many)]
+    for parameter in parameters:
+        parameter.grad = torch.zeros(SHAPE, dtype=torch.bfloat16)
     with use_kernels("auto"), compiled_for(capability) as compiled, pytest.MonkeyPatch.context() as patch:
         patch.setattr("poetx.optim.adamw.use_triton", lambda tensor: True)
-        AdamW([parameter], state_dtype=state).step()
-    assert [kernel.metadata.name for kernel in compiled] == ["adamw_kernel"]
+        AdamW(parameters, state_dtype=state).step()
+    assert [kernel.metadata.name for kernel in compiled] == ["adamw_many_kernel" if many else "adamw_kernel"]

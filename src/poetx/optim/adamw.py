@@ -58,6 +58,7 @@ class AdamW(SlicedOptimizer):
         eps_mode: str = "corrected",
         seed: int = 0,
     ) -> None:
+        self._waiting: dict[Numbers, list[tuple[Tensor, Any]]] = {}  # for the kernels, by what they multiply by
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"state_dtype": state_dtype, "eps_mode": eps_mode}, seed=seed)
         for group in self.param_groups:
@@ -82,15 +83,28 @@ class AdamW(SlicedOptimizer):
             if kernel.can_step(parameter):
                 moments = (flat(state["exp_avg"]), flat(state["exp_avg_sq"]))
                 scales = (state["exp_avg_scale"], state["exp_avg_sq_scale"]) if "exp_avg_scale" in state else None
-                place = {"seed": self._noise_seed(parameter, state["step"]), "first": first_element(parameter)}
-                kernel.step_(local(parameter), local(grad), moments, scales, numbers, bound=LARGEST, **place)
-                torch.autograd.graph.increment_version(parameter)  # graphs from before it are stale
+                place = (self._noise_seed(parameter, state["step"]), first_element(parameter))
+                update = kernel.Update(local(parameter), local(grad).contiguous(), moments, scales, *place)
+                self._waiting.setdefault(numbers, []).append((parameter, update))
                 return
         own, weight, grad = local(parameter), flat(parameter), flat(grad)
         for here, noise in own_slices(parameter, self._noise(parameter, state["step"])):
             _update_slice(weight[here], grad[here], state, here, numbers, noise)
         if not own.is_contiguous():
             own.copy_(weight.view(own.shape))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._waiting = {}
+
+    def _finish(self) -> None:
+        waiting, self._waiting = self._waiting, {}
+        for numbers, pairs in waiting.items():
+            from poetx.ops.triton import adamw as kernel
+
+            kernel.step_([update for _, update in pairs], numbers, bound=LARGEST)
+            for parameter, _ in pairs:
+                torch.autograd.graph.increment_version(parameter)  # graphs from before it are stale
 
 
 def _shapes(parameter: Tensor) -> Shapes:

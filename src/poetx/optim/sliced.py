@@ -53,20 +53,26 @@ class SlicedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None or parameter.numel() == 0:
-                    continue
-                if parameter.grad.is_sparse:
-                    raise UserError(f"{type(self).__name__}: sparse gradients are not supported; use sparse=False")
-                state = self.state[parameter]
-                state["step"] = int(state.get("step", 0)) + 1  # a tensor in what torch's optimizers saved
-                with without_autocast():
-                    self._update(parameter, parameter.grad, state, group)
+        try:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is None or parameter.numel() == 0:
+                        continue
+                    if parameter.grad.is_sparse:
+                        raise UserError(f"{type(self).__name__}: sparse gradients are not supported; use sparse=False")
+                    state = self.state[parameter]
+                    state["step"] = int(state.get("step", 0)) + 1  # a tensor in what torch's optimizers saved
+                    with without_autocast():
+                        self._update(parameter, parameter.grad, state, group)
+        finally:  # those that count the step have to take it
+            self._finish()
         return loss
 
     def _update(self, parameter: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         raise NotImplementedError
+
+    def _finish(self) -> None:
+        """Do what :meth:`_update` has left for all parameters together."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)

@@ -14,10 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from poetx.ops.triton.rounding import rounded
-from poetx.ops.triton.tuning import ceil_div, interpreted, launch, power_of_2
+from poetx.ops.triton.tuning import address, ceil_div, interpreted, launch, on_device, power_of_2
 
 #: Elements of a momentum to a program, and of a block's gradient to a turn of its loop.
 _ELEMENTS, _ENTRIES = 1024, 4096
@@ -455,13 +454,3 @@ _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 def _bytes(flags: Tensor) -> Tensor:
     return flags.view(torch.uint8)
-
-
-def address(tensor: Tensor) -> int:
-    """Of its first element; 0 of a fake one."""
-    return 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
-
-
-def on_device(rows: list[list[int]], device: torch.device) -> Tensor:
-    """A table of int64, which the host does not wait for."""
-    return torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)

@@ -55,6 +55,16 @@ def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *args: Any, **sett
         kernel[grid](first, *args, **settings)
 
 
+def address(tensor: Tensor) -> int:
+    """Of its first element; 0 of a fake one."""
+    return 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
+
+
+def on_device(rows: list[list[int]], device: torch.device) -> Tensor:
+    """A table of int64, which the host does not wait for."""
+    return torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+
+
 def tile_size(block_size: int, largest: int) -> int:
     """The power of two from 16 to ``largest`` that covers a block or divides it into tiles."""
     return min(largest, max(16, power_of_2(block_size)))

@@ -119,7 +119,7 @@ class Ahead:
 
 
 def _known_by(batch: Sequence[Matrix], angle: float, momentum: float) -> tuple[object, ...]:
-    from poetx.ops.triton.single_step import address  # only after can_step_together
+    from poetx.ops.triton.tuning import address  # only after can_step_together
 
     each = ((m.index, m.step, m.changes, address(m.parameter), address(m.momenta)) for m in batch)
     return (angle, momentum, *each)
