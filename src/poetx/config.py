@@ -326,6 +326,11 @@ class PoetConfig:
             return self.method == "poet-x" and self.init == "keep"
         return self.weight_extra_bits
 
+    @property
+    def rounds_momenta(self) -> bool:
+        """Whether backward draws noise: it adds to momenta of bfloat16."""
+        return self.method == "single-step" and self.rotation_dtype == "bfloat16"
+
     def writes_to_residual(self, name: str) -> bool:
         """Whether ``residual_modules`` match a layer's dotted name."""
         return name_matches(name, self.residual_modules)

@@ -253,12 +253,17 @@ def test_a_pass_that_waits_is_refused_in_one_line(made):
         ("method=mem model.offload=frozen", "not with model.offload=frozen"),
         ("optimizer.release_gradients=true optimizer.clip=null", "not with optimizer.release_gradients=true"),
         ("data.pack=true", "not with data.pack=true"),
-        ("method=single-step poet.rotation_dtype=bfloat16", "not with poet.rotation_dtype=bfloat16"),
+        ("method=single-step poet.rotation_dtype=bfloat16", "not with poet.rotation_dtype=bfloat16 of method"),
     ],
 )
 def test_settings_that_need_the_host_are_refused(keys, text):
     with pytest.raises(UserError, match=f"^train.cuda_graphs: {text}"):
         load_recipe("demo", ["train.cuda_graphs=true", *keys.split()], text=False)
+
+
+def test_momenta_that_are_rounded_are_refused():
+    with pytest.raises(UserError, match=r"bfloat16 \(poet\.rotation_dtype\)"):
+        prepared("single-step", rotation_dtype="bfloat16")
 
 
 def test_checkpointed_layers_without_random_numbers():

@@ -106,8 +106,8 @@ class Recipe(Section):
             )
         if self.model.offloads_activations and self.train.compile:
             raise UserError(f"model.offload={self.model.offload}: not with train.compile=true; leave one of them out")
-        if self.train.cuda_graphs and (unfit := self._waits_for_the_host()):
-            raise UserError(f"train.cuda_graphs: not with {unfit}, which needs the host in every pass; leave one out")
+        if self.train.cuda_graphs and (unfit := self._needs_the_host()):
+            raise UserError(f"train.cuda_graphs: not with {unfit}, which needs the host; leave one of them out")
         growth = self.optimizer.norm_growth if isinstance(self.optimizer, SingleStepKeys) else 0
         if growth >= self.train.steps:
             raise UserError(f"optimizer.norm_growth={growth:g}: must be less than train.steps={self.train.steps}")
@@ -119,16 +119,15 @@ class Recipe(Section):
             )
         return self
 
-    def _waits_for_the_host(self) -> str:
-        """The first setting for which the host has to act in forward or backward; empty: none."""
-        single_step = self.poet is not None and self.poet.config.method == "single-step"
-        rounds = single_step and self.poet is not None and self.poet.config.rotation_dtype == "bfloat16"
+    def _needs_the_host(self) -> str:
+        """The first setting for which the host acts inside forward or backward; empty: none."""
+        config = None if self.poet is None else self.poet.config
         unfit = {
             "train.compile=true": self.train.compile,
-            f"model.offload={self.model.offload}": bool(self.model.offload),
+            f"model.offload={self.model.offload}": self.model.offload,
             "optimizer.release_gradients=true": self.optimizer.release_gradients,
-            "data.pack=true": bool(self.data.pack),
-            "poet.rotation_dtype=bfloat16 of method=single-step": rounds,
+            "data.pack=true": self.data.pack,
+            "poet.rotation_dtype=bfloat16 of method=single-step": config and config.rounds_momenta,
         }
         return next((setting for setting, is_set in unfit.items() if is_set), "")
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from poetx.errors import UserError
 from poetx.layers.merge_reminder import look_at_merges
-from poetx.layers.walk import poet_layers, single_step_layers
+from poetx.layers.poet import PoetLinear
+from poetx.layers.single_step import SingleStepLinear
 
 #: Inputs and labels of a micro-batch, and perhaps positions.
 Batch = Sequence[Tensor]
@@ -47,6 +48,11 @@ class GraphedPasses:
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, body: Body) -> None:
+        if rounds := next((m.name for m in getattr(optimizer, "matrices", ()) if m.config.rounds_momenta), None):
+            raise UserError(
+                f"train.cuda_graphs: {rounds} has a momentum in bfloat16 (poet.rotation_dtype), for whose rounding the "
+                "host draws a number in every pass; use float32, or leave it out"
+            )
         self.model, self.optimizer, self.body = model, optimizer, body
         self.replayed = self.captured = 0
         self._stream: torch.cuda.Stream | None = None
@@ -91,15 +97,15 @@ class GraphedPasses:
 
     def _state(self) -> tuple[Any, Any]:
         """Who has written layers so far; and where everything is that a graph reads and writes, and what trains."""
-        written = [
-            tensor._version
-            for _, layer in poet_layers(self.model)
-            for tensor in (layer.merge_count, layer.perm_in, layer.perm_out)
-        ]
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        momenta = [layer.momentum for _, layer in single_step_layers(self.model)]
-        tensors += [tensor for buffers in momenta if buffers is not None for tensor in buffers[:4]]
-        return written, [(tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
+        written, made_of = [], []
+        for module in self.model.modules():
+            for tensors in (module._parameters.values(), module._buffers.values()):
+                made_of += [(t.data_ptr(), t.requires_grad) for t in tensors if t is not None]
+            if isinstance(module, PoetLinear):
+                written += [t._version for t in (module.merge_count, module.perm_in, module.perm_out)]
+            elif isinstance(module, SingleStepLinear) and module.momentum is not None:
+                made_of += [t.data_ptr() for t in module.momentum[:4]]
+        return written, made_of
 
     def _launch(self, batch: Batch, over: Tensor) -> Tensor:
         """As the host does it, on the stream that graphs are captured on, whose workspaces are made by this."""

@@ -6,7 +6,6 @@ model has hundreds of small parameters, rotations and norms, whose launches woul
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from poetx.ops.library import cached_tensors
 from poetx.ops.triton.rounding import rounded
 from poetx.ops.triton.tuning import address, ceil_div, launch, on_device
 
@@ -248,11 +248,11 @@ def _step_many(updates: Sequence[Update], numbers: Sequence[float], bound: float
     launch(adamw_many_kernel, (program,), table, _places(sizes, device), bound, *numbers, **settings)
 
 
-@functools.lru_cache(maxsize=64)
+@cached_tensors
 def _places(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """For each program of these sizes one after the other, int32: which of them it is for."""
-    programs = torch.tensor([ceil_div(size, _BLOCK * _BLOCKS) for size in sizes])
-    return torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(programs).to(device)
+    programs = [ceil_div(size, _BLOCK * _BLOCKS) for size in sizes]
+    return torch.tensor([i for i, count in enumerate(programs) for _ in range(count)], dtype=torch.int32).to(device)
 
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.int8: tl.int8, torch.uint8: tl.uint8}
