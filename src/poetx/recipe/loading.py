@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 DEMOS = ("demo-single-step", "demo")  # the first is what `poetx train` runs
 
 _SECTIONS = ("model", "data", "poet", "lora", "optimizer", "train")
+_OF_THE_HOST = ("train.compile", "model.offload", "optimizer.release_gradients", "data.pack")
 # All of them only in what to_yaml() wrote, of any version.
 _WRITTEN_OUT = {"run_dir", "model", "data", "poet", "optimizer", "train"}
 _WRITTEN_OUT_TRAIN = {"seed", "steps", "batch_size", "device", "dtype", "log_every", "eval_every", "eval_windows"}
@@ -121,15 +122,10 @@ class Recipe(Section):
 
     def _needs_the_host(self) -> str:
         """The first setting for which the host acts inside forward or backward; empty: none."""
-        config = None if self.poet is None else self.poet.config
-        unfit = {
-            "train.compile=true": self.train.compile,
-            f"model.offload={self.model.offload}": self.model.offload,
-            "optimizer.release_gradients=true": self.optimizer.release_gradients,
-            "data.pack=true": self.data.pack,
-            "poet.rotation_dtype=bfloat16 of method=single-step": config and config.rounds_momenta,
-        }
-        return next((setting for setting, is_set in unfit.items() if is_set), "")
+        values = dict(flat(self.to_dict()))
+        if self.poet is not None and self.poet.config.rounds_momenta:
+            return "poet.rotation_dtype=bfloat16 of method=single-step"
+        return next((f"{key}={str(values[key]).lower()}" for key in _OF_THE_HOST if values[key]), "")
 
     @property
     def merge_every(self) -> int | None:
