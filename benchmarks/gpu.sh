@@ -2,11 +2,11 @@
 # The whole suite on one GPU, with nothing installed but what the library needs and pytest. Rows go to OUT as they come,
 # so a part that is cut short by its time limit leaves what it has.
 #
-#   benchmarks/gpu.sh OUT                       every part: tests, layer, routes, profile, step, graphs, stream, memory, ops
+#   benchmarks/gpu.sh OUT                       every part: tests, layer, routes, profile, step, stream, memory, ops
 #   benchmarks/gpu.sh OUT layer ops             some of them
 #   POETX_BENCH_TINY=1 benchmarks/gpu.sh OUT    a rehearsal with tiny sizes, which a CPU can do
 set -u
-usage="usage: benchmarks/gpu.sh OUT [tests|layer|routes|profile|step|graphs|stream|memory|ops ...]"
+usage="usage: benchmarks/gpu.sh OUT [tests|layer|routes|profile|step|stream|memory|ops ...]"
 case "${1:-}" in "" | -*) echo "$usage" >&2; exit 2 ;; esac
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd); shift
@@ -83,20 +83,14 @@ part_step() {
         return
     fi
     bench 60 step step llama-1b $rates --seq-lens 2048 --batch-sizes 1,4,8 --methods adamw,fast,mem,single-step
+    bench 60 step step llama-1b $rates train.cuda_graphs=true --seq-lens 2048 --batch-sizes 1,4 \
+        --methods adamw,fast,mem,single-step
     bench 90 step step llama-8b $rates optimizer.state_dtype=same --seq-lens 2048 --batch-sizes 1,4 --repeats 3 \
         --methods adamw,fast,mem,single-step
     bench 60 step step llama-8b model.num_layers=4 $rates --seq-lens 2048 --batch-sizes 1,4 --repeats 3 \
         --methods benchmarks/permutations.yaml
     bench 90 step step llama-8b ${rates% *} optimizer.state_dtype=same $checkpointed --seq-lens 2048 --batch-sizes 1,4 \
         --repeats 3 --methods adamw,single-step
-}
-
-part_graphs() {
-    if [ -n "$tiny" ]; then
-        limited 100 graphs "$python" -m benchmarks.graphs demo $tiny_model --tokens 2x16 --out "$out/graphs.jsonl"
-        return
-    fi
-    limited 60 graphs "$python" -m benchmarks.graphs llama-1b $rates --tokens 1x2048,4x2048 --out "$out/graphs.jsonl"
 }
 
 part_stream() { # weights in host memory, and the inputs of layers, too, beside the same run with them on the card
@@ -118,10 +112,10 @@ rates="optimizer.lr=1e-4 optimizer.poet_lr=1e-4"
 checkpointed="model.gradient_checkpointing=true train.chunked_loss=true" # with which AdamW at 8B fits 80 GB
 tiny_model="model.hidden_size=32 model.intermediate_size=48 model.num_layers=1 model.num_heads=2 data.vocab_size=300
     poet.block_size=16"
-[ $# -gt 0 ] || set -- tests layer routes profile step graphs stream memory ops
+[ $# -gt 0 ] || set -- tests layer routes profile step stream memory ops
 for part in "$@"; do
     case $part in
-        tests | layer | routes | profile | step | graphs | stream | memory | ops) ;;
+        tests | layer | routes | profile | step | stream | memory | ops) ;;
         *) echo "$part: no such part; $usage" >&2; exit 2 ;;
     esac
 done
