@@ -1,4 +1,4 @@
-"""Replayed passes against launched ones, with graphs that run the captured Python again; real ones: test_on_gpu.py."""
+"""Replayed passes against launched ones, with graphs of recorded operators; real ones are in test_on_gpu.py."""
 
 from __future__ import annotations
 
@@ -8,51 +8,88 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import poetx
 from poetx import POETX, PoetConfig, UserError, convert_, param_groups
+from poetx.layers.merge_reminder import MergeReminder
+from poetx.layers.walk import single_step_layers
+from poetx.methods.base import check_device, convert_model
+from poetx.models import build_model
+from poetx.ops.library import transparent_operators
 from poetx.recipe import load_recipe
+from poetx.runs.load import load_run
 from poetx.savings import checkpoint_layers_
-from poetx.train import graphs
+from poetx.train import graphs, run
 from poetx.train.step import TrainingStep
 
 IDS = torch.randint(97, (8, 12), generator=torch.Generator().manual_seed(0))
 
 
-class Graph:
-    """What is captured runs when it is replayed, and leaves as little on the host as a real one."""
+class Recorder(TorchDispatchMode):
+    """Every operator with its tensors and numbers, as a graph has kernels with theirs."""
 
-    now: Graph | None = None
+    def __init__(self):
+        super().__init__()
+        self.operators = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        assert function is not torch.ops.aten._local_scalar_dense.default, "the host looks at a value"
+        views = any(returned.alias_info is not None for returned in function._schema.returns)
+        self.operators.append((function, args, kwargs or {}, out, views))
+        return out
+
+
+class Graph:
+    """Stands for a CUDA graph: what was captured runs at a replay, operator by operator, on the same memory."""
+
+    outside: list  # what gives all tensors that a pass may write and that stay
 
     def replay(self):
-        matrices = [(m, m._touched, m._taken, m.changes) for m in self.matrices]
-        out = self.run()
-        for matrix, *before in matrices:
-            matrix._touched, matrix._taken, matrix.changes = before
-        self.loss.copy_(out)
+        with torch.no_grad():
+            for function, args, kwargs, out, views in self.recorder.operators:
+                again = function(*args, **kwargs)
+                for there, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                    if isinstance(there, torch.Tensor) and not views and there is not new:
+                        there.copy_(new)
+
+
+class Stream:
+    device = torch.device("cpu")
+
+    def __init__(self, *args):
+        pass
+
+    def wait_stream(self, other):
+        pass
 
 
 @pytest.fixture
 def made(monkeypatch):
-    """The graphs that are captured."""
-    found = []
+    """The graphs that are captured; a capture runs nothing, so what it wrote is put back."""
+    found: list[Graph] = []
+    outside: list = []
 
     @contextlib.contextmanager
     def capture(graph, **settings):
-        Graph.now = graph
+        tensors = outside[0]()
+        kept = [tensor.detach().clone() for tensor in tensors]
+        graph.recorder = Recorder()
+        failed = True
+        try:
+            with graph.recorder, transparent_operators():
+                yield
+            failed = False
+        finally:
+            with torch.no_grad():
+                for tensor, before in zip(tensors, kept, strict=True):
+                    tensor.detach().copy_(before)
+            if failed:  # as leaving a capture that has failed does
+                raise RuntimeError("operation failed due to a previous error during capture")
         found.append(graph)
-        yield
-        Graph.now = None
-
-    class Stream:
-        device = torch.device("cpu")
-
-        def __init__(self, *args):
-            pass
-
-        def wait_stream(self, other):
-            pass
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
@@ -60,6 +97,7 @@ def made(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: Stream())
+    Graph.outside = outside
     return found
 
 
@@ -69,35 +107,26 @@ def llama(**config):
     return AutoModelForCausalLM.from_config(LlamaConfig(**(shape | {"num_attention_heads": 2} | config)))
 
 
-def prepared(method, *, replays=True, **settings):
-    """A step whose captured passes do nothing to model and momenta until they are replayed, as on a GPU."""
-    model = llama()
+def prepared(method, *, replays=True, model=None, **settings):
+    model = model or llama()
     if method == "adamw":
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     else:
         convert_(model, PoetConfig(method=method, init="normalized", block_size=8, **settings))
-        optimizer = (
-            POETX(model) if method == "single-step" else torch.optim.AdamW(param_groups(model, lr=1e-3, poet_lr=1e-3))
-        )
+        rates = {"lr": 1e-3, "poet_lr": 1e-3}
+        optimizer = POETX(model) if method == "single-step" else torch.optim.AdamW(param_groups(model, **rates))
         if method == "poet-x":
             poetx.merge_every(optimizer, model, steps=3)
     step = TrainingStep(model, optimizer, model)
 
-    def body(batch, tokens):
-        if Graph.now is None:
-            return step.backward_of(batch, tokens)
-        graph, matrices = Graph.now, list(getattr(optimizer, "matrices", ()))
-        tensors = [p.grad for p in model.parameters() if p.grad is not None]
-        tensors += [t for m in matrices for t in (m.momenta, m.all_peaks)]
-        kept = [t.clone() for t in tensors]
-        graph.run, graph.matrices = (lambda: step.backward_of(batch, tokens)), matrices
-        graph.loss = step.backward_of(batch, tokens).clone()
-        for tensor, before in zip(tensors, kept, strict=True):
-            tensor.copy_(before)
-        return graph.loss
+    def written():
+        tensors = [*model.parameters(), *model.buffers()]
+        tensors += [p.grad for p in model.parameters() if p.grad is not None]
+        return [*tensors, *(t for m in getattr(optimizer, "matrices", ()) for t in (m.momenta, m.all_peaks))]
 
     if replays:
-        step.graphs = graphs.GraphedPasses(model, optimizer, body)
+        Graph.outside[:] = [written]
+        step.graphs = graphs.GraphedPasses(model, optimizer, step.backward_of)
     return model, optimizer, step
 
 
@@ -161,10 +190,31 @@ def freeze(number, model, optimizer):
         model.lm_head.weight.requires_grad_(False)
 
 
+def freeze_a_layer(number, model, optimizer):
+    if number in (4, 6):
+        model.model.layers[0].mlp.requires_grad_(number == 6)
+
+
 def move(number, model, optimizer):
     if number == 4:
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
+
+
+def move_buffers(number, model, optimizer):
+    if number == 4:
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.clone()
+
+
+def move_peaks(number, model, optimizer):
+    if number == 4:
+        for _, layer in single_step_layers(model):
+            peaks = (layer.momentum.peaks_in.clone(), layer.momentum.peaks_out.clone())
+            layer.momentum = layer.momentum._replace(peaks_in=peaks[0], peaks_out=peaks[1])
+            matrix = layer.trainer()
+            matrix.peaks = dict(zip(("in", "out"), peaks, strict=True))
 
 
 def load(number, model, optimizer):
@@ -172,13 +222,51 @@ def load(number, model, optimizer):
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
-@pytest.mark.parametrize("change", [freeze, move, load])
-@pytest.mark.parametrize("method", ["single-step", "poet-x"])
-def test_what_has_moved_or_is_frozen_is_captured_anew(method, change, made):
+@pytest.mark.parametrize(
+    ("change", "method", "captures"),
+    [
+        (freeze, "single-step", 2),
+        (freeze, "poet-x", 2),
+        (freeze_a_layer, "poet-x", 3),
+        (freeze_a_layer, "single-step", 3),
+        (move, "single-step", 2),
+        (move, "poet-x", 2),
+        (move_buffers, "poet-x", 2),
+        (move_peaks, "single-step", 2),
+        (load, "single-step", 2),  # whose momenta are new tensors then
+        (load, "poet-x", 1),
+    ],
+)
+def test_what_has_moved_or_is_frozen_is_captured_anew(change, method, captures, made, monkeypatch):
+    monkeypatch.setattr(graphs, "_LAUNCHED_FIRST", 1)
     got = trained(method, made, steps=9, between=change)
-    again = change is not load or method == "single-step"  # whose momenta are new tensors then
-    assert len(made) == (2 if again else 1)
+    assert len(made) == captures
     check(got, trained(method, made, replays=False, steps=9, between=change))
+
+
+def test_who_watches_gradients_is_in_no_graph(made, caplog):
+    """As the look at a run's first steps does, and forgets what it has kept."""
+
+    def watch(number, model, optimizer):
+        if number == 0:
+            model.hook = model.lm_head.weight.register_hook(lambda grad: seen.append(number))
+        if number == 3:
+            model.hook.remove()
+
+    seen: list[int] = []
+    got = trained("single-step", made, micro_batches=1, between=watch)
+    assert got[2].graphs.replayed == 4
+    assert len(seen) == 3
+    seen.clear()
+    check(got, trained("single-step", made, replays=False, micro_batches=1, between=watch))
+    model, _, step = prepared("adamw")
+    model.lm_head.weight.register_hook(lambda grad: None)
+    for _ in range(20):
+        step([(IDS, IDS)])
+    assert step.graphs.captured == 0
+    assert [r.message for r in caplog.records] == [
+        "train.cuda_graphs: lm_head.weight has a hook on its gradient, so passes are launched"
+    ]
 
 
 def test_a_parameter_without_gradient_gets_none(made):
@@ -208,9 +296,103 @@ def test_a_step_that_is_not_finite_is_skipped_and_taken_back(made):
 
 def test_a_merge_is_looked_at(made, monkeypatch):
     looked = []
-    monkeypatch.setattr(graphs, "look_at_merges", lambda model: looked.append(model))
-    trained("poet-x", made, steps=10)  # which merges after 3, 6 and 9
-    assert len(looked) == 3
+    plain = MergeReminder.check_average
+
+    def check_average(reminder, layer, **how):
+        looked.append(layer)
+        plain(reminder, layer, **how)
+
+    monkeypatch.setattr(MergeReminder, "check_average", check_average)
+    _, _, step = prepared("poet-x")  # which merges after 3, 6 and 9
+    count = sum(isinstance(h, MergeReminder) for m in step.model.modules() for h in m._forward_pre_hooks.values())
+    found = []
+    for _ in range(10):
+        looked.clear()
+        step([(IDS, IDS)])
+        found.append(len(looked) // count)
+    assert found == [1, 1, 1, 1, 0, 0, 1, 0, 0, 1], (
+        "launched, launched, captured (asked, and looks away), then after merges"
+    )
+
+
+def test_gradients_that_differ_by_shape_are_refused(made):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.long, self.short = nn.Linear(4, 1), nn.Linear(4, 1)
+
+        def forward(self, x):
+            return (self.long if len(x) > 2 else self.short)(x).sum()
+
+    model = Two()
+
+    def body(batch, tokens):
+        loss = model(batch[0])
+        loss.backward()
+        return loss.detach()
+
+    Graph.outside[:] = [lambda: [p.grad for p in model.parameters() if p.grad is not None]]
+    passes = graphs.GraphedPasses(model, torch.optim.SGD(model.parameters()), body)
+    long, short = torch.ones(3, 4), torch.ones(2, 4)
+    for batch in (long, long, long, short, short, short, long):
+        passes([(batch, batch)], 1)
+        assert (model.long.weight.grad is None) == (len(batch) == 2)
+        assert (model.short.weight.grad is None) == (len(batch) == 3)
+        model.zero_grad()
+    with pytest.raises(UserError, match="the same parameters a gradient"):
+        passes([(long, long), (short, short)], 1)
+
+
+def test_gradients_that_are_put_in_place_of_others_are_refused(made):
+    model = nn.Linear(4, 1)
+
+    def body(batch, tokens):
+        loss = model(batch[0]).sum()
+        loss.backward()
+        model.weight.grad = model.weight.grad.clone()
+        return loss.detach()
+
+    Graph.outside[:] = [list]
+    passes = graphs.GraphedPasses(model, torch.optim.SGD(model.parameters()), body)
+    for _ in range(2):
+        passes([(torch.ones(3, 4), torch.ones(3))], 1)
+        model.zero_grad()
+    with pytest.raises(UserError, match="in place of those before"):
+        passes([(torch.ones(3, 4), torch.ones(3))], 1)
+
+
+def test_a_model_of_frozen_ends_trains(made):
+    def model():
+        made = llama()
+        for name, parameter in made.named_parameters():
+            parameter.requires_grad_("proj" in name)
+        return made
+
+    found = []
+    for replays in (True, False):
+        _, _, step = prepared("single-step", replays=replays, model=model())
+        found.append([step([(IDS, IDS)]).loss for _ in range(6)])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0][-1] < found[0][0]
+
+
+def test_an_interruption_of_a_replay_can_be_taken_back(made, monkeypatch):
+    _, optimizer, step = prepared("single-step")
+    for _ in range(3):
+        step([(IDS, IDS)])
+    before = [m.momenta.clone() for m in optimizer.matrices]
+    plain = Graph.replay
+
+    def interrupted(graph):
+        plain(graph)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Graph, "replay", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        step([(IDS, IDS)])
+    assert not torch.equal(optimizer.matrices[0].momenta, before[0])
+    optimizer.discard()
+    assert all(torch.equal(m.momenta, was) for m, was in zip(optimizer.matrices, before, strict=True))
 
 
 def test_a_measured_step_is_launched(made):
@@ -241,8 +423,15 @@ def test_a_pass_that_waits_is_refused_in_one_line(made):
 
     step.graphs.body = waits
     with pytest.raises(
-        UserError, match=r"^train\.cuda_graphs: a pass .* \(operation not permitted .*\); leave it out$"
+        UserError, match=r"^train\.cuda_graphs: a pass .* \(operation .* capturing more\); leave it out$"
     ):
+        step([(IDS, IDS)])
+
+    def refuses(batch, tokens):
+        raise UserError("routers")
+
+    step.graphs.body = refuses
+    with pytest.raises(UserError, match="^routers$"):
         step([(IDS, IDS)])
 
 
@@ -266,9 +455,56 @@ def test_momenta_that_are_rounded_are_refused():
         prepared("single-step", rotation_dtype="bfloat16")
 
 
-def test_checkpointed_layers_without_random_numbers():
-    model = llama(attention_dropout=0.1)
-    with pytest.raises(UserError, match=r"attention_dropout=0\.1 of the config draws"):
-        checkpoint_layers_(model, preserve_rng_state=False)
-    with pytest.raises(UserError, match=r"the dropout 0 draws"):
-        checkpoint_layers_(nn.ModuleList([nn.Dropout(0.5), nn.Dropout(0.5)]), preserve_rng_state=False)
+def test_checkpointed_layers_that_draw_are_refused(made):
+    """Computed again they would draw something else, and nobody could tell from the loss."""
+    for dropout in (0.0, 0.1):
+        model = checkpoint_layers_(llama(attention_dropout=dropout), preserve_rng_state=False)
+        step = TrainingStep(model, torch.optim.SGD(model.parameters()), model)
+        step.graphs = graphs.GraphedPasses(model, step.optimizer, step.backward_of, may_draw=False)
+        if dropout:
+            with pytest.raises(UserError, match="draws random numbers"):
+                step([(IDS, IDS)])
+        else:
+            step([(IDS, IDS)])
+
+
+def test_a_recipe_checkpoints_without_the_generators_state():
+    for on in (False, True):
+        keys = ["model.gradient_checkpointing=true", f"train.cuda_graphs={str(on).lower()}", "method=adamw"]
+        recipe = load_recipe("demo", [*keys, "model.num_layers=1", "train.dtype=float32"], text=False)
+        model = build_model(recipe, vocab_size=300, end_of_text_id=0, device=torch.device("cpu"))
+        convert_model(model, recipe, None)
+        assert model.model.layers[0]._gradient_checkpointing_func.keywords["preserve_rng_state"] is not on
+        step = TrainingStep.of(recipe, model, torch.optim.SGD(model.parameters()))
+        assert (step.graphs is not None) == on
+        assert step.graphs is None or not step.graphs.may_draw
+
+
+def test_a_device_or_several_processes_without_graphs_are_refused(monkeypatch):
+    recipe = load_recipe("demo", ["train.cuda_graphs=true"], text=False)
+    with pytest.raises(UserError, match="the device is cpu"):
+        check_device(recipe, torch.device("cpu"))
+    check_device(recipe, torch.device("cuda"))
+    check_device(recipe, None)
+    monkeypatch.setattr("poetx.methods.base.rank_count", lambda: 2)
+    with pytest.raises(UserError, match="several processes"):
+        check_device(recipe, torch.device("cuda"))
+
+
+def test_a_run_with_graphs_loads_where_there_are_none(tiny):
+    done = run.train(tiny("train.steps=2"))
+    for recipe in done.run_dir.rglob("recipe.yaml"):
+        text = recipe.read_text()
+        assert "cuda_graphs: false" in text
+        recipe.write_text(text.replace("cuda_graphs: false", "cuda_graphs: true "))  # as long
+    assert load_run(str(done.run_dir), device="cpu").model is not None
+
+
+def test_gradients_that_stay_are_planned():
+    """Of the loss's own memory, in which no gradient of the dense model was before."""
+    keys = ["method=adamw", "data.seq_len=1024", "train.dtype=bfloat16", "data.vocab_size=8192"]
+    without, with_graphs = (
+        poetx.estimate_memory(load_recipe("demo", [*keys, *more], text=False))
+        for more in ([], ["train.cuda_graphs=true"])
+    )
+    assert with_graphs.phases["forward"].total == without.phases["forward"].total + 2 * without.trainable

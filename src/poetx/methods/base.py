@@ -51,7 +51,8 @@ class Method(ABC):
     def acts_in_backward(self) -> bool:
         """Whether backward already changes a parameter (released gradients) or a momentum (single-step layers).
 
-        A loss that is not finite must then be seen before its backward, and gradient norms leave something out.
+        Gradient norms leave something out then; and a loss that is not finite must be seen before its backward where
+        that changes parameters.
         """
         return self.recipe.optimizer.release_gradients
 
@@ -161,8 +162,9 @@ def convert_model(model: nn.Module, recipe: Recipe, device: torch.device | None)
         place = None if device is None else recipe.model.offload_path
         offload_frozen_(model, device or "meta", keep=max(weights, default=0), directory=place)
     if recipe.model.gradient_checkpointing:
-        draws_again = not recipe.train.cuda_graphs
-        checkpoint_layers_(model, recompute=recipe.model.recompute, preserve_rng_state=draws_again)
+        # In a graph nobody could ask for the generator's state; see GraphedPasses, which looks whether anything draws.
+        preserve = not recipe.train.cuda_graphs
+        checkpoint_layers_(model, recompute=recipe.model.recompute, preserve_rng_state=preserve)
     if recipe.model.offloads_activations:
         offload_activations_(model)
     return report
@@ -172,6 +174,8 @@ def check_device(recipe: Recipe, device: torch.device | None) -> None:
     """Raise :class:`UserError` where the recipe has settings that its device has no use for."""
     if recipe.train.cuda_graphs and device is not None and device.type != "cuda":
         raise UserError(f"train.cuda_graphs: the device is {device.type}, which has none; leave it out")
+    if recipe.train.cuda_graphs and device is not None and rank_count() > 1:
+        raise UserError("train.cuda_graphs: not with several processes; leave it out")
     if recipe.model.offload and device is not None and device.type == "cpu":
         raise UserError(f"model.offload={recipe.model.offload}: the device is the CPU; leave it out")
 

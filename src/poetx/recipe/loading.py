@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 DEMOS = ("demo-single-step", "demo")  # the first is what `poetx train` runs
 
 _SECTIONS = ("model", "data", "poet", "lora", "optimizer", "train")
-_OF_THE_HOST = ("train.compile", "model.offload", "optimizer.release_gradients", "data.pack")
+_OF_THE_HOST = (*("train.compile", "train.memory_every", "model.offload", "optimizer.release_gradients", "data.pack"),)
 # All of them only in what to_yaml() wrote, of any version.
 _WRITTEN_OUT = {"run_dir", "model", "data", "poet", "optimizer", "train"}
 _WRITTEN_OUT_TRAIN = {"seed", "steps", "batch_size", "device", "dtype", "log_every", "eval_every", "eval_windows"}

@@ -128,7 +128,7 @@ def rebuild_run(run_dir: Path, device: torch.device, *, same_start: bool = False
     if text is not None and read_state(checkpoint).data_fingerprint != text:
         raise UserError(f"{checkpoint}: is another run's, of other text; bring this run's own checkpoint back")
     on_the_host = {"model.offload": None, "model.offload_dir": None} if device.type == "cpu" else {}
-    recipe = recipe.with_keys({"run_dir": str(run_dir)} | on_the_host)
+    recipe = recipe.with_keys({"run_dir": str(run_dir), "train.cuda_graphs": False} | on_the_host)
     tokenizer = _run_tokenizer(run_dir)
     model = build_model(
         settled(recipe, device),

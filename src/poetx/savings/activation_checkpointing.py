@@ -8,7 +8,6 @@ from typing import Any, get_args
 
 import torch
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd as _Dropout
 from torch.utils.checkpoint import checkpoint
 
 from poetx.config import Recompute
@@ -42,18 +41,16 @@ def checkpoint_layers_(model: nn.Module, *, recompute: str = "auto", preserve_rn
             their only mode.
 
         preserve_rng_state: as in ``torch.utils.checkpoint``: a layer that is computed again draws what it drew. False,
-            which a CUDA graph needs, is for models that draw nothing.
+            which a CUDA graph needs, is for models that draw nothing; with dropout their gradients would be wrong.
 
     Raises:
-        UserError: no repeated layers to be found, another ``recompute``, or ``preserve_rng_state=False`` and dropout.
+        UserError: no repeated layers to be found, or another ``recompute``.
     """
     if recompute not in (choices := get_args(Recompute)):
         raise UserError(f"recompute={recompute!r}: must be one of {', '.join(choices)}")
     layers = decoder_layers(model)
     if not layers:
         raise UserError("the model has no nn.ModuleList of repeated layers to checkpoint; use torch.utils.checkpoint")
-    if not preserve_rng_state and (dropout := dropout_of(model)):
-        raise UserError(f"preserve_rng_state=False: {dropout} draws; set it to 0")
     settings = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
     current: Any = getattr(model, "activation_checkpointing_enable", None)  # the name of newer transformers
     older: Any = getattr(model, "gradient_checkpointing_enable", None)
@@ -72,18 +69,6 @@ def checkpoint_layers_(model: nn.Module, *, recompute: str = "auto", preserve_rn
                 limits = {"fast": math.inf, "mem": 0, "auto": rotated.recomputed_fast_tokens}
                 rotated.fast_tokens = limits[recompute]
     return model
-
-
-def dropout_of(model: nn.Module) -> str:
-    """What in the model draws in a training pass, as far as modules and config tell; empty: nothing."""
-    for name, module in model.named_modules():
-        if isinstance(module, _Dropout) and module.p > 0:
-            return f"the dropout {name}"
-    config: Any = getattr(model, "config", None)
-    for key, value in (config.to_dict() if hasattr(config, "to_dict") else {}).items():
-        if key.endswith(("dropout", "pdrop", "dropout_rate", "dropout_prob", "layerdrop")) and value:
-            return f"{key}={value} of the config"
-    return ""
 
 
 def _checkpointed(layer: nn.Module, settings: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

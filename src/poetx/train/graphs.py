@@ -7,6 +7,7 @@ inputs are copied to where the graph reads them, and gradients stay where it add
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,18 +15,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from poetx.errors import UserError
+from poetx.errors import UserError, one_line
 from poetx.layers.merge_reminder import look_at_merges
 from poetx.layers.poet import PoetLinear
 from poetx.layers.single_step import SingleStepLinear
 
-#: Inputs and labels of a micro-batch, and perhaps positions.
+logger = logging.getLogger(__name__)
+
+#: Inputs and labels of a micro-batch.
 Batch = Sequence[Tensor]
 #: ``body(batch, tokens)`` adds the gradient of a micro-batch's loss over ``tokens``, a scalar, and returns the loss.
 Body = Callable[[Batch, Tensor], Tensor]
 
+NOT_PACKED = "train.cuda_graphs: not with documents that are packed; set data.pack=false, or leave it out"
 #: Steps of a shape of micro-batch that the host launches before a graph is captured: what is made once is made there.
 _LAUNCHED_FIRST = 2
+#: Steps launched because somebody watches gradients, after which that is said.
+_WATCHED_LONG = 16
 
 
 class _Graph(NamedTuple):
@@ -38,30 +44,37 @@ class _Graph(NamedTuple):
 class GraphedPasses:
     """The micro-batches of training steps, captured once for each shape, then replayed.
 
-    A step is launched as ever where a micro-batch has a shape that is new. Where tensors have moved, or other
-    parameters train, all graphs are made anew. What layers do on the host in a pass they do not do in a replay: a merge
-    is looked at here, and matrices of single-step layers are told that their momentum was added to.
+    A step is launched as ever where a micro-batch has a shape that is new, and as long as a parameter has a hook on its
+    gradient. Where tensors have moved, or other parameters train, all graphs are made anew. What layers do on the host
+    in a pass they do not do in a replay: a merge is looked at here, and matrices of single-step layers are told that
+    their momentum was added to; nobody counts passes without a merge.
 
     Args:
         model, optimizer: on a GPU; the optimizer steps after backward, not in it.
         body: the same for all steps; it waits for nothing on the host.
+        may_draw: random numbers. Not where layers are computed again without the generator's state.
+
+    Raises:
+        UserError: a momentum whose rounding needs the host in every pass.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, body: Body) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, body: Body, *, may_draw: bool = True
+    ) -> None:
         if rounds := next((m.name for m in getattr(optimizer, "matrices", ()) if m.config.rounds_momenta), None):
             raise UserError(
                 f"train.cuda_graphs: {rounds} has a momentum in bfloat16 (poet.rotation_dtype), for whose rounding the "
                 "host draws a number in every pass; use float32, or leave it out"
             )
-        self.model, self.optimizer, self.body = model, optimizer, body
-        self.replayed = self.captured = 0
+        self.model, self.optimizer, self.body, self.may_draw = model, optimizer, body, may_draw
+        self.replayed = self.captured = self._watched = 0
         self._stream: torch.cuda.Stream | None = None
         self._forget()
 
     def _forget(self) -> None:
         self._graphs: dict[Any, _Graph] = {}
         self._launched: Counter[Any] = Counter()
-        self._trained: set[nn.Parameter] = set()
+        self._trained: dict[Any, set[nn.Parameter]] = {}  # by shape
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._made_of: Any = None
         self._written: Any = None
@@ -71,7 +84,8 @@ class GraphedPasses:
         """Add the gradients of a step to parameters that have none yet; the sum of the losses, a scalar.
 
         Raises:
-            UserError: the pass cannot be captured, because the host has to look at a value in it.
+            UserError: the pass cannot be captured: the host has to look at a value in it, it draws where it must not,
+                or not every shape gives the same parameters a gradient.
         """
         device = micro_batches[0][0].device
         if self._stream is None:
@@ -80,20 +94,28 @@ class GraphedPasses:
         written, made_of = self._state()
         if made_of != self._made_of:
             self._forget()
-        launches = any(self._launched[shape] < _LAUNCHED_FIRST for shape in shapes)
         over = torch.full((), tokens, dtype=torch.float32, device=device)
-        if launches:
+        if self._is_watched() or any(self._launched[shape] < _LAUNCHED_FIRST for shape in shapes):
             losses = [self._launch(batch, over) for batch in micro_batches]
-            self._launched.update(set(shapes))
-            self._trained |= {p for p in self.model.parameters() if p.grad is not None}
+            for shape in set(shapes):
+                self._launched[shape] += 1
+                self._trained[shape] = {p for p in self.model.parameters() if p.grad is not None}
         else:
             if written != self._written:
                 look_at_merges(self.model)
-            self._set_gradients()
+            self._set_gradients(shapes)
             pairs = zip(shapes, micro_batches, strict=True)
             losses = [self._replay(shape, batch, over) for shape, batch in pairs]
         self._written, self._made_of = written, made_of
         return torch.stack(losses).sum()
+
+    def _is_watched(self) -> bool:
+        """Whether somebody hooks on the gradient of a parameter, as a look at the first steps does."""
+        watched = next((name for name, p in self.model.named_parameters() if p._backward_hooks), None)
+        self._watched += watched is not None
+        if self._watched == _WATCHED_LONG:
+            logger.warning("train.cuda_graphs: %s has a hook on its gradient, so passes are launched", watched)
+        return watched is not None
 
     def _state(self) -> tuple[Any, Any]:
         """Who has written layers so far; and where everything is that a graph reads and writes, and what trains."""
@@ -104,26 +126,38 @@ class GraphedPasses:
             if isinstance(module, PoetLinear):
                 written += [t._version for t in (module.merge_count, module.perm_in, module.perm_out)]
             elif isinstance(module, SingleStepLinear) and module.momentum is not None:
-                made_of += [t.data_ptr() for t in module.momentum[:4]]
+                made_of += [module.frozen, *(t.data_ptr() for t in module.momentum[:4])]
         return written, made_of
 
     def _launch(self, batch: Batch, over: Tensor) -> Tensor:
         """As the host does it, on the stream that graphs are captured on, whose workspaces are made by this."""
         assert self._stream is not None
-        current = torch.cuda.current_stream(self._stream.device)
+        device = batch[0].device
+        current = torch.cuda.current_stream(device)
+        before = None if self.may_draw else _random_state(device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             loss = self.body(batch, over)
         current.wait_stream(self._stream)
+        if before is not None and not torch.equal(before, _random_state(device)):
+            raise UserError(
+                "train.cuda_graphs: the model draws random numbers (dropout, say), which with "
+                "model.gradient_checkpointing=true would be others when a layer is computed again; leave one of them "
+                "out"
+            )
         return loss
 
-    def _set_gradients(self) -> None:
+    def _set_gradients(self, shapes: Sequence[Any]) -> None:
         """Zeros at the same places in every step: graphs add to them."""
-        for parameter in self._trained - self._gradients.keys():
+        trained = self._trained[shapes[0]]
+        if any(self._trained[shape] != trained for shape in shapes):
+            raise UserError(_OTHER_GRADIENTS)
+        for parameter in trained - self._gradients.keys():
             self._gradients[parameter] = torch.empty_like(parameter.detach())
-        torch._foreach_zero_([*self._gradients.values()])  # pyright: ignore[reportPrivateImportUsage]
-        for parameter, gradient in self._gradients.items():
-            parameter.grad = gradient
+        if trained:
+            torch._foreach_zero_([self._gradients[p] for p in trained])  # pyright: ignore[reportPrivateImportUsage]
+        for parameter in trained:
+            parameter.grad = self._gradients[parameter]
 
     def _replay(self, shape: Any, batch: Batch, over: Tensor) -> Tensor:
         found = self._graphs.get(shape)
@@ -131,9 +165,9 @@ class GraphedPasses:
             found = self._graphs[shape] = self._capture(batch, over)
         for target, value in zip(found.batch, (*batch, over), strict=True):
             target.copy_(value, non_blocking=True)
-        found.graph.replay()
-        for matrix in found.fed:
+        for matrix in found.fed:  # first, so that an interruption finds what is to be taken back
             matrix.touched = True
+        found.graph.replay()
         self.replayed += 1
         return found.loss.clone()
 
@@ -149,17 +183,28 @@ class GraphedPasses:
             # thread_local: other threads may go on copying
             with torch.cuda.graph(graph, capture_error_mode="thread_local", **settings):
                 loss = self.body(static[:-1], static[-1])
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise UserError(
-                f"train.cuda_graphs: a pass of this model cannot be captured ({str(error).splitlines()[0]}); leave it "
-                "out"
-            ) from error
+        except Exception as error:
+            raise _why(error) from None
         if any(parameter.grad is not gradient for parameter, gradient in before):
-            raise UserError(
-                "train.cuda_graphs: not every pass of this model gives the same parameters a gradient, or it puts them "
-                "in place of those before; leave it out"
-            )
+            raise UserError(_OTHER_GRADIENTS)
         self.captured += 1
         return _Graph(graph, static, loss, [matrix for matrix, before in changes if matrix.changes != before])
+
+
+_OTHER_GRADIENTS = (
+    "train.cuda_graphs: not every pass of this model gives the same parameters a gradient, or it puts them in place of "
+    "those before; leave it out"
+)
+
+
+def _why(error: BaseException) -> BaseException:
+    """What to raise where a capture failed: leaving one that has failed raises an error of its own."""
+    while error.__context__ is not None:
+        error = error.__context__
+    if isinstance(error, (UserError, torch.OutOfMemoryError)):
+        return error
+    return UserError(f"train.cuda_graphs: a pass of this model cannot be captured ({one_line(error)}); leave it out")
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()

@@ -51,6 +51,7 @@ from poetx.train.export import (
     save_tokenizer,
     tokenizer_sum,
 )
+from poetx.train.graphs import NOT_PACKED
 from poetx.train.loggers import PLACES, TENSORBOARD_DIR, with_loggers
 from poetx.train.loop import TrainingRun, fit
 from poetx.train.metrics import MetricsWriter, UnwrittenMetrics, divergence, is_whole, read_metrics
@@ -184,6 +185,8 @@ def _train(
             check_head(model)
         if data.meta.packed:
             check_packing(model)
+            if recipe.train.cuda_graphs:
+                raise UserError(NOT_PACKED)
         for text in _remarks(recipe, model):
             reporter.note(text)
         if sharded:

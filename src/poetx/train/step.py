@@ -24,7 +24,7 @@ from poetx.methods.base import method_of, release_handle
 from poetx.optim.gradient_release import is_handed_over
 from poetx.recipe import Recipe
 from poetx.savings.chunked_loss import chunked_cross_entropy
-from poetx.train.graphs import GraphedPasses
+from poetx.train.graphs import NOT_PACKED, GraphedPasses
 from poetx.train.one_document import one_document
 
 #: Inputs and labels, and positions where documents are packed: a pair, or :class:`poetx.data.tokens.Batch`.
@@ -112,9 +112,8 @@ class TrainingStep:
             phase=phase,
         )
         if settings.cuda_graphs:
-            if rank_count() > 1:
-                raise UserError("train.cuda_graphs: not with several processes; leave it out")
-            step.graphs = GraphedPasses(model, optimizer, step.backward_of)
+            draws = not recipe.model.gradient_checkpointing
+            step.graphs = GraphedPasses(model, optimizer, step.backward_of, may_draw=draws)
         return step
 
     def __call__(
@@ -149,6 +148,9 @@ class TrainingStep:
 
     def take(self, micro_batches: Sequence[MicroBatch], *, clip: float | None = None) -> Tensor:
         """The same step without looking at any number: for fake tensors, which have none; the loss, a scalar."""
+        if self.graphs is not None:  # to which gradients are added, in memory that stays
+            for parameter in self.model.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         total, _ = self._accumulate(micro_batches, None, reads=False)
         if clip:
             norm = total_norm([p.grad for p in self._parameters() if p.grad is not None])
@@ -197,7 +199,7 @@ class TrainingStep:
         tokens = everything if tokens is None else tokens
         self.model.train()
         if self.graphs is not None and reads and self.phase is no_phase:
-            return self.graphs([_without_positions(batch) for batch in micro_batches], tokens), None
+            return self.graphs([_unpacked(batch) for batch in micro_batches], tokens), None
         irrevocable = release_handle(self.optimizer) is not None  # steps in backward
         total = torch.zeros((), dtype=torch.float32, device=micro_batches[0][0].device)
         routers: Tensor | None = None
@@ -241,10 +243,10 @@ class TrainingStep:
             return language_loss(self.model, self.forward, inputs, labels, position_ids, chunked=self.chunked_loss)
 
 
-def _without_positions(batch: MicroBatch) -> Sequence[Tensor]:
+def _unpacked(batch: MicroBatch) -> Sequence[Tensor]:
     inputs, labels, *positions = batch
     if positions and positions[0] is not None:
-        raise UserError("train.cuda_graphs: not with documents that are packed; set data.pack=false, or leave it out")
+        raise UserError(NOT_PACKED)
     return inputs, labels
 
 

@@ -197,12 +197,27 @@ def another_state(model, optimizer, backward):
     backward(7)
 
 
+def other_values(model, optimizer, backward):
+    with torch.no_grad():
+        for layer in model:
+            optimizer.state[layer.weight]["momentum_in"].mul_(-1)
+            optimizer.state[layer.weight]["momentum_out"].mul_(-2)
+
+
 def another_memory(model, optimizer, backward):
     for layer in model:
         layer.weight.data = layer.weight.data.clone().mul_(1.001)
 
 
-BETWEEN = [another_gradient, another_angle, another_momentum, other_gradients, another_state, another_memory]
+BETWEEN = [
+    another_gradient,
+    another_angle,
+    another_momentum,
+    other_gradients,
+    another_state,
+    another_memory,
+    other_values,
+]
 
 
 @pytest.mark.parametrize("between", BETWEEN, ids=lambda function: function.__name__)
@@ -214,9 +229,48 @@ def test_what_comes_after_a_step_was_prepared_counts(between):
     assert not torch.equal(weights[0], untouched[0])
 
 
-def test_a_step_that_is_discarded_was_not_prepared_for_nothing_kept():
-    _, optimizer = prepared_and_stepped(lambda model, optimizer, backward: optimizer.discard())
-    assert not optimizer._ahead._batches
+@pytest.mark.parametrize("forget", ["discard", "close"])
+def test_what_was_prepared_is_dropped(forget):
+    def between(model, optimizer, backward):
+        assert optimizer._ahead._batches
+        getattr(optimizer, forget)()
+        assert not optimizer._ahead._batches
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepared_and_stepped(between)
+
+
+def test_of_several_processes_nothing_is_prepared(monkeypatch):
+    """Their gradients are averaged at the step."""
+
+    def between(model, optimizer, backward):
+        monkeypatch.setattr("poetx.optim.single_step.optimizer.rank_count", lambda: 2)
+        optimizer.prepare()
+        assert not optimizer._ahead._batches
+        monkeypatch.undo()
+
+    weights, _ = prepared_and_stepped(between)
+    torch.testing.assert_close(weights, prepared_and_stepped(prepare=False)[0], rtol=0, atol=0)
+
+
+def test_the_first_norm_is_that_of_the_weight_that_is_turned():
+    found = []
+    for prepare in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(32, 48, bias=False))
+        config = PoetConfig(method="single-step", init="normalized", block_size=16, exclude_modules=())
+        convert_(model, config)
+        optimizer = POETX(model, exclude_modules=(), angle=0.02)
+        (model(torch.ones(4, 32)).square() * torch.arange(48)).sum().backward()
+        with interpreted():
+            if prepare:
+                optimizer.prepare()
+            with torch.no_grad():
+                model[0].weight.mul_(2)
+            optimizer.step()
+        found.append(model[0].weight.detach().norm())
+    assert found[0] == found[1] == pytest.approx(2 * 48**0.5, rel=1e-2)
 
 
 def test_few_maps_are_computed_ahead(monkeypatch):
@@ -234,7 +288,9 @@ def test_few_maps_are_computed_ahead(monkeypatch):
 
 def test_the_training_step_prepares_and_skips(monkeypatch):
     """A loss that is not finite drops what was prepared, and the next step is as if it had never been."""
-    found = []
+    found, prepared = [], []
+    plain = POETX.prepare
+    monkeypatch.setattr(POETX, "prepare", lambda optimizer: (prepared.append(1), plain(optimizer))[1])
     for spoiled in (True, False):
         torch.manual_seed(0)
         model = llama()
@@ -257,3 +313,4 @@ def test_the_training_step_prepares_and_skips(monkeypatch):
             step([(ids, ids)], clip=1.0)
         found.append({name: p.detach().clone() for name, p in model.named_parameters()})
     torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert len(prepared) == 5

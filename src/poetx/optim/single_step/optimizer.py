@@ -216,6 +216,7 @@ class POETX(torch.optim.Optimizer):
 
         An optimizer of an ordinary model that is deleted lets go by itself.
         """
+        self._ahead = Ahead()
         for matrix in self._matrices or ():
             matrix.release()
             if matrix.layer is not None and matrix.layer.trainer is not None and matrix.layer.trainer() is matrix:
@@ -375,6 +376,8 @@ class POETX(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         ahead, self._ahead = self._ahead, Ahead()
+        if self._dense is not None:  # first: what it refuses is said before a matrix has turned
+            self._dense.step()
         try:
             for angle, momentum, moving in self._moving():
                 for batch in batches(moving):
@@ -383,8 +386,6 @@ class POETX(torch.optim.Optimizer):
             for matrix in self._matrices or ():
                 if matrix.layer is not None and matrix.layer.host is not None:
                     matrix.layer.host.settle()
-        if self._dense is not None:  # last: what was prepared keeps a GPU busy meanwhile
-            self._dense.step()
         self._unchecked += 1
         if self._unchecked == _CHECK_EVERY:
             self._unchecked = 0

@@ -92,8 +92,8 @@ class Ahead:
     """What has been done of a step before it: all that the host does for the kernels, and the first maps.
 
     Of converted layers only, on a device that computes while the host waits: their momenta have the gradients when
-    backward is over. A batch is looked up by all that its step depends on but the weights' values, so that one which
-    gradients, rates, a discarded or a loaded state have changed since is not found.
+    backward is over. A batch is looked up by all that its step depends on, so that one which gradients, rates, writes
+    in place, a discarded or a loaded state have changed since is not found.
     """
 
     def __init__(self) -> None:
@@ -121,5 +121,5 @@ class Ahead:
 def _known_by(batch: Sequence[Matrix], angle: float, momentum: float) -> tuple[object, ...]:
     from poetx.ops.triton.tuning import address  # only after can_step_together
 
-    each = ((m.index, m.step, m.changes, address(m.parameter), address(m.momenta)) for m in batch)
-    return (angle, momentum, *each)
+    places = [(address(t), t._version) for m in batch for t in (m.parameter, m.momenta)]
+    return (angle, momentum, *places, *((m.index, m.step, m.changes) for m in batch))
