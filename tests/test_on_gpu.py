@@ -78,14 +78,13 @@ def test_a_run_resumes_to_the_bit_and_loads_anywhere(name: str, tiny: Tiny) -> N
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if "graphs" in name])
-def test_replayed_passes_are_the_launched_ones(name: str) -> None:
+def test_replayed_passes_are_the_launched_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses of ten steps, with dropout where no layer is checkpointed, and a validation in between."""
-    keys = [key for key in RUNS[name] if not key.startswith("train.cuda_graphs")]
     own = () if "adamw" in name else ("poet.block_size=32",)
     sizes = ("model.hidden_size=64", "model.intermediate_size=96", "train.dtype=float32", "data.seq_len=32", *own)
     found = []
-    for graphs in (False, True):
-        recipe = load_recipe("demo", [*sizes, *keys, f"train.cuda_graphs={str(graphs).lower()}"], text=False)
+    for replays in (True, False):
+        recipe = load_recipe("demo", [*sizes, *RUNS[name]], text=False)
         made = build_run(from_dense(recipe), CUDA)
         if "stack" not in name:
             for module in made.training_step.model.modules():
@@ -101,12 +100,12 @@ def test_replayed_passes_are_the_launched_ones(name: str) -> None:
             if number == 6:
                 with torch.no_grad():
                     made.training_step.model(input_ids=ids)
-        if graphs:
-            assert made.training_step.graphs is not None
-            assert made.training_step.graphs.captured == 1
-            assert made.training_step.graphs.replayed == 8 * len(parts)
+        graphs = made.training_step.graphs
+        assert graphs is not None
+        assert (graphs.captured, graphs.replayed) == ((1, 8 * len(parts)) if replays else (0, 0))
         found.append(values)
-    assert found[1] == pytest.approx(found[0], rel=2e-3)
+        monkeypatch.setattr("poetx.train.graphs._LAUNCHED_FIRST", 100)
+    assert found[1] == pytest.approx(found[0], rel=2e-2 if "single" in name else 2e-3)  # as on the CPU, below
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -43,6 +43,24 @@ def test_a_pass_looks_at_no_value(model, chunked, monkeypatch):
     assert seen, "elsewhere transformers looks"
 
 
+@pytest.mark.parametrize("capturing", [False, True])
+def test_attention_has_no_mask_whether_captured_or_not(model, capturing, monkeypatch):
+    masks = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(*args, attn_mask=None, **settings):
+        masks.append(attn_mask)
+        return plain(*args, attn_mask=attn_mask, **settings)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    language_loss(model, model, IDS, IDS, chunked=False)
+    assert masks == [None, None]
+    masks.clear()
+    language_loss(model, model, IDS, IDS, PACKED, chunked=False)
+    assert all(mask is not None for mask in masks)
+
+
 def test_packed_documents_see_themselves_only(model):
     packed, _ = language_loss(model, model, IDS, IDS, PACKED, chunked=False)
     parts = [

@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 _told = threading.local()
 
@@ -37,16 +37,23 @@ def one_document(model: nn.Module) -> Iterator[None]:
 
 @functools.cache
 def _teach_transformers() -> None:
-    """Let it ask here first; nothing where a version has no such question."""
+    """Let it ask here first; nothing where a version has no such questions.
+
+    They are whether sequences are packed, and whether values can be looked at: where they cannot, inside a CUDA graph,
+    it takes no sequence for one document. Nobody looks at any here, as there is no padding either.
+    """
     from transformers import masking_utils
 
-    look: Any = getattr(masking_utils, "find_packed_sequence_indices", None)
-    if look is None:
-        return
+    for name, answer in (("find_packed_sequence_indices", None), ("is_tracing", False)):
+        asked: Any = getattr(masking_utils, name, None)
+        if asked is not None:
+            setattr(masking_utils, name, _answered(asked, answer))
 
-    @functools.wraps(look)
-    def find_packed_sequence_indices(position_ids: Tensor) -> Tensor | None:
+
+def _answered(asked: Callable[..., Any], answer: Any) -> Callable[..., Any]:
+    @functools.wraps(asked)
+    def ask(*args: Any, **kwargs: Any) -> Any:
         told = not torch.compiler.is_compiling() and getattr(_told, "so", False)
-        return None if told else look(position_ids)
+        return answer if told else asked(*args, **kwargs)
 
-    masking_utils.find_packed_sequence_indices = find_packed_sequence_indices
+    return ask
