@@ -499,27 +499,32 @@ def roofline() -> str:
 
 
 def gpu_step() -> str:
-    """Whole steps of a recipe on a GPU, merges included: tokens a second and the allocator's peak."""
-    rows = _rows("gpu/step")
+    """Whole steps of a recipe on a GPU, merges included: tokens a second, the allocator's peak; the newest of each."""
+    rows, graphs = _rows("gpu/step"), "train.cuda_graphs=true"
 
-    def _alike(row: dict[str, Any]) -> tuple[Any, ...]:
-        return row["recipe"], row["batch_size"], row["commit"], tuple(row.get("overrides", []))
+    def what(row: dict[str, Any]) -> str:
+        words = row.get("overrides", [])
+        step = f"{row['recipe']}, {row['batch_size']} × {row['seq_len']}"
+        return step + ", checkpointed" * ("model.gradient_checkpointing=true" in words) + ", graphs" * (graphs in words)
 
-    adamws = {_alike(row): row["ms"] for row in rows if row["contestant"] == "adamw"}
-    rows.sort(key=lambda row: (row["recipe"], row["batch_size"], row["contestant"]))  # and as they came
+    def alike(row: dict[str, Any], *, without: str = "") -> tuple[Any, ...]:
+        words = tuple(word for word in row.get("overrides", []) if word != without)
+        return row["recipe"], row["batch_size"], row["commit"], words
+
+    adamws = {alike(row): row["ms"] for row in rows if row["contestant"] == "adamw"}
+    newest = {(what(row), row["contestant"]): row for row in rows}  # as they came
     body = [
         [
-            f"{row['recipe']}, {row['batch_size']} × {row['seq_len']}"
-            + ", checkpointed" * ("model.gradient_checkpointing=true" in row.get("overrides", [])),
+            step,
             f"{row['device'].split()[1]}, {row['commit']}",
-            row["contestant"],
+            method,
             f"{row['ms']:.0f}",
             f"{row['tokens_per_second']:.0f}",
-            f"{adamws[_alike(row)] / row['ms']:.2f}",
+            f"{(adamws.get(alike(row)) or adamws[alike(row, without=graphs)]) / row['ms']:.2f}",
             f"{row['merge_ms']:.0f}",
             f"{row['peak_bytes'] / 2**30:.1f}",
         ]
-        for row in rows
+        for (step, method), row in sorted(newest.items())
     ]
     return _markdown(["step", "on, commit", "method", "ms", "tokens/s", "of AdamW's", "ms a merge", "peak, GiB"], body)
 
