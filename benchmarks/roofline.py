@@ -242,6 +242,8 @@ def main() -> None:
                 what = f"{row['contestant']:18} {row['tokens']:6} {row['out_features']}x{row['in_features']}"
                 print(f"{what}  predicted {time:6.3f} ms, measured {row['queued_ms']:6.3f} ({row['commit']})")
         return
+    if unknown := next((name for name in args.methods.split(",") if name not in METHODS), None):
+        parser.error(f"--methods: {unknown!r} is none of {', '.join(METHODS)}")
     m, n = map(int, args.layer.split("x"))
     for tokens in map(int, args.tokens.split(",")):
         plain = seconds("linear", Layer(m, n, tokens, args.block_size), device)
