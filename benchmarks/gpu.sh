@@ -35,7 +35,7 @@ bench() { # bench SECONDS NAME ARGUMENTS...: `poetx bench` into OUT/NAME.jsonl
 part_tests() {
     local workers=""
     "$python" -c "import xdist" 2>/dev/null && workers="-n 6"
-    limited 150 tests "$python" -m pytest -q -p no:cacheprovider --no-header --durations 8 \
+    limited 150 tests "$python" -m pytest -v --tb=short -p no:cacheprovider --no-header --durations 8 \
         ${tiny:+--collect-only} $workers tests/ops tests/test_on_gpu.py -m gpu
 }
 

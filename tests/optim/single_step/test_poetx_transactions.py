@@ -1,5 +1,6 @@
 """What is taken back, and what an exception leaves: each matrix as before or stepped, never between."""
 
+import contextlib
 import copy
 import sys
 
@@ -148,6 +149,7 @@ def interrupted(step, line):
 @pytest.mark.parametrize("form", FORMS)
 def test_an_interrupt_anywhere_leaves_each_matrix_as_before_or_stepped(form):
     def matrices(model, optimizer):
+        optimizer.plain_state_dict()  # waits, should the wait at the step's end have been interrupted
         states = [optimizer.state[p] for p in optimizer.param_groups[0]["params"]]
         weights = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
         return [(w, copy.deepcopy(s)) for w, s in zip(weights, states, strict=True)]
@@ -187,6 +189,29 @@ def test_an_interrupt_anywhere_leaves_each_matrix_as_before_or_stepped(form):
             optimizer.step()  # goes on where it was: those that are through have no gradient left
             torch.testing.assert_close(matrices(model, optimizer), after, rtol=0, atol=0)
     assert len(counts) > 2
+
+
+def test_a_state_is_read_when_it_is_there_though_nobody_waited(monkeypatch):
+    found = []
+    for interrupts in (True, False):
+        model, optimizer = start(converted=True, hosted=True)
+        train(model, optimizer, range(2))
+        backward(model, 9)
+        queue = optimizer.matrices[0].layer.host
+        plain, calls = type(queue).settle, []
+
+        def settle(queue, plain=plain, calls=calls, interrupts=interrupts):
+            calls.append(1)
+            if interrupts and len(calls) == 1:
+                raise KeyboardInterrupt
+            plain(queue)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(queue), "settle", settle)
+            with pytest.raises(KeyboardInterrupt) if interrupts else contextlib.nullcontext():
+                optimizer.step()
+            found.append(kept(model, optimizer)[1])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_a_state_of_the_version_before_is_taken():

@@ -226,6 +226,7 @@ class POETX(torch.optim.Optimizer):
 
     def plain_state_dict(self) -> dict[str, Any]:
         """All state under ``"state"``, as in torch."""
+        self._settle()
         return super().state_dict()
 
     def state_dict(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -314,6 +315,7 @@ class POETX(torch.optim.Optimizer):
         It keeps the momentum that converted layers and released gradients are added to, without what the look-ahead
         keeps anyway: half of it.
         """
+        self._settle()
         for matrix in self._matrices or ():
             if matrix.layer is not None or matrix.handle is not None:
                 matrix.snapshot()
@@ -383,9 +385,7 @@ class POETX(torch.optim.Optimizer):
                 for batch in batches(moving):
                     ahead.take_(batch, angle, momentum)
         finally:
-            for matrix in self._matrices or ():
-                if matrix.layer is not None and matrix.layer.host is not None:
-                    matrix.layer.host.settle()
+            self._settle()
         self._unchecked += 1
         if self._unchecked == _CHECK_EVERY:
             self._unchecked = 0
@@ -396,6 +396,15 @@ class POETX(torch.optim.Optimizer):
             rest = ((f"dense parameter {index} {tuple(p.shape)}", p) for index, p in enumerate(dense))
             check_alike([*zip(names, tensors, strict=True), *rest], f"after {_CHECK_EVERY} more steps")
         return loss
+
+    def _settle(self) -> None:
+        """Wait for weights and states that are on their way to host memory; after a step there are none.
+
+        Whoever interrupts that wait itself may leave some, so that it comes again before a state is read.
+        """
+        for matrix in self._matrices or ():
+            if matrix.layer is not None and matrix.layer.host is not None:
+                matrix.layer.host.settle()
 
     @torch.no_grad()
     def prepare(self) -> None:
