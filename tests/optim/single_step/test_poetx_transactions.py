@@ -3,10 +3,11 @@
 import contextlib
 import copy
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from benchmarks.stream_stress import LateQueue, in_host_memory
+from benchmarks.stream_stress import LateQueue, LateReturn, in_host_memory
 from torch import nn
 
 from builders import descend, mlp
@@ -208,6 +209,7 @@ def test_a_state_is_read_when_it_is_there_though_nobody_waited(monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(type(queue), "settle", settle)
+            patch.setattr(LateReturn, "late", SimpleNamespace(choice=lambda delays: 0.2, random=lambda: 1.0))
             with pytest.raises(KeyboardInterrupt) if interrupts else contextlib.nullcontext():
                 optimizer.step()
             found.append(kept(model, optimizer)[1])
