@@ -153,6 +153,40 @@ def test_many_in_one_launch_are_each_by_itself(state, device):
     assert all(bool(tensor.isfinite().all()) for tensor in together[0])
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_parameter_that_is_listed_twice_is_stepped_twice(copied, monkeypatch):
+    """One after the other, whatever is restarted; and gradients that have to be copied are not all copied at once."""
+    from poetx.ops.triton import adamw as kernel
+
+    found, counts = [], []
+    update, step = AdamW._update, kernel.step_
+
+    def counted(updates, *args, **settings):
+        counts.append(len(updates))
+        step(updates, *args, **settings)
+
+    for at_once in (False, True):
+        a, b = (nn.Parameter(torch.linspace(1, 2, 64).view(8, 8)) for _ in range(2))
+        optimizer = AdamW([a], state_dtype="float32", betas=(0.5, 0.5), lr=0.1)
+        optimizer.param_groups[0]["params"] = [a, b, b]
+        optimizer._number_parameters()
+        if at_once:
+            monkeypatch.setattr(AdamW, "_update", lambda self, *args: (update(self, *args), self._finish()))
+        else:
+            monkeypatch.setattr(kernel, "step_", counted)
+        with interpreted():
+            for number in range(4):
+                for p in (a, b):
+                    p.grad = torch.full((8, 8), 0.5).T if copied else torch.linspace(-1, 2, 64).view(8, 8)
+                if number == 2:
+                    optimizer.state[b] = {}
+                optimizer.step()
+        monkeypatch.undo()
+        found.append((a.detach(), b.detach()))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert max(counts) == (1 if copied else 2)
+
+
 def test_few_launches_for_many_parameters(monkeypatch):
     from poetx.ops.triton import adamw as kernel
 

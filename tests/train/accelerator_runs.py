@@ -82,7 +82,7 @@ def losses(result: run.RunResult) -> list[float]:
 def test_a_step_of_the_loop_waits_once_at_its_end(
     name: str, tiny: Tiny, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For loss and norm together. Transformers waits once itself, single-step before backward touches a momentum."""
+    """For loss and norm together."""
     plain, seen = loop.train_step, []
 
     def counted(*args):
@@ -94,9 +94,8 @@ def test_a_step_of_the_loop_waits_once_at_its_end(
     monkeypatch.setattr(loop, "train_step", counted)
     run.train(tiny(*FORMS[name], "train.steps=4"))
     operators = [crossing.partition(" at ")[0] for crossing in seen[-1]]
-    inputs_and_labels, of_transformers, of_the_loss = ["_to_copy"] * 2, ["_local_scalar_dense"], ["_to_copy"]
-    before_backward = ["_local_scalar_dense"] * (name == "single-step")
-    assert operators == inputs_and_labels + of_transformers + before_backward + of_the_loss
+    inputs_and_labels, of_the_loss = ["_to_copy"] * 2, ["_to_copy"]
+    assert operators == inputs_and_labels + of_the_loss
 
 
 def test_a_checkpoint_goes_to_host_memory_layer_by_layer(

@@ -260,7 +260,7 @@ def test_who_watches_gradients_is_in_no_graph(made, caplog):
     seen.clear()
     check(got, trained("single-step", made, replays=False, micro_batches=1, between=watch))
     model, _, step = prepared("adamw")
-    model.lm_head.weight.register_hook(lambda grad: None)
+    model.lm_head.weight.register_post_accumulate_grad_hook(lambda parameter: None)
     for _ in range(20):
         step([(IDS, IDS)])
     assert step.graphs.captured == 0
@@ -315,7 +315,7 @@ def test_a_merge_is_looked_at(made, monkeypatch):
     )
 
 
-def test_gradients_that_differ_by_shape_are_refused(made):
+def test_gradients_that_differ_by_shape_are_those_of_launched_steps(made):
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -334,13 +334,16 @@ def test_gradients_that_differ_by_shape_are_refused(made):
     Graph.outside[:] = [lambda: [p.grad for p in model.parameters() if p.grad is not None]]
     passes = graphs.GraphedPasses(model, torch.optim.SGD(model.parameters()), body)
     long, short = torch.ones(3, 4), torch.ones(2, 4)
-    for batch in (long, long, long, short, short, short, long):
-        passes([(batch, batch)], 1)
-        assert (model.long.weight.grad is None) == (len(batch) == 2)
-        assert (model.short.weight.grad is None) == (len(batch) == 3)
+    batches = {"both": [long, short], "short": [short], "long": [long]}
+    for which in ("both", "both", "both", "short", "short", "short", "long", "long", "long", "both", "short"):
+        passes([(batch, batch) for batch in batches[which]], 1)
+        assert (model.long.weight.grad is None) == (which == "short")
+        assert (model.short.weight.grad is None) == (which == "long")
+        for part, batch in ((model.long, long), (model.short, short)):
+            if part.weight.grad is not None:
+                assert torch.equal(part.weight.grad, batch.sum(0, keepdim=True))
         model.zero_grad()
-    with pytest.raises(UserError, match="the same parameters a gradient"):
-        passes([(long, long), (short, short)], 1)
+    assert (passes.captured, passes.replayed) == (2, 2 + 1 + 1 + 2 + 1)
 
 
 def test_gradients_that_are_put_in_place_of_others_are_refused(made):
@@ -433,6 +436,29 @@ def test_a_pass_that_waits_is_refused_in_one_line(made):
     step.graphs.body = refuses
     with pytest.raises(UserError, match="^routers$"):
         step([(IDS, IDS)])
+
+    def looks_up(batch, tokens):
+        try:
+            return {}["x"]
+        except KeyError:
+            raise UserError("say this") from None
+
+    step.graphs.body = looks_up
+    with pytest.raises(UserError, match="^say this$"):
+        step([(IDS, IDS)])
+
+    def interrupted(batch, tokens):
+        raise KeyboardInterrupt
+
+    step.graphs.body = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        step([(IDS, IDS)])
+    step.graphs.body = waits
+    try:
+        raise UserError("somebody else's")
+    except UserError:
+        with pytest.raises(UserError, match="cannot be captured"):
+            step([(IDS, IDS)])
 
 
 @pytest.mark.parametrize(

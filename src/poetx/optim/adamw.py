@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from poetx.distributed.sharded import local
 from poetx.errors import UserError, nearest
 from poetx.ops.dispatch import use_triton
 from poetx.ops.random import Within
+from poetx.ops.transaction import signals_deferred
 from poetx.optim.moments import check_state_dtype, load, refuse_shards, shapes_of, start_, store_, stored_dtype
 from poetx.optim.saved_kinds import Kind, Shapes
 from poetx.optim.sliced import LARGEST, SlicedOptimizer, compute_dtype, first_element, flat, own_slices, wide, write_
@@ -58,7 +60,7 @@ class AdamW(SlicedOptimizer):
         eps_mode: str = "corrected",
         seed: int = 0,
     ) -> None:
-        self._waiting: dict[Numbers, list[tuple[Tensor, Any]]] = {}  # for the kernels, by what they multiply by
+        self._waiting: dict[Tensor, tuple[Numbers, Any]] = {}  # parameters whose update the kernels are to take
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"state_dtype": state_dtype, "eps_mode": eps_mode}, seed=seed)
         for group in self.param_groups:
@@ -84,8 +86,13 @@ class AdamW(SlicedOptimizer):
                 moments = (flat(state["exp_avg"]), flat(state["exp_avg_sq"]))
                 scales = (state["exp_avg_scale"], state["exp_avg_sq_scale"]) if "exp_avg_scale" in state else None
                 place = (self._noise_seed(parameter, state["step"]), first_element(parameter))
-                update = kernel.Update(local(parameter), local(grad).contiguous(), moments, scales, *place)
-                self._waiting.setdefault(numbers, []).append((parameter, update))
+                if parameter in self._waiting:  # listed twice
+                    self._finish()
+                whole = local(grad).contiguous()
+                update = kernel.Update(local(parameter), whole, moments, scales, *place)
+                self._waiting[parameter] = numbers, update
+                if whole is not local(grad):  # one copy at a time
+                    self._finish()
                 return
         own, weight, grad = local(parameter), flat(parameter), flat(grad)
         for here, noise in own_slices(parameter, self._noise(parameter, state["step"])):
@@ -99,11 +106,17 @@ class AdamW(SlicedOptimizer):
 
     def _finish(self) -> None:
         waiting, self._waiting = self._waiting, {}
-        for numbers, pairs in waiting.items():
-            from poetx.ops.triton import adamw as kernel
+        if not waiting:
+            return
+        from poetx.ops.triton import adamw as kernel
 
-            kernel.step_([update for _, update in pairs], numbers, bound=LARGEST)
-            for parameter, _ in pairs:
+        alike: dict[Numbers, list[Any]] = {}
+        for numbers, update in waiting.values():
+            alike.setdefault(numbers, []).append(update)
+        with signals_deferred() if len(waiting) > 1 else contextlib.nullcontext():
+            for numbers, updates in alike.items():
+                kernel.step_(updates, numbers, bound=LARGEST)
+            for parameter in waiting:
                 torch.autograd.graph.increment_version(parameter)  # graphs from before it are stale
 
 

@@ -8,6 +8,7 @@ inputs are copied to where the graph reads them, and gradients stay where it add
 from __future__ import annotations
 
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from poetx.errors import UserError, one_line
 from poetx.layers.merge_reminder import look_at_merges
 from poetx.layers.poet import PoetLinear
 from poetx.layers.single_step import SingleStepLinear
+from poetx.optim.gradient_release import is_handed_over
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ class GraphedPasses:
     A step is launched as ever where a micro-batch has a shape that is new, and as long as a parameter has a hook on its
     gradient. Where tensors have moved, or other parameters train, all graphs are made anew. What layers do on the host
     in a pass they do not do in a replay: a merge is looked at here, and matrices of single-step layers are told that
-    their momentum was added to; nobody counts passes without a merge.
+    their momentum was added to. Nobody counts passes without a merge, and hooks of modules do not run.
 
     Args:
         model, optimizer: on a GPU; the optimizer steps after backward, not in it.
@@ -74,7 +76,7 @@ class GraphedPasses:
     def _forget(self) -> None:
         self._graphs: dict[Any, _Graph] = {}
         self._launched: Counter[Any] = Counter()
-        self._trained: dict[Any, set[nn.Parameter]] = {}  # by shape
+        self._trained: dict[Any, set[nn.Parameter]] = {}  # by the shapes of a step
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._made_of: Any = None
         self._written: Any = None
@@ -85,7 +87,7 @@ class GraphedPasses:
 
         Raises:
             UserError: the pass cannot be captured: the host has to look at a value in it, it draws where it must not,
-                or not every shape gives the same parameters a gradient.
+                or not every step of these shapes gives the same parameters a gradient.
         """
         device = micro_batches[0][0].device
         if self._stream is None:
@@ -95,15 +97,15 @@ class GraphedPasses:
         if made_of != self._made_of:
             self._forget()
         over = torch.full((), tokens, dtype=torch.float32, device=device)
-        if self._is_watched() or any(self._launched[shape] < _LAUNCHED_FIRST for shape in shapes):
+        kind = frozenset(shapes)  # another may give other parameters a gradient
+        if self._is_watched() or self._launched[kind] < _LAUNCHED_FIRST:
             losses = [self._launch(batch, over) for batch in micro_batches]
-            for shape in set(shapes):
-                self._launched[shape] += 1
-                self._trained[shape] = {p for p in self.model.parameters() if p.grad is not None}
+            self._launched[kind] += 1
+            self._trained[kind] = {p for p in self.model.parameters() if p.grad is not None}
         else:
             if written != self._written:
                 look_at_merges(self.model)
-            self._set_gradients(shapes)
+            self._set_gradients(self._trained[kind])
             pairs = zip(shapes, micro_batches, strict=True)
             losses = [self._replay(shape, batch, over) for shape, batch in pairs]
         self._written, self._made_of = written, made_of
@@ -111,7 +113,7 @@ class GraphedPasses:
 
     def _is_watched(self) -> bool:
         """Whether somebody hooks on the gradient of a parameter, as a look at the first steps does."""
-        watched = next((name for name, p in self.model.named_parameters() if p._backward_hooks), None)
+        watched = next((name for name, p in self.model.named_parameters() if _is_hooked(p)), None)
         self._watched += watched is not None
         if self._watched == _WATCHED_LONG:
             logger.warning("train.cuda_graphs: %s has a hook on its gradient, so passes are launched", watched)
@@ -147,11 +149,8 @@ class GraphedPasses:
             )
         return loss
 
-    def _set_gradients(self, shapes: Sequence[Any]) -> None:
+    def _set_gradients(self, trained: set[nn.Parameter]) -> None:
         """Zeros at the same places in every step: graphs add to them."""
-        trained = self._trained[shapes[0]]
-        if any(self._trained[shape] != trained for shape in shapes):
-            raise UserError(_OTHER_GRADIENTS)
         for parameter in trained - self._gradients.keys():
             self._gradients[parameter] = torch.empty_like(parameter.detach())
         if trained:
@@ -179,12 +178,13 @@ class GraphedPasses:
         graph = torch.cuda.CUDAGraph()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         settings: dict[str, Any] = {"pool": self._pool, "stream": self._stream}
+        outside = sys.exc_info()[1]
         try:
             # thread_local: other threads may go on copying
             with torch.cuda.graph(graph, capture_error_mode="thread_local", **settings):
                 loss = self.body(static[:-1], static[-1])
         except Exception as error:
-            raise _why(error) from None
+            raise _why(error, outside) from None
         if any(parameter.grad is not gradient for parameter, gradient in before):
             raise UserError(_OTHER_GRADIENTS)
         self.captured += 1
@@ -197,13 +197,26 @@ _OTHER_GRADIENTS = (
 )
 
 
-def _why(error: BaseException) -> BaseException:
-    """What to raise where a capture failed: leaving one that has failed raises an error of its own."""
-    while error.__context__ is not None:
-        error = error.__context__
-    if isinstance(error, (UserError, torch.OutOfMemoryError)):
-        return error
-    return UserError(f"train.cuda_graphs: a pass of this model cannot be captured ({one_line(error)}); leave it out")
+def _why(error: BaseException, outside: BaseException | None) -> BaseException:
+    """What to raise where a capture failed: leaving one that has failed raises an error of its own.
+
+    Args:
+        outside: what was being handled when the capture began.
+    """
+    chain = [error]
+    while (before := chain[-1].__context__) is not None and before is not outside:
+        chain.append(before)
+    for link in chain:
+        if isinstance(link, (UserError, torch.OutOfMemoryError)) or not isinstance(link, Exception):
+            return link
+    return UserError(
+        f"train.cuda_graphs: a pass of this model cannot be captured ({one_line(chain[-1])}); leave it out"
+    )
+
+
+def _is_hooked(parameter: nn.Parameter) -> bool:
+    after = getattr(parameter, "_post_accumulate_grad_hooks", None)
+    return bool(parameter._backward_hooks) or (bool(after) and not is_handed_over(parameter))
 
 
 def _random_state(device: torch.device) -> Tensor:
