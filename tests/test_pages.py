@@ -147,8 +147,9 @@ def test_the_commands_run_one_after_the_other(page, place: Path, monkeypatch: py
         shutil.move("base/export", "DIR")
     for command in mine:
         words = shlex.split(command.replace("data.train=PATH", "data.train=corpus.jsonl"))[1:]
-        if "model.offload" in command or "-stream" in command:  # which needs a GPU
-            assert load_recipe(words[1], words[2:]).model.offload
+        if any(part in command for part in ("model.offload", "-stream", "train.cuda_graphs")):  # which need a GPU
+            recipe = load_recipe(words[1], words[2:])
+            assert recipe.model.offload or recipe.train.cuda_graphs
             continue
         if words[0] == "train" and "--resume" not in words:
             given = ("model.", "data.vocab_size") if "model.pretrained" in command else ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ class Recorder(TorchDispatchMode):
 class Graph:
     """Stands for a CUDA graph: what was captured runs at a replay, operator by operator, on the same memory."""
 
-    outside: list  # what gives all tensors that a pass may write and that stay
+    outside: ClassVar[list] = []  # what gives all tensors that a pass may write and that stay
 
     def replay(self):
         with torch.no_grad():
