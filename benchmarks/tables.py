@@ -459,8 +459,13 @@ def step() -> str:
 
 
 def gpu_layer() -> str:
-    """Layers on a GPU: milliseconds of ``nn.Linear`` and multiples of it, each with the host's launches and without."""
+    """Layers on a GPU: milliseconds of ``nn.Linear`` and multiples of it, each with the host's launches and without.
+
+    The first and the newest of each size.
+    """
     rows = [row for row in _rows("gpu/layer") if "contestant" in row]
+    newest = {(row["tokens"], row["out_features"]): row["commit"] for row in rows}  # as they came
+    rows = [row for row in rows if row["commit"] in (rows[0]["commit"], newest[row["tokens"], row["out_features"]])]
 
     def title(row: dict[str, Any]) -> str:
         return f"{row['tokens']} tokens, {row['out_features']}×{row['in_features']}, commit {row['commit']}"

@@ -32,8 +32,8 @@ Body = Callable[[Batch, Tensor], Tensor]
 NOT_PACKED = "train.cuda_graphs: not with documents that are packed; set data.pack=false, or leave it out"
 #: Steps of a shape of micro-batch that the host launches before a graph is captured: what is made once is made there.
 _LAUNCHED_FIRST = 2
-#: Steps launched because somebody watches gradients, after which that is said.
-_WATCHED_LONG = 16
+#: Steps launched because somebody hooks on a gradient, after which that is said.
+_HOOKED_LONG = 16
 
 
 class _Graph(NamedTuple):
@@ -69,7 +69,7 @@ class GraphedPasses:
                 "host draws a number in every pass; use float32, or leave it out"
             )
         self.model, self.optimizer, self.body, self.may_draw = model, optimizer, body, may_draw
-        self.replayed = self.captured = self._watched = 0
+        self.replayed = self.captured = self._hooked = 0
         self._stream: torch.cuda.Stream | None = None
         self._forget()
 
@@ -93,12 +93,14 @@ class GraphedPasses:
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)
         shapes = [tuple((tuple(t.shape), t.dtype) for t in batch) for batch in micro_batches]
-        written, made_of = self._state()
+        written, made_of, hooked = self._state()
         if made_of != self._made_of:
             self._forget()
         over = torch.full((), tokens, dtype=torch.float32, device=device)
         kind = frozenset(shapes)  # another may give other parameters a gradient
-        if self._is_watched() or self._launched[kind] < _LAUNCHED_FIRST:
+        if hooked is not None:
+            self._say_hooked(hooked)
+        if hooked is not None or self._launched[kind] < _LAUNCHED_FIRST:
             losses = [self._launch(batch, over) for batch in micro_batches]
             self._launched[kind] += 1
             self._trained[kind] = {p for p in self.model.parameters() if p.grad is not None}
@@ -111,25 +113,29 @@ class GraphedPasses:
         self._written, self._made_of = written, made_of
         return torch.stack(losses).sum()
 
-    def _is_watched(self) -> bool:
-        """Whether somebody hooks on the gradient of a parameter, as a look at the first steps does."""
-        watched = next((name for name, p in self.model.named_parameters() if _is_hooked(p)), None)
-        self._watched += watched is not None
-        if self._watched == _WATCHED_LONG:
-            logger.warning("train.cuda_graphs: %s has a hook on its gradient, so passes are launched", watched)
-        return watched is not None
+    def _say_hooked(self, parameter: nn.Parameter) -> None:
+        """Not of the look at a run's first steps, which goes."""
+        self._hooked += 1
+        if self._hooked == _HOOKED_LONG:
+            name = next(name for name, p in self.model.named_parameters() if p is parameter)
+            logger.warning("train.cuda_graphs: %s has a hook on its gradient, so passes are launched", name)
 
-    def _state(self) -> tuple[Any, Any]:
-        """Who has written layers so far; and where everything is that a graph reads and writes, and what trains."""
-        written, made_of = [], []
+    def _state(self) -> tuple[Any, Any, nn.Parameter | None]:
+        """Who has written layers so far; where everything is that a graph reads and writes, and what trains; and a
+        parameter on whose gradient somebody hooks.
+        """
+        written, made_of, hooked = [], [], None
         for module in self.model.modules():
-            for tensors in (module._parameters.values(), module._buffers.values()):
-                made_of += [(t.data_ptr(), t.requires_grad) for t in tensors if t is not None]
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    made_of.append((parameter.data_ptr(), parameter.requires_grad))
+                    hooked = parameter if _is_hooked(parameter) else hooked
+            made_of += [buffer.data_ptr() for buffer in module._buffers.values() if buffer is not None]
             if isinstance(module, PoetLinear):
                 written += [t._version for t in (module.merge_count, module.perm_in, module.perm_out)]
             elif isinstance(module, SingleStepLinear) and module.momentum is not None:
                 made_of += [module.frozen, *(t.data_ptr() for t in module.momentum[:4])]
-        return written, made_of
+        return written, made_of, hooked
 
     def _launch(self, batch: Batch, over: Tensor) -> Tensor:
         """As the host does it, on the stream that graphs are captured on, whose workspaces are made by this."""
