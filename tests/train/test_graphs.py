@@ -14,13 +14,14 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import poetx
+from builders import At, interrupt
 from poetx import POETX, PoetConfig, UserError, convert_, param_groups
 from poetx.layers.merge_reminder import MergeReminder
 from poetx.layers.walk import single_step_layers
 from poetx.methods.base import check_device, convert_model
 from poetx.models import build_model
 from poetx.ops.library import transparent_operators
-from poetx.recipe import load_recipe
+from poetx.recipe import differing_keys, load_recipe
 from poetx.runs.load import load_run
 from poetx.savings import checkpoint_layers_
 from poetx.train import graphs, run
@@ -524,6 +525,16 @@ def test_a_run_with_graphs_loads_where_there_are_none(tiny, monkeypatch):
         "poetx.runs.load.load_recipe", lambda source: load_recipe(source).with_keys({"train.cuda_graphs": True})
     )
     assert load_run(str(done.run_dir), device="cpu").model is not None
+
+
+def test_a_run_is_resumed_where_there_are_none(tiny):
+    begun = tiny("train.steps=6")
+    assert run.train(begun, reporter=At(3, interrupt)).signum
+    elsewhere = begun.with_keys({"train.cuda_graphs": True})
+    assert differing_keys(begun, elsewhere) == {}
+    with pytest.raises(UserError, match="the device is cpu"):
+        run.train(elsewhere, resume=True)
+    assert run.train(begun, resume=True).signum is None
 
 
 def test_gradients_that_stay_are_planned():

@@ -8,8 +8,8 @@ from typing import Any
 from poetx.recipe.loading import Recipe, flat, parsed
 
 # A resumed run may differ from its checkpoint in these, and in nothing else: none of them changes a weight.
-# The device is here because a checkpoint is portable; bitwise equality is only promised on one kind of device. Text may
-# have moved: the fingerprint of its tokens is compared.
+# The device is here because a checkpoint is portable; bitwise equality is only promised on one kind of device, and with
+# its CUDA graphs, which other devices have not. Text may have moved: the fingerprint of its tokens is compared.
 FREE_ON_RESUME = (
     "name",
     "run_dir",
@@ -20,6 +20,7 @@ FREE_ON_RESUME = (
     "data.cache_dir",
     "model.offload_dir",
     "train.device",
+    "train.cuda_graphs",
     "train.eval_every",
     "train.spectrum_every",
     "train.eval_windows",
@@ -35,7 +36,7 @@ FREE_ON_RESUME = (
 
 #: What else a single step does not read: how text becomes tokens, and how steps are made repeatable.
 _OF_THE_TEXT = ("data.text_field", "data.format", "data.chat_template", "data.validation_fraction", "data.end_of_text")
-_READ_BY_A_STEP = {"parallel", "data.train", "data.tokenizer", "train.device", "model.offload_dir"}
+_READ_BY_A_STEP = {"parallel", "data.train", "data.tokenizer", "train.device", "train.cuda_graphs", "model.offload_dir"}
 
 
 def idle_in_a_step(overrides: Sequence[str]) -> list[str]:
