@@ -50,3 +50,16 @@ def test_shared_permutations_leave_half_of_the_passes_and_a_third_of_their_bytes
         found[permutation] = passes, counts.bytes["permute_kernel"]
     assert {kind: passes for kind, (passes, _) in found.items()} == {"random": 70, "shared": 34, "contiguous": 0}
     assert found["shared"][1] < 0.35 * found["random"][1]
+
+
+@pytest.mark.parametrize(
+    ("method", "most", "kernels"),
+    [("single-step", 2500, {"fold_kernel", "norm_kernel", "decay_kernel"}), ("fast", 500, {"adamw_many_kernel"})],
+)
+def test_the_optimizer_of_8b_asks_for_few_kernels(method: str, most: int, kernels: set[str]) -> None:
+    """Of 224 matrices; *fast* with 8 bits of state for its 448 rotations."""
+    keys = ["optimizer.state_dtype=int8"]
+    counts, layers = of_a_step(by_method(load_recipe("llama-8b", keys, text=False), method), 1, 16)
+    assert layers == 224
+    assert kernels <= {name for phase, name in counts.counts if phase == "step"}
+    assert 2 < counts.total("step") <= most

@@ -68,19 +68,22 @@ def turn_of(batch: Sequence[Matrix], angle: Any, momentum: float) -> Turn:
 
 def take_turn(batch: Sequence[Matrix], turn: Turn, momentum: float, step: KernelStep | None = None) -> None:
     """Take one step of every matrix of the batch; momenta decay by ``momentum``. ``step``: where it has been made."""
-    counts = [matrix.blocks(matrix.side) for matrix in batch]
+    kernels = step is not None or can_step_together(batch[0])
     with full_precision_products():
-        if step is not None or (can_step_together(batch[0]) and (len(batch) == 1 or not batch[0].hosted)):
+        if kernels and not batch[0].hosted:
             (step or KernelStep(batch, turn.momenta, momentum)).take_(turn.E_KBB, turn.factor, turn.touched)
             return
-        if can_step_together(batch[0]):  # one weight on the device at a time
-            parts = zip(batch, turn.momenta, turn.E_KBB.split(counts), turn.touched.split(counts), strict=True)
-            for matrix, momenta, E_KBB, touched in parts:
+        # One by one: of weights in host memory one is on the device at a time.
+        Es = turn.E_KBB
+        if not kernels:
+            Es = Es.to(torch.promote_types(Es.dtype, torch.float32)).mul_(turn.factor)
+        counts = [matrix.blocks(matrix.side) for matrix in batch]
+        each = zip(batch, turn.momenta, Es.split(counts), turn.touched.split(counts), strict=True)
+        for matrix, momenta, E_KBB, touched in each:
+            if kernels:
                 KernelStep([matrix], [momenta], momentum).take_(E_KBB, turn.factor, touched)
-            return
-        Es = turn.E_KBB.to(torch.promote_types(turn.E_KBB.dtype, torch.float32)).mul_(turn.factor).split(counts)
-        for matrix, momenta, E_KBB, touched in zip(batch, turn.momenta, Es, turn.touched.split(counts), strict=True):
-            matrix.take_step(momenta, E_KBB, touched, momentum)
+            else:
+                matrix.take_step(momenta, E_KBB, touched, momentum)
 
 
 class _Prepared(NamedTuple):
